@@ -1,0 +1,42 @@
+"""Which device and which precision `auto` means on this machine."""
+
+import torch
+
+from configs.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`auto`: CUDA if there is one, else the CPU. A CUDA device without an index is that of `local_rank`.
+
+    Raises UserError for a device that does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name} is not a device; use auto, cpu, cuda or cuda:<index>") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"device={name} but torch {torch.__version__} finds no CUDA device; use device=cpu or auto")
+    index = local_rank if device.index is None else device.index
+    visible = torch.cuda.device_count()
+    if index >= visible:
+        raise UserError(
+            f"device={name} is CUDA device {index} for local rank {local_rank} but {visible} are visible; "
+            f"start at most {visible} processes on this machine"
+        )
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU that computes in it, else float32. Otherwise one of `DTYPES`."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"precision={name} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,66 @@
+"""Processes started by torchrun: who am I, what is my share, and the process group for training."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Position of this process among all (`rank` of `world`) and on its machine (`local_rank`)."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls) -> "Ranks":
+        """From what torchrun sets; one process where nothing is set."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        try:
+            rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names.items())
+        except ValueError as error:
+            raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be integers; start with torchrun") from error
+        if not 0 <= rank < world:
+            raise UserError(f"RANK={rank} does not fit WORLD_SIZE={world}; start with torchrun or unset both")
+        return cls(rank, world, local_rank)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's items, round robin: over all ranks each item exactly once."""
+        return list(items[self.rank :: self.world])
+
+
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
+    """The default process group (NCCL on CUDA, else gloo) for as long as the block runs; nothing for one process."""
+    if ranks.world == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # passing the device makes NCCL connect at once, so that a wrong set-up fails here and not at the first step
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,82 @@
+"""What is said on the terminal, and metrics as lines of JSON."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.files import atomic_path
+
+ROOT = "diagonal"  # parent of all our loggers, so that other libraries keep their own settings
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(prefix + record.getMessage())
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one module: `log = get_logger(__name__)`. Silent below warnings until `console()` was called."""
+    return logging.getLogger(f"{ROOT}.{name}")
+
+
+def console(level: int = logging.INFO, *, quiet: bool = False) -> None:
+    """Show our log lines on the terminal: once, in an entry point. `quiet` (ranks other than 0) shows warnings only."""
+    logger = logging.getLogger(ROOT)
+    logger.handlers = [_ConsoleHandler()]
+    logger.propagate = False
+    logger.setLevel(logging.WARNING if quiet else level)
+
+
+class JsonlSink:
+    """Metrics, one JSON object a line: `{"step": 20, "loss": 0.5}`. Flushed at each write: a killed run keeps its own.
+
+    `resume_step`: lines after this step are dropped first, so that a resumed run continues them without doubles.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None and self.path.exists():
+            kept = [row for row in read_jsonl(self.path) if row["step"] <= resume_step]
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append the values of one step. Tensors of one element are read (a host sync); NaN and inf become strings."""
+        row = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All whole lines of a JSONL file; a last line cut off by a kill is ignored."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | list | tuple | dict):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
