@@ -1,0 +1,137 @@
+"""Every knob, typed, with its unit and its default, once.
+
+`configs.load.load_config` reads YAML and `key.sub=value` overrides into this tree. A value is checked here, when the
+tree is built, and never again. Sizes of a network (layers, heads, widths) are not knobs: they come with its weights,
+in the `config.json` beside them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from configs.errors import UserError
+from configs.train_schema import TrainingConfig
+from configs.validate import at_least, between, one_of
+
+CONTEXTS = ("last_step", "clean", "renoise")
+ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
+PRECISION = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """What is generated. 1 + 4 (F - 1) pixel frames come from F latent frames."""
+
+    height: int = 480  # pixels
+    width: int = 832  # pixels
+    num_latent_frames: int = 21  # latent frames of one clip; 21 are 81 pixel frames
+    fps: int = 16  # pixel frames a second of playback
+
+    def __post_init__(self):
+        at_least(1, "video", self, "height", "width", "num_latent_frames", "fps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Denoising steps of each chunk (model/schedule.py). The last row repeats for all later chunks."""
+
+    preset: str | None = None  # a name in model.schedule.PRESETS; the other fields must then be left alone
+    steps: Any = "4322222"  # steps of chunk 0, 1, ...: digits, or a list of integers
+    first: float = 1000.0  # un-warped timestep of a chunk's first step
+    last: float = 100.0  # un-warped timestep of a chunk's last step
+    warp: bool = True  # map un-warped timesteps through the shift
+    shift: float = 5.0  # sigma' = s sigma / (1 + (s - 1) sigma)
+    timesteps: list[list[float]] | None = None  # instead of steps: the timesteps of each chunk, taken as they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How a clip is cut into chunks and what a chunk sees of the past."""
+
+    chunk_frames: int = 3  # latent frames denoised together
+    window_frames: int = 12  # latent frames that attention sees, sink and current chunk included; 0 = all
+    sink_frames: int = 3  # first latent frames that are never evicted, inside the window's budget
+    context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
+    context_timestep: float = 0.0  # timestep of the extra pass of `renoise`; `clean` always uses 0
+    context_by_chunk: dict[int, str] = field(default_factory=dict)  # exceptions, e.g. {0: clean}
+
+    def __post_init__(self):
+        at_least(1, "stream", self, "chunk_frames")
+        at_least(0, "stream", self, "window_frames", "sink_frames")
+        between(0, 1000, "stream", self, "context_timestep")
+        one_of(CONTEXTS, "stream", self, "context")
+        for chunk, policy in self.context_by_chunk.items():
+            if policy not in CONTEXTS:
+                raise UserError(f"stream.context_by_chunk.{chunk}={policy} is unknown; use one of {', '.join(CONTEXTS)}")
+        c, w, s = self.chunk_frames, self.window_frames, self.sink_frames
+        for name, value in (("window_frames", w), ("sink_frames", s)):
+            if value % c:
+                raise UserError(
+                    f"stream.{name}={value} is not a whole number of chunks (stream.chunk_frames={c}); try {value // c * c}"
+                )
+        if w and w < s + c:
+            raise UserError(
+                f"stream.window_frames={w} leaves no room beside stream.sink_frames={s} for a chunk of {c}; "
+                f"try stream.window_frames={s + 2 * c}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where weights are: paths relative to the checkout, or absolute."""
+
+    student: str = "wan_models/Wan2.1-T2V-1.3B"  # causal student; also `--checkpoint_path`
+    teacher: str | None = None  # bidirectional teacher
+    critic: str | None = None  # where the critic starts from; None = the teacher
+    use_ema: bool = False  # of a training checkpoint, load the averaged weights
+    codec: str = "wan"  # wan: the VAE; taehv: the tiny decoder
+    vae: str = "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"
+    tiny_decoder: str = "checkpoints/taew2_1.pth"
+    text_encoder: str = "wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth"
+    tokenizer: str = "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl"
+    text_tokens: int = 512  # rows of the text embedding, zeros after the prompt's end
+
+    def __post_init__(self):
+        one_of(("wan", "taehv"), "model", self, "codec")
+        at_least(1, "model", self, "text_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """How `inference.py` runs and where its files go."""
+
+    prompts: str = "assets/prompts_tiny.txt"  # one prompt a line; also `--data_path`
+    output_folder: str = "videos"
+    num_samples: int = 1  # videos of one prompt, each with its own seed
+    save_with_index: bool = False  # name files by the prompt's index rather than its words
+    overwrite: bool = False  # generate again what is already there
+    precision: str = "auto"  # of weights and activations; auto = bfloat16 on a GPU that has it, else float32
+    attention: str = "auto"  # attention kernel
+    profile: bool = False  # print where the time went
+
+    def __post_init__(self):
+        at_least(1, "inference", self, "num_samples")
+        one_of(PRECISION, "inference", self, "precision")
+        one_of(ATTENTION, "inference", self, "attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole tree."""
+
+    name: str = "wan2.1_t2v_1.3b"
+    seed: int = 0
+    device: str = "auto"  # auto = cuda if there is one, else cpu
+    video: VideoConfig = field(default_factory=VideoConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self):
+        f, c = self.video.num_latent_frames, self.stream.chunk_frames
+        if f % c:
+            raise UserError(
+                f"video.num_latent_frames={f} is not a whole number of chunks (stream.chunk_frames={c}); "
+                f"try {max(c, round(f / c) * c)}"
+            )
