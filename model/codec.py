@@ -1,0 +1,190 @@
+"""Between pixels and latents: one small interface, and the Wan VAE behind it.
+
+    pixels   [B, T, 3, H, W]      float in [-1, 1], T = 1 + 4 (F - 1)
+    latents  [B, F, C, H/8, W/8]  normalised: (posterior mean - latents_mean) / latents_std
+
+The Wan VAE is causal in time: a frame depends on what came before it only. Each of its 3-D convolutions needs the last
+two frames of its own input, which diffusers passes through a list (`feat_cache`). Here that list belongs to whoever
+decodes and not to the module, so that any number of streams can share one VAE, and its tensors are never written in
+place, so that gradients flow and a snapshot of a stream is a shallow copy.
+
+The first latent frame takes its own call (it becomes 1 pixel frame and not 4). All later frames may share calls: a
+call with n frames gives what n calls with one frame give (tests/test_codec.py), at the price of n times the memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.geometry import TEMPORAL_STRIDE, latent_frames
+
+# Latent cells x base channels that one call of encoder or decoder may hold: 3 latent frames of 480x832 at base 96.
+WORK_PER_CALL = 2_000_000
+
+
+class DecoderStream(Protocol):
+    """One stream of latents that becomes pixels chunk by chunk."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latents [B, f, C, h, w] -> pixels: 1 + 4 (f - 1) frames from the first call, 4 f later."""
+
+    def snapshot(self) -> Any:
+        """All that the stream carries; stays valid while the stream goes on."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Go back to where `snapshot` was taken."""
+
+
+class Codec(Protocol):
+    """What the pipeline and the trainer know of a codec."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] in [-1, 1] -> latents [B, F, C, h, w]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] -> [B, 1 + 4 (F - 1), 3, H, W] in [-1, 1]."""
+
+    def stream(self) -> DecoderStream:
+        """A decoder at the start of a clip."""
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian over un-normalised latents, both [B, F, C, h, w]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal, in nats, summed over all but the batch: [B]."""
+        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * terms.flatten(1).sum(1)
+
+
+def _slots(module: torch.nn.Module) -> int:
+    return sum(isinstance(part, WanCausalConv3d) for part in module.modules())
+
+
+class WanCodec:
+    """The Wan 2.1 VAE. Weights, device and dtype are the VAE's; statistics are kept in float32 and come from its config.
+
+    `encode`, `decode` and `stream` build no graph; `posterior` and `decode_latents` do, for training the codec.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        if vae.config.is_residual or vae.config.patch_size is not None:
+            raise UserError("model.vae is a Wan 2.2 VAE, which this codec does not read; use Wan2.1_VAE.pth")
+        self.vae = vae
+        self._encoder_slots, self._decoder_slots = _slots(vae.encoder), _slots(vae.decoder)
+        self._place_statistics()
+
+    def _place_statistics(self) -> None:
+        shape = (1, 1, self.vae.config.z_dim, 1, 1)
+        place = {"dtype": torch.float32, "device": self.vae.device}
+        self._mean = torch.tensor(self.vae.config.latents_mean, **place).view(shape)
+        self._std = torch.tensor(self.vae.config.latents_std, **place).view(shape)
+
+    def to(self, *args: Any, **kwargs: Any) -> "WanCodec":
+        """As `torch.nn.Module.to`."""
+        self.vae.to(*args, **kwargs)
+        self._place_statistics()
+        return self
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.z_dim
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """What the VAE speaks -> what the transformer speaks, in float32."""
+        return (z.float() - self._mean) / self._std
+
+    def unnormalise(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return latents.float() * self._std + self._mean
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, T, 3, H, W] in [-1, 1], T = 1 + 4 n -> float32 latents [B, F, C, h, w] of the posterior mean."""
+        return self.normalise(self.posterior(pixels).mean)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] -> float32 pixels [B, 1 + 4 (F - 1), 3, H, W] in [-1, 1]."""
+        return self.decode_latents(self.unnormalise(latents)).float().clamp_(-1, 1)
+
+    def stream(self) -> "WanDecoderStream":
+        return WanDecoderStream(self)
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """[B, T, 3, H, W] -> mean and log variance [B, F, C, h, w] of un-normalised latents, with a graph."""
+        latent_frames(pixels.shape[1])  # refuses T that is not 1 + 4 n
+        x = pixels.to(self.vae.dtype).transpose(1, 2)
+        cache: list[Any] = [None] * self._encoder_slots
+        cells = x.shape[0] * (x.shape[3] // 8) * (x.shape[4] // 8) * self.vae.config.base_dim
+        parts = [
+            self.vae.encoder(x[:, :, frames], feat_cache=cache, feat_idx=[0])
+            for frames in _calls(x.shape[2], TEMPORAL_STRIDE, cells)
+        ]
+        mean, logvar = self.vae.quant_conv(torch.cat(parts, dim=2)).transpose(1, 2).chunk(2, dim=2)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Un-normalised z [B, F, C, h, w] -> pixels [B, T, 3, H, W], not clamped, with a graph."""
+        return self._decode(z, [None] * self._decoder_slots, first=True)
+
+    def _decode(self, z: Tensor, cache: list[Any], first: bool) -> Tensor:
+        """Decode the next frames of a clip; `cache` is read and refilled."""
+        x = self.vae.post_quant_conv(z.to(self.vae.dtype).transpose(1, 2))
+        cells = x.shape[0] * x.shape[3] * x.shape[4] * (self.vae.config.decoder_base_dim or self.vae.config.base_dim)
+        parts = [
+            self.vae.decoder(x[:, :, frames], feat_cache=cache, feat_idx=[0])
+            for frames in _calls(x.shape[2], 1, cells, first=first)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _calls(frames: int, stride: int, cells: int, first: bool = True) -> Iterator[slice]:
+    """Cut `frames` into calls: the clip's first frame alone, then as many groups of `stride` as the budget holds.
+
+    A function of shapes alone, so that a clip is always cut the same way.
+    """
+    start = 0
+    if first:
+        yield slice(0, 1)
+        start = 1
+    step = stride * max(1, WORK_PER_CALL // cells)
+    for begin in range(start, frames, step):
+        yield slice(begin, min(begin + step, frames))
+
+
+class WanDecoderStream:
+    """Decoder state of one clip: the trailing frames of every convolution's input."""
+
+    def __init__(self, codec: WanCodec):
+        self._codec = codec
+        self._cache: list[Any] = [None] * codec._decoder_slots
+        self._frames = 0  # latent frames decoded so far
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Next latents [B, f, C, h, w] -> float32 pixels [B, T, 3, H, W]; T = 1 + 4 (f - 1) at first, then 4 f."""
+        pixels = self._codec._decode(self._codec.unnormalise(latents), self._cache, first=self._frames == 0)
+        self._frames += latents.shape[1]
+        return pixels.float().clamp_(-1, 1)
+
+    def snapshot(self) -> tuple[list[Any], int]:
+        """State so far. Shares tensors with the stream, which never writes them in place."""
+        return list(self._cache), self._frames
+
+    def restore(self, snapshot: tuple[list[Any], int]) -> None:
+        """Go back to where `snapshot` was taken."""
+        cache, self._frames = snapshot
+        self._cache = list(cache)
