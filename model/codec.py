@@ -74,7 +74,7 @@ def _slots(module: torch.nn.Module) -> int:
 
 
 class WanCodec:
-    """The Wan 2.1 VAE. Weights, device and dtype are the VAE's; statistics are kept in float32 and come from its config.
+    """The Wan 2.1 VAE. Weights, device and dtype are the VAE's; its statistics are kept in float32.
 
     `encode`, `decode` and `stream` build no graph; `posterior` and `decode_latents` do, for training the codec.
     """

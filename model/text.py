@@ -1,0 +1,85 @@
+"""Prompts to embeddings: cleaning, tokens, UMT5, and the tiny world's word-level tokenizer.
+
+prompts  list of B strings
+text     [B, text_tokens, dim]; rows after a prompt's end are zero (the transformer attends to them all the same)
+"""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+import ftfy
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repair broken Unicode and HTML entities and collapse whitespace, as Wan was trained; case is kept."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class TextEncoder:
+    """UMT5 behind one call. Weights, device and dtype are the encoder's."""
+
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_tokens: int):
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.text_tokens = text_tokens
+
+    @property
+    def dim(self) -> int:
+        return self.encoder.config.d_model
+
+    def to(self, *args, **kwargs) -> "TextEncoder":
+        """As `torch.nn.Module.to`."""
+        self.encoder.to(*args, **kwargs)
+        return self
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, text_tokens] on the encoder's device; what is too long is cut, its last token being EOS."""
+        batch = self.tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_tokens,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        device = self.encoder.device
+        return batch.input_ids.to(device), batch.attention_mask.to(device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, text_tokens, dim] in the encoder's dtype, zeros after each prompt's end."""
+        return self.embed(*self.tokenize(prompts))
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """As the call, from ids and mask, and with a graph, for training the encoder."""
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token a word: lower-cased, punctuation dropped, EOS appended, other words `<unk>`.
+
+    Ids are 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the distinct `words` in the order given, so that a longer vocabulary
+    that only appends words keeps the ids of a shorter one.
+    """
+    vocabulary = {PAD: 0, EOS: 1, UNKNOWN: 2}
+    for word in words:
+        vocabulary.setdefault(word.lower(), len(vocabulary))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, padding_side="right"
+    )
