@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ ROOT = "diagonal"  # parent of all our loggers, so that other libraries keep the
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a running progress bar instead of through it."""
+    """Prints above a running progress bar instead of through it; warnings and errors go to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        tqdm.write(prefix + record.getMessage())
+        tqdm.write(prefix + record.getMessage(), file=sys.stdout if not prefix else sys.stderr)
 
 
 def get_logger(name: str) -> logging.Logger:

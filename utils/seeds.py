@@ -21,5 +21,5 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """Seed of sample `sample` of a prompt: `seed` itself for sample 0; each can be given as `--seed` to make it alone."""
+    """Seed of sample `sample` of a prompt: `seed` itself for sample 0; each works as `--seed` to make it alone."""
     return seed if sample == 0 else stable_hash(seed, "sample", sample) % 2**31

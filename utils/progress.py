@@ -1,0 +1,12 @@
+"""Progress bars: one line that is redrawn in place and vanishes at its end; nothing where there is no terminal."""
+
+from tqdm import tqdm
+
+
+def progress_bar(description: str, total: int | None, unit: str = "it", position: int = 0) -> tqdm:
+    """A bar over `total` units on stderr. `position`: its line, for several processes on one terminal."""
+    short = " ".join(description.split())  # a line break would make the bar scroll
+    short = short if len(short) <= 40 else short[:39] + "…"
+    return tqdm(
+        total=total, desc=short, unit=unit, position=position, leave=False, dynamic_ncols=True, disable=None, delay=0.2
+    )
