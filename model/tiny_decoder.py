@@ -1,0 +1,166 @@
+"""A small, fast decoder in the layout of TAEHV (`taew2_1`): 2-D convolutions with one frame of memory.
+
+    latents [B, F, 16, h, w], normalised, as the transformer makes them -> pixels [B, 1 + 4 (F - 1), 3, 8 h, 8 w]
+
+Every memory block sees the current frame and the one before it (zeros before the first); temporal growth makes two
+frames of one, twice. F latent frames so give 4 F pixel frames, of which the first 3 come before the clip starts and
+are dropped. Frames are processed in parallel; across calls only each memory block's last input frame is carried.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from configs.errors import UserError
+
+FRAMES_TO_TRIM = 3  # pixel frames before the clip starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyDecoderConfig:
+    """Sizes of the decoder; the defaults are those of `taew2_1`."""
+
+    latent_channels: int = 16
+    widths: tuple[int, int, int, int] = (256, 128, 64, 64)  # channels of the three stages and of the last convolution
+    growth: tuple[int, int, int] = (1, 2, 2)  # frames made of one at the end of each stage
+    bias: bool = False  # of the convolutions between stages
+
+
+class Clamp(nn.Module):
+    """Soft limit: 3 tanh(x / 3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class MemoryBlock(nn.Module):
+    """Residual block over [this frame ; the frame before it]. Names `conv.{0,2,4}` are those of the public file."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        """`x` and `past` [N, C, H, W], frame n of `past` being the one before frame n of `x`."""
+        return functional.relu(self.conv(torch.cat([x, past], dim=1)) + x)
+
+
+class TemporalGrowth(nn.Module):
+    """`stride` frames from one, by a 1x1 convolution whose output channels are cut into frames."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N stride, C, H, W]; frames stay next to each other."""
+        return self.conv(x).reshape(-1, *x.shape[1:])
+
+
+class TinyDecoder(nn.Module):
+    """The decoder as one sequence, so that its keys are `decoder.N...` as in the public file."""
+
+    def __init__(self, config: TinyDecoderConfig | None = None):
+        super().__init__()
+        self.config = config or TinyDecoderConfig()
+        widths, bias = self.config.widths, self.config.bias
+        layers: list[nn.Module] = [
+            Clamp(),
+            nn.Conv2d(self.config.latent_channels, widths[0], 3, padding=1),
+            nn.ReLU(inplace=True),
+        ]
+        for width, following, stride in zip(widths[:3], widths[1:], self.config.growth, strict=True):
+            layers += [MemoryBlock(width) for _ in range(3)]
+            layers += [nn.Upsample(scale_factor=2), TemporalGrowth(width, stride)]
+            layers += [nn.Conv2d(width, following, 3, padding=1, bias=bias)]
+        layers += [nn.ReLU(inplace=True), nn.Conv2d(widths[3], 3, 3, padding=1)]
+        self.decoder = nn.Sequential(*layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder[1].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder[1].weight.device
+
+    def forward(self, latents: Tensor, memory: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Latents [B, F, C, h, w] -> all 4 F frames [B, 4 F, 3, 8 h, 8 w] in about [0, 1], and the memory after them.
+
+        `memory` is what the call before returned; None at the start of a clip.
+        """
+        batch = latents.shape[0]
+        x = latents.flatten(0, 1)
+        after: list[Tensor] = []
+        for layer in self.decoder:
+            if isinstance(layer, MemoryBlock):
+                frames = x.unflatten(0, (batch, -1))
+                first = frames.new_zeros(frames[:, :1].shape) if memory is None else memory[len(after)]
+                past = torch.cat([first, frames[:, :-1]], dim=1)
+                after.append(frames[:, -1:].clone())  # a copy: a view would keep all frames alive
+                x = layer(x, past.flatten(0, 1))
+            else:
+                x = layer(x)
+        return x.unflatten(0, (batch, -1)), after
+
+
+class TinyDecoderCodec:
+    """The tiny decoder behind the codec's interface. It decodes only."""
+
+    def __init__(self, decoder: TinyDecoder):
+        self.decoder = decoder
+
+    def to(self, *args: Any, **kwargs: Any) -> "TinyDecoderCodec":
+        """As `torch.nn.Module.to`."""
+        self.decoder.to(*args, **kwargs)
+        return self
+
+    @property
+    def latent_channels(self) -> int:
+        return self.decoder.config.latent_channels
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Refused: the layout's encoder is not part of this decoder."""
+        raise UserError("model.codec=taehv decodes only; set model.codec=wan to encode pixels")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] -> float32 pixels [B, 1 + 4 (F - 1), 3, H, W] in [-1, 1]."""
+        return self.stream().decode(latents)
+
+    def stream(self) -> "TinyDecoderStream":
+        return TinyDecoderStream(self.decoder)
+
+
+class TinyDecoderStream:
+    """What the memory blocks carry of one clip."""
+
+    def __init__(self, decoder: TinyDecoder):
+        self._decoder = decoder
+        self._memory: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Next latents [B, f, C, h, w] -> float32 pixels [B, T, 3, H, W]; T = 1 + 4 (f - 1) at first, then 4 f."""
+        starts = self._memory is None
+        frames, self._memory = self._decoder(latents.to(self._decoder.dtype), self._memory)
+        if starts:
+            frames = frames[:, FRAMES_TO_TRIM:]
+        return frames.float().mul(2).sub(1).clamp(-1, 1)
+
+    def snapshot(self) -> list[Tensor] | None:
+        """Memory so far; its tensors are never written in place."""
+        return self._memory
+
+    def restore(self, snapshot: list[Tensor] | None) -> None:
+        """Go back to where `snapshot` was taken."""
+        self._memory = snapshot
