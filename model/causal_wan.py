@@ -1,0 +1,275 @@
+"""The causal student: what differs from diffusers' Wan transformer.
+
+    latents   [B, F, C, H, W]     tokens  [B, L, D], L = F x tokens_per_frame, frame-major, then rows, then columns
+    timestep  [B] or [B, F]       modulation  [B, 1 or F, 6, D], applied to tokens seen as [B, 1 or F, tokens, D]
+
+Parameters, their names and the config are those of `WanTransformer3DModel`, and so `from_pretrained`, LoRA and the
+choice of attention backend are too. What is added: a timestep for each latent frame, rotary positions that start at
+any frame, self-attention that reads and writes a chunk cache (model/cache.py) or takes a mask over the whole sequence,
+and text keys that are computed once a prompt.
+
+Numerics are diffusers': layer norms, modulation and rotation in float32 whatever the weights, time embedding from
+float32 timesteps. A wrapper that casts a module's inputs must leave `timestep` alone.
+"""
+
+import functools
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from model.cache import KV, LayerView, View
+
+TextKV = list[KV]  # cross-attention keys and values of each layer, [B, text tokens, heads, head_dim]
+Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, L, 1, head_dim / 2], float32
+Mask = Tensor | BlockMask  # over self-attention: bool [L, L], True = may attend; or flex attention's
+
+
+class CausalWanModel(WanTransformer3DModel):
+    """Wan2.1 text-to-video transformer over chunks of a stream; predicts v = eps - x0."""
+
+    _no_split_modules = ["CausalWanBlock"]
+    _repeated_blocks = ["CausalWanBlock"]
+    _cp_plan = None  # the base's plan splits tokens, which would tear frames from their modulation
+
+    @functools.wraps(WanTransformer3DModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.image_dim or self.config.added_kv_proj_dim:
+            raise UserError(
+                f"image_dim={self.config.image_dim} in the student's config.json is an image-to-video network; "
+                "use text-to-video weights"
+            )
+        assert self.config.patch_size[0] == 1, "a token must lie in one latent frame"
+        for block in self.blocks:
+            block.__class__ = CausalWanBlock  # same parameters, another forward
+        self.rope = FrameRotary(self.config.attention_head_dim)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: TextKV | Tensor,
+        *,
+        view: View | None = None,
+        start_frame: int = 0,
+        mask: Mask | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tensor:
+        """v of [B, F, C, H, W] latents at timestep [B] or [B, F] in 0..1000; same shape, dtype of the weights.
+
+        text: raw embedding [B, text tokens, text_dim], or what `text_kv` made of it.
+        view: the latents are one chunk, whose past is read from the cache and whose keys are written to it.
+        mask: without a view, who attends to whom over the whole sequence; None = all to all.
+        frame_ids: [F] integers on the latents' device, the rotary index of each frame; default from start_frame on.
+        """
+        assert view is None or mask is None, "a chunk sees its cache; a mask is for whole sequences"
+        frames, (_, ph, pw) = latents.shape[1], self.config.patch_size
+        height, width = latents.shape[3] // ph, latents.shape[4] // pw
+        if frame_ids is None:
+            frame_ids = torch.arange(start_frame, start_frame + frames, device=latents.device)
+        rotation = self.rope(frame_ids, height, width)
+
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype).transpose(1, 2))
+        x = rearrange(x, "b d f h w -> b (f h w) d").contiguous()
+        temb, modulation = self._embed_time(timestep, x.dtype)
+        if isinstance(text, Tensor):
+            text = [self._embed_text(text)] * len(self.blocks)
+
+        for i, block in enumerate(self.blocks):
+            past = None if view is None else view.layer(i)
+            args = (x, modulation, rotation, text[i], past, mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, kept = self._gradient_checkpointing_func(block, *args)
+            else:
+                x, kept = block(*args)
+            if kept is not None:
+                view.keep(i, kept)  # here, and not in the block, which may be run again by the backward pass
+
+        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
+        x = _modulate(self.norm_out(x.float()), shift, scale).type_as(x)
+        return rearrange(
+            self.proj_out(x), "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=ph, q=pw
+        )
+
+    def text_kv(self, text: Tensor) -> TextKV:
+        """Cross-attention keys and values of every layer for a raw embedding [B, text tokens, text_dim]."""
+        text = self._embed_text(text)
+        return [block.text_kv(text) for block in self.blocks]
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        """[B, text tokens, text_dim] -> [B, text tokens, D]."""
+        embedder = self.condition_embedder.text_embedder
+        return embedder(text.to(embedder.linear_1.weight.dtype))
+
+    def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Timestep [B] or [B, F] -> embedding [B, 1 or F, D] and modulation of the blocks [B, 1 or F, 6, D]."""
+        assert timestep.dtype not in (torch.bfloat16, torch.float16), f"timesteps in {timestep.dtype} are others"
+        embedder = self.condition_embedder
+        timestep = timestep[:, None] if timestep.ndim == 1 else timestep
+        with torch.autocast(timestep.device.type, enabled=False):
+            wave = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
+            temb = embedder.time_embedder(wave.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
+            modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype))
+        return temb, modulation.unflatten(-1, (6, -1))
+
+
+class CausalWanBlock(WanTransformerBlock):
+    """Self-attention over the visible chunks, cross-attention to the text, feed-forward."""
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotation: Rotation,
+        text: Tensor | KV,
+        past: LayerView | None = None,
+        mask: Mask | None = None,
+    ) -> tuple[Tensor, KV | None]:
+        """x [B, L, D] -> x, and the chunk's keys and values where the cache wants to be handed them.
+
+        modulation [B, 1 or F, 6, D]; text embedded [B, text tokens, D], or its keys and values.
+        """
+        table = (self.scale_shift_table + modulation.float()).unsqueeze(3)  # [B, 1 or F, 6, 1, D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
+
+        y = _modulate(self.norm1(x.float()), shift, scale).type_as(x)
+        y, kept = self._attend_past(y, rotation, past, mask)
+        x = (x.float() + _gate(y, gate)).type_as(x)
+
+        y = self.norm2(x.float()).type_as(x)
+        x = x + self._attend_text(y, self.text_kv(text) if isinstance(text, Tensor) else text)
+
+        y = _modulate(self.norm3(x.float()), ffn_shift, ffn_scale).type_as(x)
+        x = (x.float() + _gate(self.ffn(y).float(), ffn_gate)).type_as(x)
+        return x, kept
+
+    def text_kv(self, text: Tensor) -> KV:
+        """Cross-attention keys and values of embedded text [B, text tokens, D]."""
+        attn = self.attn2
+        k, v = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
+        return attn.norm_k(k).type_as(v).unflatten(2, (attn.heads, -1)), v.unflatten(2, (attn.heads, -1))
+
+    def _attend_past(
+        self, x: Tensor, rotation: Rotation, past: LayerView | None, mask: Mask | None
+    ) -> tuple[Tensor, KV | None]:
+        attn = self.attn1
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        q, k = _rotate(q, rotation).type_as(v), _rotate(k, rotation).type_as(v)  # autocast norms in float32
+        kept = None
+        if past is not None:
+            (k, v), kept = past.put(k, v)
+        return _attend(attn, q, k, v, mask), kept
+
+    def _attend_text(self, x: Tensor, text: KV) -> Tensor:
+        attn = self.attn2
+        k, v = text
+        q = attn.norm_q(attn.to_q(x)).type_as(v).unflatten(2, (attn.heads, -1))
+        return _attend(attn, q, k, v, None)
+
+
+class FrameRotary(nn.Module):
+    """Rotary angles for any latent frame index, also past the 1,024 positions of the base's table.
+
+    A head's channel pairs are split between frame, row and column (44/42/42 of 128), theta 10000, angles in float64.
+    Holds no tensor: a buffer would be rounded by `model.to(torch.bfloat16)`.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0):
+        super().__init__()
+        space = 2 * (head_dim // 6)
+        self.axes = (head_dim - 2 * space, space, space)
+        self.theta = theta
+
+    def forward(self, frame_ids: Tensor, height: int, width: int) -> Rotation:
+        """cos and sin, float32 [1, F x height x width, 1, head_dim / 2], for integers frame_ids [F]."""
+        sizes = (len(frame_ids), height, width)
+        positions = (frame_ids, *(torch.arange(n, device=frame_ids.device) for n in sizes[1:]))
+        parts = []
+        for axis, (dim, position) in enumerate(zip(self.axes, positions, strict=True)):
+            exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim
+            angle = torch.outer(position.double(), self.theta**-exponent)
+            shape = [n if i == axis else 1 for i, n in enumerate(sizes)]
+            parts.append([part.float().view(*shape, -1).expand(*sizes, -1) for part in (angle.cos(), angle.sin())])
+        cos, sin = (torch.cat(part, dim=-1).flatten(0, 2)[None, :, None] for part in zip(*parts, strict=True))
+        return cos, sin
+
+
+def chunk_causal_mask(
+    geometry: Geometry,
+    frames: int,
+    device: torch.device | str,
+    *,
+    teacher_forcing: bool = False,
+    kind: str = "dense",
+) -> Mask:
+    """Who attends to whom when a whole clip of `frames` latent frames is one sequence.
+
+    Chunk b sees `geometry.visible_chunks(b)`. With teacher forcing the sequence is [context ; noisy], 2 x frames with
+    the same frame_ids twice: context chunk b sees context chunks as above, noisy chunk b sees the same context chunks
+    but b, and its own noisy chunk. kind "dense": bool [L, L]; "flex": a BlockMask, for sequences whose L x L would
+    not fit.
+    """
+    n, tokens = geometry.num_chunks(frames), geometry.tokens_per_chunk
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for b in range(n):
+        seen[b, geometry.visible_chunks(b)] = True
+    if teacher_forcing:
+        own = torch.eye(n, dtype=torch.bool)
+        seen = torch.cat([torch.cat([seen, torch.zeros_like(seen)], 1), torch.cat([seen & ~own, own], 1)], 0)
+    seen = seen.to(device)
+    if kind == "dense":
+        return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    assert kind == "flex", f"kind={kind}"
+
+    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen[query // tokens, key // tokens]
+
+    length = len(seen) * tokens
+    make = torch.compile(create_block_mask) if seen.is_cuda else create_block_mask  # eager would hold all L x L
+    return make(rule, None, None, length, length, device=seen.device)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, L, D] with shift and scale [B, 1 or F, 1, D]."""
+    return (x.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+
+
+def _gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x [B, L, D] with gate [B, 1 or F, 1, D]."""
+    return (x.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+
+
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn neighbouring channel pairs of x [B, L, heads, head_dim], in float32."""
+    cos, sin = rotation
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def _attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """Attention by the backend that was chosen for the model, and the output projection; [B, L, D]."""
+    if isinstance(mask, BlockMask):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
+    elif mask is not None:
+        out = dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others refuse a mask
+    else:
+        out = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+    return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+
+
+@functools.cache
+def _flex(compiled: bool):
+    """Flex attention, which computes all L x L scores unless it is compiled."""
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

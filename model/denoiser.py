@@ -1,0 +1,90 @@
+"""Student, teacher and critic as functions from a noisy sample to x0.
+
+Latents [B, F, C, H, W]. t is a float, or a tensor [B] (the student's also [B, F]), in 0..1000. What is returned has
+the dtype of x_t; the networks compute in the dtype of their weights, and v -> x0 is float32.
+"""
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from model.cache import View
+from model.causal_wan import CausalWanModel, Mask, TextKV
+from model.flow import x0_from_v
+
+
+class Student:
+    """The causal few-step generator."""
+
+    def __init__(self, model: CausalWanModel):
+        self.model = model
+
+    def v(
+        self,
+        x_t: Tensor,
+        t: float | Tensor,
+        text: TextKV | Tensor,
+        view: View | None = None,
+        start_frame: int = 0,
+        *,
+        mask: Mask | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tensor:
+        """v = eps - x0 of a chunk (view) or of a whole sequence (mask), in the dtype of x_t."""
+        t = as_timestep(t, x_t)
+        v = self.model(x_t, t, text, view=view, start_frame=start_frame, mask=mask, frame_ids=frame_ids)
+        return v.to(x_t.dtype)
+
+    def x0(
+        self,
+        x_t: Tensor,
+        t: float | Tensor,
+        text: TextKV | Tensor,
+        view: View | None = None,
+        start_frame: int = 0,
+        *,
+        mask: Mask | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x0 = x_t - sigma v."""
+        t = as_timestep(t, x_t)
+        v = self.model(x_t, t, text, view=view, start_frame=start_frame, mask=mask, frame_ids=frame_ids)
+        return x0_from_v(x_t, v, t)
+
+
+class Score:
+    """A bidirectional Wan transformer over whole clips: teacher or critic. text: [B, text tokens, text_dim]."""
+
+    def __init__(self, model: WanTransformer3DModel):
+        self.model = model
+
+    def v(self, x_t: Tensor, t: float | Tensor, text: Tensor) -> Tensor:
+        """v = eps - x0, in the dtype of the weights."""
+        t = as_timestep(t, x_t)
+        assert t.ndim == 1, "one timestep a sample; only the student takes one a frame"
+        dtype = self.model.patch_embedding.weight.dtype
+        (v,) = self.model(x_t.transpose(1, 2).to(dtype), t, text.to(dtype), return_dict=False)
+        return v.transpose(1, 2)
+
+    def x0(self, x_t: Tensor, t: float | Tensor, text: Tensor) -> Tensor:
+        """x0 = x_t - sigma v."""
+        t = as_timestep(t, x_t)
+        return x0_from_v(x_t, self.v(x_t, t, text), t)
+
+    def guided_x0(self, x_t: Tensor, t: float | Tensor, text: Tensor, null_text: Tensor, scale: float) -> Tensor:
+        """cond + scale (cond - uncond), both from one batched forward. null_text: [B or 1, text tokens, text_dim].
+
+        Scale 0 is no guidance; the usual weight w of uncond + w (cond - uncond) is scale + 1.
+        """
+        t = as_timestep(t, x_t)
+        both = torch.cat([text, null_text.expand_as(text)])
+        v_cond, v_null = self.v(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
+        return x0_from_v(x_t, v_cond + scale * (v_cond - v_null), t)
+
+
+def as_timestep(t: float | Tensor, x: Tensor) -> Tensor:
+    """t as a float32 tensor on x's device, [B] if it was a number; filling one needs no wait for the device."""
+    if isinstance(t, Tensor):
+        assert t.dtype not in (torch.bfloat16, torch.float16), f"timesteps in {t.dtype} are other timesteps"
+        return t.to(device=x.device, dtype=torch.float32)
+    return torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)

@@ -1,0 +1,65 @@
+"""Rectified-flow algebra, written once.
+
+    x_t = (1 - sigma) x0 + sigma eps        sigma = t / 1000
+    v   = eps - x0                          what the networks predict
+    x0  = x_t - sigma v
+
+t is [B] (one level a sample) or [B, F] (one a latent frame), in 0..1000, float32 or better: bfloat16 would turn
+t = 933 into 932, which is another row of the schedule. x is [B, F, ...]. The algebra runs in float32, or in float64
+where an input has it, and is cast back to the dtype of the first argument.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+TIME = 1000.0  # timestep of pure noise
+
+Time = TypeVar("Time", float, Tensor)
+
+
+def sigma(t: Time) -> Time:
+    """Noise level in [0, 1] of timestep t."""
+    if isinstance(t, Tensor):
+        assert t.dtype not in (torch.bfloat16, torch.float16), f"timesteps in {t.dtype} are other timesteps"
+        t = t if t.dtype == torch.float64 else t.float()
+    return t / TIME
+
+
+def shift_time(t: Time, shift: float) -> Time:
+    """Timestep warped by the shift s: sigma' = s sigma / (1 + (s - 1) sigma). Keeps 0 and 1000 where they are."""
+    s = sigma(t)
+    return TIME * shift * s / (1 + (shift - 1) * s)
+
+
+def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - sigma) x0 + sigma eps."""
+    s, x, e = _aligned(t, x0, eps)
+    return ((1 - s) * x + s * e).to(x0.dtype)
+
+
+def x0_from_v(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x0 = x_t - sigma v."""
+    s, x, v = _aligned(t, x_t, v)
+    return (x - s * v).to(x_t.dtype)
+
+
+def v_from_x0(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """v = (x_t - x0) / sigma; t must not be 0, where x_t says nothing of v."""
+    s, x, x0 = _aligned(t, x_t, x0)
+    return ((x - x0) / s).to(x_t.dtype)
+
+
+def v_target(x0: Tensor, eps: Tensor) -> Tensor:
+    """v = eps - x0, the regression target of flow matching."""
+    dtype = torch.promote_types(torch.promote_types(x0.dtype, eps.dtype), torch.float32)
+    return (eps.to(dtype) - x0.to(dtype)).to(x0.dtype)
+
+
+def _aligned(t: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma(t) shaped to broadcast over x, and x and y, all in float32 or better."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    s = sigma(t)
+    assert tuple(s.shape) == tuple(x.shape[: s.ndim]) or s.ndim == 0, f"t {list(t.shape)} for x {list(x.shape)}"
+    return s.reshape(s.shape + (1,) * (x.ndim - s.ndim)).to(dtype), x.to(dtype), y.to(dtype)
