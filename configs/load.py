@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def _override(text: str) -> dict:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key.strip()}={value}"]), resolve=False)
     except yaml.YAMLError as error:
-        raise UserError(f"override={text} is not valid YAML: {_yaml_problem(error)}; quote the value") from None
+        raise UserError(f"override={text} is not valid YAML: {_yaml_problem(error)}; close its brackets") from None
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"override={text} cannot be read: {str(error).splitlines()[0]}; write key.sub=value") from None
 
@@ -162,22 +162,27 @@ def _writable_schema():
 
 
 def _describe(error: OmegaConfBaseException, layers: list[dict]) -> str:
-    """One sentence naming field, value and expected type of what OmegaConf refused."""
-    key = error.full_key or ""
-    name = key.partition("[")[0]
+    """One sentence naming field, value and expected type of the first value that OmegaConf refuses by itself."""
     fields = _fields(Config, "")
-    while name and name not in fields:
-        name = name.rpartition(".")[0]
-    if not name:
-        return f"the configuration cannot be built: {str(error).splitlines()[0]}; see configs/schema.py"
-    value: Any = None
-    for layer in layers:
-        node: Any = layer
-        for part in name.split("."):
-            node = node[part] if isinstance(node, dict) and part in node else dataclasses.MISSING
-        value = value if node is dataclasses.MISSING else node
-    shown = "null" if value is None else value
-    return f"{name}={shown} has the wrong type; it must be {_type_name(fields[name])}"
+    for name, value in (leaf for layer in layers for leaf in _leaves(layer, fields, "")):
+        alone = value
+        for key in reversed(name.split(".")):
+            alone = {key: alone}
+        try:
+            OmegaConf.to_container(OmegaConf.merge(_writable_schema(), alone), resolve=True)
+        except OmegaConfBaseException:
+            shown = "null" if value is None else value
+            return f"{name}={shown} has the wrong type; it must be {_type_name(fields[name])}"
+    return f"the configuration cannot be built: {str(error).splitlines()[0]}; see configs/schema.py"
+
+
+def _leaves(values: dict, fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(full dotted key, value) of every setting in a checked layer."""
+    for key, value in values.items():
+        if dataclasses.is_dataclass(fields[f"{prefix}{key}"]):
+            yield from _leaves(value, fields, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _type_name(hint: Any) -> str:

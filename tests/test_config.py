@@ -1,0 +1,195 @@
+"""configs/load.py: what merges over what, and that every mistake is one sentence with a field, its value and a fix."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from configs.load import CHECKOUT, load_config, presets, to_dict, to_yaml
+from configs.schema import Config
+
+TINY = "configs/tiny.yaml"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path, *overrides: str) -> str:
+    """The message of the UserError, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", presets())
+def test_every_preset_loads_and_comes_back_from_its_own_yaml(path, tmp_path):
+    config = load_config(path)
+    assert load_config(write(tmp_path, "again.yaml", to_yaml(config))) == config
+
+
+def test_an_empty_file_is_the_schema_s_defaults(tmp_path):
+    assert load_config(write(tmp_path, "empty.yaml", "")) == Config()
+    assert load_config(write(tmp_path, "sections.yaml", "video:\nstream:\n")) == Config()
+
+
+def test_the_tree_is_frozen_and_typed():
+    config = load_config(TINY)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.video.height = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "other"
+    assert isinstance(config.schedule.shift, float) and isinstance(config.training.optimizer.betas, list)
+
+
+def test_tiny_preset_is_the_paper_s_schedule_at_the_tiny_size():
+    config = load_config(TINY)
+    assert (config.video.height, config.video.width, config.video.num_latent_frames) == (64, 96, 21)
+    assert (config.schedule.steps, config.schedule.shift, config.stream.context) == ("4322222", 5.0, "last_step")
+    assert (config.stream.window_frames, config.stream.sink_frames, config.model.text_tokens) == (12, 3, 32)
+
+
+def test_a_preset_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(TINY) == load_config(CHECKOUT / TINY)
+    write(tmp_path, "mine.yaml", "name: mine")
+    assert load_config("mine.yaml").name == "mine"
+
+
+def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path):
+    write(tmp_path, "under.yaml", "seed: 1\nname: under\nvideo: {fps: 8, height: 128}\nschedule: {steps: [5, 4]}\n")
+    top = write(tmp_path, "top.yaml", "base: under.yaml\nname: top\nvideo:\n  height: 256\nschedule: {steps: [3]}\n")
+    config = load_config(top, ["video.fps=24", "video.fps=30"])
+    assert (config.seed, config.name, config.video.height, config.video.fps) == (1, "top", 256, 30)
+    assert config.schedule.steps == [3], "lists are replaced, not merged"
+
+
+def test_bases_chain_and_are_relative_to_the_file_that_names_them(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "a.yaml", "seed: 1\nname: a\nvideo: {fps: 8}")
+    write(tmp_path / "sub", "b.yaml", "base: ../a.yaml\nname: b")
+    config = load_config(write(tmp_path, "c.yaml", "base: sub/b.yaml\nseed: 3"))
+    assert (config.seed, config.name, config.video.fps) == (3, "b", 8)
+
+
+@pytest.mark.parametrize(
+    "override, section, key, value",
+    [
+        ("schedule.timesteps=[[1000, 500], [1000]]", "schedule", "timesteps", [[1000.0, 500.0], [1000.0]]),
+        ("stream.context_by_chunk.0=clean", "stream", "context_by_chunk", {0: "clean"}),
+        ("stream.context_by_chunk={1: renoise, 2: clean}", "stream", "context_by_chunk", {1: "renoise", 2: "clean"}),
+        ("model.teacher=null", "model", "teacher", None),
+        ("inference.profile=true", "inference", "profile", True),
+        ("inference.output_folder=a=b", "inference", "output_folder", "a=b"),
+        ("schedule.first=1e3", "schedule", "first", 1000.0),
+        ("training.init.student=logs/x", "training", "init", {"student": "logs/x"}),
+    ],
+)
+def test_override_values_are_yaml(override, section, key, value):
+    assert to_dict(load_config(TINY, [override]))[section][key] == value
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("stream.window_frame=9", "stream.window_frame is not a setting; did you mean stream.window_frames?"),
+        ("window_frames=9", "window_frames is not a setting; did you mean stream.window_frames?"),
+        ("steam.window_frames=9", "steam is not a setting; did you mean stream?"),
+        ("training.optimizer.learning=1", "training.optimizer.learning is not a setting"),
+        ("qqqqq=1", "qqqqq is not a setting; configs/schema.py lists them all"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(override, expected):
+    assert refusal(TINY, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("video.height", "tall", "an integer"),
+        ("video.height", "null", "an integer"),
+        ("video.height", "64.5", "an integer"),
+        ("video.height", "[64]", "an integer"),
+        ("schedule.shift", "five", "a number"),
+        ("inference.profile", "perhaps", "true or false"),
+        ("model.student", "${nowhere}", "text"),
+        ("model.teacher", "[]", "text or null"),
+        ("training.optimizer.betas", "[0.9, x]", "a list of numbers"),
+        ("training.init", "[student]", "a mapping from texts to texts"),
+        ("stream.context_by_chunk", "{x: clean}", "a mapping from integers to texts"),
+        ("schedule.timesteps", "[1000, 500]", "a list of lists of numbers or null"),
+        ("schedule.timesteps", "[[1000, x]]", "a list of lists of numbers or null"),
+    ],
+)
+def test_a_wrong_type_names_field_value_and_expected_type(field, value, expected):
+    message = refusal(TINY, f"{field}={value}")
+    assert message.replace("'", "") == f"{field}={value} has the wrong type; it must be {expected}"
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("schedule.shift=.nan", "schedule.shift=nan is not a finite number; give a finite one"),
+        ("schedule.shift=.inf", "schedule.shift=inf is not a finite number; give a finite one"),
+        ("video=480", "video=480 is a section, not a value; set one of its keys: height, width"),
+    ],
+)
+def test_a_value_that_no_setting_may_have_is_refused(override, expected):
+    assert refusal(TINY, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "override, field",
+    [
+        ("video.fps=0", "video.fps=0"),
+        ("stream.window_frames=10", "stream.window_frames=10"),
+        ("stream.context=cleen", "stream.context=cleen"),
+        ("stream.context_by_chunk.2=cleen", "stream.context_by_chunk.2=cleen"),
+        ("video.num_latent_frames=20", "video.num_latent_frames=20"),
+        ("training.stage=sleep", "training.stage=sleep"),
+    ],
+)
+def test_a_value_out_of_range_is_the_schema_s_own_sentence(override, field):
+    message = refusal(TINY, override)
+    assert message.startswith(f"{field} is ") and "; " in message
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "", "video.fps=[1", "base=tiny.yaml", "video..fps=3"])
+def test_a_malformed_override_is_refused(override):
+    assert refusal(TINY, override)
+
+
+def test_a_missing_file_lists_the_presets():
+    message = refusal("configs/none.yaml")
+    assert message.startswith("config_path=configs/none.yaml does not exist") and TINY in message
+
+
+def test_a_syntax_error_names_file_and_line(tmp_path):
+    message = refusal(write(tmp_path, "bad.yaml", "name: x\nvideo:\n  height: [1\n  width: 3\n"))
+    assert re.search(r"bad\.yaml is not valid YAML: line 4, column 8: ", message)
+    assert "line 2" in refusal(write(tmp_path, "twice.yaml", "seed: 1\nseed: 2\n")), "a key given twice"
+
+
+@pytest.mark.parametrize("text, expected", [("- 1\n- 2\n", "holds a list"), ("base: 3\n", "base=3 in")])
+def test_a_file_that_is_no_mapping_is_refused(text, expected, tmp_path):
+    assert expected in refusal(write(tmp_path, "odd.yaml", text))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00name")
+    assert "is not UTF-8 text" in refusal(tmp_path / "binary.yaml")
+
+
+def test_a_circle_of_bases_is_refused(tmp_path):
+    a = write(tmp_path, "a.yaml", "base: b.yaml")
+    write(tmp_path, "b.yaml", "base: a.yaml")
+    assert "closes a circle (a.yaml -> b.yaml -> a.yaml)" in refusal(a)
+
+
+def test_a_missing_base_is_refused(tmp_path):
+    assert "gone.yaml does not exist" in refusal(write(tmp_path, "a.yaml", "base: gone.yaml"))
