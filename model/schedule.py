@@ -1,0 +1,217 @@
+"""The diagonal schedule: the timesteps of each chunk and what is left of a chunk for later ones, as a value.
+
+Un-warped timesteps run evenly from `first` to `last`; the shift warps them (100 -> 357.1, 550 -> 859.4 at shift 5).
+Steps fall from chunk to chunk, and the last row repeats for all later chunks (Diagonal Distillation, arXiv 2603.09488).
+Context policies, and the noise level at which a chunk's keys end up:
+
+    last_step   those of the last denoising step, at its timestep; no extra pass (diagonal forcing)
+    clean       an extra pass over the final x0 at t = 0 (Self-Forcing)
+    renoise     an extra pass over the final x0, re-noised to `renoise_timestep`
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import ScheduleConfig, StreamConfig
+from model.flow import TIME, shift_time
+
+EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # the paper's table of schedules and its figure; they leave the context policy to stream.context
+        "paper_5432222": {"steps": "5432222", **EVEN},
+        "paper_4322222": {"steps": "4322222", **EVEN},
+        "paper_4222222": {"steps": "4222222", **EVEN},
+        "paper_5333333": {"steps": "5333333", **EVEN},
+        # the released code's literals, already warped
+        "release": {
+            "timesteps": [[1000, 933, 733, 357.142857], [1000, 933, 357.142857], [1000, 357.142857]],
+            "context": "last_step",
+        },
+        # Self-Forcing's four steps, 1000 750 500 250 before the warp
+        "self_forcing": {"steps": "4", **EVEN, "last": 250.0, "context": "clean"},
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Rows of timesteps and context policies, both of which repeat their last word for all later chunks."""
+
+    rows: tuple[tuple[float, ...], ...]  # timesteps in (0, 1000], falling
+    policy: str = "last_step"
+    exceptions: tuple[tuple[int, str], ...] = ()  # (chunk, policy), by chunk
+    renoise_timestep: float = 0.0
+
+    @classmethod
+    def from_config(cls, schedule: ScheduleConfig, stream: StreamConfig) -> "Schedule":
+        """The schedule that a config describes. A preset's own context policy goes before stream.context."""
+        policy, rows = stream.context, None
+        if schedule.preset is not None:
+            preset = dict(_preset(schedule))
+            policy = preset.pop("context", policy)
+            schedule = ScheduleConfig(**preset)
+        rows = _given_rows(schedule.timesteps) if schedule.timesteps is not None else _even_rows(schedule)
+        return cls(
+            rows=rows,
+            policy=policy,
+            exceptions=tuple(sorted(stream.context_by_chunk.items())),
+            renoise_timestep=float(stream.context_timestep),
+        )
+
+    def row(self, chunk: int) -> tuple[float, ...]:
+        """Timesteps of `chunk`."""
+        return self.rows[min(chunk, len(self.rows) - 1)]
+
+    def context(self, chunk: int) -> str:
+        """Context policy of `chunk`."""
+        return dict(self.exceptions).get(chunk, self.policy)
+
+    def context_timestep(self, chunk: int) -> float | None:
+        """Timestep of the extra pass that `chunk` makes for its context, None if it makes none."""
+        return {"last_step": None, "clean": 0.0, "renoise": self.renoise_timestep}[self.context(chunk)]
+
+    def context_level(self, chunk: int) -> float:
+        """Timestep of the keys that later chunks see of `chunk`."""
+        level = self.context_timestep(chunk)
+        return self.row(chunk)[-1] if level is None else level
+
+    def nfe(self, num_chunks: int) -> int:
+        """Evaluations of the student for so many chunks, context passes included."""
+        return sum(len(self.row(k)) + (self.context_timestep(k) is not None) for k in range(num_chunks))
+
+    def table(self, num_chunks: int | None = None, geometry: Geometry | None = None) -> str:
+        """The schedule as text: a line for each run of equal chunks, then the total of evaluations.
+
+        `2+` means chunk 2 and all later ones. With a geometry, the latent frames whose keys a chunk sees, too. Without
+        `num_chunks` only what differs is shown, and no total.
+        """
+        settled = max(len(self.rows), *(chunk + 2 for chunk, _ in self.exceptions), 1)
+        shown = settled if num_chunks is None else num_chunks
+        horizon = max(settled, shown + 1, (geometry.window_chunks + 1) if geometry else 0)
+        cells = [self._cells(k, geometry) for k in range(horizon)]
+        lines = [["chunk", "steps", "timesteps", "context", "level", *(["KV frames"] if geometry else [])]]
+        start = 0
+        while start < shown:
+            end = start
+            while end + 1 < horizon and cells[end + 1] == cells[start]:
+                end += 1
+            last = min(end, shown - 1)
+            label = f"{start}+" if end == horizon - 1 else str(start) if last == start else f"{start}-{last}"
+            lines.append([label, *cells[start]])
+            start = end + 1
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        if num_chunks is not None:
+            text.append(f"total: {self.nfe(num_chunks)} NFE for {num_chunks} chunk{'s' * (num_chunks != 1)}")
+        return "\n".join(text)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, as a JSON file holds them."""
+        return {
+            "rows": [list(row) for row in self.rows],
+            "policy": self.policy,
+            "exceptions": [list(item) for item in self.exceptions],
+            "renoise_timestep": self.renoise_timestep,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
+        """The inverse of `to_dict`."""
+        return cls(
+            rows=tuple(tuple(float(t) for t in row) for row in values["rows"]),
+            policy=values["policy"],
+            exceptions=tuple((int(chunk), policy) for chunk, policy in values["exceptions"]),
+            renoise_timestep=float(values["renoise_timestep"]),
+        )
+
+    def _cells(self, chunk: int, geometry: Geometry | None) -> list[str]:
+        """What the table says of a chunk, its number apart."""
+        row = self.row(chunk)
+        width = max(len(_short(t)) for row in self.rows for t in row)
+        cells = [str(len(row)), "  ".join(_short(t).ljust(width) for t in row).rstrip()]
+        cells += [self.context(chunk), _short(self.context_level(chunk))]
+        return cells + ([str(geometry.kv_frames(chunk))] if geometry else [])
+
+
+def _short(t: float) -> str:
+    """One decimal, and none where it is zero."""
+    return f"{t:.1f}".removesuffix(".0")
+
+
+def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:
+    """Fields of the preset; refuses an unknown name, and other fields beside it."""
+    name = schedule.preset
+    if name not in PRESETS:
+        raise UserError(f"schedule.preset={name} is unknown; use one of {', '.join(PRESETS)}")
+    default = asdict(ScheduleConfig())
+    for field in fields(schedule):
+        value = vars(schedule)[field.name]
+        if field.name != "preset" and value != default[field.name]:
+            raise UserError(
+                f"schedule.{field.name}={value} has no effect beside schedule.preset={name}; "
+                f"leave out one of the two (schedule.preset=null)"
+            )
+    return PRESETS[name]
+
+
+def _even_rows(schedule: ScheduleConfig) -> tuple[tuple[float, ...], ...]:
+    """Rows from a count of steps a chunk: evenly spaced, then shifted. One step is `first` alone."""
+    first, last = (_timestep(f"schedule.{name}", vars(schedule)[name]) for name in ("first", "last"))
+    if not _is_number(schedule.shift) or not 0 < schedule.shift < float("inf"):
+        raise UserError(f"schedule.shift={schedule.shift} is out of range; it must be above 0 (5 for Wan2.1)")
+    if last >= first:
+        raise UserError(f"schedule.last={last:g} is not below schedule.first={first:g}; timesteps fall within a chunk")
+    rows = []
+    for steps in _counts(schedule.steps):
+        row = [first + (last - first) * i / max(steps - 1, 1) for i in range(steps)]
+        rows.append(tuple(shift_time(t, schedule.shift) if schedule.warp else t for t in row))
+    return tuple(rows)
+
+
+def _counts(steps: Any) -> list[int]:
+    """schedule.steps as integers: "4322", the number 4322 that YAML makes of it, or [4, 3, 2, 2]."""
+    fix = 'give digits 1-9, one a chunk ("4322222"), or a list of whole numbers of at least 1 ([4, 3, 2])'
+    if isinstance(steps, list | tuple):
+        good = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in steps)
+        if not good or not steps:
+            raise UserError(f"schedule.steps={list(steps)} is not a count of steps a chunk; {fix}")
+        return list(steps)
+    text = str(steps)
+    if isinstance(steps, bool) or not text or not set(text) <= set("123456789"):
+        raise UserError(f"schedule.steps={steps} is not a count of steps a chunk; {fix}")
+    return [int(digit) for digit in text]
+
+
+def _given_rows(timesteps: Any) -> tuple[tuple[float, ...], ...]:
+    """schedule.timesteps, checked."""
+    if not isinstance(timesteps, list | tuple) or not timesteps:
+        raise UserError(f"schedule.timesteps={timesteps} names no chunk; give a list of timesteps for each chunk")
+    rows = []
+    for k, given in enumerate(timesteps):
+        name = f"schedule.timesteps.{k}"
+        if not isinstance(given, list | tuple) or not given:
+            raise UserError(f"{name}={given} has no step; give at least one timestep, [1000]")
+        row = tuple(_timestep(name, t) for t in given)
+        if any(a <= b for a, b in zip(row, row[1:], strict=False)):
+            raise UserError(f"{name}={list(given)} does not fall; list timesteps from noisy to clean, [1000, 357.1]")
+        rows.append(row)
+    return tuple(rows)
+
+
+def _timestep(name: str, value: Any) -> float:
+    """`value` as a timestep."""
+    if not _is_number(value) or not 0 < value <= TIME:
+        raise UserError(f"{name}={value} is not a timestep; it must be above 0 and at most {TIME:g}")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
