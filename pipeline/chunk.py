@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.cache import GraphCache, StreamCache
 from model.causal_wan import TextKV
-from model.denoiser import Student
+from model.denoiser import Student, as_timestep
 from model.flow import add_noise
 
 
@@ -41,9 +41,9 @@ def denoise_chunk(
     x_t = noise
     for step in range(last + 1):
         with torch.set_grad_enabled(grad and step == last):
-            x0 = student.x0(x_t, _level(row[step], noise), text, cache.begin(chunk), chunk * noise.shape[1])
+            x0 = student.x0(x_t, as_timestep(row[step], noise), text, cache.begin(chunk), chunk * noise.shape[1])
         if step < last:
-            x_t = add_noise(x0, renoise(step + 1), _level(row[step + 1], noise))
+            x_t = add_noise(x0, renoise(step + 1), as_timestep(row[step + 1], noise))
     return x0
 
 
@@ -65,11 +65,6 @@ def leave_context(
     """
     if level is None:
         return
-    t = _level(level, x0)
+    t = as_timestep(level, x0)
     x_t = add_noise(x0, eps(), t) if level > 0 else x0
     student.x0(x_t, t, text, cache.begin(chunk), chunk * x0.shape[1])
-
-
-def _level(timestep: float, like: Tensor) -> Tensor:
-    """`[B]` float32 (bfloat16 would turn 933 into 932), filled on the device: no copy to wait for."""
-    return torch.full((like.shape[0],), timestep, device=like.device, dtype=torch.float32)

@@ -1,0 +1,89 @@
+"""Tiny random networks of our own shapes: nothing here needs the shipped weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config, UMT5EncoderModel
+
+from configs.geometry import Geometry
+from model.causal_wan import CausalWanModel
+from model.denoiser import Student
+from model.text import TextEncoder, word_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "a red green blue circle square triangle moves left right up down slowly quickly".split()
+TEXT_TOKENS = 12
+
+
+def network_config(name: str) -> dict:
+    return json.loads((ROOT / "configs" / "networks" / f"{name}.json").read_text())
+
+
+def random_student(layers: int = 2, seed: int = 0) -> Student:
+    torch.manual_seed(seed)
+    config = network_config("tiny_transformer") | {"num_layers": layers, "ffn_dim": 128}
+    return Student(CausalWanModel.from_config(config).eval().requires_grad_(False))
+
+
+def random_vae() -> AutoencoderKLWan:
+    torch.manual_seed(1)
+    config = network_config("tiny_vae") | {"base_dim": 4, "decoder_base_dim": 4}
+    return AutoencoderKLWan.from_config(config).eval().requires_grad_(False)
+
+
+def random_text_encoder() -> TextEncoder:
+    torch.manual_seed(2)
+    encoder = UMT5EncoderModel(UMT5Config(**network_config("tiny_text_encoder"))).eval().requires_grad_(False)
+    return TextEncoder(encoder, word_tokenizer(WORDS), TEXT_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def tiny_geometry() -> Geometry:
+    """32x48 pixels: latents 4x6, 6 tokens a frame; chunks of 3 frames, a window of 4 chunks, one of them the sink."""
+    return Geometry(height=32, width=48)
+
+
+@pytest.fixture(scope="session")
+def tiny_student() -> Student:
+    """Two layers, random weights; do not change it."""
+    return random_student()
+
+
+@pytest.fixture(scope="session")
+def tiny_vae() -> AutoencoderKLWan:
+    return random_vae()
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder() -> TextEncoder:
+    return random_text_encoder()
+
+
+@pytest.fixture(scope="session")
+def tiny_assets(tmp_path_factory, tiny_student, tiny_vae, tiny_text_encoder) -> Path:
+    """A folder of random weights in our format, with `tiny.yaml` that names them: student, vae, text_encoder."""
+    folder = tmp_path_factory.mktemp("assets")
+    tiny_student.model.save_pretrained(folder / "student")
+    (folder / "student" / "card.json").write_text(json.dumps({"stage": "test", "step": 0}))
+    tiny_vae.save_pretrained(folder / "vae")
+    tiny_text_encoder.encoder.save_pretrained(folder / "text_encoder")
+    tiny_text_encoder.tokenizer.save_pretrained(folder / "text_encoder")
+    (folder / "prompts.txt").write_text("a red circle moves right\na blue square moves up\n")
+    config = f"""
+base: {ROOT / "configs" / "tiny.yaml"}
+device: cpu
+video: {{height: 32, width: 48, num_latent_frames: 6}}
+model:
+  student: {folder / "student"}
+  vae: {folder / "vae"}
+  text_encoder: {folder / "text_encoder"}
+  tokenizer: {folder / "text_encoder"}
+  text_tokens: {TEXT_TOKENS}
+inference:
+  prompts: {folder / "prompts.txt"}
+"""
+    (folder / "tiny.yaml").write_text(config)
+    return folder
