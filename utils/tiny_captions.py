@@ -116,7 +116,8 @@ def direction_phrase(direction: str, rng: np.random.Generator | None = None) -> 
     other = rng is not None and rng.random() < 0.4
     if height:
         if other:
-            return str(rng.choice((f"{height} and {side}", f"{height} {side}", f"diagonally {height} and to the {side}")))
+            wordings = (f"{height} and {side}", f"{height} {side}", f"diagonally {height} and to the {side}")
+            return str(rng.choice(wordings))
         return f"{height} and to the {side}"
     if other:
         return f"to the {side}" if side in ("left", "right") and rng.random() < 0.7 else f"{side}wards"

@@ -21,12 +21,9 @@ from torch import Tensor
 
 from utils.tiny_captions import (
     ATTRIBUTES,
-    BACKGROUNDS,
     COLOURS,
     DEFAULT_PROMPT,
-    DIRECTIONS,
     SHAPES,
-    SPEEDS,
     VALUES,
     VOCABULARY,
     flip_stated,
