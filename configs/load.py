@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.schema import Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -30,7 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = OmegaConf.merge(_writable_schema(), *layers)
         return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except REFUSED as error:
         raise UserError(_describe(error, layers)) from None
 
 
@@ -161,7 +162,7 @@ def _writable_schema():
     return schema
 
 
-def _describe(error: OmegaConfBaseException, layers: list[dict]) -> str:
+def _describe(error: Exception, layers: list[dict]) -> str:
     """One sentence naming field, value and expected type of the first value that OmegaConf refuses by itself."""
     fields = _fields(Config, "")
     for name, value in (leaf for layer in layers for leaf in _leaves(layer, fields, "")):
@@ -170,7 +171,7 @@ def _describe(error: OmegaConfBaseException, layers: list[dict]) -> str:
             alone = {key: alone}
         try:
             OmegaConf.to_container(OmegaConf.merge(_writable_schema(), alone), resolve=True)
-        except OmegaConfBaseException:
+        except REFUSED:
             shown = "null" if value is None else value
             return f"{name}={shown} has the wrong type; it must be {_type_name(fields[name])}"
     return f"the configuration cannot be built: {str(error).splitlines()[0]}; see configs/schema.py"

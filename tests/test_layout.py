@@ -1,0 +1,176 @@
+"""What holds for every file: layers, sizes, and constructs that cost users of this kind of code dearly."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from configs.load import CHECKOUT, load_config, presets
+
+LAYERS = ("configs", "utils", "model", "pipeline", "trainer")  # a file imports its own and those to its left
+ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+# Needed at run time though no file of ours imports it, and why.
+INDIRECT = {"accelerate": "diffusers loads weights without a second copy only where it is installed"}
+MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name on the index and the name in Python differ
+
+SOURCES = [
+    *(CHECKOUT / name for name in ENTRY_POINTS if (CHECKOUT / name).exists()),
+    *sorted(file for layer in (*LAYERS, "scripts") for file in (CHECKOUT / layer).rglob("*.py")),
+]
+TESTS = sorted((CHECKOUT / "tests").rglob("*.py"))
+TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES}
+
+
+def place(file: Path, node: ast.AST | None = None) -> str:
+    return f"{file.relative_to(CHECKOUT)}{f':{node.lineno}' if node else ''}"
+
+
+def layer_of(file: Path) -> str:
+    """The layer's name; `top` for entry points and scripts."""
+    first = file.relative_to(CHECKOUT).parts[0]
+    return first if first in LAYERS else "top"
+
+
+def imported(tree: ast.AST) -> list[tuple[ast.AST, str]]:
+    """(node, first part of the module's name) of each import, those inside functions included."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node, alias.name.partition(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found.append((node, node.module.partition(".")[0]))
+    return found
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def offenders(test) -> list[str]:
+    """Places of the calls, in all sources, of which `test(file, call)` is true."""
+    return [place(file, call) for file, tree in TREES.items() for call in calls(tree) if test(file, call)]
+
+
+def is_method(call: ast.Call, name: str) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.attr == name
+
+
+def test_the_walk_finds_the_code():
+    assert {layer_of(file) for file in SOURCES} == {*LAYERS, "top"}
+
+
+def test_a_file_imports_its_own_layer_and_those_to_its_left():
+    order = {layer: i for i, layer in enumerate((*LAYERS, "top"))}
+    wrong = [
+        f"{place(file, node)} imports {module}"
+        for file, tree in TREES.items()
+        for node, module in imported(tree)
+        if order.get(module, -1) > order[layer_of(file)] or f"{module}.py" in ENTRY_POINTS
+    ]
+    assert not wrong
+
+
+def test_no_file_is_long():
+    lengths = {place(file): len(file.read_text(encoding="utf-8").splitlines()) for file in [*SOURCES, *TESTS]}
+    assert not {name: length for name, length in lengths.items() if length > MAX_FILE_LINES}
+
+
+def test_no_function_is_long():
+    long = {
+        f"{place(file, node)} {node.name}": node.end_lineno - node.lineno + 1
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    }
+    assert not long
+
+
+def test_only_entry_points_and_scripts_print():
+    assert not offenders(
+        lambda file, call: isinstance(call.func, ast.Name) and call.func.id == "print" and layer_of(file) != "top"
+    )
+
+
+def test_no_getattr_hides_a_default():
+    assert not offenders(
+        lambda file, call: isinstance(call.func, ast.Name) and call.func.id == "getattr" and len(call.args) > 2
+    )
+
+
+def test_nothing_between_noise_and_frames_waits_for_the_gpu():
+    assert not offenders(lambda file, call: layer_of(file) in ("model", "pipeline") and is_method(call, "item"))
+
+
+def test_every_torch_load_refuses_code():
+    def unsafe(file: Path, call: ast.Call) -> bool:
+        if not (is_method(call, "load") and isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"):
+            return False
+        given = {keyword.arg: keyword.value for keyword in call.keywords}.get("weights_only")
+        return not (isinstance(given, ast.Constant) and given.value is True)
+
+    assert not offenders(unsafe)
+
+
+def test_no_broad_except_swallows():
+    wrong = [
+        place(file, node)
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
+        and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+    ]
+    assert not wrong
+
+
+def test_no_text_names_a_machine():
+    """No absolute path of somebody's disk, no address of a machine, in anything that is not a picture or weights."""
+    machine = re.compile(r"(?<![\w.:/])/(home|root|work|mnt|data|scratch|Users)/\w|\b(10|192\.168)\.\d+\.\d+\.\d+\b")
+    kinds = {".py", ".sh", ".yaml", ".json", ".txt", ".md", ".toml", ".html", ".js"}
+    folders = (*LAYERS, "scripts", "tests", "assets", ".ci")
+    files = [file for folder in folders for file in (CHECKOUT / folder).rglob("*") if file.suffix in kinds]
+    files += [file for file in CHECKOUT.iterdir() if file.is_file() and file.suffix in kinds]
+    assert not [
+        f"{place(file)}: {found.group()}"
+        for file in files
+        if (found := machine.search(file.read_text(encoding="utf-8")))
+    ]
+
+
+def test_presets_hold_values_only():
+    """Each YAML file states settings that exist, and a base where it has one; nothing else is in it."""
+    for path in presets():
+        load_config(path)
+        assert isinstance(yaml.safe_load((CHECKOUT / path).read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_dependency_is_used_and_explained(name):
+    lines = (line.partition("#")[0].strip() for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines())
+    wanted = [Requirement(line).name for line in lines if line]
+    table = re.findall(r"^\| `?([\w.-]+)`?", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert not [package for package in wanted if package not in table], "not in the README's table"
+    if name == "requirements.txt":
+        used = {module for tree in TREES.values() for _, module in imported(tree)}
+        modules = {package: MODULE_OF.get(package, package.replace("-", "_")) for package in wanted}
+        assert not [p for p, module in modules.items() if module not in used and p not in INDIRECT], "not imported"
+
+
+def test_every_import_is_a_stated_dependency():
+    """Nothing works only because another package happens to bring it."""
+    stated = {"flash_attn", "wandb", "setuptools", "packaging", "pip"}  # extras, and the installer's own
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines():
+            if line := line.partition("#")[0].strip():
+                package = Requirement(line).name
+                stated.add(MODULE_OF.get(package, package.replace("-", "_")))
+    known = {*sys.stdlib_module_names, *LAYERS, *stated}
+    wrong = [f"{place(f, n)} {m}" for f, tree in TREES.items() for n, m in imported(tree) if m not in known]
+    assert not wrong
