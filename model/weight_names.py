@@ -1,0 +1,263 @@
+"""What other projects call their tensors. The only place that knows.
+
+Each `*_names` function maps one foreign name to ours (those of diffusers and transformers), or None for a tensor that
+we have no use for; a name that it does not know comes back unchanged, and is reported as unexpected later. Each
+`*_config` function reads a network's sizes off the shapes. No tensor is transposed or reshaped.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Shapes = Mapping[str, tuple[int, ...]]
+HEAD_DIM = 128  # of every published Wan; a file of tensors alone does not say it
+
+# Segments that FSDP, activation checkpointing and torch.compile put into names.
+WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+
+# Parts of a training checkpoint that hold a whole network, best first.
+STUDENT_PARTS = ("generator", "model", "state_dict")
+STUDENT_EMA_PARTS = ("generator_ema",)
+SCORE_PARTS = ("critic", "model", "state_dict", "generator")
+
+WAN_RENAMES = (
+    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
+    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+    ("time_projection.1.", "condition_embedder.time_proj."),
+    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
+    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
+    ("head.modulation", "scale_shift_table"),
+    ("head.head.", "proj_out."),
+)
+WAN_BLOCK_RENAMES = (
+    (".self_attn.", ".attn1."),
+    (".cross_attn.", ".attn2."),
+    (".norm3.", ".norm2."),  # the two projects swap these names; the other of the two has no parameters
+    (".ffn.0.", ".ffn.net.0.proj."),
+    (".ffn.2.", ".ffn.net.2."),
+    (".modulation", ".scale_shift_table"),
+)
+T5_RENAMES = (
+    ("norm1.", "layer.0.layer_norm."),
+    ("attn.", "layer.0.SelfAttention."),
+    ("pos_embedding.embedding.", "layer.0.SelfAttention.relative_attention_bias."),
+    ("norm2.", "layer.1.layer_norm."),
+    ("ffn.gate.0.", "layer.1.DenseReluDense.wi_0."),
+    ("ffn.fc1.", "layer.1.DenseReluDense.wi_1."),
+    ("ffn.fc2.", "layer.1.DenseReluDense.wo."),
+)
+VAE_RENAMES = (
+    (".residual.0.", ".norm1."),
+    (".residual.2.", ".conv1."),
+    (".residual.3.", ".norm2."),
+    (".residual.6.", ".conv2."),
+    (".shortcut.", ".conv_shortcut."),
+    (".middle.0.", ".mid_block.resnets.0."),
+    (".middle.1.", ".mid_block.attentions.0."),
+    (".middle.2.", ".mid_block.resnets.1."),
+    (".head.0.", ".norm_out."),
+    (".head.2.", ".conv_out."),
+)
+
+
+def unwrapped(name: str) -> str:
+    """`name` without what wrappers and checkpoints put before or into it."""
+    name = WRAPPERS.sub("", name)
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """Number of distinct values that the group of `pattern` takes among the names."""
+    found = (re.match(pattern, name) for name in shapes)
+    return len({match.group(1) for match in found if match})
+
+
+# --- transformer ------------------------------------------------------------------------------------------------------
+
+
+def is_wan(shapes: Shapes) -> bool:
+    """Original Wan names, unwrapped."""
+    return "patch_embedding.weight" in shapes and "head.head.weight" in shapes
+
+
+def is_diffusers_wan(shapes: Shapes) -> bool:
+    return "patch_embedding.weight" in shapes and "proj_out.weight" in shapes
+
+
+def wan_name(name: str) -> str:
+    """One original Wan name -> diffusers."""
+    if not name.startswith("blocks."):
+        for theirs, ours in WAN_RENAMES:
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return name
+    for theirs, ours in WAN_BLOCK_RENAMES:
+        name = name.replace(theirs, ours, 1)
+    name = re.sub(r"(\.attn[12])\.([qkv])\.", r"\1.to_\2.", name)
+    return re.sub(r"(\.attn[12])\.o\.", r"\1.to_out.0.", name)
+
+
+def wan_config(shapes: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a network with original names; `stated` is its config.json, or empty."""
+    dim, channels, *patch = shapes["patch_embedding.weight"]
+    outputs = shapes["head.head.weight"][0]
+    return {
+        "patch_size": patch,
+        "num_attention_heads": stated.get("num_heads", dim // HEAD_DIM),
+        "attention_head_dim": dim // stated["num_heads"] if "num_heads" in stated else HEAD_DIM,
+        "in_channels": channels,
+        "out_channels": outputs // (patch[0] * patch[1] * patch[2]),
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "eps": stated.get("eps", 1e-6),
+    }
+
+
+def stated_sizes(stated: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes that an original config.json states, by our names, to be held against the shapes."""
+    table = {"ffn_dim": "ffn_dim", "num_layers": "num_layers", "freq_dim": "freq_dim", "in_dim": "in_channels"}
+    sizes = {ours: stated[theirs] for theirs, ours in table.items() if theirs in stated}
+    return sizes
+
+
+# --- text encoder -----------------------------------------------------------------------------------------------------
+
+
+def is_wan_t5(shapes: Shapes) -> bool:
+    return "token_embedding.weight" in shapes and "blocks.0.ffn.gate.0.weight" in shapes
+
+
+def t5_name(name: str) -> str:
+    """One name of Wan's T5 encoder -> transformers' `UMT5EncoderModel`."""
+    if name == "token_embedding.weight":
+        return "shared.weight"
+    if name == "norm.weight":
+        return "encoder.final_layer_norm.weight"
+    match = re.match(r"blocks\.(\d+)\.(.*)", name)
+    if not match:
+        return name
+    inner = match.group(2)
+    for theirs, ours in T5_RENAMES:
+        if inner.startswith(theirs):
+            return f"encoder.block.{match.group(1)}.{ours}{inner[len(theirs) :]}"
+    return name
+
+
+def hf_t5_name(name: str) -> str | None:
+    """The token embedding is stored once, though transformers lists it twice."""
+    return None if name == "encoder.embed_tokens.weight" else name
+
+
+def t5_config(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of Wan's T5 encoder, as `UMT5Config` takes them."""
+    vocabulary, dim = shapes["token_embedding.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": dim,
+        "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
+        "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
+        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+    }
+
+
+# --- VAE --------------------------------------------------------------------------------------------------------------
+
+
+def is_wan_vae(shapes: Shapes) -> bool:
+    return "decoder.upsamples.0.residual.0.gamma" in shapes and "conv2.weight" in shapes
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of a VAE in the layout of `Wan2.1_VAE.pth`: four stages, temporal strides (1, 2, 2)."""
+    blocks = (_count(shapes, r"decoder\.upsamples\.(\d+)\.") - 7) // 4  # 4 stages of n + 1 blocks, and 3 upsamplers
+    base = shapes["encoder.conv1.weight"][0]
+    firsts = [shapes.get(f"encoder.downsamples.{i * (blocks + 1)}.residual.2.weight", (base,)) for i in range(4)]
+    return {
+        "base_dim": base,
+        "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
+        "z_dim": shapes["conv2.weight"][0],
+        "dim_mult": [first[0] // base for first in firsts],
+        "num_res_blocks": blocks,
+    }
+
+
+def vae_names(blocks: int) -> Callable[[str], str]:
+    """Names of Wan's VAE with `blocks` residual blocks a stage -> `AutoencoderKLWan`."""
+    stage = blocks + 2  # in the decoder: one block more than in the encoder, then the upsampler
+
+    def upsample(match: re.Match) -> str:
+        block, layer = divmod(int(match.group(1)), stage)
+        inner = f"resnets.{layer}" if layer <= blocks else "upsamplers.0"
+        return f"decoder.up_blocks.{block}.{inner}."
+
+    def rename(name: str) -> str:
+        if name.startswith(("conv1.", "conv2.")):
+            return name.replace("conv1.", "quant_conv.").replace("conv2.", "post_quant_conv.")
+        name = re.sub(r"^(encoder|decoder)\.conv1\.", r"\1.conv_in.", name)
+        name = re.sub(r"^encoder\.downsamples\.", "encoder.down_blocks.", name)
+        name = re.sub(r"^decoder\.upsamples\.(\d+)\.", upsample, name)
+        for theirs, ours in VAE_RENAMES:
+            name = name.replace(theirs, ours, 1)
+        return name
+
+    return rename
+
+
+# --- tiny decoder -----------------------------------------------------------------------------------------------------
+
+
+def is_taehv(shapes: Shapes) -> bool:
+    return "decoder.1.weight" in shapes and "decoder.3.conv.0.weight" in shapes
+
+
+def taehv_name(name: str) -> str | None:
+    """The file also holds an encoder."""
+    return name if name.startswith("decoder.") else None
+
+
+def taehv_config(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of a file in the layout of `taew2_1`, as `TinyDecoderConfig` takes them."""
+    return {
+        "latent_channels": shapes["decoder.1.weight"][1],
+        "widths": tuple(shapes.get(f"decoder.{i}.weight", (0,))[0] for i in (1, 8, 14, 20)),
+        "bias": "decoder.8.bias" in shapes,
+    }
+
+
+# --- guessing ---------------------------------------------------------------------------------------------------------
+
+
+def guess(shapes: Shapes) -> str:
+    """What a set of tensors seems to be, in words for an error message."""
+    shapes = {unwrapped(name): shape for name, shape in shapes.items()}
+    if not shapes:
+        return "a file without tensors"
+    adapters = [s for n, s in shapes.items() if ".lora_A." in n or ".lora_down." in n]
+    if adapters:
+        return f"a LoRA of rank {adapters[0][0]} and width {adapters[0][1]}, which goes on top of a whole student"
+    if any(n.startswith("img_emb.") or ".k_img." in n or ".add_k_proj." in n for n in shapes):
+        return "an image-to-video Wan transformer"
+    if is_wan(shapes) or is_diffusers_wan(shapes):
+        layers, dim = _count(shapes, r"blocks\.(\d+)\."), shapes["patch_embedding.weight"][0]
+        return f"a Wan transformer of width {dim} with {layers} layers"
+    if is_wan_t5(shapes) or "encoder.block.0.layer.0.SelfAttention.q.weight" in shapes:
+        return "a T5 text encoder"
+    if is_taehv(shapes):
+        return "a tiny decoder (TAEHV)"
+    if any(n.startswith(("decoder.upsamples.", "decoder.up_blocks.")) for n in shapes):
+        return "a video VAE"
+    return f"unknown to us (its first tensor is {min(shapes)})"

@@ -1,0 +1,266 @@
+"""Weights in and out: every network from every file that holds it.
+
+- our own: folder with config.json, diffusion_pytorch_model.safetensors (and .ema), card.json
+- Diffusers: folder, or the root of a pipeline with its `transformer`, `vae`, `text_encoder` folders
+- original Wan: folder with config.json and shards; Wan2.1_VAE.pth; models_t5_umt5-xxl-enc-bf16.pth
+- Self-Forcing: .pt with `generator`, `generator_ema`, `critic`, as trained or released
+- TAEHV: taew2_1.pth or .safetensors
+
+Loading first makes a plan (model/weight_plans.py), at which `check_weights` stops, then makes the network on the meta
+device and gives it the tensors one by one, so that there is never a second copy.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from configs.errors import UserError
+from configs.schema import ModelConfig
+from model import weight_names as names
+from model.causal_wan import CausalWanModel
+from model.text import TextEncoder
+from model.tiny_decoder import TinyDecoder
+from model.weight_files import read_json, resolve
+from model.weight_plans import (
+    CARD,
+    DIFFUSERS_STEM,
+    EMA_STEM,
+    HF_STEM,
+    TOKENIZER_FILES,
+    Plan,
+    diffusers_network,
+    find_tokenizer,
+    plan_text_encoder,
+    plan_tiny_decoder,
+    plan_transformer,
+    plan_vae,
+    stored,
+)
+from utils.files import write_json_atomic
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class WeightCheck(NamedTuple):
+    """One line of a pre-flight report."""
+
+    role: str
+    path: Path
+    size: int  # bytes
+    kind: str
+
+
+def _plan_score(name: str, path: str | Path) -> Plan:
+    parts = names.SCORE_PARTS if name == "model.critic" else names.STUDENT_PARTS
+    return plan_transformer(name, path, WanTransformer3DModel, parts)
+
+
+def check_weights(config: ModelConfig, *, training: bool = False) -> list[WeightCheck]:
+    """Find and check every file that `config` names, reading headers only.
+
+    Raises:
+        UserError: a file is missing, cut short, or not what its role needs.
+    """
+    parts = names.STUDENT_EMA_PARTS if config.use_ema else names.STUDENT_PARTS
+    plans = {"student": plan_transformer("model.student", config.student, CausalWanModel, parts)}
+    if training and config.teacher:
+        plans["teacher"] = _plan_score("model.teacher", config.teacher)
+    if training and config.critic:
+        plans["critic"] = _plan_score("model.critic", config.critic)
+    if config.codec == "wan":
+        plans["vae"] = plan_vae(config.vae)
+    else:
+        plans["tiny_decoder"] = plan_tiny_decoder(config.tiny_decoder)
+    plans["text_encoder"] = plan_text_encoder(config.text_encoder)
+    checks = [WeightCheck(role, plan.path, plan.tensors.size, plan.kind) for role, plan in plans.items()]
+    folder = find_tokenizer(config.tokenizer)
+    size = sum((folder / file).stat().st_size for file in TOKENIZER_FILES if (folder / file).exists())
+    return [*checks, WeightCheck("tokenizer", folder, size, "transformers")]
+
+
+def _fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one.
+
+    What the network's own library keeps in float32 stays so (norms and time embedding of Wan; T5's `wo` in float16).
+    """
+    with init_empty_weights(include_buffers=False):
+        model = plan.make()
+    keep: set[str] = set()
+    if isinstance(model, WanTransformer3DModel) or (isinstance(model, UMT5EncoderModel) and dtype == torch.float16):
+        keep = set(model._keep_in_fp32_modules or ())
+    state = {}
+    for key in plan.tensors.shapes:
+        wide = dtype in HALF and not keep.isdisjoint(key.split("."))
+        state[key] = plan.tensors.read(key).to(device=device, dtype=torch.float32 if wide else dtype)
+    if isinstance(model, UMT5EncoderModel):
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    model.load_state_dict(state, assign=True)
+    if isinstance(model, UMT5EncoderModel):
+        model.tie_weights()
+    return model.to(device).eval()
+
+
+def load_student(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    use_ema: bool = False,
+    name: str = "model.student",
+) -> CausalWanModel:
+    """The causal student from any format; `.card` says how it was trained ({} where nothing is known)."""
+    parts = names.STUDENT_EMA_PARTS if use_ema else names.STUDENT_PARTS
+    plan = plan_transformer(name, path, CausalWanModel, parts)
+    student = _fill(plan, device, dtype)
+    student.card = dict(plan.card)
+    return student
+
+
+def load_score(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    name: str = "model.teacher",
+) -> WanTransformer3DModel:
+    """A bidirectional network from any format. With name="model.critic", the critic of a training checkpoint."""
+    return _fill(_plan_score(name, path), device, dtype)
+
+
+def load_vae(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> AutoencoderKLWan:
+    """The Wan 2.1 VAE; WanCodec(load_vae(...)) is the codec."""
+    return _fill(plan_vae(path), device, dtype)
+
+
+def load_tiny_decoder(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TinyDecoder:
+    """The tiny decoder; TinyDecoderCodec(load_tiny_decoder(...)) is the codec."""
+    return _fill(plan_tiny_decoder(path), device, dtype)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder; nothing is fetched."""
+    return AutoTokenizer.from_pretrained(find_tokenizer(path), local_files_only=True)
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path,
+    text_tokens: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
+    """UMT5 with its tokenizer, giving `text_tokens` rows a prompt."""
+    return TextEncoder(_fill(plan_text_encoder(path), device, dtype), load_tokenizer(tokenizer), text_tokens)
+
+
+# --- fresh and saved --------------------------------------------------------------------------------------------------
+
+
+def new_network(path: str | Path, *, causal: bool = False) -> nn.Module:
+    """A network of the sizes in a config.json, with random weights from torch's global generator.
+
+    `causal` makes the student's class of a Wan transformer.
+    """
+    path = resolve(path)
+    config = read_json("training.init", path)
+    if config.get("model_type") == "umt5":
+        return UMT5EncoderModel(UMT5Config.from_dict(config))
+    classes = {
+        "AutoencoderKLWan": AutoencoderKLWan,
+        "WanTransformer3DModel": CausalWanModel if causal else WanTransformer3DModel,
+        "CausalWanModel": CausalWanModel if causal else WanTransformer3DModel,
+    }
+    if config.get("_class_name") not in classes:
+        raise UserError(
+            f"training.init={path} has _class_name={config.get('_class_name')}; use one of {', '.join(classes)}"
+        )
+    return diffusers_network(classes[config["_class_name"]], config)
+
+
+def _on_disk(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """`state` on the CPU in `dtype` (None: as it is), wrappers' segments taken out of the names."""
+    out = {}
+    for key, value in state.items():
+        value = value.detach()
+        half = value.to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+        if not torch.isfinite(half).all() and torch.isfinite(value).all():
+            raise ValueError(f"{key} has values beyond the range of {dtype}; save it as bfloat16")
+        out[names.WRAPPERS.sub("", key)] = half
+    return out
+
+
+def save_network(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    state: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
+    card: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a folder that the loaders here, diffusers and transformers read; it is there whole or not at all.
+
+    Args:
+        dtype: of the numbers on disk; None keeps theirs. The same weights give the same bytes.
+        state: weights to write instead of the model's own (gathered from shards).
+        ema: averaged weights, for a Wan transformer.
+        card: what is known of the training.
+        tokenizer: goes into the same folder.
+    """
+    folder = Path(folder)
+    text = isinstance(model, UMT5EncoderModel)
+    stem = HF_STEM if text else DIFFUSERS_STEM
+    weights = {stem: stored(model) if state is None else state} | ({} if ema is None else {EMA_STEM: ema})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".partial-{os.getpid()}-{folder.name}"
+    try:
+        partial.mkdir()
+        if text:
+            model.config.save_pretrained(partial)
+        else:
+            model.save_config(partial)
+        for name, tensors in weights.items():
+            file = partial / f"{name}.safetensors"
+            save_file(_on_disk(tensors, dtype), file, metadata={"format": "pt"})
+            shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
+        if card is not None:
+            write_json_atomic(partial / CARD, dict(card))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _swap(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put `new` where `folder` is; a folder cannot be replaced in one step, so the old one steps aside first."""
+    old = new.with_name(f"{new.name}-old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_student(
+    model: WanTransformer3DModel,
+    folder: str | Path,
+    card: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    state: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
+) -> None:
+    """A student in our own format: `save_network` with its card (stage, step, schedule it was trained for, ...)."""
+    save_network(model, folder, dtype=dtype, state=state, ema=ema, card=card)
