@@ -7,7 +7,6 @@ set -euo pipefail
 set_up requirements.txt
 
 config="configs/train_tiny.yaml"
-[ -e "$ROOT/$config" ] || config="configs/train_tiny_pretrain.yaml"
 has_config=0 has_logdir=0 help=0 previous=""
 for argument in "$@"; do
   case "$argument" in

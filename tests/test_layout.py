@@ -14,8 +14,6 @@ from configs.load import CHECKOUT, load_config, presets
 LAYERS = ("configs", "utils", "model", "pipeline", "trainer")  # a file imports its own and those to its left
 ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-# Needed at run time though no file of ours imports it, and why.
-INDIRECT = {"accelerate": "diffusers loads weights without a second copy only where it is installed"}
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name on the index and the name in Python differ
 
 SOURCES = [
@@ -155,12 +153,13 @@ def test_presets_hold_values_only():
 def test_every_dependency_is_used_and_explained(name):
     lines = (line.partition("#")[0].strip() for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines())
     wanted = [Requirement(line).name for line in lines if line]
-    table = re.findall(r"^\| `?([\w.-]+)`?", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\|([^|]+)\|", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = [package for row in rows for package in re.findall(r"`([\w.-]+)`", row)]
     assert not [package for package in wanted if package not in table], "not in the README's table"
     if name == "requirements.txt":
         used = {module for tree in TREES.values() for _, module in imported(tree)}
         modules = {package: MODULE_OF.get(package, package.replace("-", "_")) for package in wanted}
-        assert not [p for p, module in modules.items() if module not in used and p not in INDIRECT], "not imported"
+        assert not [p for p, module in modules.items() if module not in used], "not imported"
 
 
 def test_every_import_is_a_stated_dependency():

@@ -1,4 +1,4 @@
-"""The shell scripts: what they set up, once, and what they start. Stand-ins for the entry points print their arguments."""
+"""The shell scripts: what they set up, once, and what they start. Stand-in entry points print their arguments."""
 
 import json
 import os
@@ -130,9 +130,9 @@ def test_several_gpus_share_the_prompts_through_torchrun(checkout, echo):
 
 def test_training_has_defaults_that_arguments_replace(checkout, echo):
     script, program = checkout / "training.sh", str(checkout / "train.py")
-    config = "configs/train_tiny_pretrain.yaml"
+    config = "configs/train_tiny.yaml"
     assert called(script, echo, "seed=1") == [
-        program, "--config_path", config, "--logdir", "logs/train_tiny_pretrain", "seed=1"
+        program, "--config_path", config, "--logdir", "logs/train_tiny", "seed=1"
     ]  # fmt: skip
     given = ["--config_path", "mine/other.yaml"]
     assert called(script, echo, *given) == [program, "--logdir", "logs/other", *given]
