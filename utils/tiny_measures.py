@@ -173,11 +173,12 @@ def _velocity(track: _Track, size: Tensor) -> Tensor:
     return (_displacement(track.centre, lag, size) * pairs).sum(1) / pairs.sum(1).clamp_min(1) / lag
 
 
-def _steady_share(track: _Track, colour: Tensor, motion: Tensor, majority: tuple[Tensor, Tensor], size: Tensor) -> Tensor:
-    """[B] share of frames with one subject, of the clip's colour and shape, that did not jump."""
-    hue, shape = majority
+def _steady_share(track: _Track, hues: Tensor, colour: Tensor, shape: Tensor, motion: Tensor, size: Tensor) -> Tensor:
+    """[B] share of frames with one subject that did not jump, of hues [B, T] and shapes like the clip's colour [B] and
+    shape [B]. A subject that is wholly or partly past the edge is excused from having a shape.
+    """
     whole = track.present & ~track.at_edge
-    good = (colour == hue[:, None]) & ((track.shape == shape[:, None]) | track.at_edge) & (track.second < SECOND)
+    good = (hues == colour[:, None]) & ((track.shape == shape[:, None]) | track.at_edge) & (track.second < SECOND)
     if good.shape[1] > 1:
         jump = (_displacement(track.centre, 1, size) - motion[:, None]).norm(dim=-1) > JUMP
         jump &= whole[:, 1:] & whole[:, :-1]
@@ -222,7 +223,7 @@ def _measure_group(frames: Tensor) -> dict[str, Tensor]:
         "speed": speed,
         "heading": angle,
         "start": track.centre[torch.arange(len(first), device=first.device), first],
-        "consistency": _steady_share(track, colour, motion, (main_colour, main_shape), size) * ~none,
+        "consistency": _steady_share(track, colour, main_colour, main_shape, motion, size) * ~none,
         "track": track.centre,
         "present": track.present,
         "saturation": track.chroma,
@@ -251,6 +252,9 @@ class Interval:
     low: float
     high: float
     n: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
 def wilson(hits: int, n: int) -> Interval:
@@ -288,8 +292,9 @@ class Scores:
     measured: dict[str, Tensor]  # of `measure`
     correct: dict[str, Tensor]  # float [B] per column: 1, 0, or NaN where not stated
 
-    def to_dict(self) -> dict[str, dict[str, float | int]]:
-        return {name: vars(interval).copy() for name, interval in self.columns.items()}
+    def to_dict(self) -> dict[str, dict[str, float | int | None]]:
+        """{column: {value, low, high, n}}; None where there was too little to count."""
+        return {name: interval.to_dict() for name, interval in self.columns.items()}
 
     def table(self) -> str:
         """One line a column: name, value, 95% interval, number of clips."""
@@ -335,7 +340,7 @@ COLUMNS = (
 def score(captions: Sequence[str], frames: Tensor) -> Scores:
     """Scores of clips [B, T, 3, H, W] against their captions."""
     if len(captions) != len(frames):
-        raise UserError(f"captions={len(captions)} are not as many as the clips ({len(frames)}); give one for each clip")
+        raise UserError(f"captions={len(captions)} does not match {len(frames)} clips; give one for each clip")
     return score_measured(captions, {name: value.cpu() for name, value in measure(frames).items()})
 
 

@@ -185,14 +185,27 @@ class TinyWorld:
         """A scene with these attributes, the missing ones drawn, at a start from which the path fits the frame."""
         drawn = {n: stated[n] or VALUES[n][int(rng.integers(len(VALUES[n])))] for n in ATTRIBUTES}
         size = float(rng.uniform(*RADIUS))
-        start = []
-        motion = velocity(drawn["direction"], drawn["speed"])
-        for length, extent, v in zip((self.width, self.height), EXTENT[drawn["shape"]], motion, strict=True):
-            low, high = extent * size + EDGE, length - extent * size - EDGE
+        x, y = (float(rng.uniform(low, high)) for low, high in self.start_box(drawn, size))
+        return TinyScene(**drawn, x=x, y=y, size=size, seed=seed)
+
+    def start_box(self, stated: dict[str, str], size: float) -> list[tuple[float, float]]:
+        """[(low x, high x), (low y, high y)] of the starts from which a clip's path fits the frame, in pixels.
+
+        Where none fits (a frame that is too small), both ends are the start that misses by equally much at both edges.
+        """
+        box = []
+        motion = velocity(stated["direction"], stated["speed"])
+        for length, extent, v in zip((self.width, self.height), EXTENT[stated["shape"]], motion, strict=True):
             path = v * (CLIP_FRAMES - 1)
-            low, high = low - min(path, 0.0), high - max(path, 0.0)
-            start.append(float(rng.uniform(low, high)) if low < high else (low + high) / 2)
-        return TinyScene(**drawn, x=start[0], y=start[1], size=size, seed=seed)
+            low = extent * size + EDGE - min(path, 0.0)
+            high = length - extent * size - EDGE - max(path, 0.0)
+            box.append((low, high) if low < high else ((low + high) / 2,) * 2)
+        return box
+
+    def expected_starts(self, scenes: Sequence[TinyScene]) -> Tensor:
+        """[B, 2] where a subject of middling size starts on average, given all that the caption says; pixels."""
+        boxes = [self.start_box(vars(scene), sum(RADIUS) / 2) for scene in scenes]
+        return torch.tensor(boxes, dtype=torch.float32).mean(-1)
 
     def continued(self, scene: TinyScene, frame: int) -> TinyScene:
         """The scene as it is `frame` frames later: what frame 0 of the rest of the stream shows."""
