@@ -48,7 +48,8 @@ class StreamSession:
     ):
         self.student, self.codec, self.text_encoder = student, codec, text_encoder
         self.schedule, self.geometry = schedule, geometry
-        self.device, self.dtype = student.model.device, student.model.dtype
+        weight = student.model.patch_embedding.weight  # other weights may be kept in float32
+        self.device, self.dtype = weight.device, weight.dtype
         self.chunk = 0  # the next one to be made
         self._cache: StreamCache | None = None
         self._cache_batch = 0

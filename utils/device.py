@@ -1,5 +1,9 @@
 """Which device and which precision `auto` means on this machine."""
 
+import os
+import sys
+from pathlib import Path
+
 import torch
 
 from configs.errors import UserError
@@ -40,3 +44,24 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"precision={name} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def set_threads(processes: int = 1) -> int:
+    """Give this process its share of the CPUs that it may use, and return how many threads that is.
+
+    torch would start one for each core of the machine, also in a container that may use two of them, where they only
+    wait for each other. OMP_NUM_THREADS, where set, is left alone; torchrun sets it.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cpus() // processes))
+    return torch.get_num_threads()
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use at once: its affinity, cut to the quota of its control group (Linux)."""
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))

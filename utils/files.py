@@ -62,6 +62,20 @@ def sha256_of(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sampled_hash(path: str | os.PathLike, blocks: int = 16, size: int = 65536) -> str:
+    """Hash of a file's length and of `blocks` blocks of `size` bytes at even distances, the first and last included.
+
+    Tells weights of different training steps apart without reading gigabytes; not proof against someone who tries.
+    """
+    length = os.path.getsize(path)
+    digest = hashlib.sha256(str(length).encode())
+    with open(path, "rb") as file:
+        for i in range(blocks):
+            file.seek(max(0, length - size) * i // (blocks - 1))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
 def check_writable(folder: str | os.PathLike, field: str) -> Path:
     """Refuse, with a UserError about `field`, a folder that files cannot be written to; nothing is left behind."""
     folder = Path(folder)

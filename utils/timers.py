@@ -1,6 +1,7 @@
 """Where the time goes, measured without making the GPU wait."""
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -30,7 +31,7 @@ class SpanTimer:
         """Seconds by name, in order; names marked several times add up. Waits as `wait` does."""
         self.wait()
         seconds: dict[str, float] = {}
-        for name, begin, end in zip(self._names, self._marks, self._marks[1:], strict=True):
+        for name, (begin, end) in zip(self._names, pairwise(self._marks), strict=True):
             span = begin.elapsed_time(end) / 1000 if self._cuda else end - begin
             seconds[name] = seconds.get(name, 0.0) + span
         return seconds

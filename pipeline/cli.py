@@ -1,0 +1,56 @@
+"""Flags of `inference.py`: each sets one key of the configuration, and is checked there."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import NoReturn
+
+from configs.errors import UserError
+
+# flag -> (key, metavar, help); names as in Self-Forcing and its forks
+VALUES = {
+    "--data_path": ("inference.prompts", "FILE", "UTF-8 text file with one prompt a line"),
+    "--output_folder": ("inference.output_folder", "FOLDER", "where videos go"),
+    "--checkpoint_path": ("model.student", "PATH", "weights of the student: a folder or a file"),
+    "--seed": ("seed", "N", "seed of sample 0 of every prompt"),
+    "--num_output_frames": ("video.num_latent_frames", "N", "latent frames of a clip; 21 are 81 pixel frames"),
+    "--num_samples": ("inference.num_samples", "N", "videos of one prompt, each with its own seed"),
+}
+SWITCHES = {
+    "--use_ema": ("model.use_ema", "of a training checkpoint, use the averaged weights"),
+    "--save_with_index": ("inference.save_with_index", "name files by the prompt's index"),
+    "--overwrite": ("inference.overwrite", "make videos again that are already there"),
+    "--profile": ("inference.profile", "print where the time went"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments with `config_path`, `prompt` (a list or None), `print_schedule`, `dry_run`, and `overrides`: all flags
+    that set a key, as `key=value` in the order of precedence, those written out by the user last."""
+    parser = _Parser(prog="inference.py", description="Text to video with a diagonal schedule.", allow_abbrev=False)
+    parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--prompt", action="append", help="instead of a file; repeat it for several videos")
+    for flag, (key, metavar, text) in VALUES.items():
+        parser.add_argument(flag, metavar=metavar, help=f"{text} ({key})")
+    for flag, (key, text) in SWITCHES.items():
+        parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
+    parser.add_argument("--print_schedule", action="store_true", help="print the schedule and stop")
+    parser.add_argument("--dry_run", action="store_true", help="check and print everything, load nothing, and stop")
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    args = parser.parse_intermixed_args(argv)
+    given = vars(args)
+    values = [(key, given[flag[2:]]) for flag, (key, *_) in VALUES.items() if given[flag[2:]] is not None]
+    switches = [f"{key}=true" for flag, (key, _) in SWITCHES.items() if given[flag[2:]]]
+    args.overrides = [f"{key}={_yaml(value)}" for key, value in values] + switches + args.settings
+    return args
+
+
+def _yaml(value: str) -> str:
+    """A flag's value as YAML: whole numbers as they are, all else quoted, so that no path is taken for a list."""
+    digits = value.removeprefix("-")
+    return value if digits.isascii() and digits.isdecimal() else json.dumps(value)

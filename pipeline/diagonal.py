@@ -1,0 +1,162 @@
+"""`DiagonalPipeline`: text to video in one object, in the manner of diffusers.
+
+    pipe = DiagonalPipeline.from_config("configs/tiny.yaml")
+    for frames in pipe.stream("a red circle moves right", seed=0):  # uint8 [T, H, W, 3]: 9 frames, then 12 at a time
+        ...
+    pipe("a red circle moves right", seed=0).save("circle.mp4")
+    print(pipe.schedule)
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.errors import UserError
+from configs.geometry import Geometry, latent_frames, pixel_frames
+from configs.load import load_config
+from configs.schema import Config, ModelConfig
+from model.codec import Codec, WanCodec
+from model.denoiser import Student
+from model.schedule import Schedule
+from model.text import TextEncoder, clean_prompt
+from model.tiny_decoder import TinyDecoderCodec
+from model.weights import load_student, load_text_encoder, load_tiny_decoder, load_vae
+from pipeline.stream import StreamSession
+from utils.device import pick_device, pick_dtype
+from utils.logs import get_logger
+from utils.prompts import check_prompt
+from utils.video import VideoWriter
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """One finished clip."""
+
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    fps: int
+    prompt: str
+    seed: int
+    timings: list[dict[str, float]] = field(default_factory=list)  # a chunk: seconds by what they were spent on
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write an H.264 .mp4, whole or not at all."""
+        with VideoWriter(path, self.fps, self.frames.shape[1:3]) as video:
+            video.write(self.frames)
+
+
+class DiagonalPipeline:
+    """A student, a codec, a text encoder, and the schedule that they run by."""
+
+    def __init__(self, config: Config, student: Student, codec: Codec, text_encoder: TextEncoder):
+        network = student.model.config
+        self.config = config
+        self.schedule = Schedule.from_config(config.schedule, config.stream)
+        self.geometry = Geometry.from_config(
+            config, latent_channels=network.in_channels, patch=tuple(network.patch_size)
+        )
+        self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry)
+
+    @classmethod
+    def from_config(cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0):
+        """A pipeline of what the configuration names; `overrides` as on the command line: "schedule.steps=5432222".
+
+        local_rank: the GPU to use where there are several.
+        Raises UserError where a file is missing or does not fit, or a setting is wrong.
+        """
+        if not isinstance(config, Config):
+            config = load_config(config, overrides)
+        elif overrides:
+            raise ValueError("overrides go with a path; use dataclasses.replace on a Config")
+        device = pick_device(config.device, local_rank)
+        dtype = pick_dtype(config.inference.precision, device)
+        names = config.model
+        student = load_student(names.student, device, dtype, use_ema=names.use_ema)
+        text_encoder = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, device, dtype)
+        pipe = cls(config, Student(student), load_codec(names, device, dtype), text_encoder)
+        warn_of_schedule(pipe.schedule, student.card)
+        return pipe
+
+    def stream(
+        self, prompt: str | Sequence[str], seed: int | Sequence[int] = 0, num_frames: int | None = None
+    ) -> Iterator[np.ndarray | list[np.ndarray]]:
+        """Yield each chunk's frames as soon as they are decoded: uint8 `[T, H, W, 3]`, T = 9 and then 12 at a time.
+
+        A list of prompts runs as one batch and yields lists; `seed` is then one for all, or a list.
+        num_frames: pixel frames of the clip (81, not 21); None = what the configuration says.
+        """
+        prompts, seeds = as_batch(prompt, seed)
+        for frames, _ in self.chunks(prompts, seeds, num_frames):
+            yield frames[0] if isinstance(prompt, str) else frames
+
+    def __call__(
+        self, prompt: str | Sequence[str], seed: int | Sequence[int] = 0, num_frames: int | None = None
+    ) -> Video | list[Video]:
+        """The whole video of `prompt`; a list of them for a list of prompts. Arguments as for `stream`."""
+        prompts, seeds = as_batch(prompt, seed)
+        chunks = list(self.chunks(prompts, seeds, num_frames))
+        timings = [spans for _, spans in chunks]
+        videos = [
+            Video(np.concatenate([frames[i] for frames, _ in chunks]), self.config.video.fps, text, one_seed, timings)
+            for i, (text, one_seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        return videos[0] if isinstance(prompt, str) else videos
+
+    @property
+    def num_pixel_frames(self) -> int:
+        """Of a clip as configured."""
+        return pixel_frames(self.config.video.num_latent_frames)
+
+    def num_chunks(self, num_frames: int | None = None) -> int:
+        """Chunks of a clip of `num_frames` pixel frames (None: as configured). UserError where they do not fit."""
+        latents = self.config.video.num_latent_frames if num_frames is None else latent_frames(num_frames)
+        return self.geometry.num_chunks(latents)
+
+    def chunks(
+        self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None = None
+    ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
+        """As `stream`, for a batch: a chunk's frames of each video, and the seconds that its parts took."""
+        for prompt in prompts:
+            self._warn_of_length(check_prompt(prompt))
+        for result in self.session.play(prompts, seeds, self.num_chunks(num_frames)):
+            frames = result.wait().frames.numpy()
+            yield list(frames), result.timings
+
+    def _warn_of_length(self, prompt: str) -> None:
+        encoder = self.session.text_encoder
+        tokens = len(encoder.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+        if tokens > encoder.text_tokens:
+            log.warning(
+                f"the prompt is {tokens} tokens long and only the first {encoder.text_tokens} count "
+                f"(model.text_tokens={encoder.text_tokens}): {prompt[:40]}..."
+            )
+
+
+def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
+    """Prompts and seeds as lists of one length; a single seed serves all prompts."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if not prompts or len(seeds) != len(prompts):
+        raise UserError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one a prompt")
+    return prompts, seeds
+
+
+def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:
+    """The codec that `model.codec` names."""
+    if config.codec == "taehv":
+        return TinyDecoderCodec(load_tiny_decoder(config.tiny_decoder, device, dtype))
+    return WanCodec(load_vae(config.vae, device, dtype))
+
+
+def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
+    """Say so where a checkpoint was trained with another schedule than the one it is to run by."""
+    if card.get("schedule") is None:
+        return
+    trained = Schedule.from_dict(card["schedule"])
+    if trained != schedule:
+        log.warning(f"this student was trained with another schedule\ntrained:\n{trained}\nused:\n{schedule}")

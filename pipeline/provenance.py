@@ -1,0 +1,57 @@
+"""What a video was made from: the weights' hashes, the versions, and the settings that its pixels depend on."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from configs.load import to_dict
+from configs.schema import Config
+from model.schedule import Schedule
+from model.weights import WeightCheck
+from utils.files import sampled_hash, sha256_of
+
+LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that touch the pixels."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
+    """Everything but prompt and seed that a video's pixels depend on, as text. Reads little of the weights."""
+    values = to_dict(config)
+    parts = {
+        "video": values["video"],
+        "stream": values["stream"],
+        "schedule": Schedule.from_config(config.schedule, config.stream).to_dict(),
+        "codec": config.model.codec,
+        "use_ema": config.model.use_ema,
+        "text_tokens": config.model.text_tokens,
+        "precision": config.inference.precision,
+        "weights": {check.role: _combined(check, sampled_hash) for check in weights},
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+@lru_cache(maxsize=1)
+def weight_hashes(weights: tuple[WeightCheck, ...]) -> dict[str, str]:
+    """Role -> SHA-256 of the file; of several files, of their hexadecimal hashes by order of their names."""
+    return {check.role: _combined(check, sha256_of) for check in weights}
+
+
+def _combined(check: WeightCheck, hash_file: Callable[[Path], str]) -> str:
+    hashes = [hash_file(path) for path in _files(check)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _files(check: WeightCheck) -> list[Path]:
+    """Files behind one line of the check: the weights of a folder, or all of a tokenizer's small files."""
+    if check.path.is_file():
+        return [check.path]
+    found = sorted(path for path in check.path.iterdir() if path.is_file())
+    return [path for path in found if (path.suffix == ".safetensors") != (check.role == "tokenizer")] or found
