@@ -61,12 +61,14 @@ class StreamConfig:
         one_of(CONTEXTS, "stream", self, "context")
         for chunk, policy in self.context_by_chunk.items():
             if policy not in CONTEXTS:
-                raise UserError(f"stream.context_by_chunk.{chunk}={policy} is unknown; use one of {', '.join(CONTEXTS)}")
+                known = ", ".join(CONTEXTS)
+                raise UserError(f"stream.context_by_chunk.{chunk}={policy} is unknown; use one of {known}")
         c, w, s = self.chunk_frames, self.window_frames, self.sink_frames
         for name, value in (("window_frames", w), ("sink_frames", s)):
             if value % c:
                 raise UserError(
-                    f"stream.{name}={value} is not a whole number of chunks (stream.chunk_frames={c}); try {value // c * c}"
+                    f"stream.{name}={value} is not a whole number of chunks (stream.chunk_frames={c}); "
+                    f"try {value // c * c}"
                 )
         if w and w < s + c:
             raise UserError(
