@@ -92,7 +92,7 @@ class Schedule:
         """
         settled = max(len(self.rows), *(chunk + 2 for chunk, _ in self.exceptions), 1)
         shown = settled if num_chunks is None else num_chunks
-        horizon = max(settled, shown + 1, (geometry.window_chunks + 1) if geometry else 0)
+        horizon = max(settled, shown + 1)  # one more than is shown tells whether its keys still grow
         cells = [self._cells(k, geometry) for k in range(horizon)]
         lines = [["chunk", "steps", "timesteps", "context", "level", *(["KV frames"] if geometry else [])]]
         start = 0

@@ -57,6 +57,13 @@ def test_algebra_of_bfloat16_is_float32_inside():
     assert not torch.equal(naive, exact.to(torch.bfloat16))
 
 
+def test_float64_stays_float64():
+    x0, eps = sample(torch.float64)
+    t = torch.tensor([933.0629, 357.142857], dtype=torch.float64)
+    exact = (1 - t / 1000).view(2, 1, 1, 1, 1) * x0 + (t / 1000).view(2, 1, 1, 1, 1) * eps
+    assert torch.allclose(add_noise(x0, eps, t), exact, atol=1e-14, rtol=0)
+
+
 def test_timesteps_in_half_precision_are_refused():
     with pytest.raises(AssertionError, match="other timesteps"):
         sigma(torch.tensor([933.0], dtype=torch.bfloat16))
