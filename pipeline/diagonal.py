@@ -158,5 +158,5 @@ def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
     if card.get("schedule") is None:
         return
     trained = Schedule.from_dict(card["schedule"])
-    if trained != schedule:
+    if str(trained) != str(schedule):  # rows that only repeat the last one make no difference
         log.warning(f"this student was trained with another schedule\ntrained:\n{trained}\nused:\n{schedule}")

@@ -53,6 +53,7 @@ class StreamSession:
         self.chunk = 0  # the next one to be made
         self._cache: StreamCache | None = None
         self._cache_batch = 0
+        self._playing: object | None = None  # stands for the newest play()
 
     def play(
         self, prompts: str | Sequence[str], seeds: int | Sequence[int] = 0, num_chunks: int | None = None
@@ -64,11 +65,13 @@ class StreamSession:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
         assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
+        self._playing = playing = object()
         timer = SpanTimer(self.device)
         self._start(prompts, seeds, num_chunks)
         timer.mark("text")
-        for chunk in count() if num_chunks is None else range(num_chunks):
-            assert self.chunk == chunk, "another play() of this session has begun"
+        for _ in count() if num_chunks is None else range(num_chunks):
+            if self._playing is not playing:
+                raise RuntimeError("a newer stream of this session has begun; play one at a time, or a list as a batch")
             yield self._next(timer)
             timer = SpanTimer(self.device)
 

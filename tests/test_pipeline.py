@@ -1,0 +1,192 @@
+"""Sessions and DiagonalPipeline: chunks of frames, batches, seeds, warnings."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.errors import UserError
+from configs.load import load_config
+from model.codec import WanCodec
+from model.schedule import Schedule
+from pipeline import DiagonalPipeline
+from pipeline.stream import StreamSession, to_frames
+from utils.video import read_video
+
+PROMPT, OTHER = "a red circle moves right", "a blue square moves up"
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_assets):
+    return DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "video.num_latent_frames=9")
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Our warnings, also where an entry point has set up the console before."""
+    root = logging.getLogger("diagonal")
+    root.propagate = True
+    return caplog
+
+
+def test_streams_9_frames_and_then_12_at_a_time(pipe):
+    chunks = list(pipe.stream(PROMPT, seed=0))
+    assert [chunk.shape for chunk in chunks] == [(9, 32, 48, 3), (12, 32, 48, 3), (12, 32, 48, 3)]
+    assert all(chunk.dtype == np.uint8 for chunk in chunks)
+    assert np.concatenate(chunks).std() > 1
+
+
+def test_first_chunk_comes_before_the_second_is_made(pipe):
+    stream = pipe.stream(PROMPT)
+    next(stream)
+    assert pipe.session.chunk == 1
+    stream.close()
+
+
+def test_call_is_stream_joined_and_can_be_repeated(pipe, tmp_path):
+    video = pipe(PROMPT, seed=3)
+    assert np.array_equal(video.frames, np.concatenate(list(pipe.stream(PROMPT, seed=3))))
+    assert (video.prompt, video.seed, video.fps, len(video.timings)) == (PROMPT, 3, 16, 3)
+    assert not np.array_equal(video.frames, pipe(PROMPT, seed=4).frames)
+    video.save(tmp_path / "v.mp4")
+    assert read_video(tmp_path / "v.mp4").shape == video.frames.shape
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(pipe):
+    videos = pipe([PROMPT, OTHER, PROMPT], seed=[1, 2, 2])
+    assert [(video.prompt, video.seed) for video in videos] == [(PROMPT, 1), (OTHER, 2), (PROMPT, 2)]
+    for video in videos:
+        alone = pipe(video.prompt, video.seed).frames.astype(int)
+        assert np.abs(video.frames - alone).max() <= 1  # float sums of another batch size may round differently
+    chunks = list(pipe.stream([PROMPT, OTHER], seed=5))
+    assert [len(chunk) for chunk in chunks] == [2, 2, 2] and chunks[1][1].shape == (12, 32, 48, 3)
+
+
+def test_prompts_matter(pipe):
+    # random weights: some other noise, too, would do, so compare latents of the same seed
+    latents = [next(pipe.session.play(prompt, 0, 1)).latents for prompt in (PROMPT, OTHER)]
+    assert not torch.equal(*latents)
+
+
+def test_frames_are_those_of_decoding_the_whole_clip(pipe):
+    results = [result.wait() for result in pipe.session.play([PROMPT], [0], 3)]
+    whole = to_frames(pipe.session.codec.decode(torch.cat([result.latents for result in results], dim=1)))
+    assert torch.equal(torch.cat([result.frames for result in results], dim=1), whole)
+
+
+def test_to_frames_rounds_and_clamps():
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.2, 1.0, 2.0]).view(1, 6, 1, 1, 1).expand(1, 6, 3, 2, 2)
+    frames = to_frames(pixels)
+    assert frames.shape == (1, 6, 2, 2, 3) and frames[0, :, 0, 0, 0].tolist() == [0, 0, 128, 153, 255, 255]
+
+
+def test_num_frames_are_pixel_frames(pipe):
+    assert len(pipe(PROMPT, num_frames=21).frames) == 21
+    for wrong in (20, 25):
+        with pytest.raises(UserError):
+            pipe(PROMPT, num_frames=wrong)
+
+
+def test_schedule_prints_as_a_table(pipe):
+    assert "0      4      1000   921.1  769.2  357.1" in str(pipe.schedule)
+    assert isinstance(pipe.schedule, Schedule)
+
+
+def test_timings_name_every_step(pipe):
+    timings = pipe(PROMPT).timings
+    assert list(timings[0]) == ["text", "step 0", "step 1", "step 2", "step 3", "decode"]
+    assert [sum(name.startswith("step") for name in chunk) for chunk in timings] == [4, 3, 2]
+    assert all(seconds >= 0 for chunk in timings for seconds in chunk.values())
+
+
+def test_context_policy_reaches_the_loop(tiny_assets):
+    clean = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "stream.context=clean")
+    assert [list(chunk)[-2] for chunk in clean(PROMPT).timings] == ["context", "context"]
+
+
+def test_memory_does_not_grow_with_length(pipe):
+    sizes, generated = [], pipe.session.play(PROMPT, 0, None)
+    for _ in range(8):
+        next(generated)
+        sizes.append(pipe.session._cache.bytes)
+    assert len(set(sizes)) == 1
+    before = pipe.session._cache
+    next(pipe.session.play(OTHER, 1, 1))
+    assert pipe.session._cache is before, "the memory of the last clip is used again"
+
+
+def test_an_old_stream_does_not_mix_with_a_new_one(pipe):
+    old = pipe.stream(PROMPT)
+    next(old)
+    next(pipe.stream(OTHER))
+    with pytest.raises(RuntimeError, match="newer stream"):
+        next(old)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses operators that make the host wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.WAITING, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("context", ["last_step", "clean", "renoise"])
+def test_nothing_on_the_path_waits_for_the_device(tiny_student, tiny_vae, tiny_text_encoder, tiny_geometry, context):
+    schedule = Schedule(rows=((1000.0, 357.1),), policy=context, renoise_timestep=100.0)
+    session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, tiny_geometry)
+    generated = session.play(PROMPT, 0, 6)
+    next(generated)
+    with NoSync():
+        assert len(list(generated)) == 5
+
+
+@pytest.mark.parametrize("bad", ["", " ", "a\0b"])
+def test_bad_prompts(pipe, bad):
+    with pytest.raises(UserError):
+        next(pipe.stream(bad))
+
+
+def test_seeds_and_prompts_must_match(pipe):
+    with pytest.raises(UserError, match="2 seeds were given for 1 prompts"):
+        pipe([PROMPT], seed=[1, 2])
+    with pytest.raises(UserError):
+        pipe([])
+
+
+def test_a_long_prompt_is_cut_with_a_warning(pipe, warnings):
+    words = (PROMPT + " ") * 400
+    assert len(pipe(words, num_frames=9).frames) == 9
+    assert "first 12 count" in warnings.text
+    warnings.clear()
+    pipe(PROMPT, num_frames=9)
+    assert not warnings.text
+
+
+def test_another_schedule_than_the_trained_one_is_a_warning(tiny_assets, warnings):
+    card = tiny_assets / "student" / "card.json"
+    before = card.read_text()
+    config = load_config(tiny_assets / "tiny.yaml")
+    trained = Schedule.from_config(dataclasses.replace(config.schedule, steps="5"), config.stream)
+    try:
+        card.write_text(json.dumps({"stage": "distill", "schedule": trained.to_dict()}))
+        DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "schedule.steps=[5, 5]")
+        assert not warnings.text
+        DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "schedule.steps=432")
+        assert "another schedule" in warnings.text
+        assert "945.1" in warnings.text and "921.1" in warnings.text, "both are named"
+    finally:
+        card.write_text(before)
+
+
+def test_a_config_takes_no_overrides(tiny_assets):
+    config = load_config(tiny_assets / "tiny.yaml")
+    assert DiagonalPipeline.from_config(config).config is config
+    with pytest.raises(ValueError):
+        DiagonalPipeline.from_config(config, "seed=1")
