@@ -69,6 +69,24 @@ class Posterior(NamedTuple):
         return 0.5 * terms.flatten(1).sum(1)
 
 
+class _FastCausalConv3d(WanCausalConv3d):
+    """The same convolution, 5 times as fast for one clip on a CPU.
+
+    There torch's own choice is a fallback kernel (`slow_conv3d`) unless the batch or the clip is large; this asks for
+    oneDNN. No gradient is defined for that call, so training goes the ordinary way.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and torch.backends.mkldnn.is_available()
+        ):
+            return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        return super()._conv_forward(x, weight, bias)
+
+
 def _slots(module: torch.nn.Module) -> int:
     return sum(isinstance(part, WanCausalConv3d) for part in module.modules())
 
@@ -83,6 +101,9 @@ class WanCodec:
         if vae.config.is_residual or vae.config.patch_size is not None:
             raise UserError("model.vae is a Wan 2.2 VAE, which this codec does not read; use Wan2.1_VAE.pth")
         self.vae = vae
+        for part in vae.modules():
+            if isinstance(part, WanCausalConv3d):
+                part.__class__ = _FastCausalConv3d  # same parameters and result
         self._encoder_slots, self._decoder_slots = _slots(vae.encoder), _slots(vae.decoder)
         self._place_statistics()
 
