@@ -42,10 +42,10 @@ def inputs(geo: Geometry, frames: int, batch: int = 2, seed: int = 1):
     return latents, chunks.repeat_interleave(geo.chunk_frames, 1), text
 
 
-def stream_cache(model: CausalWanModel, geo: Geometry, batch: int = 2) -> StreamCache:
+def stream_cache(model: CausalWanModel, geo: Geometry, batch: int = 2, device: str = "cpu") -> StreamCache:
     c = model.config
     shape = (c.num_layers, batch, c.num_attention_heads, c.attention_head_dim)
-    return StreamCache(*shape, geo, device="cpu", dtype=model.dtype)
+    return StreamCache(*shape, geo, device=device, dtype=model.dtype)
 
 
 def by_chunk(model, cache, geo, latents, t, text) -> torch.Tensor:

@@ -221,3 +221,21 @@ class TestRotary:
             for at, c in ((0, stream_cache(model, geo)), (1022, stream_cache(model, geo)))
         )
         assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_cuda_cache_dense_and_compiled_flex_agree_without_a_sync():
+    model, geo = build(attention_head_dim=32)[0].cuda(), sizes(3, 1, height=48, width=80)
+    x, t, text = (y.cuda() for y in inputs(geo, 10))
+    cache = stream_cache(model, geo, device="cuda")
+    by_chunk(model, cache, geo, x, t, text)
+    cache.reset()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stream = by_chunk(model, cache, geo, x, t, text)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    dense, flex = (model(x, t, text, mask=chunk_causal_mask(geo, 10, "cuda", kind=kind)) for kind in ("dense", "flex"))
+    assert torch.allclose(stream, dense, atol=1e-4) and torch.allclose(dense, flex, atol=2e-3)
