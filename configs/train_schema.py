@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from configs.validate import at_least, between, one_of
 
-STAGES = ("codec", "pretrain", "teacher_forcing", "causal_ode")
+STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,16 @@ class FlowConfig:
 
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
-    clean_context: float = 0.5  # causal stages: share of samples whose past is clean; the rest at a drawn noise level
-    ode_steps: int = 24  # causal_ode: Euler steps of the teacher's trajectory
-    guidance: float = 2.0  # causal_ode: cond + s (cond - uncond) of the teacher
+    context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
+    ode_interval: float = 50.0  # causal_ode: Euler step of the teacher's trajectory, in un-warped time
+    ode_clips: int = 4096  # causal_ode: trajectories made ahead and drawn from
+    guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for the teacher of causal_ode
 
     def __post_init__(self):
-        between(0, 1, "training.flow", self, "text_dropout", "clean_context")
-        at_least(1, "training.flow", self, "ode_steps")
+        at_least(1, "training.flow", self, "shift", "ode_clips")
+        between(0, 1, "training.flow", self, "text_dropout")
+        between(1, 1000, "training.flow", self, "ode_interval")
+        at_least(0, "training.flow", self, "guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,12 @@ class CodecLossConfig:
     """Codec training on the tiny world: clip length and the weights of its loss terms."""
 
     clip_frames: int = 17  # pixel frames of one training clip, 1 + 4 n
-    kl: float = 1e-6
-    gradient: float = 0.5  # L1 on spatial finite differences, for sharp edges
-    latent_rms: float = 1e-3  # pulls the latents' scale towards 1
+    gradient: float = 0.5  # L1 between spatial finite differences, for sharp edges
+    kl: float = 1e-4  # KL to the unit normal, mean over latent values
+
+    def __post_init__(self):
+        at_least(5, "training.codec", self, "clip_frames")
+        at_least(0, "training.codec", self, "gradient", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +61,19 @@ class TrainingConfig:
 
     stage: str = "pretrain"
     steps: int = 1000  # optimiser steps
-    global_batch: int = 64  # samples a step over all ranks and accumulation
+    global_batch: int = 64  # samples a step, over all ranks and accumulated micro-batches
     micro_batch: int = 64  # samples a forward pass on one rank
-    bank_clips: int = 4096  # tiny world: clips encoded ahead and drawn from
-    bank_refresh: int = 0  # steps after which the bank is drawn anew; 0 = never
-    init: dict[str, str] = field(default_factory=dict)  # module name -> weights it starts from
+    bank_clips: int = 4096  # tiny world: clips made ahead and drawn from
+    init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
     ema_decay: float = 0.999
     ema_start_step: int = 200  # before this step the average is the weights themselves
     precision: str = "auto"  # of activations under autocast; weights and optimiser stay float32
-    compile: bool = False  # torch.compile of the repeated blocks
-    cuda_graphs: bool = False  # replay forward and backward as CUDA graphs
+    compile: bool = False  # torch.compile the repeated blocks
+    cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     log_every: int = 20  # steps
-    checkpoint_every: int = 1000  # steps
+    checkpoint_every: int = 1000  # steps; 0 = only at the end
     validate_every: int = 0  # steps; 0 = only at the end
+    validation_clips: int = 64
     max_checkpoints: int = 2  # the newest that are kept
     export: str | None = None  # folder that the trained modules are written to at the end
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -77,6 +83,6 @@ class TrainingConfig:
     def __post_init__(self):
         one_of(STAGES, "training", self, "stage")
         at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
-        at_least(0, "training", self, "bank_refresh", "ema_start_step", "checkpoint_every", "validate_every")
+        at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
         at_least(1, "training", self, "max_checkpoints")
         between(0, 1, "training", self, "ema_decay")

@@ -1,0 +1,33 @@
+"""Many-step sampling with a bidirectional network: what the teacher makes of a prompt."""
+
+import torch
+from torch import Tensor
+
+from model.denoiser import Score
+from model.flow import shift_time
+
+
+def euler_grid(steps: int, shift: float, device: torch.device | str = "cpu") -> Tensor:
+    """Timesteps [steps + 1] from 1000 to 0, even in un-warped time, then shifted."""
+    return shift_time(torch.linspace(1000.0, 0.0, steps + 1, device=device), shift)
+
+
+@torch.no_grad()
+def sample(
+    score: Score, noise: Tensor, text: Tensor, null_text: Tensor, *, steps: int = 50, shift: float, guidance: float
+) -> Tensor:
+    """Integrate dx/dsigma = v from noise [B, F, C, H, W] to latents of that shape with Euler's method.
+
+    text, null_text: [B, L, D]; `guidance` s is that of cond + s (cond - uncond); 0 runs the conditional branch alone.
+    """
+    x = noise
+    grid = euler_grid(steps, shift).tolist()
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        times = torch.full((x.shape[0],), t, device=x.device)
+        if guidance:
+            x0 = score.guided_x0(x, times, text, null_text, guidance)
+        else:
+            x0 = score.x0(x, times, text)
+        # x = x0 + sigma v, so one Euler step scales the noise that is left
+        x = x0 + (x - x0) * (t_next / t)
+    return x

@@ -1,0 +1,99 @@
+"""Networks that a stage starts from: what `training.init` names, or `model.*`, loaded or fresh.
+
+`training.init` maps a module's name to weights (a folder or file that model/weights.py reads) or to a `config.json`,
+which gives a network of those sizes with fresh weights drawn from (seed, name).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from configs.errors import UserError
+from configs.load import CHECKOUT
+from configs.schema import Config
+from model.causal_wan import CausalWanModel
+from model.codec import WanCodec
+from model.text import TextEncoder, word_tokenizer
+from model.weights import load_score, load_student, load_text_encoder, load_vae
+from utils.seeds import stable_hash
+from utils.tiny_world import VOCABULARY
+
+CPU = torch.device("cpu")
+
+
+def _source(config: Config, name: str) -> Path:
+    sources = config.training.init
+    if name not in sources:
+        raise UserError(
+            f"training.init.{name} is not set and stage {config.training.stage} needs it; "
+            f"give a folder of weights, or a config.json for a fresh network"
+        )
+    path = Path(sources[name])
+    return path if path.is_absolute() else CHECKOUT / path
+
+
+@contextmanager
+def seeded(config: Config, name: str) -> Iterator[None]:
+    """Weights made in the block are drawn from (seed, name), whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_hash(config.seed, "init", name))
+        yield
+
+
+def _fresh(config: Config, name: str, path: Path, build: Callable[[dict], nn.Module]) -> nn.Module:
+    """A network with fresh weights, of the sizes in the file `path`."""
+    if not path.is_file():
+        raise UserError(f"training.init.{name}={path} does not exist; give a config.json or a folder of weights")
+    sizes = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("_")}
+    with seeded(config, name):
+        return build(sizes)
+
+
+def score_network(config: Config, name: str) -> WanTransformer3DModel:
+    """A bidirectional network (teacher, critic) in float32 on the CPU."""
+    path = _source(config, name)
+    if path.suffix == ".json":
+        return _fresh(config, name, path, WanTransformer3DModel.from_config)
+    return load_score(path, CPU, torch.float32)
+
+
+def causal_student(config: Config, name: str) -> CausalWanModel:
+    """A causal network in float32 on the CPU; any Wan transformer of its sizes can be its start."""
+    path = _source(config, name)
+    if path.suffix == ".json":
+        return _fresh(config, name, path, CausalWanModel.from_config)
+    return load_student(path, CPU, torch.float32)
+
+
+def vae(config: Config) -> AutoencoderKLWan:
+    """The VAE to train, in float32 on the CPU."""
+    path = _source(config, "vae")
+    if path.suffix == ".json":
+        return _fresh(config, "vae", path, AutoencoderKLWan.from_config)
+    return load_vae(path, CPU, torch.float32)
+
+
+def trained_text_encoder(config: Config) -> TextEncoder:
+    """The tiny text encoder to train, with the tiny world's vocabulary."""
+    path = _source(config, "text_encoder")
+    encoder = _fresh(config, "text_encoder", path, lambda sizes: UMT5EncoderModel(UMT5Config(**sizes)))
+    return TextEncoder(encoder, word_tokenizer(VOCABULARY), config.model.text_tokens)
+
+
+def frozen_text_encoder(config: Config, device: torch.device) -> TextEncoder:
+    """The text encoder that conditions, float32, without gradients."""
+    m = config.model
+    text = load_text_encoder(m.text_encoder, m.tokenizer, m.text_tokens, device, torch.float32)
+    text.encoder.eval().requires_grad_(False)
+    return text
+
+
+def frozen_codec(config: Config, device: torch.device) -> WanCodec:
+    """The VAE that makes latents, float32, without gradients."""
+    return WanCodec(load_vae(config.model.vae, device, torch.float32).eval().requires_grad_(False))

@@ -1,0 +1,99 @@
+"""Stage `codec`: train the tiny VAE on clips of the tiny world."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from torch import Tensor
+
+from configs.schema import Config
+from model.codec import WanCodec
+from model.weights import save_network
+from trainer.build import vae
+from trainer.data import draw, pixel_bank
+from trainer.stage import Supervised
+from utils.distributed import Ranks
+from utils.seeds import generator, stable_hash
+from utils.tiny_world import TinyWorld
+from utils.video import contact_sheet
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each clip [B, ...], for values in [-1, 1]."""
+    return 10 * torch.log10(4.0 / (a - b).square().flatten(1).mean(1))
+
+
+def codec_loss(x: Tensor, y: Tensor, kl: Tensor, *, gradient: float, kl_weight: float) -> dict[str, Tensor]:
+    """L = |x - y| + gradient (|dx - dy| along rows and columns) + kl_weight KL, each a mean.
+
+    x, y: pixels and reconstruction [B, T, 3, H, W]; kl: [B] nats a latent value.
+    """
+    edges = ((x - y).diff(dim=-1).abs().mean() + (x - y).diff(dim=-2).abs().mean()) / 2
+    terms = {"l1": (x - y).abs().mean(), "edges": edges, "kl": kl.mean()}
+    loss = terms["l1"] + gradient * edges + kl_weight * terms["kl"]
+    return {"loss": loss} | terms | {"psnr": psnr(x, y.clamp(-1, 1)).mean()}
+
+
+class CodecStage(Supervised):
+    """Reconstruction through a sampled posterior. Latent statistics are measured and stored at export."""
+
+    name = "codec"
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks, vae(config))
+        self.codec = WanCodec(self.module)
+        self.world = TinyWorld(config.video.height, config.video.width)
+        t = config.training
+        self.bank = pixel_bank(self.world, t.bank_clips, t.codec.clip_frames, config.seed, device)
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        size = self.config.training.micro_batch
+        name = step * self.micro_batches + micro
+        index = draw(len(self.bank), size, self.config.seed, name, self.ranks.rank, self.device)
+        pixels = self.bank[index].float() / 127.5 - 1
+        rng = generator(self.config.seed, "posterior", name, self.ranks.rank, device=self.device)
+        latent_frames = 1 + (pixels.shape[1] - 1) // 4
+        shape = (size, latent_frames, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
+        return {"pixels": pixels, "eps": torch.randn(shape, generator=rng, device=self.device)}
+
+    def loss(self, pixels: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        posterior = self.codec.posterior(pixels)
+        z = posterior.mean + torch.exp(0.5 * posterior.logvar) * eps
+        out = self.codec.decode_latents(z)
+        kl = posterior.kl() / eps[0].numel()
+        c = self.config.training.codec
+        return codec_loss(pixels, out.float(), kl.float(), gradient=c.gradient, kl_weight=c.kl)
+
+    def _whole_clips(self, count: int) -> Tensor:
+        scenes = self.world.scenes(stable_hash(self.config.seed, "validation"), count)
+        return self.world.render(scenes, 81, device=self.device)
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """PSNR in dB of unseen 81-frame clips."""
+        codec, scores = WanCodec(self.averaged), []
+        clips = self._whole_clips(32)
+        for pixels in clips.split(8):
+            out = codec.decode(codec.encode(pixels))
+            scores.append(psnr(pixels, out))
+        both = torch.cat([pixels[0], out[0]], dim=-1)[:: max(1, len(out[0]) // 18)]
+        frames = ((both.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().cpu().numpy()
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet: Image.Image = contact_sheet(frames, columns=6)
+        sheet.save(folder / f"codec_{step:06d}.png")
+        scores = torch.cat(scores)
+        return {"psnr": scores.mean().item(), "psnr_worst": scores.min().item()}
+
+    @torch.no_grad()
+    def export(self, folder: Path, step: int) -> None:
+        """Write the VAE with the mean and standard deviation of each latent channel, over 256 clips."""
+        module: AutoencoderKLWan = self.averaged
+        codec = WanCodec(module)
+        z = torch.cat([codec.posterior(pixels).mean for pixels in self._whole_clips(256).split(16)])
+        channels = z.transpose(1, 2).transpose(0, 1).flatten(1).double()
+        module.register_to_config(
+            latents_mean=[round(v, 5) for v in channels.mean(1).tolist()],
+            latents_std=[round(v, 5) for v in channels.std(1).tolist()],
+        )
+        save_network(module, folder)

@@ -1,0 +1,152 @@
+"""Stages `pretrain` (the bidirectional teacher) and `teacher_forcing` (a causal student): flow matching.
+
+    L = mean | v(x_t, t, text) - (eps - x0) |^2        x_t = (1 - sigma) x0 + sigma eps, sigma = t / 1000
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.causal_wan import chunk_causal_mask
+from model.denoiser import Score
+from model.flow import add_noise, shift_time, v_target
+from model.schedule import Schedule
+from model.weights import save_network
+from trainer.build import causal_student, frozen_codec, frozen_text_encoder, score_network
+from trainer.data import LatentBank, draw
+from trainer.stage import Supervised
+from trainer.validation import caption_gaps, causal_clips, judge, teacher_clips
+from utils.distributed import Ranks
+from utils.seeds import generator
+from utils.tiny_world import TinyWorld
+
+
+class FlowStage(Supervised):
+    """What both have in common: a bank of latents, timesteps, noise, dropped prompts."""
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks, module: nn.Module):
+        super().__init__(config, device, ranks, module)
+        self.geometry = Geometry.from_config(config)
+        self.codec = frozen_codec(config, device)
+        self.text = frozen_text_encoder(config, device)
+        self.world = TinyWorld(config.video.height, config.video.width)
+        self.bank = self._bank()
+
+    def _bank(self) -> LatentBank:
+        c = self.config
+        clips, frames = c.training.bank_clips, 4 * c.video.num_latent_frames - 3
+        return LatentBank(self.world, self.codec, self.text, clips=clips, frames=frames, seed=c.seed)
+
+    def _rng(self, step: int, micro: int) -> torch.Generator:
+        name = step * self.micro_batches + micro
+        return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
+
+    def _index(self, step: int, micro: int, clips: int) -> Tensor:
+        name = step * self.micro_batches + micro
+        return draw(clips, self.config.training.micro_batch, self.config.seed, name, self.ranks.rank, self.device)
+
+    def _drop(self, text: Tensor, rng: torch.Generator) -> Tensor:
+        share = self.config.training.flow.text_dropout
+        dropped = torch.rand(len(text), generator=rng, device=self.device) < share
+        return torch.where(dropped[:, None, None], self.bank.null, text)
+
+    def _timesteps(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Shifted timesteps in (0, 1000], stratified over the first axis."""
+        size = shape[0]
+        offset = torch.arange(size, device=self.device).view(-1, *[1] * (len(shape) - 1))
+        even = (offset + torch.rand(shape, generator=rng, device=self.device)) / size
+        return shift_time(1000 * even, self.config.training.flow.shift)
+
+    def _noise(self, like: Tensor, rng: torch.Generator) -> Tensor:
+        return torch.randn(like.shape, generator=rng, device=self.device)
+
+
+class Pretrain(FlowStage):
+    """The teacher: a bidirectional network, one timestep a clip."""
+
+    name = "pretrain"
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks, score_network(config, "transformer"))
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        rng = self._rng(step, micro)
+        x0, text = self.bank.batch(self._index(step, micro, len(self.bank.latents)))
+        t = self._timesteps((len(x0),), rng)
+        return {"x0": x0, "eps": self._noise(x0, rng), "t": t, "text": self._drop(text, rng)}
+
+    def loss(self, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> dict[str, Tensor]:
+        v = Score(self.module).v(add_noise(x0, eps, t), t, text)
+        return {"loss": F.mse_loss(v.float(), v_target(x0, eps))}
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Attributes of sampled clips, and the loss that a wrong word costs, attribute by attribute."""
+        score = Score(self.averaged)
+        prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
+        frames = teacher_clips(score, self.codec, self.text, prompts, self.geometry, self.config)
+        gaps = caption_gaps(score, self.bank, self.text, self.config.seed)
+        return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png") | gaps
+
+    def export(self, folder: Path, step: int) -> None:
+        save_network(self.averaged, folder, card={"stage": self.name, "step": step})
+
+
+class TeacherForcing(FlowStage):
+    """A causal student that learns from real pasts: one pass over [past ; noisy], a timestep a chunk.
+
+    The past is shown at one of `context_timesteps` (drawn a clip), which is how a later chunk finds it in the cache:
+    clean after a refresh pass, at the last timestep of the row under diagonal forcing.
+    """
+
+    name = "teacher_forcing"
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks, causal_student(config, "student"))
+        frames = config.video.num_latent_frames
+        self.chunks = self.geometry.num_chunks(frames)
+        self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
+        self.frame_ids = torch.arange(frames, device=device).repeat(2)
+        self.schedule = Schedule.from_config(config.schedule, config.stream)
+
+    def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The past as it is shown, and its timesteps [B, F]."""
+        levels = torch.tensor(self.config.training.flow.context_timesteps, device=self.device)
+        drawn = torch.randint(len(levels), (len(x0), 1), generator=rng, device=self.device)
+        t = levels[drawn].expand(-1, x0.shape[1])
+        return add_noise(x0, self._noise(x0, rng), t), t
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        rng = self._rng(step, micro)
+        x0, text = self.bank.batch(self._index(step, micro, len(self.bank.latents)))
+        t = self._timesteps((len(x0), self.chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
+        past, past_t = self._context(x0, rng)
+        eps = self._noise(x0, rng)
+        return {
+            "past": past, "past_t": past_t, "x_t": add_noise(x0, eps, t), "t": t,
+            "target": v_target(x0, eps), "text": self._drop(text, rng),
+        }  # fmt: skip
+
+    def _v(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """v [B, F, C, h, w] of every chunk, given the past of each."""
+        both, times = torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1)
+        return module(both, times, text, mask=self.mask, frame_ids=self.frame_ids)[:, x_t.shape[1] :]
+
+    def loss(self, past, past_t, x_t, t, target, text) -> dict[str, Tensor]:
+        v = self._v(self.module, past, past_t, x_t, t, text)
+        return {"loss": F.mse_loss(v.float(), target)}
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Attributes of clips generated along `schedule`, as inference does it."""
+        prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
+        frames = causal_clips(self.averaged, self.codec, self.text, prompts, self.schedule, self.geometry, self.config)
+        return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png")
+
+    def export(self, folder: Path, step: int) -> None:
+        card = {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()}
+        save_network(self.averaged, folder, card=card)

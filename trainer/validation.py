@@ -1,0 +1,92 @@
+"""What a stage looks at while it runs: sampled clips measured against their captions, and caption gaps."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.causal_wan import CausalWanModel
+from model.codec import Codec
+from model.denoiser import Score, Student
+from model.flow import add_noise, v_target
+from model.schedule import Schedule
+from model.text import TextEncoder
+from pipeline.bidirectional import sample
+from pipeline.noise import NoiseSource
+from pipeline.stream import StreamSession
+from trainer.data import LatentBank
+from utils.seeds import generator, sample_seed
+from utils.tiny_measures import score as score_clips
+from utils.tiny_world import ATTRIBUTES, caption, flip_attribute
+from utils.video import contact_sheet
+
+
+def validation_seeds(config: Config, count: int) -> list[int]:
+    """The same seeds each time, so that clips of one run can be compared over its steps."""
+    return [sample_seed(config.seed, i + 1) for i in range(count)]
+
+
+def teacher_clips(
+    score: Score, codec: Codec, text: TextEncoder, prompts: list[str], geometry: Geometry, config: Config
+) -> Tensor:
+    """Pixels [B, T, 3, H, W] that the teacher makes of `prompts`, in 50 Euler steps."""
+    embedded, null, guidance = text(prompts), text([""]), config.training.flow.guidance
+    source = NoiseSource(validation_seeds(config, len(prompts)), geometry, embedded.device, torch.float32)
+    chunks = geometry.num_chunks(config.video.num_latent_frames)
+    noise = torch.cat([source.initial(k) for k in range(chunks)], dim=1)
+    null = null.expand_as(embedded)
+    latents = sample(score, noise, embedded, null, steps=50, shift=config.schedule.shift, guidance=guidance)
+    return torch.cat([codec.decode(part) for part in latents.split(16)])
+
+
+def causal_clips(
+    model: CausalWanModel, codec: Codec, text: TextEncoder, prompts: list[str], schedule: Schedule, geometry: Geometry,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """Pixels [B, T, 3, H, W] that a causal student makes of `prompts` along `schedule`, as inference makes them."""
+    session = StreamSession(Student(model), codec, text, schedule, geometry)
+    chunks = geometry.num_chunks(config.video.num_latent_frames)
+    played = session.play(prompts, validation_seeds(config, len(prompts)), chunks)
+    frames = torch.cat([result.wait().frames for result in played], dim=1)
+    return frames.movedim(-1, 2).float() / 127.5 - 1
+
+
+def judge(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
+    """Share of clips in which each attribute is what the caption says; a contact sheet of the first eight."""
+    rows = frames[:8, :: max(1, frames.shape[1] // 9)]
+    pixels = ((rows.flatten(0, 1).permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pixels, columns=rows.shape[1]).save(sheet)
+    sheet.with_suffix(".txt").write_text("\n".join(prompts[:8]) + "\n")
+    return {name: interval.value for name, interval in score_clips(prompts, frames).columns.items()}
+
+
+@torch.no_grad()
+def caption_gaps(score: Score, bank: LatentBank, text: TextEncoder, seed: int, clips: int = 128) -> dict[str, float]:
+    """Loss with one attribute of the caption changed minus loss with the right caption, a figure an attribute.
+
+    Mean over timesteps 600, 800, 900, 950. `axis` turns the direction by 90 degrees, `sign` reverses it. An attribute
+    without a gap is not being learnt from the caption.
+    """
+    clips = min(clips, len(bank.latents))
+    index = torch.arange(clips, device=bank.latents.device)
+    x0, _ = bank.batch(index)
+    rng = generator(seed, "caption gaps", device=x0.device)
+    eps = torch.randn(x0.shape, generator=rng, device=x0.device)
+    scenes, draw = bank.scenes[:clips], np.random.default_rng(seed)
+    names = (*ATTRIBUTES, "axis", "sign")
+    said = {"right": text([caption(scene) for scene in scenes])}
+    said |= {name: text([flip_attribute(scene, name, draw) for scene in scenes]) for name in names}
+    losses = {}
+    for name, embedded in said.items():
+        total = 0.0
+        for t in (600.0, 800.0, 900.0, 950.0):
+            times = torch.full((clips,), t, device=x0.device)
+            v = score.v(add_noise(x0, eps, times), times, embedded)
+            total += F.mse_loss(v.float(), v_target(x0, eps)).item() / 4
+        losses[name] = total
+    return {f"gap_{name}": losses[name] - losses["right"] for name in names}
