@@ -166,9 +166,9 @@ def figures(found: dict[str, Tensor], true: dict[str, Tensor], expected: Tensor)
 def print_extras(extras: dict) -> None:
     print()
     for name, value in extras.items():
-        one = value["value"] if isinstance(value, dict) else value
-        spread = f"{value['low']:>10.3f} .. {value['high']:.3f}" if isinstance(value, dict) and value["low"] else ""
-        print(f"{name:<20} {'none' if one is None else f'{one:.3f}':>8} {spread}")
+        middle, low, high = (value[k] for k in ("value", "low", "high")) if isinstance(value, dict) else (value,) * 3
+        spread = f"{low:>10.3f} .. {high:.3f}" if isinstance(value, dict) and low is not None else ""
+        print(f"{name:<20} {'none' if middle is None else f'{middle:.3f}':>8} {spread}")
 
 
 def main(arguments: list[str] | None = None) -> int:

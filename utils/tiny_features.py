@@ -119,8 +119,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double().cpu(), b.double().cpu()
     if len(a) < 2 or len(b) < 2:
         return float("nan")
-    values, vectors = torch.linalg.eigh(a.T.cov())
+    spread_a, spread_b = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())
+    values, vectors = torch.linalg.eigh(spread_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp_min(0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(root @ spread_b @ root).clamp_min(0).sqrt().sum()
     gap = (a.mean(0) - b.mean(0)).square().sum()
-    return float(gap + a.T.cov().trace() + b.T.cov().trace() - 2 * cross)
+    return max(0.0, float(gap + spread_a.trace() + spread_b.trace() - 2 * cross))  # rounding can go below 0
