@@ -1,0 +1,134 @@
+"""Everything that a person can get wrong gives one sentence and exit code 2, before anything is loaded or written."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import inference
+from pipeline import DiagonalPipeline
+from utils import exits
+
+# what is given -> words that the sentence holds: the field, and what is wrong with it
+ARGUMENTS = {
+    "unknown key": (["video.heigth=64"], "video.heigth is not a setting; did you mean video.height"),
+    "unknown section": (["vidoe.height=64"], "vidoe is not a setting; did you mean video?"),
+    "unknown flag": (["--sead", "3"], "unrecognized arguments: --sead"),
+    "flag without its value": (["--seed"], "--seed"),
+    "no key=value": (["fast"], "override=fast"),
+    "text for a number": (["--seed", "three"], "seed=three has the wrong type; it must be an integer"),
+    "fraction for a whole number": (["--num_samples", "1.5"], "inference.num_samples=1.5"),
+    "no samples": (["--num_samples", "0"], "inference.num_samples=0"),
+    "text for a switch": (["inference.overwrite=maybe"], "inference.overwrite=maybe"),
+    "frames in no whole chunks": (["--num_output_frames", "20"], "video.num_latent_frames=20"),
+    "no frames": (["--num_output_frames", "0"], "video.num_latent_frames=0"),
+    "height in no whole patches": (["video.height=30"], "video.height=30 is not divisible by 16"),
+    "width in no whole patches": (["video.width=100"], "video.width=100 is not divisible by 16"),
+    "window in no whole chunks": (["stream.window_frames=10"], "stream.window_frames=10"),
+    "unknown context": (["stream.context=dirty"], "stream.context=dirty"),
+    "rising schedule": (["schedule.timesteps=[[357, 1000]]"], "does not fall"),
+    "empty schedule": (["schedule.timesteps=[]"], "schedule.timesteps=[]"),
+    "empty row": (["schedule.timesteps=[[]]"], "schedule.timesteps.0=[]"),
+    "no steps": (["schedule.steps=''"], "schedule.steps="),
+    "zero steps": (["schedule.steps=402"], "schedule.steps=402"),
+    "unknown preset": (["schedule.preset=fast"], "schedule.preset=fast"),
+    "missing weights": (["--checkpoint_path", "nowhere"], "nowhere"),
+    "missing vae": (["model.vae=nowhere"], "model.vae="),
+    "missing config": (["--config_path", "nowhere.yaml"], "config_path=nowhere.yaml"),
+    "missing prompt file": (["--data_path", "nowhere.txt"], "nowhere.txt does not exist"),
+    "folder as prompt file": (["--data_path", "."], "inference.prompts="),
+    "empty prompt": (["--prompt", ""], "--prompt is empty"),
+    "blank prompt": (["--prompt", " \n "], "--prompt is empty"),
+    "one of two prompts empty": (["--prompt", "a circle", "--prompt", ""], "--prompt is empty"),
+    "output folder under a file": (["--output_folder", "file/out"], "inference.output_folder=file/out"),
+    "output folder is a file": (["--output_folder", "file"], "inference.output_folder=file"),
+    "unknown device": (["device=quantum"], "device=quantum"),
+    "absent GPU": (["device=cuda:99"], "device=cuda:99"),
+    "unknown precision": (["inference.precision=fp4"], "inference.precision=fp4"),
+}
+
+
+@pytest.fixture
+def refused(tiny_assets, tmp_path, monkeypatch, capsys):
+    """Run inference.py, expect a refusal that has written nothing, and return its sentence."""
+
+    def load(*_, **__):
+        raise AssertionError("it was not refused before loading")
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["inference.py", "--config_path", str(tiny_assets / "tiny.yaml"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            exits.run(inference.main)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith("error: ") and len(line) < 600
+        assert sorted(tmp_path.rglob("*")) == before
+        return line
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiagonalPipeline, "from_config", load)
+    (tmp_path / "file").touch()
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(refused, case):
+    arguments, words = ARGUMENTS[case]
+    assert words in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfea", "UTF-8"), (b"a\0b", "NUL")],
+)
+def test_prompt_files(refused, tmp_path, content, words):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert words in refused("--data_path", "prompts.txt")
+
+
+def copy(tiny_assets: Path, tmp_path: Path, part: str) -> Path:
+    return Path(shutil.copytree(tiny_assets / part, tmp_path / part))
+
+
+@pytest.mark.parametrize("part", ["student", "vae", "text_encoder"])
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_weights(refused, tiny_assets, tmp_path, part, keep):
+    (weights,) = copy(tiny_assets, tmp_path, part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:keep])
+    line = refused(f"model.{part}={weights.parent}")
+    assert f"model.{part}" in line or str(weights) in line
+
+
+@pytest.mark.parametrize(("part", "other"), [("student", "vae"), ("vae", "student"), ("text_encoder", "student")])
+def test_weights_of_another_network(refused, tiny_assets, part, other):
+    assert f"model.{part}" in refused(f"model.{part}={tiny_assets / other}")
+
+
+def test_weights_of_another_size(refused, tiny_assets, tmp_path):
+    folder = copy(tiny_assets, tmp_path, "student")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    assert "model.student" in refused("--checkpoint_path", str(folder))
+
+
+def test_no_averaged_weights(refused):
+    assert "averaged" in refused("--use_ema")
+
+
+def test_yaml_that_is_none(refused, tmp_path):
+    (tmp_path / "bad.yaml").write_text("video: [1,\n")
+    assert "bad.yaml" in refused("--config_path", "bad.yaml")
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+def test_half_a_torchrun(refused, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "RANK" in refused()
