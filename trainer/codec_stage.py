@@ -73,7 +73,7 @@ class CodecStage(Supervised):
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """PSNR in dB of unseen 81-frame clips."""
         codec, scores = WanCodec(self.averaged), []
-        clips = self._whole_clips(32)
+        clips = self._whole_clips(self.config.training.validation_clips)
         for pixels in clips.split(8):
             out = codec.decode(codec.encode(pixels))
             scores.append(psnr(pixels, out))
@@ -87,10 +87,10 @@ class CodecStage(Supervised):
 
     @torch.no_grad()
     def export(self, folder: Path, step: int) -> None:
-        """Write the VAE with the mean and standard deviation of each latent channel, over 256 clips."""
+        """Write the VAE with the mean and standard deviation of each latent channel, over at most 256 clips."""
         module: AutoencoderKLWan = self.averaged
         codec = WanCodec(module)
-        z = torch.cat([codec.posterior(pixels).mean for pixels in self._whole_clips(256).split(16)])
+        z = torch.cat([codec.posterior(pixels).mean for pixels in self._whole_clips(min(256, len(self.bank))).split(16)])
         channels = z.transpose(1, 2).transpose(0, 1).flatten(1).double()
         module.register_to_config(
             latents_mean=[round(v, 5) for v in channels.mean(1).tolist()],
