@@ -28,20 +28,19 @@ def main() -> int:
         print(schedule)
         return 0
 
-    plan = make_plan(config, args.prompt)
+    plan = make_plan(config, args.prompt, ranks)
     if args.dry_run:
         print(f"{plan.describe()}\n\n{schedule}")
         return 0
 
-    set_threads(ranks.local_world)
-    jobs = ranks.share(plan.jobs)
     if ranks.first:
         print(plan.summary())
-    if not jobs:
+    if not plan.jobs:
         return 0
+    set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
     clips = []
-    for job in jobs:
+    for job in plan.jobs:
         clips.append(render(pipe, job, plan.weights, position=ranks.local_rank))
         print(clips[-1].line())
     if config.inference.profile:

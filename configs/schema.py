@@ -109,9 +109,11 @@ class InferenceConfig:
     precision: str = "auto"  # of weights and activations; auto = bfloat16 on a GPU that has it, else float32
     attention: str = "auto"  # attention kernel
     profile: bool = False  # print where the time went
+    cpu_threads: int = 1  # of one process; 0 = all CPUs. Rounding depends on it: the same number, the same video
 
     def __post_init__(self):
         at_least(1, "inference", self, "num_samples")
+        at_least(0, "inference", self, "cpu_threads")
         one_of(PRECISION, "inference", self, "precision")
         one_of(ATTENTION, "inference", self, "attention")
 

@@ -14,6 +14,7 @@ from model.weight_files import resolve
 from model.weights import WeightCheck, check_weights
 from pipeline.provenance import fingerprint
 from utils.device import pick_device, pick_dtype
+from utils.distributed import Ranks
 from utils.files import check_writable, safe_name, short_hash
 from utils.prompts import check_prompt, read_prompts
 from utils.seeds import sample_seed
@@ -44,9 +45,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs of a run, those to do and those that an earlier run has finished, and what they will run on."""
+    """This process's jobs, those to do and those that an earlier run has finished, and what they will run on."""
 
     config: Config
+    ranks: Ranks
     jobs: list[Job]
     finished: list[Job]
     weights: tuple[WeightCheck, ...]
@@ -60,6 +62,8 @@ class Plan:
         line = f"{_count(len(self.jobs))} to make in {folder} on {self.device} ({precision})"
         if self.finished:
             line += f"; {_count(len(self.finished))} already there (--overwrite makes them again)"
+        if self.ranks.world > 1:
+            line += f"; this is process {self.ranks.rank} of {self.ranks.world}, the others make theirs"
         return line
 
     def describe(self) -> str:
@@ -72,23 +76,27 @@ class Plan:
         return "\n".join(parts)
 
 
-def make_plan(config: Config, prompts: Sequence[str] | None = None) -> Plan:
+def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks | None = None) -> Plan:
     """Check everything that can be checked without loading weights. `prompts`: instead of the configured file.
+
+    All jobs are shared out before finished ones are left out: processes that start at different times see different
+    files, and would otherwise disagree about who makes what.
 
     Raises UserError for the first thing that is wrong; nothing has been written then.
     """
+    ranks = ranks or Ranks()
     Geometry.from_config(config).num_chunks(config.video.num_latent_frames)
     if prompts is None:
         prompts = read_prompts(resolve(config.inference.prompts))
     else:
         prompts = [check_prompt(prompt, "--prompt") for prompt in prompts]
     folder = check_writable(Path(config.inference.output_folder).expanduser(), "inference.output_folder")
-    device = pick_device(config.device)
+    device = pick_device(config.device, ranks.local_rank)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))
-    jobs = plan_jobs(config, prompts, folder, fingerprint(config, weights))
+    jobs = ranks.share(plan_jobs(config, prompts, folder, fingerprint(config, weights)))
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
-    return Plan(config, [job for job in jobs if job not in finished], finished, weights, device, dtype)
+    return Plan(config, ranks, [job for job in jobs if job not in finished], finished, weights, device, dtype)
 
 
 def plan_jobs(config: Config, prompts: Sequence[str], folder: Path, settings: str) -> list[Job]:

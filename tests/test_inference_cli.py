@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import inference
 from configs.load import load_config
 from pipeline import DiagonalPipeline
 from pipeline.cli import parse
+from pipeline.plan import make_plan
 from utils import exits
+from utils.distributed import Ranks
 from utils.seeds import sample_seed
 from utils.video import read_video
 
@@ -28,7 +31,6 @@ STRANGE = ["a/b\\c ../../x", "🚀🎉", "two\nlines", "x " * 5_000, "*?<>|:\"'"
 def cli(tiny_assets, tmp_path, monkeypatch):
     """Run inference.py in this process, in an empty folder: `cli("--seed", "3") -> exit code`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(*arguments: str) -> int:
         argv = ["inference.py", "--config_path", str(tiny_assets / "tiny.yaml"), *arguments]
@@ -37,9 +39,11 @@ def cli(tiny_assets, tmp_path, monkeypatch):
             exits.run(inference.main)
         return stop.value.code
 
-    before = signal.getsignal(signal.SIGTERM)
+    before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(load_config(tiny_assets / "tiny.yaml").inference.cpu_threads)
     yield run
     signal.signal(signal.SIGTERM, before)
+    torch.set_num_threads(threads)
 
 
 def files(folder: Path, suffix: str) -> list[Path]:
@@ -172,7 +176,7 @@ def start(tiny_assets: Path, *arguments: str, **environment: str) -> subprocess.
     command = [sys.executable, "-c", code, str(ROOT / "inference.py"), "--config_path", str(tiny_assets / "tiny.yaml")]
     return subprocess.Popen(
         [*command, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -207,3 +211,17 @@ def test_interrupted_runs_leave_no_half_file(tiny_assets, tmp_path):
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, len(errors.splitlines())) == (code, lines), errors
         assert not list(out.iterdir())
+
+
+def test_a_late_process_does_not_take_the_jobs_of_another(tiny_assets, tmp_path):
+    """Rank 0 finishes its clip before rank 1 looks: rank 1 still makes its own, and no one's clip is lost."""
+    config = load_config(tiny_assets / "tiny.yaml", [f"inference.output_folder={tmp_path}"])
+    prompts = ["one", "two", "three"]
+    early = make_plan(config, prompts, Ranks(0, 2, 0))
+    for job in early.jobs[:1]:
+        for path in (job.video, job.sheet, job.record):
+            path.touch()
+    late = make_plan(config, prompts, Ranks(1, 2, 1))
+    assert [job.prompt for job in early.jobs] == ["one", "three"] and [job.prompt for job in late.jobs] == ["two"]
+    again = make_plan(config, prompts, Ranks(0, 2, 0))
+    assert [job.prompt for job in again.jobs] == ["three"] and [job.prompt for job in again.finished] == ["one"]

@@ -185,7 +185,7 @@ def test_share_loses_none(world):
 
 
 def test_ranks_from_env(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert Ranks.from_env() == Ranks(0, 1, 0) and Ranks.from_env().first
     monkeypatch.setenv("RANK", "3")

@@ -46,15 +46,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def set_threads(processes: int = 1) -> int:
-    """Give this process its share of the CPUs that it may use, and return how many threads that is.
+def set_threads(threads: int) -> None:
+    """Let torch compute with so many CPU threads; 0 = one for each CPU that this process may use.
 
-    torch would start one for each core of the machine, also in a container that may use two of them, where they only
-    wait for each other. OMP_NUM_THREADS, where set, is left alone; torchrun sets it.
+    Left to itself torch starts one for each core of the machine, also in a container that may use two of them. Float
+    sums, and with them the last bits of a video, depend on the number, so it is fixed rather than found out.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cpus() // processes))
-    return torch.get_num_threads()
+    torch.set_num_threads(threads or available_cpus())
 
 
 def available_cpus() -> int:

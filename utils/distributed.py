@@ -22,20 +22,19 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    local_world: int = 1  # processes on this machine
 
     @classmethod
     def from_env(cls) -> "Ranks":
         """From what torchrun sets; one process where nothing is set."""
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         try:
             values = [int(os.environ.get(name, default)) for name, default in names.items()]
         except ValueError as error:
-            raise UserError("RANK, WORLD_SIZE and LOCAL_*RANK must be integers; start with torchrun") from error
-        rank, world, local_rank, local_world = values
+            raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be integers; start with torchrun") from error
+        rank, world, local_rank = values
         if not 0 <= rank < world:
             raise UserError(f"RANK={rank} does not fit WORLD_SIZE={world}; start with torchrun or unset both")
-        return cls(rank, world, local_rank, local_world)
+        return cls(rank, world, local_rank)
 
     @property
     def first(self) -> bool:
