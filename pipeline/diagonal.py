@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import WanTransformer3DModel
 
 from configs.errors import UserError
 from configs.geometry import Geometry, latent_frames, pixel_frames
@@ -32,6 +33,8 @@ from utils.prompts import check_prompt
 from utils.video import VideoWriter
 
 log = get_logger(__name__)
+
+ATTENTION_BACKENDS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # diffusers' names
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,7 @@ class DiagonalPipeline:
         dtype = pick_dtype(config.inference.precision, device)
         names = config.model
         student = load_student(names.student, device, dtype, use_ema=names.use_ema)
+        choose_attention(student, config.inference.attention, device)
         text_encoder = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, device, dtype)
         pipe = cls(config, Student(student), load_codec(names, device, dtype), text_encoder)
         warn_of_schedule(pipe.schedule, student.card)
@@ -151,6 +155,23 @@ def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     if config.codec == "taehv":
         return TinyDecoderCodec(load_tiny_decoder(config.tiny_decoder, device, dtype))
     return WanCodec(load_vae(config.vae, device, dtype))
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Refuse an attention kernel that `device` cannot have."""
+    if device.type != "cuda" and name not in ("auto", "sdpa"):
+        raise UserError(f"inference.attention={name} needs a GPU and device={device} is none; use auto or sdpa")
+
+
+def choose_attention(student: WanTransformer3DModel, name: str, device: torch.device) -> None:
+    """Make `student` use the attention kernel that `inference.attention` names; `auto` leaves it to torch."""
+    check_attention(name, device)
+    if name == "auto":
+        return
+    try:
+        student.set_attention_backend(ATTENTION_BACKENDS[name])
+    except (RuntimeError, ImportError) as error:  # its package is missing, or too old
+        raise UserError(f"inference.attention={name} cannot be used here ({error}); use auto or sdpa") from error
 
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:

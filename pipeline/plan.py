@@ -12,6 +12,7 @@ from configs.load import to_dict
 from configs.schema import Config
 from model.weight_files import resolve
 from model.weights import WeightCheck, check_weights
+from pipeline.diagonal import check_attention
 from pipeline.provenance import fingerprint
 from utils.device import pick_device, pick_dtype
 from utils.distributed import Ranks
@@ -92,6 +93,7 @@ def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks
         prompts = [check_prompt(prompt, "--prompt") for prompt in prompts]
     folder = check_writable(Path(config.inference.output_folder).expanduser(), "inference.output_folder")
     device = pick_device(config.device, ranks.local_rank)
+    check_attention(config.inference.attention, device)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))
     jobs = ranks.share(plan_jobs(config, prompts, folder, fingerprint(config, weights)))

@@ -33,6 +33,7 @@ def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
         "use_ema": config.model.use_ema,
         "text_tokens": config.model.text_tokens,
         "precision": config.inference.precision,
+        "attention": config.inference.attention,
         "weights": {check.role: _combined(check, sampled_hash) for check in weights},
     }
     return json.dumps(parts, sort_keys=True)

@@ -47,6 +47,8 @@ ARGUMENTS = {
     "output folder is a file": (["--output_folder", "file"], "inference.output_folder=file"),
     "unknown device": (["device=quantum"], "device=quantum"),
     "absent GPU": (["device=cuda:99"], "device=cuda:99"),
+    "unknown attention": (["inference.attention=fast"], "inference.attention=fast"),
+    "GPU kernel on the CPU": (["inference.attention=fa3"], "inference.attention=fa3 needs a GPU"),
     "unknown precision": (["inference.precision=fp4"], "inference.precision=fp4"),
 }
 

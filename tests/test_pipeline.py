@@ -185,6 +185,13 @@ def test_another_schedule_than_the_trained_one_is_a_warning(tiny_assets, warning
         card.write_text(before)
 
 
+def test_attention_kernel_is_chosen(tiny_assets, pipe):
+    chosen = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "inference.attention=sdpa")
+    blocks = chosen.session.student.model.blocks
+    assert {str(block.attn1.processor._attention_backend) for block in blocks} == {"AttentionBackendName.NATIVE"}
+    assert np.array_equal(chosen(PROMPT, num_frames=9).frames, pipe(PROMPT, num_frames=9).frames)
+
+
 def test_a_config_takes_no_overrides(tiny_assets):
     config = load_config(tiny_assets / "tiny.yaml")
     assert DiagonalPipeline.from_config(config).config is config

@@ -1,11 +1,15 @@
 """Seeds, files, prompts, logs, ranks, devices, timers and exits."""
 
+import fcntl
 import json
 import logging
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -244,6 +248,21 @@ def test_progress_bar_says_nothing_without_a_terminal(capfd):
     with progress_bar("a\nprompt" * 50, 3) as bar:
         bar.update(3)
     assert capfd.readouterr() == ("", "")
+
+
+def test_progress_bar_stays_on_its_line(monkeypatch):
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(ours, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with progress_bar("a\nprompt " * 50, 3) as bar:
+            for _ in range(3):
+                time.sleep(0.11)  # tqdm redraws at most ten times a second
+                bar.update()
+        shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert "3/3" in shown and "\n" not in shown and shown.count("\r") > 3
+    assert not shown.split("\r")[-2].strip(), "it vanishes"
 
 
 def test_exits(capsys):

@@ -7,6 +7,5 @@ def progress_bar(description: str, total: int | None, unit: str = "it", position
     """A bar over `total` units on stderr. `position`: its line, for several processes on one terminal."""
     short = " ".join(description.split())  # a line break would make the bar scroll
     short = short if len(short) <= 40 else short[:39] + "…"
-    return tqdm(
-        total=total, desc=short, unit=unit, position=position, leave=False, dynamic_ncols=True, disable=None, delay=0.2
-    )
+    # disable=None: only where stderr is a terminal
+    return tqdm(total=total, desc=short, unit=unit, position=position, leave=False, dynamic_ncols=True, disable=None)
