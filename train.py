@@ -35,6 +35,7 @@ def main() -> int:
     logdir = check_writable(args.logdir or f"logs/{Path(args.config_path).stem}", "--logdir")
     device = pick_device(config.device, ranks.local_rank)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # shapes never change within a stage
     with process_group(ranks, device):
         stage = build_stage(config, device, ranks)
         logdir.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,8 @@ class Supervised(Stage):
             )
         self.module = module.to(device).train()
         self.player = Player(self.module, t)
+        if t.compile:  # after the average was copied: it is compiled by nobody
+            self.module.compile_repeated_blocks(fullgraph=True)
         dtype = pick_dtype(t.precision, device)
         graphed = t.cuda_graphs and device.type == "cuda" and self.micro_batches == 1
         runner = GraphedBackward if graphed else Backward
