@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
+from weight_layouts import causal_twin, original, random_t5, random_wan
 
 from configs.geometry import Geometry
 from model.causal_wan import CausalWanModel
@@ -87,3 +88,26 @@ inference:
 """
     (folder / "tiny.yaml").write_text(config)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan():
+    """Two layers of width 128 in Wan's shapes, random in every parameter; do not change it."""
+    return random_wan()
+
+
+@pytest.fixture(scope="session")
+def wan_state(wan) -> dict[str, torch.Tensor]:
+    """Its tensors under original Wan names."""
+    return original(wan)
+
+
+@pytest.fixture
+def student(wan) -> CausalWanModel:
+    """A causal student with the weights of `wan`."""
+    return causal_twin(wan)
+
+
+@pytest.fixture(scope="session")
+def t5() -> UMT5EncoderModel:
+    return random_t5()

@@ -1,146 +1,21 @@
-"""Every file format, as small random files in exactly the published layouts.
+"""Every file format, as small random files in exactly the published layouts (weight_layouts.py), loads.
 
-The files are written by tables of their own, from our names to the foreign ones; model/weight_names.py goes the other
-way. Networks are compared by their outputs.
+Networks are compared by their outputs.
 """
 
-import json
 import re
-import struct
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
+from weight_layouts import TO_T5, foreign, foreign_vae, same_output, write_wan_folder
 
-from configs.errors import UserError
-from configs.schema import ModelConfig
 from model import weights
 from model.causal_wan import CausalWanModel
 from model.text import word_tokenizer
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
-
-SIZES = {"num_layers": 2, "ffn_dim": 40, "text_dim": 12, "freq_dim": 16, "rope_max_seq_len": 64}
-WAN_CONFIG = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v", "dim": 128, "eps": 1e-06}
-WAN_CONFIG |= {
-    "ffn_dim": 40,
-    "freq_dim": 16,
-    "in_dim": 16,
-    "num_heads": 1,
-    "num_layers": 2,
-    "out_dim": 16,
-    "text_len": 512,
-}
-
-# Our names as patterns, the foreign names that they come from.
-TO_WAN = {
-    r"condition_embedder\.time_embedder\.linear_1\.(.*)": r"time_embedding.0.\1",
-    r"condition_embedder\.time_embedder\.linear_2\.(.*)": r"time_embedding.2.\1",
-    r"condition_embedder\.time_proj\.(.*)": r"time_projection.1.\1",
-    r"condition_embedder\.text_embedder\.linear_1\.(.*)": r"text_embedding.0.\1",
-    r"condition_embedder\.text_embedder\.linear_2\.(.*)": r"text_embedding.2.\1",
-    r"patch_embedding\.(.*)": r"patch_embedding.\1",
-    r"proj_out\.(.*)": r"head.head.\1",
-    r"scale_shift_table": r"head.modulation",
-    r"blocks\.(\d+)\.scale_shift_table": r"blocks.\1.modulation",
-    r"blocks\.(\d+)\.attn1\.to_([qkv])\.(.*)": r"blocks.\1.self_attn.\2.\3",
-    r"blocks\.(\d+)\.attn1\.to_out\.0\.(.*)": r"blocks.\1.self_attn.o.\2",
-    r"blocks\.(\d+)\.attn1\.norm_(.)\.weight": r"blocks.\1.self_attn.norm_\2.weight",
-    r"blocks\.(\d+)\.attn2\.to_([qkv])\.(.*)": r"blocks.\1.cross_attn.\2.\3",
-    r"blocks\.(\d+)\.attn2\.to_out\.0\.(.*)": r"blocks.\1.cross_attn.o.\2",
-    r"blocks\.(\d+)\.attn2\.norm_(.)\.weight": r"blocks.\1.cross_attn.norm_\2.weight",
-    r"blocks\.(\d+)\.norm2\.(.*)": r"blocks.\1.norm3.\2",
-    r"blocks\.(\d+)\.ffn\.net\.0\.proj\.(.*)": r"blocks.\1.ffn.0.\2",
-    r"blocks\.(\d+)\.ffn\.net\.2\.(.*)": r"blocks.\1.ffn.2.\2",
-}
-TO_T5 = {
-    r"shared\.weight": "token_embedding.weight",
-    r"encoder\.final_layer_norm\.weight": "norm.weight",
-    r"encoder\.block\.(\d+)\.layer\.0\.layer_norm\.weight": r"blocks.\1.norm1.weight",
-    r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.weight": r"blocks.\1.attn.\2.weight",
-    r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.weight": (
-        r"blocks.\1.pos_embedding.embedding.weight"
-    ),
-    r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.weight": r"blocks.\1.norm2.weight",
-    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.weight": r"blocks.\1.ffn.gate.0.weight",
-    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.weight": r"blocks.\1.ffn.fc1.weight",
-    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight": r"blocks.\1.ffn.fc2.weight",
-}
-VAE_INNER = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
-VAE_INNER |= {"conv_shortcut": "shortcut"}
-
-
-def foreign(name: str, table: dict[str, str]) -> str:
-    found = [match.expand(new) for old, new in table.items() if (match := re.fullmatch(old, name))]
-    assert len(found) == 1, (name, found)
-    return found[0]
-
-
-def foreign_vae(name: str) -> str:
-    """The layout of Wan2.1_VAE.pth: 0-2 blocks, 3 up, 4-6 blocks, 7 up, ..."""
-    top = {"quant_conv": "conv1", "post_quant_conv": "conv2", "conv_in": "conv1", "conv_out": "head.2"}
-    top |= {"norm_out": "head.0", "mid_block.resnets.0": "middle.0", "mid_block.resnets.1": "middle.2"}
-    top |= {"mid_block.attentions.0": "middle.1"}
-    side, _, rest = name.partition(".")
-    if side in top:
-        return f"{top[side]}.{rest}"
-    match = re.fullmatch(r"up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)\.(.*)", rest)
-    if match:
-        place = int(match[1]) * 4 + (int(match[3]) if match[2] == "resnets" else 3)
-        rest = f"upsamples.{place}.{match[4]}"
-    rest = rest.replace("down_blocks", "downsamples")
-    outer = [key for key in top if rest.startswith(f"{key}.")]
-    if outer:
-        rest = top[outer[0]] + rest[len(outer[0]) :]
-    parts = rest.split(".")
-    return ".".join(
-        [side, *(VAE_INNER.get(p, p) if "middle.1" not in rest and i > 0 else p for i, p in enumerate(parts))]
-    )
-
-
-@pytest.fixture(scope="module")
-def wan() -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, **SIZES).eval()
-    for parameter in model.parameters():  # norms and biases start as ones and zeros, which hides what is swapped
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return model
-
-
-@pytest.fixture(scope="module")
-def wan_state(wan) -> dict[str, torch.Tensor]:
-    return {foreign(name, TO_WAN): value.clone() for name, value in wan.state_dict().items()}
-
-
-def same_output(a: torch.nn.Module, b: WanTransformer3DModel, atol: float = 0) -> None:
-    x, t, text = torch.randn(1, 16, 3, 4, 6), torch.tensor([700.0]), torch.randn(1, 5, 12)
-    with torch.no_grad():
-        expected = b(x, t, text, return_dict=False)[0]
-        if isinstance(a, CausalWanModel):
-            got = a(x.transpose(1, 2), t, text).transpose(1, 2)
-        else:
-            got = a(x, t, text, return_dict=False)[0]
-    assert expected.abs().mean() > 0.01
-    torch.testing.assert_close(got, expected, rtol=0, atol=max(atol, 1e-5))
-
-
-def write_wan_folder(folder, state, shards: int = 1):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(WAN_CONFIG))
-    if shards == 1:
-        save_file(state, folder / "diffusion_pytorch_model.safetensors")
-        return folder
-    place = {
-        name: f"diffusion_pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
-        for i, name in enumerate(state)
-    }
-    for file in set(place.values()):
-        save_file({n: v for n, v in state.items() if place[n] == file}, folder / file)
-    index = {"metadata": {"total_size": 0}, "weight_map": place}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
 
 # --- transformer ------------------------------------------------------------------------------------------------------
 
@@ -222,13 +97,6 @@ def test_lower_precision_is_diffusers(tmp_path, wan):
 # --- our own ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def student(wan) -> CausalWanModel:
-    model = CausalWanModel.from_config(dict(wan.config))
-    model.load_state_dict(wan.state_dict())
-    return model.eval()
-
-
 def test_own_folder_round_trip(tmp_path, wan, student):
     card = {"stage": "distilled", "step": 7, "schedule": {"rows": [[1000.0]]}}
     ema = {name: value + 1 for name, value in student.state_dict().items()}
@@ -292,16 +160,6 @@ def test_new_network(file, causal, cls):
 # --- text encoder, VAE, tiny decoder ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def t5() -> UMT5EncoderModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    model = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.2
-    return model
-
-
 def test_text_encoder_formats(tmp_path, t5):
     tokenizer = word_tokenizer(["a", "red", "circle"])
     own, original = tmp_path / "own", tmp_path / "Wan2.1-T2V-1.3B"
@@ -351,136 +209,3 @@ def test_tiny_decoder_file(tmp_path, suffix):
     decoder.decoder[7].conv.weight.data = wide[12:].clone()
     x = torch.randn(1, 3, 16, 2, 2)
     assert torch.equal(TinyDecoderCodec(again).decode(x), TinyDecoderCodec(decoder).decode(x))
-
-
-# --- what is wrong is said in one sentence ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "path, download",
-    [
-        ("wan_models/Wan2.1-T2V-1.3B", "wan-1.3b"),
-        ("wan_models/Wan2.1-T2V-14B", "wan-14b"),
-        ("checkpoints/self_forcing_dmd.pt", "self-forcing"),
-        ("longlive_models/models/longlive_base.pt", "longlive"),
-    ],
-)
-def test_missing_student_names_the_download(tmp_path, path, download):
-    with pytest.raises(UserError, match=rf"model\.student={tmp_path}/{path} .*download\.py {download}`"):
-        weights.load_student(tmp_path / path)
-
-
-def test_missing_pieces(tmp_path, wan_state):
-    with pytest.raises(UserError, match=r"download\.py taew2\.1`"):
-        weights.load_tiny_decoder(tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"download\.py vae`"):
-        weights.load_vae(tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"tokenizer\.json.*download\.py umt5`"):
-        weights.load_tokenizer(tmp_path)
-    folder = write_wan_folder(tmp_path / "wan", wan_state, 3)
-    (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks 1 of 3 shards.*00002-of-00003"):
-        weights.load_student(folder)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match="lacks 1 of 3 shards.*00002-of-00003"):
-        weights.load_student(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        weights.load_student(folder)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
-def test_cut_short(tmp_path, wan_state, suffix, keep):
-    path = tmp_path / f"student{suffix}"
-    torch.save(wan_state, path) if suffix == ".pt" else save_file(wan_state, path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="fetch it again"):
-        weights.load_student(path)
-
-
-def test_not_a_weight_file(tmp_path):
-    for name, content, message in (
-        ("a.pt", b"<html>not found</html>", "not a PyTorch file"),
-        ("b.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("c.safetensors", struct.pack("<Q", 4) + b"????", "not a safetensors file"),
-        ("d.gguf", b"", "unknown type"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            weights.load_student(tmp_path / name)
-
-
-class Payload:
-    """Stands for anything that a pickle could run."""
-
-
-def test_pickles_with_code_are_refused(tmp_path):
-    torch.save({"generator": {}, "config": Payload()}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="can run code"):
-        weights.load_student(tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("layout", ["bare", "named"])
-def test_lora_is_recognised(tmp_path, layout):
-    lora = {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 128)}
-    torch.save(lora if layout == "bare" else {"generator_lora": lora, "critic_lora": lora}, tmp_path / "lora.pt")
-    with pytest.raises(UserError, match="LoRA of rank 8 and width 128"):
-        weights.load_student(tmp_path / "lora.pt")
-
-
-def test_wrong_networks_are_named(tmp_path, t5, wan, wan_state):
-    torch.save(
-        {foreign(n, TO_T5): v for n, v in t5.state_dict().items() if "embed_tokens" not in n}, tmp_path / "t5.pth"
-    )
-    with pytest.raises(UserError, match=r"model\.vae=.*seems to be a T5 text encoder.*Wan2\.1_VAE\.pth"):
-        weights.load_vae(tmp_path / "t5.pth")
-    with pytest.raises(UserError, match="is not a Wan transformer; it seems to be a T5 text encoder"):
-        weights.load_student(tmp_path / "t5.pth")
-    torch.save(wan_state | {"img_emb.proj.0.weight": torch.zeros(4)}, tmp_path / "i2v.pt")
-    with pytest.raises(UserError, match="image-to-video"):
-        weights.load_student(tmp_path / "i2v.pt")
-    torch.save({"generator": wan_state}, tmp_path / "s.pt")
-    with pytest.raises(UserError, match=r"no averaged weights; set model\.use_ema=false"):
-        weights.load_student(tmp_path / "s.pt", use_ema=True)
-    torch.save({"generator_ema": wan_state}, tmp_path / "e.pt")
-    with pytest.raises(UserError, match=r"averaged weights only; set model\.use_ema=true"):
-        weights.load_student(tmp_path / "e.pt")
-
-
-def test_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path, wan_state):
-    broken = dict(wan_state)
-    del broken["blocks.1.norm3.bias"]
-    broken["blocks.1.extra"] = torch.zeros(1)
-    broken["blocks.1.ffn.2.bias"] = torch.zeros(127)
-    torch.save(broken, tmp_path / "s.pt")
-    with pytest.raises(UserError) as caught:
-        weights.load_student(tmp_path / "s.pt")
-    message = str(caught.value)
-    for part in ("1 tensors missing (blocks.1.norm2.bias)", "1 tensors unexpected (blocks.1.extra)",
-                 "blocks.1.ffn.net.2.bias (127,) for (128,)", "width 128 with 2 layers"):  # fmt: skip
-        assert part in message
-    assert "\n" not in message
-
-
-def test_config_json_that_contradicts_its_tensors(tmp_path, wan_state):
-    folder = write_wan_folder(tmp_path / "wan", wan_state)
-    (folder / "config.json").write_text(json.dumps(WAN_CONFIG | {"num_layers": 30}))
-    with pytest.raises(UserError, match="num_layers=30 in config.json but its tensors have 2"):
-        weights.load_student(folder)
-
-
-def test_check_weights_reads_no_tensor(tmp_path, t5, student, monkeypatch):
-    weights.save_student(student, tmp_path / "student", {})
-    weights.save_network(t5, tmp_path / "text", tokenizer=word_tokenizer(["a"]))
-    weights.save_network(AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), tmp_path / "vae")
-    paths = {"student": "student", "vae": "vae", "text_encoder": "text", "tokenizer": "text"}
-    config = ModelConfig(**{role: str(tmp_path / name) for role, name in paths.items()})
-    monkeypatch.setattr("model.weight_files.safe_open", None)
-    checks = weights.check_weights(config)
-    assert [c.role for c in checks] == list(paths)
-    assert checks[0].kind == "our own" and checks[0].size > 100_000
-    vae = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    vae.write_bytes(vae.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"model\.vae: .* cut short"):
-        weights.check_weights(config)
