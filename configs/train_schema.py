@@ -2,26 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from configs.distill_schema import DistillConfig
+from configs.optimizer_schema import OptimizerConfig
 from configs.validate import at_least, between, one_of
 
-STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `final_lr_share` of the peak."""
-
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
-    final_lr_share: float = 0.05  # of lr, reached at the last step; 1 = constant
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-
-    def __post_init__(self):
-        at_least(0, "training.optimizer", self, "lr", "eps", "weight_decay", "warmup_steps", "max_grad_norm")
-        between(0, 1, "training.optimizer", self, "final_lr_share")
+STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode", "distill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +55,8 @@ class TrainingConfig:
     precision: str = "auto"  # of activations under autocast; weights and optimiser stay float32
     compile: bool = False  # torch.compile the repeated blocks
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
+    checkpointing: bool = False  # recompute each block's activations in the backward pass: less memory, more time
+    sharding: str = "none"  # over ranks: none (each holds all, gradients averaged), full (FSDP2 by block)
     log_every: int = 20  # steps
     checkpoint_every: int = 1000  # steps; 0 = only at the end
     validate_every: int = 0  # steps; 0 = only at the end
@@ -79,9 +66,11 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     codec: CodecLossConfig = field(default_factory=CodecLossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self):
         one_of(STAGES, "training", self, "stage")
+        one_of(("none", "full"), "training", self, "sharding")
         at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
         at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
         at_least(1, "training", self, "max_checkpoints")

@@ -1,0 +1,115 @@
+"""Knobs of stage `distill`: distribution matching along the diagonal schedule."""
+
+from dataclasses import dataclass, field
+
+from configs.errors import UserError
+from configs.optimizer_schema import OptimizerConfig
+from configs.validate import at_least, between, one_of
+
+HEADS = ("difference", "conv", "learned")
+ROLLOUT_CONTEXTS = ("inference", "release")
+EXITS = ("random", "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowLossConfig:
+    """Flow distribution matching: the loss on F(x) = head(x[:, 1:] - x[:, :-1])."""
+
+    weight: float = 4.0  # lambda_flow; 0 = off
+    head: str = "difference"  # difference = identity, conv = fixed filter bank, learned = trained beside the student
+    frame_weights: bool = True  # later frames, and those after more of the error, count more
+    gradient_cut: bool = False  # true: as both public releases compute it, which moves nothing; for comparison only
+    head_lr: float = 1e-4  # learned head
+
+    def __post_init__(self):
+        at_least(0, "training.distill.flow", self, "weight", "head_lr")
+        one_of(HEADS, "training.distill.flow", self, "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongConfig:
+    """Long tuning: rollouts of more chunks than the loss looks at. Off at 0."""
+
+    max_frames: int = 0  # latent frames of the longest rollout; 0 = video.num_latent_frames, no long tuning
+    min_frames: int = 0  # of the shortest; 0 = video.num_latent_frames. Each step draws a whole number of chunks
+    switch_share: float = 0.0  # share of rollouts whose prompt changes before the window that the loss looks at
+    reencode_first: bool = True  # the window's first latent is encoded again as an image, as a clip's first one is
+    decode_frames: int = 6  # latent frames decoded for that image, itself last
+
+    def __post_init__(self):
+        at_least(0, "training.distill.long", self, "max_frames", "min_frames")
+        at_least(1, "training.distill.long", self, "decode_frames")
+        between(0, 1, "training.distill.long", self, "switch_share")
+        if self.max_frames and self.min_frames > self.max_frames:
+            raise UserError(
+                f"training.distill.long.min_frames={self.min_frames} is above max_frames={self.max_frames}; lower it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on every linear layer of the blocks, in place of full fine-tuning. Off at rank 0."""
+
+    student_rank: int = 0
+    critic_rank: int = 0
+    alpha: float = 0.0  # scale is alpha / rank; 0 = the rank, scale 1
+
+    def __post_init__(self):
+        at_least(0, "training.distill.lora", self, "student_rank", "critic_rank", "alpha")
+
+
+def _critic_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(lr=4e-7, betas=[0.0, 0.999], warmup_steps=0, final_lr_share=1.0, max_grad_norm=10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A step is one critic update; every `dfake_gen_update_ratio`-th step begins with one of the generator."""
+
+    dfake_gen_update_ratio: int = 5  # critic updates for each of the generator
+    critic_optimizer: OptimizerConfig = field(default_factory=_critic_optimizer)  # the student: training.optimizer
+
+    # the loss: spatial_weight L + L_reg + gamma (flow.weight L_F + L_reg^F)
+    spatial_weight: float = 4.0  # lambda_spatial
+    gamma: float = 1.0  # weight of motion against space
+    flow: FlowLossConfig = field(default_factory=FlowLossConfig)
+    regression_weight: float = 1.0  # of L_reg and L_reg^F, which are on when `pairs` is given
+    pairs: str | None = None  # teacher's trajectories: a folder or LMDB made by scripts/generate_ode_pairs.py
+
+    # teacher and critic
+    guidance: float = 3.0  # s of cond + s (cond - uncond), on the teacher's x0; the usual weight is s + 1
+    fake_guidance: float = 0.0  # the same for the critic
+    negative_prompt: str = ""  # text of the branch without the prompt
+    shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted, for teacher and critic alike
+    min_timestep: float = 20.0  # then clamped to
+    max_timestep: float = 980.0
+
+    # the rollout
+    exit: str = "random"  # step that has the gradient: random (one share of every chunk's row, drawn a step), last
+    rollout_context: str = "inference"  # later chunks see what inference leaves; release = re-noise the exit's x0
+    context_grad: bool = True  # the loss of later chunks reaches earlier ones through their keys and values
+    long: LongConfig = field(default_factory=LongConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    # what it is fed and what is looked at
+    prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
+    encode_ahead: bool = True  # embed all prompts before the first step and keep them on the device
+    video_clips: int = 4  # validation clips written as a video, the teacher's beside them
+
+    def __post_init__(self):
+        at_least(1, "training.distill", self, "dfake_gen_update_ratio")
+        at_least(0, "training.distill", self, "spatial_weight", "gamma", "regression_weight", "video_clips")
+        at_least(0, "training.distill", self, "guidance", "fake_guidance")
+        at_least(1, "training.distill", self, "shift")
+        between(1, 1000, "training.distill", self, "min_timestep", "max_timestep")
+        one_of(ROLLOUT_CONTEXTS, "training.distill", self, "rollout_context")
+        one_of(EXITS, "training.distill", self, "exit")
+        if self.min_timestep > self.max_timestep:
+            raise UserError(
+                f"training.distill.min_timestep={self.min_timestep} is above training.distill.max_timestep="
+                f"{self.max_timestep}; swap them"
+            )
+        if not self.spatial_weight and not (self.gamma and self.flow.weight):
+            raise UserError(
+                "training.distill.spatial_weight=0 and no motion loss leave nothing to train on; set one above 0"
+            )

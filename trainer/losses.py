@@ -1,0 +1,130 @@
+"""The losses of diagonal distillation, as pure functions.
+
+    x   the student's latents [B, F, C, H, W]; the only argument through which a gradient flows, where one does
+    r   the teacher's x0, guided, at a noised copy of x;  f  the critic's x0 there;  both of x's shape, constants
+    sg  stop-gradient
+
+Everything is computed in float32, or in float64 where an input has it. A NaN or infinity that a network produced stays
+one, so that a broken run shows; only 0 / 0, where student, teacher and critic agree to the last bit, is 0.
+Each function returns (loss, log): a scalar and detached scalars worth plotting.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Log = dict[str, Tensor]
+Head = Callable[[Tensor], Tensor]  # motion [B, N, C, H, W] -> features [B, N, C', H', W']
+
+
+def dmd_loss(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:
+    """Distribution matching as a regression (DMD, arXiv 2311.18828, eq. 7 and 8).
+
+        g = (f - r) / mean|x - r|           the mean over all but the batch
+        L = 1/2 mean (x - sg(x - g))^2      so that dL/dx = g / numel
+
+    frames: latent frames that the outer mean runs over; None = all. The gradient reaches x in these frames, and
+    nothing else.
+    """
+    x, r, f = _precise(x, real_x0, fake_x0)
+    g = _normalised(f - r, x - r)
+    log = {"dmd_gradient": g.detach().abs().mean()}
+    if frames is not None:
+        x, g = x[:, frames], g[:, frames]
+    return 0.5 * (x - (x - g).detach()).square().mean(), log
+
+
+def flow_matching_loss(
+    x: Tensor,
+    real_x0: Tensor,
+    fake_x0: Tensor,
+    head: Head,
+    *,
+    frame_weights: bool = True,
+    gradient_cut: bool = False,
+    frames: slice | None = None,
+) -> tuple[Tensor, Log]:
+    """Flow distribution matching (Diagonal Distillation, arXiv 2603.09488): the same regression, of motion.
+
+        F(y)  = head(y[:, 1:] - y[:, :-1])
+        g_F   = (F(f) - F(r)) / mean|F(x) - F(r)|
+        L_F   = 1/2 mean_i w_i (F(x)_i - sg(F(x)_i - g_F,i))^2      so that dL_F/dF(x)_i = w_i g_F,i / numel
+
+    i runs over the differences between neighbouring latent frames; w as in `frame_weighting`, or 1. The gradient
+    reaches x through F(x): through the head, whose own parameters it must not reach (give one that is frozen).
+
+    gradient_cut: F(x) without a graph, as both public releases compute it: a number in the log, no gradient.
+    frames: as in dmd_loss; a difference counts if both its frames do.
+    """
+    x, r, f = _precise(x, real_x0, fake_x0)
+    of_x, of_r, of_f = (head(motion(y)) for y in (x, r, f))
+    of_x = of_x.detach() if gradient_cut else of_x
+    of_r, of_f = of_r.detach(), of_f.detach()
+    g = _normalised(of_f - of_r, of_x - of_r)
+    error = (of_f - of_r).square().flatten(2).mean(2)  # [B, N]
+    weight = frame_weighting(error) if frame_weights else torch.ones_like(error)
+    log = {"flow_gradient": g.detach().abs().mean()}
+    if frames is not None:
+        inside = slice(frames.start, frames.stop - 1)
+        of_x, g, weight = of_x[:, inside], g[:, inside], weight[:, inside]
+    square = (of_x - (of_x - g).detach()).square()
+    return 0.5 * (weight.view(*weight.shape, 1, 1, 1) * square).mean(), log
+
+
+def frame_weighting(error: Tensor) -> Tensor:
+    """Weights [B, N] of N frame differences from the error [B, N] of each, without a graph.
+
+        w_i = 0.7 (1 + e_0..i / e_0..N-1) + 0.3 (1.2^i / mean_j 1.2^j),    e_0..i = sum_{j <= i} error_j
+
+    The numbers are those of the public releases; they take the running share of how far the motion *gradient* is from
+    the motion, here it is that of the error itself.
+    """
+    error = error.detach()
+    total = error.sum(1, keepdim=True)
+    share = _ratio(error.cumsum(1), total)
+    growth = 1.2 ** torch.arange(error.shape[1], device=error.device, dtype=error.dtype)
+    return 0.7 * (1 + share) + 0.3 * growth / growth.mean()
+
+
+def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:
+    """Flow matching of the critic on the student's samples: L = mean (v_f(x_t) - (eps - x))^2.
+
+    v: [B, F, C, H, W], with the critic's graph. target: eps - x, constant: nothing reaches the student.
+    """
+    v, target = _precise(v, target)
+    if frames is not None:
+        v, target = v[:, frames], target[:, frames]
+    return (v - target.detach()).square().mean(), {}
+
+
+def regression_losses(x: Tensor, y: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """L_reg = mean (x - y)^2 and L_reg^F = mean (F(x) - F(y))^2, for x made from the noise of the teacher's pair y.
+
+    The gradient reaches x.
+    """
+    x, y = _precise(x, y)
+    y = y.detach()
+    return (x - y).square().mean(), (head(motion(x)) - head(motion(y)).detach()).square().mean()
+
+
+def motion(x: Tensor) -> Tensor:
+    """[B, F, ...] -> differences between neighbouring frames [B, F - 1, ...]."""
+    return x[:, 1:] - x[:, :-1]
+
+
+def _normalised(difference: Tensor, distance: Tensor) -> Tensor:
+    """difference / mean|distance|, the mean over all but the batch; no graph."""
+    scale = distance.detach().abs().flatten(1).mean(1)
+    return _ratio(difference.detach(), scale.view(-1, *[1] * (difference.ndim - 1)))
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, with 0 / 0 = 0. Anything else that is not finite stays so."""
+    return torch.where((a == 0) & (b == 0), torch.zeros_like(a), a / b)
+
+
+def _precise(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """float64 if one of them is, else float32."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return tuple(t.to(dtype) for t in tensors)
