@@ -185,6 +185,21 @@ class GraphCache(_Cursor):
         tokens = self.geometry.tokens_per_chunk
         return GraphView(self, [_around(slots, own, end, tokens) for slots in self._slots], own)
 
+    def newest(self) -> list[KV]:
+        """Keys and values of the newest chunk, a pair a layer."""
+        own = slot(self.geometry, self.last)
+        return [slots[own] for slots in self._slots]
+
+    def borrow_graph(self, other: list[KV]) -> None:
+        """Keep the newest chunk's numbers and give them the graph of `other`, what `newest` returned of it before.
+
+        Straight-through: the numbers that later chunks read are unchanged, their gradient goes where `other` came from.
+        """
+        own = slot(self.geometry, self.last)
+        for slots, with_graph in zip(self._slots, other, strict=True):
+            k, v = (x.detach() + (y - y.detach()) for x, y in zip(slots[own], with_graph, strict=True))
+            slots[own] = (k, v)
+
     def detach(self) -> None:
         """Cut the graph of what is stored: later chunks send no gradient into earlier ones (context_grad: false)."""
         self._slots = [{i: (k.detach(), v.detach()) for i, (k, v) in slots.items()} for slots in self._slots]

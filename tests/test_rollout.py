@@ -1,0 +1,208 @@
+"""Training rollout against inference, whom its gradient reaches, and what recomputation must not change."""
+
+import pytest
+import torch
+from conftest import random_student
+from torch.utils.checkpoint import checkpoint
+
+from configs.geometry import Geometry
+from model.cache import GraphCache
+from model.codec import WanCodec
+from model.denoiser import Student
+from model.schedule import Schedule
+from pipeline.noise import NoiseSource
+from pipeline.rollout import DrawnNoise, exit_patterns, exit_steps, last_steps, rollout
+from pipeline.stream import StreamSession
+
+ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
+POLICIES = {
+    "last_step": {},
+    "clean": {"policy": "clean"},
+    "renoise": {"policy": "renoise", "renoise_timestep": 200.0},
+    "mixed": {"exceptions": ((0, "clean"),)},
+}
+GEOMETRY = Geometry(height=32, width=48, window_frames=9)  # 3 chunks of window: the ring rolls at chunk 3
+CHUNKS = 6
+
+
+def run(student, schedule, exits, *, chunks=CHUNKS, text=None, seeds=(3, 4), **options):
+    noise = NoiseSource(seeds, GEOMETRY, "cpu", torch.float32)
+    cache = GraphCache(GEOMETRY, student.model.config.num_layers)
+    text_of = options.pop("text_of", lambda chunk: text)
+    return rollout(student, schedule, noise, text_of, cache=cache, exits=exits[:chunks], **options)
+
+
+@pytest.fixture(scope="module")
+def text(tiny_student):
+    torch.manual_seed(5)
+    return torch.randn(2, 12, tiny_student.model.config.text_dim)
+
+
+@pytest.fixture
+def trained():
+    """A student whose parameters take gradients; float64 would hide rounding that float32 must be equal in."""
+    student = random_student(layers=2, seed=0)
+    student.model.requires_grad_(True)
+    return student
+
+
+def gradients(student, x):
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    parameters = list(student.model.parameters())
+    return torch.autograd.grad((x * weight).sum(), parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_exit_at_the_last_step_is_bit_identical_to_inference(
+    tiny_student, tiny_vae, tiny_text_encoder, policy, grad
+):
+    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    prompts = ["a red circle moves right", "a blue square"]
+    session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY)
+    played = torch.cat([result.latents for result in session.play(prompts, [3, 4], CHUNKS)], dim=1)
+    ours = run(tiny_student, schedule, last_steps(schedule, CHUNKS), text=tiny_text_encoder(prompts), grad=grad)
+    assert ours.std() > 0.1 and torch.equal(ours, played)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_later_chunks_see_what_inference_leaves_when_the_exit_came_early(tiny_student, text, policy):
+    """Only the exit's x0 is another: chunk k made with early exits before it is what inference makes of it."""
+    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    last = last_steps(schedule, CHUNKS)
+    whole = run(tiny_student, schedule, last, text=text, grad=False)
+    for k in (1, 3, CHUNKS - 1):
+        early = (*exit_steps(schedule, CHUNKS, 0.0)[:k], last[k])
+        ours = run(tiny_student, schedule, early, text=text, grad=True)
+        assert torch.equal(ours[:, GEOMETRY.chunk(k)], whole[:, GEOMETRY.chunk(k)])
+        assert not torch.equal(ours[:, : 3 * k], whole[:, : 3 * k])
+
+
+def test_the_releases_context_is_not_what_inference_leaves(tiny_student, text):
+    schedule = Schedule(rows=ROWS)
+    last = last_steps(schedule, CHUNKS)
+    ours, theirs = (run(tiny_student, schedule, last, text=text, context=c) for c in ("inference", "release"))
+    assert torch.equal(ours[:, :3], theirs[:, :3]) and not torch.equal(ours[:, 3:6], theirs[:, 3:6])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+def test_only_the_drawn_step_has_a_graph(trained, text, share):
+    schedule = Schedule(rows=ROWS, policy="clean")
+    calls = []
+
+    class Spy(Student):
+        def x0(self, x_t, t, *args, **kwargs):
+            calls.append((torch.is_grad_enabled(), t[0].item(), x_t.requires_grad))
+            return super().x0(x_t, t, *args, **kwargs)
+
+    exits = exit_steps(schedule, 4, share)
+    run(Spy(trained.model), schedule, exits, text=text, first_grad=1)
+    drawn = [(t, needs) for enabled, t, needs in calls if enabled]
+    assert [t for t, _ in drawn] == [pytest.approx(schedule.row(k)[exits[k]]) for k in range(1, 4)]
+    assert not any(needs for _, needs in drawn), "the exit's input is a constant"
+    assert len(calls) == schedule.nfe(3) + exits[3] + 1, "whole rows and context passes, none after the last exit"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
+@pytest.mark.parametrize("context", ["inference", "release"])
+def test_checkpointing_changes_no_gradient(trained, text, share, context):
+    """Also where the ring has rolled over what a forward read, before its backward runs."""
+    schedule = Schedule(rows=ROWS)
+    exits = exit_steps(schedule, 5, share)
+    plain = gradients(trained, run(trained, schedule, exits, text=text, context=context))
+    recomputed = []
+
+    def counting(function, *args):
+        def again(*args):
+            recomputed.append(1)
+            return function(*args)
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+    trained.model.enable_gradient_checkpointing(counting)
+    x = run(trained, schedule, exits, text=text, context=context)
+    forwards = len(recomputed)
+    again = gradients(trained, x)
+    assert len(recomputed) == 2 * forwards > 0, "recomputation took place"
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.99])
+def test_context_grad_lets_the_loss_of_later_chunks_reach_earlier_ones(trained, text, share):
+    """Key projections of the first chunk move the third chunk's loss by another amount when the past is cut."""
+    schedule = Schedule(rows=ROWS)
+    exits = exit_steps(schedule, 3, share)
+    found = [gradients(trained, run(trained, schedule, exits, text=text, context_grad=on)) for on in (True, False)]
+    moved = [a for a, b in zip(*found, strict=True) if a is not None and not torch.allclose(a, b, rtol=1e-3)]
+    assert len(moved) > 20
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_straight_through_keys_carry_the_exits_graph_and_the_last_steps_numbers(trained, text, share):
+    schedule = Schedule(rows=ROWS)
+    exits = exit_steps(schedule, 2, share)
+    noise = NoiseSource((3, 4), GEOMETRY, "cpu", torch.float32)
+    caches = []
+    for grad in (True, False):
+        cache = GraphCache(GEOMETRY, 2)
+        rollout(trained, schedule, noise, lambda chunk: text, cache=cache, exits=exits, grad=grad)
+        caches.append(cache)
+    for (a, b), (c, d) in zip(caches[0]._slots[1].values(), caches[1]._slots[1].values(), strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d) and a.requires_grad and not c.requires_grad
+
+
+def test_gradients_are_those_of_finite_differences(text):
+    """Through keys too, along a random direction of the parameters. With one-step rows all that depends on them has a
+    graph. The bound is that of float32, in which norms and rotations compute whatever the weights are."""
+    student = random_student(layers=2)
+    student.model.double().requires_grad_(True)
+    schedule = Schedule(rows=((700.0,),))
+    noise = NoiseSource((3, 4), GEOMETRY, "cpu", torch.float64)
+    weight = torch.randn(2, 12, 16, 4, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+    def value(**options):
+        cache = GraphCache(GEOMETRY, 2)
+        x = rollout(student, schedule, noise, lambda c: text.double(), cache=cache, exits=(0,) * 4, **options)
+        return (x * weight).sum()
+
+    parameters = [p for p in student.model.blocks.parameters()]
+    g = torch.Generator().manual_seed(4)
+    direction = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in parameters]
+    analytic = {}
+    for on in (True, False):
+        found = torch.autograd.grad(value(context_grad=on), parameters)
+        analytic[on] = sum((d * f).sum() for d, f in zip(direction, found, strict=True)).item()
+    ends = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for p, d in zip(parameters, direction, strict=True):
+                p += step * d
+            ends.append(value(grad=False).item())
+    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(analytic, rel=1e-4)
+
+
+def test_exit_steps_are_one_share_of_every_row():
+    schedule = Schedule(rows=ROWS)
+    assert exit_steps(schedule, 4, 0.0) == (0, 0, 0, 0) and exit_steps(schedule, 4, 0.7) == (2, 2, 1, 1)
+    assert exit_steps(schedule, 4, 0.999) == last_steps(schedule, 4) == (3, 2, 1, 1)
+    drawn = {exit_steps(schedule, 4, i / 997) for i in range(997)}
+    assert set(exit_patterns(schedule, 4)) == drawn and len(drawn) == 6
+
+
+def test_drawn_noise_gives_every_use_its_own():
+    schedule = Schedule(rows=ROWS)
+    drawn = torch.randn(DrawnNoise.shape(2, 4, schedule, GEOMETRY))
+    noise = DrawnNoise(drawn, schedule)
+    uses = []
+    for k in range(4):
+        steps = range(1, len(schedule.row(k)))
+        uses += [noise.initial(k), *(noise.renoise(k, i) for i in steps), noise.context(k)]
+    assert torch.equal(torch.stack(uses, 1), drawn)
+
+
+def test_the_prompt_can_change_on_the_way(tiny_student, text):
+    schedule = Schedule(rows=ROWS)
+    last = last_steps(schedule, 4)
+    one = run(tiny_student, schedule, last, text=text, chunks=4)
+    two = run(tiny_student, schedule, last, text_of=lambda k: text if k < 2 else -text, chunks=4)
+    assert torch.equal(one[:, :6], two[:, :6]) and not torch.equal(one[:, 6:], two[:, 6:])
