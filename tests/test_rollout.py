@@ -178,7 +178,9 @@ def test_gradients_are_those_of_finite_differences(text):
             for p, d in zip(parameters, direction, strict=True):
                 p += step * d
             ends.append(value(grad=False).item())
-    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(analytic, rel=1e-4)
+    measured = (ends[0] - ends[1]) / 2e-5
+    assert measured == pytest.approx(analytic[True], rel=2e-3)
+    assert measured != pytest.approx(analytic[False], rel=2e-2)
 
 
 def test_exit_steps_are_one_share_of_every_row():
