@@ -9,7 +9,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import UserError
+from model.safe_pickle import NeedsCode, dry_run
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; relative paths start here
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+MAX_HEADER = 100_000_000  # bytes of names and shapes, as safetensors has it
+MAX_JSON = 16_000_000  # bytes; of the index of a thousand tensors 0.1 MB
+MAX_SHARDS = 4096
 BARE = ""  # the part of a file that is one flat dictionary of tensors
 
 # Words in a path, and what `scripts/download.py` calls the thing that is missing there.
@@ -47,6 +51,7 @@ class Tensors:
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    odd: Mapping[str, str] = field(default_factory=dict)  # those that hold no ordinary numbers: name -> their dtype
 
     @property
     def size(self) -> int:
@@ -57,7 +62,8 @@ class Tensors:
         """The same tensors under other names; those that `rename` maps to None are left out."""
         origin = {new: old for old in self.shapes if (new := rename(old)) is not None}
         shapes = {new: self.shapes[old] for new, old in origin.items()}
-        return Tensors(self.files, shapes, lambda name: self.read(origin[name]))
+        odd = {new: self.odd[old] for new, old in origin.items() if old in self.odd}
+        return Tensors(self.files, shapes, lambda name: self.read(origin[name]), odd)
 
 
 def resolve(path: str | Path) -> Path:
@@ -81,10 +87,16 @@ def missing(field: str, path: Path, what: str) -> UserError:
 def read_json(field: str, path: Path) -> dict[str, Any]:
     """A JSON object, such as a config.json."""
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON):
+            raise UserError(f"{field}: {path} cannot be what its name says; fetch it again")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise missing(field, path.parent, f"has no {path.name}") from error
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read ({error.strerror}); give another path") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{field}: {path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(data, dict):
         raise UserError(f"{field}: {path} is not a JSON object; fetch it again")
@@ -98,12 +110,17 @@ def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     if single.exists():
         return (single,)
     if index.exists():
-        names = sorted(set(read_json(field, index).get("weight_map", {}).values()))
+        places = read_json(field, index).get("weight_map")
+        names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+        if not names or any(Path(name).name != name or "\\" in name for name in names):
+            raise UserError(f"{field}: {index} does not name files of its own folder; fetch the folder again")
     else:
         found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
         if not found:
             raise missing(field, folder, f"has no {single.name}")
         count = found[0].stem.rsplit("-of-", 1)[1]
+        if not count.isdecimal() or int(count) > MAX_SHARDS:
+            raise UserError(f"{field}: {found[0]} is not named as a shard is; fetch the folder again")
         names = [f"{stem}-{i + 1:0{len(count)}d}-of-{count}.safetensors" for i in range(int(count))]
     lost = [name for name in names if not (folder / name).exists()]
     if lost:
@@ -111,72 +128,81 @@ def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _safetensors_shapes(field: str, path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the header, which also says how long the file must be."""
+def _check_safetensors(field: str, path: Path) -> None:
+    """What is wrong with a file that is no whole safetensors file, in words; the library says it in its own."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if start.startswith(b"version "):
             raise UserError(f"{field}: {path} is a Git LFS pointer and not the file; fetch it with `git lfs pull`")
-        if len(start) < 8 or length > size - 8:
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
             raise UserError(f"{field}: {path} is cut short or not a safetensors file ({size:,} bytes); fetch it again")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if size < whole:
+                raise UserError(f"{field}: {path} is cut short ({size:,} of {whole:,} bytes); fetch it again")
+        except UserError:
+            raise
+        except Exception as error:  # whatever a header of other types leads to
             raise UserError(f"{field}: {path} is not a safetensors file; fetch it again") from error
-    header.pop("__metadata__", None)
-    whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != whole:
-        raise UserError(f"{field}: {path} is cut short ({size:,} of {whole:,} bytes); fetch it again")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 def open_safetensors(field: str, *files: Path) -> Tensors:
-    """Tensors of one or more safetensors files."""
-    place: dict[str, Path] = {}
+    """Tensors of one or more safetensors files, each mapped and none read."""
+    handles: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    odd: dict[str, str] = {}
     for file in files:
-        found = _safetensors_shapes(field, file)
-        shapes |= found
-        place |= dict.fromkeys(found, file)
-    handles: dict[Path, Any] = {}
-
-    def read(name: str) -> Tensor:
-        file = place[name]
-        if file not in handles:
-            try:
-                handles[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
-        return handles[file].get_tensor(name)
-
-    return Tensors(files, shapes, read)
+        if not file.is_file():
+            raise UserError(f"{field}={file} is no ordinary file; give a folder or a file of weights")
+        _check_safetensors(field, file)
+        try:
+            handle = safe_open(file, framework="pt")  # which checks that sizes, types and places agree
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
+        for name in handle.keys():
+            part = handle.get_slice(name)
+            handles[name], shapes[name] = handle, tuple(part.get_shape())
+            if not part.get_dtype().startswith(("F", "BF")):
+                odd[name] = part.get_dtype()
+    return Tensors(files, shapes, lambda name: handles[name].get_tensor(name), odd)
 
 
 def _load_pickle(field: str, path: Path) -> Any:
     with open(path, "rb") as file:
         start = file.read(8)
-    zipped = zipfile.is_zipfile(path)  # its directory is at the end, so a file cut short has none
-    if not zipped and not start.startswith(b"\x80"):
-        state = "cut short" if start.startswith(b"PK") else "not a PyTorch file"
-        raise UserError(f"{field}: {path} is {state} ({path.stat().st_size:,} bytes); fetch it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
+        mapped = dry_run(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise NeedsCode(str(error).splitlines()[0]) from error
+    except NeedsCode as error:
         raise UserError(
-            f"{field}: {path} holds Python objects beside tensors, which can run code when they are read; "
-            f"ask its author for safetensors, or save its tensors alone with torch.save"
+            f"{field}: {path} holds Python objects beside tensors, which can run code when they are read "
+            f"({str(error)[:80]}); ask its author for safetensors, or take its tensors alone with "
+            f"`python scripts/convert_checkpoint.py --tensors_only`"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise UserError(f"{field}: {path} cannot be read ({reason}); fetch it again") from error
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):  # its directory is at the end
+            state = "is cut short"
+        elif not start.startswith((b"PK", b"\x80")):
+            state = "is not a PyTorch file"
+        else:
+            reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            state = f"is damaged: {reason}"
+        raise UserError(f"{field}: {path} {state} ({path.stat().st_size:,} bytes); fetch it again") from error
 
 
 def open_file(field: str, path: Path) -> dict[str, Tensors]:
     """The parts of a file: a flat dictionary of tensors is the part `BARE`; a training checkpoint has several."""
     if not path.exists():
         raise missing(field, path, "does not exist")
+    if not path.is_file():
+        raise UserError(f"{field}={path} is no ordinary file; give a folder or a file of weights")
     if path.suffix == ".safetensors":
         return {BARE: open_safetensors(field, path)}
     if path.suffix not in PICKLES:
@@ -191,4 +217,5 @@ def open_file(field: str, path: Path) -> dict[str, Tensors]:
 
 def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:
     values = {name: value for name, value in data.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return Tensors((path,), {name: tuple(value.shape) for name, value in values.items()}, values.__getitem__)
+    odd = {name: str(value.dtype) for name, value in values.items() if not value.is_floating_point()}
+    return Tensors((path,), {name: tuple(value.shape) for name, value in values.items()}, values.__getitem__, odd)

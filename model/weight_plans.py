@@ -3,6 +3,7 @@
 A plan costs the headers of the files. It is refused, in one sentence, if the tensors are not exactly the network's.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,17 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from configs.errors import UserError
 from model import weight_names as names
+from model.schedule import Schedule
 from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from model.weight_files import BARE, Tensors, missing, open_file, open_safetensors, read_json, resolve, shards
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 HF_STEM = "model"
 EMA_STEM = f"{DIFFUSERS_STEM}.ema"  # diffusers' way to name a variant
+# Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
+# their own size a table that exists before there are weights.
+MAX_SIZE = 1_000_000
+MAX_SIZES = {"rope_max_seq_len": 16_384, "attention_head_dim": 1024}
 CARD = "card.json"
 VAE_FILE = "Wan2.1_VAE.pth"
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -40,8 +46,14 @@ class Plan:
 
 def _fitting(name: str, plan: Plan) -> Plan:
     """`plan`, if its tensors are exactly the network's; else a UserError that lists what differs and guesses why."""
-    with init_empty_weights(include_buffers=False):
-        wanted = {key: tuple(value.shape) for key, value in stored(plan.make()).items()}
+    try:
+        with init_empty_weights(include_buffers=False):
+            wanted = {key: tuple(value.shape) for key, value in stored(plan.make()).items()}
+    except UserError:
+        raise
+    except Exception as error:  # sizes that no network can have
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{name}={plan.path} describes no network ({reason}); fetch it again") from error
     have = plan.tensors.shapes
     lost, extra = sorted(wanted.keys() - have.keys()), sorted(have.keys() - wanted.keys())
     bent = [
@@ -54,12 +66,46 @@ def _fitting(name: str, plan: Plan) -> Plan:
         for keys, what in ((lost, "missing"), (extra, "unexpected"), (bent, "of another shape"))
         if keys
     ]
+    odd = {key: plan.tensors.odd[key] for key in sorted(wanted.keys() & plan.tensors.odd.keys())}
+    if odd:
+        faults.append(f"{len(odd)} tensors of another type ({', '.join(f'{k} {t}' for k, t in [*odd.items()][:3])})")
     if faults:
         raise UserError(
             f"{name}={plan.path} does not fit: {'; '.join(faults)}; it seems to be {names.guess(have)}, "
             f"so give {name} a file of the right network"
         )
     return plan
+
+
+def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+    """Refuse sizes from which building the network, even without weights, would take all memory or for ever."""
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        most = len(tensors.shapes) if re.search("layers|blocks", key) else MAX_SIZES.get(key, MAX_SIZE)
+        if len(values) > 64 or any(abs(n) > most for n in values if isinstance(n, int | float)):
+            raise UserError(
+                f"{name}={path} says {key}={str(value)[:40]} in config.json, which its tensors cannot have; "
+                f"fetch it again"
+            )
+
+
+def _sizes(name: str, path: Path, read: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What `read` says of a file's sizes; refuses one that lacks the tensors that tell."""
+    try:
+        return read(*arguments)
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{name}={path} lacks tensors that tell its sizes ({error}); fetch it again") from error
+
+
+def _read_card(name: str, path: Path) -> dict[str, Any]:
+    """A student's card, its schedule being one."""
+    card = read_json(name, path)
+    try:
+        if card.get("schedule") is not None:
+            Schedule.from_dict(card["schedule"])
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{name}: {path} holds a schedule that is none ({error}); remove it from the file") from error
+    return card
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +152,7 @@ def _transformer_tensors(name: str, path: Path, wanted: tuple[str, ...]) -> tupl
         raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
     tensors = open_safetensors(name, *shards(name, path, stem))
     own = (path / CARD).exists()
-    card = read_json(name, path / CARD) if own else {}
+    card = _read_card(name, path / CARD) if own else {}
     return tensors, config, card, "our own" if own else "original Wan" if "dim" in config else "Diffusers"
 
 
@@ -121,7 +167,7 @@ def plan_transformer(
     if names.guess(tensors.shapes).startswith("an image-to-video") or config.get("model_type", "t2v") != "t2v":
         raise UserError(f"{name}={path} is an image-to-video Wan transformer; use text-to-video weights")
     if names.is_wan(tensors.shapes):
-        stated, config = config, names.wan_config(tensors.shapes, config)
+        stated, config = config, _sizes(name, path, names.wan_config, tensors.shapes, config)
         wrong = [key for key, value in names.stated_sizes(stated).items() if config[key] != value]
         if wrong:
             raise UserError(
@@ -136,6 +182,7 @@ def plan_transformer(
         )
     elif not config:
         config = read_json(name, path.parent / "config.json")
+    _plausible(name, path, config, tensors)
     return _fitting(
         name, Plan(path=path, kind=kind, make=lambda: diffusers_network(cls, config), tensors=tensors, card=card)
     )
@@ -160,8 +207,9 @@ def plan_vae(path: str | Path, name: str = "model.vae") -> Plan:
             raise UserError(
                 f"{name}={path} is not a Wan 2.1 VAE; it seems to be {names.guess(tensors.shapes)}, use {VAE_FILE}"
             )
-        config, kind = names.vae_config(tensors.shapes), "original Wan"
+        config, kind = _sizes(name, path, names.vae_config, tensors.shapes), "original Wan"
         tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
+    _plausible(name, path, config, tensors)
     return _fitting(
         name, Plan(path=path, kind=kind, make=lambda: diffusers_network(AutoencoderKLWan, config), tensors=tensors)
     )
@@ -173,7 +221,7 @@ def plan_text_encoder(path: str | Path, name: str = "model.text_encoder") -> Pla
     if path.is_dir() and (path / T5_FILE).exists():
         path = path / T5_FILE
     if path.is_dir():
-        config = UMT5Config.from_dict(read_json(name, path / "config.json"))
+        config = read_json(name, path / "config.json")
         tensors, kind = open_safetensors(name, *shards(name, path, HF_STEM)).renamed(names.hf_t5_name), "transformers"
     else:
         tensors = _part(name, path, open_file(name, path), ("state_dict",))
@@ -181,9 +229,14 @@ def plan_text_encoder(path: str | Path, name: str = "model.text_encoder") -> Pla
             raise UserError(
                 f"{name}={path} is not Wan's text encoder; it seems to be {names.guess(tensors.shapes)}, use {T5_FILE}"
             )
-        config, kind = UMT5Config(**names.t5_config(tensors.shapes)), "original Wan"
+        config, kind = _sizes(name, path, names.t5_config, tensors.shapes), "original Wan"
         tensors = tensors.renamed(names.t5_name)
-    return _fitting(name, Plan(path=path, kind=kind, make=lambda: UMT5EncoderModel(config), tensors=tensors))
+    _plausible(name, path, config, tensors)
+
+    def make() -> UMT5EncoderModel:
+        return UMT5EncoderModel(UMT5Config.from_dict(config))
+
+    return _fitting(name, Plan(path=path, kind=kind, make=make, tensors=tensors))
 
 
 def plan_tiny_decoder(path: str | Path, name: str = "model.tiny_decoder") -> Plan:
@@ -194,7 +247,7 @@ def plan_tiny_decoder(path: str | Path, name: str = "model.tiny_decoder") -> Pla
         raise UserError(
             f"{name}={path} is not a tiny decoder; it seems to be {names.guess(tensors.shapes)}, use taew2_1.pth"
         )
-    config = TinyDecoderConfig(**names.taehv_config(tensors.shapes))
+    config = TinyDecoderConfig(**_sizes(name, path, names.taehv_config, tensors.shapes))
     whole = tensors.renamed(names.taehv_name)
     rows = {f"decoder.{7 + 6 * i}.conv.weight": config.widths[i] * config.growth[i] for i in range(3)}
     shapes = {k: (min(s[0], rows[k]), *s[1:]) if k in rows else s for k, s in whole.shapes.items()}

@@ -100,7 +100,13 @@ def _fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Modu
     state = {}
     for key in plan.tensors.shapes:
         wide = dtype in HALF and not keep.isdisjoint(key.split("."))
-        state[key] = plan.tensors.read(key).to(device=device, dtype=torch.float32 if wide else dtype)
+        value = plan.tensors.read(key).to(device=device, dtype=torch.float32 if wide else dtype).contiguous()
+        if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+            raise UserError(
+                f"{plan.path} holds values in {key} that are no numbers, or beyond the range of {dtype}; fetch it "
+                f"again, or set inference.precision=bfloat16"
+            )
+        state[key] = value
     if isinstance(model, UMT5EncoderModel):
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     model.load_state_dict(state, assign=True)
@@ -149,8 +155,13 @@ def load_tiny_decoder(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder; nothing is fetched."""
-    return AutoTokenizer.from_pretrained(find_tokenizer(path), local_files_only=True)
+    """The tokenizer of a local folder; nothing is fetched, and no code that the folder may bring is run."""
+    folder = find_tokenizer(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"model.tokenizer={folder} cannot be read ({reason}); fetch it again") from error
 
 
 def load_text_encoder(

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 from weight_layouts import TO_T5, foreign, foreign_vae, same_output, write_wan_folder
 
+from configs.schema import ScheduleConfig, StreamConfig
 from model import weights
 from model.causal_wan import CausalWanModel
+from model.schedule import Schedule
 from model.text import word_tokenizer
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
 
@@ -98,7 +100,8 @@ def test_lower_precision_is_diffusers(tmp_path, wan):
 
 
 def test_own_folder_round_trip(tmp_path, wan, student):
-    card = {"stage": "distilled", "step": 7, "schedule": {"rows": [[1000.0]]}}
+    schedule = Schedule.from_config(ScheduleConfig(), StreamConfig()).to_dict()
+    card = {"stage": "distilled", "step": 7, "schedule": schedule}
     ema = {name: value + 1 for name, value in student.state_dict().items()}
     weights.save_student(student, tmp_path / "s", card, dtype=None, ema=ema)
     again = weights.load_student(tmp_path / "s")

@@ -6,11 +6,15 @@ from pathlib import Path
 
 from configs.errors import UserError
 
+MAX_PROMPT = 10_000  # characters; a text encoder reads some 2,500 and cleaning takes time that grows with length
+
 
 def check_prompt(prompt: str, source: str = "prompt") -> str:
     """`prompt` itself; a UserError naming `source` where no text encoder can make sense of it."""
     if not prompt.strip():
         raise UserError(f"{source} is empty; describe the video in a sentence")
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"{source} is {len(prompt):,} characters long; at most {MAX_PROMPT:,} are taken, so shorten it")
     if "\0" in prompt:
         raise UserError(f"{source} holds a NUL character; give plain text")
     try:
@@ -27,6 +31,8 @@ def read_prompts(path: str | os.PathLike, field: str = "inference.prompts") -> l
     """
     where = f"{field}={path}"
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{where} cannot be read (no ordinary file); give a text file")
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{where} does not exist; give a text file with one prompt a line") from error
