@@ -2,12 +2,20 @@
 
 import copy
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from configs.train_schema import OptimizerConfig, TrainingConfig
+from configs.optimizer_schema import OptimizerConfig
+from configs.train_schema import TrainingConfig
+from trainer.parallel import (
+    average_gradients,
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+    whole,
+)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -20,11 +28,14 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class Average:
-    """Exponential moving average of a module's parameters: e <- d e + (1 - d) p; a copy until `start_step`."""
+    """Exponential moving average of a module's parameters: e <- d e + (1 - d) p; a copy until `start_step`.
 
-    def __init__(self, module: nn.Module, decay: float, start_step: int):
+    twin: a copy of `module` to average in, where it cannot be copied here any more because it is sharded.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, start_step: int, twin: nn.Module | None = None):
         self.decay, self.start_step = decay, start_step
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = (copy.deepcopy(module) if twin is None else twin).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
@@ -34,41 +45,60 @@ class Average:
 
 
 class Player:
-    """A trained module with its optimiser, its learning rate and its average. It does not know its loss."""
+    """A trained module with its optimiser, its learning rate and its average. It does not know its loss.
 
-    def __init__(self, module: nn.Module, config: TrainingConfig):
-        self.module, self.config = module, config
+    Args:
+        optimizer: its knobs, if they are not `config.optimizer`.
+        steps: how many steps it will take, if not `config.steps`; the learning rate falls over these.
+        averaged: keep a moving average, in `twin` if that is given.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingConfig,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        steps: int | None = None,
+        averaged: bool = True,
+        twin: nn.Module | None = None,
+    ):
+        self.module = module
+        self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
         device = next(module.parameters()).device
         matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        o = config.optimizer
+        groups = [{"params": group} for group in (matrices, vectors) if group]
+        if vectors:
+            groups[-1]["weight_decay"] = 0.0
+        o = self.knobs
         self.optimizer = torch.optim.AdamW(
             groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=device.type == "cuda"
         )
-        self.average = Average(module, config.ema_decay, config.ema_start_step)
+        self.average = Average(module, config.ema_decay, config.ema_start_step, twin) if averaged else None
 
     @property
-    def parameters(self) -> Iterable[Tensor]:
+    def parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self, step: int) -> Tensor:
-        """Clip the gradients that are there, take optimiser step `step`, update the average. Returns the norm."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        """Average gradients over ranks, clip them, take optimiser step `step`, update the average. Returns the norm."""
+        average_gradients(self.parameters)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, step, self.config.steps)
+            group["lr"] = learning_rate(self.knobs, step, self.steps)
         self.optimizer.step()
-        self.average.update(self.module, step)
+        if self.average is not None:
+            self.average.update(self.module, step)
         return norm
 
     def state_dict(self) -> dict:
-        return {
-            "module": self.module.state_dict(),
-            "average": self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """Whole tensors, gathered on the first rank where they are sharded; every rank must call it."""
+        state = {"module": module_state(self.module), "optimizer": optimizer_state(self.module, self.optimizer)}
+        return state if self.average is None else state | {"average": module_state(self.average.module)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.module.load_state_dict(state["module"])
-        self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_module_state(self.module, state["module"])
+        load_optimizer_state(self.module, self.optimizer, state["optimizer"])
+        if self.average is not None:
+            load_module_state(self.average.module, state["average"])

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -34,6 +34,16 @@ def console(level: int = logging.INFO, *, quiet: bool = False) -> None:
     logger.handlers = [_ConsoleHandler()]
     logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else level)
+
+
+class Sink(Protocol):
+    """Where metrics go; a context manager."""
+
+    def write(self, step: int, **values: Any) -> None: ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, *exception): ...
 
 
 class JsonlSink:
