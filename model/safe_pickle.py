@@ -4,14 +4,17 @@
 it likes at damaged ones, and a few classes that it allows can allocate any amount or take for ever to hash. So a file
 goes through this dry run first: the same pickle, with stand-ins for every class, and with nothing allocated.
 
-Allowed is what a file of named tensors needs: dictionaries with plain keys, lists, numbers, text, tensors.
+Allowed is what a file of named tensors needs: dictionaries with plain keys, lists, numbers, text, tensors. No torch is
+needed for it, so that it also tells what a file holds before anything heavy is imported.
 """
 
 import io
 import pickle
 import re
+import struct
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,6 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file from before torc
 ITEM_SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1}
 ITEM_SIZES |= {"Byte": 1, "Bool": 1, "Untyped": 1}
 STORAGE = re.compile(rf"torch\.(?:storage\.)?({'|'.join(ITEM_SIZES)})Storage")
-HARMLESS = re.compile(
-    r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
-    r"|torch\._tensor\._rebuild_from_type_v2|torch\.(Size|device|Tensor)|torch\.serialization\._get_layout"
-    r"|torch\.(float|bfloat|int|uint|complex|bool|half|double|long)\w*"
-)
 
 
 class NeedsCode(Exception):
@@ -45,23 +43,86 @@ class _Keyed(OrderedDict):
         super().__setitem__(key, value)
 
 
-class _Inert:
-    """Stands for a tensor, and for any other value that is made by a call."""
+@dataclass(frozen=True)
+class StorageRef:
+    """Where the values of tensors are: record `key` of the file, `count` values of type `kind`."""
 
-    def __init__(self, *args: Any):
-        pass
+    key: str
+    kind: str  # Float, BFloat16, ...
+    count: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.count * ITEM_SIZES[self.kind]
+
+
+@dataclass
+class TensorRef:
+    """A tensor that was not made. What torch would set on it is ignored."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _Storage:
-    def __init__(self, item_size: int):
-        self.item_size = item_size
+class Dropped:
+    """Stands for what is not read: in a dry run a harmless value, with `keep_going` any object at all."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        return super().__new__(cls)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Dropped":
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
+    whole = isinstance(storage, StorageRef) and isinstance(offset, int) and len(shape) == len(stride)
+    if not whole or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)):
+        raise Damaged("a tensor has no sizes")
+    return TensorRef(storage, offset, tuple(shape), tuple(stride))
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _size(shape: Any) -> tuple:
+    return tuple(shape)
+
+
+MAKERS = {
+    "collections.OrderedDict": _Keyed,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": lambda make, kind, arguments, state: make(*arguments),
+    "torch.Size": _size,
+    "torch.Tensor": Dropped(),  # as an argument only: called, it would allocate what it is told to
+    "torch.nn.parameter.Parameter": Dropped(),
+}
+TYPES = re.compile(
+    r"torch\.(device|serialization\._get_layout|(float|bfloat|int|uint|complex|bool|half|double|long)\w*)"
+)
 
 
 class _DryRun(pickle._Unpickler):  # the one in Python: that in C believes stated sizes, too
-    """Walks a pickle; `storages` are the bytes of each one that it refers to."""
+    """Walks a pickle; `storages` are those that it refers to. `keep_going`: past objects, which stay unmade."""
 
     dispatch = {
         code: act
@@ -70,30 +131,28 @@ class _DryRun(pickle._Unpickler):  # the one in Python: that in C believes state
         not in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.DICT, pickle.NEXT_BUFFER)
     }
 
-    def __init__(self, file: io.BytesIO):
+    def __init__(self, file: io.BytesIO, keep_going: bool = False):
         super().__init__(file)
-        self.storages: dict[str, int] = {}
+        self.storages: dict[str, StorageRef] = {}
+        self._keep_going = keep_going
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return _Keyed
+        if full in MAKERS:
+            return MAKERS[full]
         if match := STORAGE.fullmatch(full):
-            return _Storage(ITEM_SIZES[match.group(1)])
-        if full in ("torch.Tensor", "torch.nn.parameter.Parameter"):
-            return object()  # as an argument only: called, it would allocate what it is told to
-        if HARMLESS.fullmatch(full):
-            return _Inert
+            return match.group(1)
+        if TYPES.fullmatch(full) or self._keep_going:
+            return Dropped
         raise NeedsCode(full)
 
-    def persistent_load(self, pid: Any) -> _Inert:
-        kind, storage, key, _, count, *_ = pid
-        if kind != "storage" or not isinstance(storage, _Storage) or not isinstance(key, str):
+    def persistent_load(self, pid: Any) -> StorageRef:
+        tag, kind, key, _, count, *_ = pid
+        if tag != "storage" or kind not in ITEM_SIZES or not isinstance(key, str):
             raise Damaged("a tensor has no storage")
         if not isinstance(count, int) or count < 0:
             raise Damaged(f"a storage has {count} values")
-        self.storages[key] = count * storage.item_size
-        return _Inert()
+        return self.storages.setdefault(key, StorageRef(key, kind, count))
 
     def _empty_dictionary(self) -> None:
         self.append(_Keyed())
@@ -101,30 +160,46 @@ class _DryRun(pickle._Unpickler):  # the one in Python: that in C believes state
     dispatch[pickle.EMPTY_DICT[0]] = _empty_dictionary
 
 
-def dry_run(path: Path) -> bool:
-    """Walk the file; returns whether it is a zip, whose tensors can be mapped.
+@dataclass(frozen=True)
+class DryRun:
+    """What a file holds: `value` with a TensorRef for each tensor. `places`: of a zip, first byte of each storage."""
+
+    value: Any
+    zipped: bool  # then its tensors can be mapped
+    places: dict[str, int]
+
+
+def dry_run(path: Path, keep_going: bool = False) -> DryRun:
+    """Walk the file.
+
+    Args:
+        keep_going: past objects that only their own code could make; they are left out.
 
     Raises:
         NeedsCode: it holds more than tensors, numbers and text.
         Damaged, and any other Exception: it is not what it should be.
     """
     if not zipfile.is_zipfile(path):
-        _legacy(path)
-        return False
+        return DryRun(_legacy(path), False, {})
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         _check_entries(entries, path.stat().st_size)
         (main,) = [e for e in entries if e.filename.endswith("/data.pkl")]
         if main.file_size > MAX_PICKLE:
             raise Damaged(f"{main.file_size:,} bytes of names")
-        run = _DryRun(io.BytesIO(archive.read(main)))
-    run.load()
-    sizes = {e.filename: e.file_size for e in entries}
+        run = _DryRun(io.BytesIO(archive.read(main)), keep_going)
+    value = run.load()
+    by_name = {e.filename: e for e in entries}
     folder = main.filename.removesuffix("data.pkl")
-    for key, size in run.storages.items():
-        if sizes.get(f"{folder}data/{key}") != size:
-            raise Damaged(f"storage {key} should have {size:,} bytes")
-    return True
+    places = {}
+    with open(path, "rb") as file:
+        for key, storage in run.storages.items():
+            entry = by_name.get(f"{folder}data/{key}")
+            if entry is None or entry.file_size != storage.size:
+                raise Damaged(f"storage {key} should have {storage.size:,} bytes")
+            file.seek(entry.header_offset + 26)  # lengths of name and padding, which may differ from the directory's
+            places[key] = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    return DryRun(value, True, places)
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
@@ -139,7 +214,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
         raise Damaged("records overlap")
 
 
-def _legacy(path: Path) -> None:
+def _legacy(path: Path) -> Any:
     """Files from before torch 1.6: five pickles (magic number, version, system, objects, keys), then the values."""
     with open(path, "rb") as file:
         start = io.BytesIO(file.read(MAX_PICKLE))
@@ -148,7 +223,9 @@ def _legacy(path: Path) -> None:
     for _ in range(2):
         _DryRun(start).load()
     run = _DryRun(start)
-    run.load()
+    value = run.load()
     _DryRun(start).load()
-    if sum(run.storages.values()) > path.stat().st_size:
-        raise Damaged(f"it should have {sum(run.storages.values()):,} bytes")
+    size = sum(storage.size for storage in run.storages.values())
+    if size > path.stat().st_size:
+        raise Damaged(f"it should have {size:,} bytes")
+    return value

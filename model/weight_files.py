@@ -175,7 +175,7 @@ def _load_pickle(field: str, path: Path) -> Any:
     with open(path, "rb") as file:
         start = file.read(8)
     try:
-        mapped = dry_run(path)
+        mapped = dry_run(path).zipped
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -198,7 +198,10 @@ def _load_pickle(field: str, path: Path) -> Any:
 
 
 def open_file(field: str, path: Path) -> dict[str, Tensors]:
-    """The parts of a file: a flat dictionary of tensors is the part `BARE`; a training checkpoint has several."""
+    """The parts of a file: a flat dictionary of tensors is the part `BARE`; a training checkpoint has several.
+
+    Dictionaries in dictionaries are parts, too: `module.average`.
+    """
     if not path.exists():
         raise missing(field, path, "does not exist")
     if not path.is_file():
@@ -210,9 +213,10 @@ def open_file(field: str, path: Path) -> dict[str, Tensors]:
     data = _load_pickle(field, path)
     if not isinstance(data, Mapping):
         raise UserError(f"{field}: {path} holds a {type(data).__name__} and not named tensors; choose another file")
-    parts = {name: _flat(path, value) for name, value in data.items() if isinstance(value, Mapping)}
-    parts[BARE] = _flat(path, data)
-    return {name: tensors for name, tensors in parts.items() if tensors.shapes}
+    parts = {BARE: data} | {name: value for name, value in data.items() if isinstance(value, Mapping)}
+    for name in [*parts][1:]:
+        parts |= {f"{name}.{key}": value for key, value in parts[name].items() if isinstance(value, Mapping)}
+    return {name: tensors for name, value in parts.items() if (tensors := _flat(path, value)).shapes}
 
 
 def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from configs.errors import UserError
+from model import run_folders
 from model import weight_names as names
 from model.schedule import Schedule
 from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
@@ -136,15 +137,19 @@ def _part(name: str, path: Path, parts: Mapping[str, Tensors], wanted: tuple[str
     raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {names.guess(found)}, so choose another file")
 
 
-def _transformer_tensors(name: str, path: Path, wanted: tuple[str, ...]) -> tuple[Tensors, dict[str, Any], dict, str]:
-    """Tensors, config.json, card and format of whatever `path` is."""
+def _transformer_tensors(
+    name: str, path: Path, wanted: tuple[str, ...]
+) -> tuple[Path, Tensors, dict[str, Any], dict[str, Any], str]:
+    """Where in `path` the network is; its tensors, config.json, card and format."""
     ema = wanted == names.STUDENT_EMA_PARTS
-    if path.is_dir() and (path / "model.pt").exists():
-        path = path / "model.pt"
+    path = run_folders.find(path, averaged=ema)
+    if path.name == run_folders.STATE:
+        critic = wanted == names.SCORE_PARTS
+        return path, *run_folders.open_state(name, path, critic, averaged=ema), "training checkpoint"
     if not path.is_dir():
         parts = open_file(name, path)
         kind = "safetensors" if set(parts) == {BARE} and path.suffix == ".safetensors" else "training checkpoint"
-        return _part(name, path, parts, wanted), {}, {}, kind
+        return path, _part(name, path, parts, wanted), {}, {}, kind
     path = _subfolder(path, "transformer")
     config = read_json(name, path / "config.json")
     stem = EMA_STEM if ema else DIFFUSERS_STEM
@@ -153,7 +158,7 @@ def _transformer_tensors(name: str, path: Path, wanted: tuple[str, ...]) -> tupl
     tensors = open_safetensors(name, *shards(name, path, stem))
     own = (path / CARD).exists()
     card = _read_card(name, path / CARD) if own else {}
-    return tensors, config, card, "our own" if own else "original Wan" if "dim" in config else "Diffusers"
+    return path, tensors, config, card, "our own" if own else "original Wan" if "dim" in config else "Diffusers"
 
 
 def plan_transformer(
@@ -163,7 +168,7 @@ def plan_transformer(
     path = resolve(path)
     if not path.exists():
         raise missing(name, path, "does not exist")
-    tensors, config, card, kind = _transformer_tensors(name, path, wanted)
+    path, tensors, config, card, kind = _transformer_tensors(name, path, wanted)
     if names.guess(tensors.shapes).startswith("an image-to-video") or config.get("model_type", "t2v") != "t2v":
         raise UserError(f"{name}={path} is an image-to-video Wan transformer; use text-to-video weights")
     if names.is_wan(tensors.shapes):

@@ -57,6 +57,7 @@ class WeightCheck(NamedTuple):
     path: Path
     size: int  # bytes
     kind: str
+    files: tuple[Path, ...]  # all that are read, in the order of their names
 
 
 def _plan_score(name: str, path: str | Path) -> Plan:
@@ -81,10 +82,14 @@ def check_weights(config: ModelConfig, *, training: bool = False) -> list[Weight
     else:
         plans["tiny_decoder"] = plan_tiny_decoder(config.tiny_decoder)
     plans["text_encoder"] = plan_text_encoder(config.text_encoder)
-    checks = [WeightCheck(role, plan.path, plan.tensors.size, plan.kind) for role, plan in plans.items()]
+    checks = [
+        WeightCheck(role, plan.path, plan.tensors.size, plan.kind, tuple(sorted(plan.tensors.files)))
+        for role, plan in plans.items()
+    ]
     folder = find_tokenizer(config.tokenizer)
+    files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"))
     size = sum((folder / file).stat().st_size for file in TOKENIZER_FILES if (folder / file).exists())
-    return [*checks, WeightCheck("tokenizer", folder, size, "transformers")]
+    return [*checks, WeightCheck("tokenizer", folder, size, "transformers", files)]
 
 
 def _fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

@@ -46,13 +46,5 @@ def weight_hashes(weights: tuple[WeightCheck, ...]) -> dict[str, str]:
 
 
 def _combined(check: WeightCheck, hash_file: Callable[[Path], str]) -> str:
-    hashes = [hash_file(path) for path in _files(check)]
+    hashes = [hash_file(path) for path in check.files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _files(check: WeightCheck) -> list[Path]:
-    """Files behind one line of the check: the weights of a folder, or all of a tokenizer's small files."""
-    if check.path.is_file():
-        return [check.path]
-    found = sorted(path for path in check.path.iterdir() if path.is_file())
-    return [path for path in found if (path.suffix == ".safetensors") != (check.role == "tokenizer")] or found
