@@ -55,12 +55,12 @@ def _fresh(config: Config, name: str, path: Path, build: Callable[[dict], nn.Mod
         return build(sizes)
 
 
-def score_network(config: Config, name: str) -> WanTransformer3DModel:
-    """A bidirectional network (teacher, critic) in float32 on the CPU."""
+def score_network(config: Config, name: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """A bidirectional network (teacher, critic) on the CPU; a fresh one is in float32 whatever `dtype` says."""
     path = _source(config, name)
     if path.suffix == ".json":
         return _fresh(config, name, path, WanTransformer3DModel.from_config)
-    return load_score(path, CPU, torch.float32)
+    return load_score(path, CPU, dtype)
 
 
 def causal_student(config: Config, name: str) -> CausalWanModel:

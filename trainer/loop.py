@@ -129,7 +129,7 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     save: write checkpoints and exports.
     """
     start = _resume(stage, logdir)
-    stage.begin(start)
+    stage.begin(start, logdir)
     first = stage.ranks.first
     made = [JsonlSink(logdir / METRICS, resume_step=start)] if sinks is None else sinks(start)
     with _Stop() as stop, ExitStack() as stack:

@@ -97,6 +97,10 @@ class Player:
         state = {"module": module_state(self.module), "optimizer": optimizer_state(self.module, self.optimizer)}
         return state if self.average is None else state | {"average": module_state(self.average.module)}
 
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The average alone, gathered as in `state_dict`."""
+        return module_state(self.average.module)
+
     def load_state_dict(self, state: dict) -> None:
         load_module_state(self.module, state["module"])
         load_optimizer_state(self.module, self.optimizer, state["optimizer"])

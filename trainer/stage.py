@@ -53,7 +53,7 @@ class Stage(ABC):
     def update(self, step: int) -> dict[str, Tensor]:
         """Step `step` (from 0) of every player whose turn it is. Returns what is logged, as scalars on the device."""
 
-    def begin(self, step: int) -> None:  # noqa: B027  most stages have nothing to do
+    def begin(self, step: int, logdir: Path) -> None:  # noqa: B027  most stages have nothing to do
         """Called once, when weights are loaded and step `step` comes next: what has to be looked at first."""
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:

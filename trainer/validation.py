@@ -17,12 +17,12 @@ from model.schedule import Schedule
 from model.text import TextEncoder
 from pipeline.bidirectional import sample
 from pipeline.noise import NoiseSource
-from pipeline.stream import StreamSession
+from pipeline.stream import StreamSession, to_frames
 from trainer.data import LatentBank
 from utils.seeds import generator, sample_seed
 from utils.tiny_measures import score as score_clips
-from utils.tiny_world import ATTRIBUTES, caption, flip_attribute
-from utils.video import contact_sheet
+from utils.tiny_world import ATTRIBUTES, TinyWorld, caption, flip_attribute
+from utils.video import VideoWriter, contact_sheet
 
 
 def validation_seeds(config: Config, count: int) -> list[int]:
@@ -90,3 +90,56 @@ def caption_gaps(score: Score, bank: LatentBank, text: TextEncoder, seed: int, c
             total += F.mse_loss(v.float(), v_target(x0, eps)).item() / 4
         losses[name] = total
     return {f"gap_{name}": losses[name] - losses["right"] for name in names}
+
+
+class Validator:
+    """Clips of the averaged student on fixed prompts and seeds: scored where the tiny world can, and shown.
+
+    `<name>.mp4`: student on the left, teacher on the right, a row a prompt; `<name>.png`: a contact sheet.
+    """
+
+    def __init__(
+        self, config: Config, text: TextEncoder, codec: Codec, geometry: Geometry, schedule: Schedule,
+        prompts: list[str],
+    ):  # fmt: skip
+        self.config, self.text, self.codec = config, text, codec
+        self.geometry, self.schedule = geometry, schedule
+        count, d = config.training.validation_clips, config.training.distill
+        self.scored = d.prompts is None
+        world = TinyWorld(config.video.height, config.video.width)
+        self.prompts = world.prompts(config.seed + 1, count) if self.scored else prompts[:count]
+        self.shown = min(d.video_clips, len(self.prompts))
+        self._teachers: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, model: CausalWanModel, teacher: Score, folder: Path, name: str, *, write: bool
+    ) -> dict[str, float]:
+        """Figures by name. `write`: whether this rank writes the files."""
+        parts = [self.prompts[i : i + 64] for i in range(0, len(self.prompts), 64)]
+        clips = [causal_clips(model, self.codec, self.text, part, self.schedule, self.geometry, self.config)
+                 for part in parts]  # fmt: skip
+        frames = torch.cat(clips)
+        if self.shown:
+            theirs = self._teacher_frames(teacher)
+            if write:
+                write_side_by_side(frames[: self.shown], theirs, folder / f"{name}.mp4", self.config.video.fps)
+        if self.scored and write:
+            return judge(self.prompts, frames, folder / f"{name}.png")
+        return {}
+
+    def _teacher_frames(self, teacher: Score) -> Tensor:
+        """Made once: neither prompts nor teacher change."""
+        if self._teachers is None:
+            some = self.prompts[: self.shown]
+            made = teacher_clips(teacher, self.codec, self.text, some, self.geometry, self.config)
+            self._teachers = made.float().cpu()
+        return self._teachers
+
+
+def write_side_by_side(left: Tensor, right: Tensor, path: Path, fps: int) -> None:
+    """A video of clips [N, T, 3, H, W] in [-1, 1], `left` beside `right`, a row a clip."""
+    both = torch.cat([left.float().cpu(), right.float().cpu()], dim=-1)
+    tall = torch.cat(list(both), dim=-2)  # [T, 3, N H, 2 W]
+    with VideoWriter(path, fps, tuple(tall.shape[-2:])) as writer:
+        writer.write(to_frames(tall[None])[0].numpy())

@@ -1,0 +1,49 @@
+"""A distillation of random tiny networks that takes a second: shared by the tests of the stage."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import TEXT_TOKENS, network_config
+from diffusers import WanTransformer3DModel
+
+from configs.load import load_config
+from configs.schema import Config
+from trainer.distillation import Distill
+from trainer.registry import build_stage
+from utils.distributed import Ranks
+
+CPU = torch.device("cpu")
+
+
+def distill_config(assets: Path, *overrides: str) -> Config:
+    """32x48 pixels, 4 chunks, 2-layer networks; the teacher is another network than the student."""
+    teacher = assets / "teacher"
+    if not teacher.exists():
+        torch.manual_seed(11)
+        sizes = network_config("tiny_transformer") | {"num_layers": 2, "ffn_dim": 128}
+        sizes = {k: v for k, v in sizes.items() if not k.startswith("_")}
+        WanTransformer3DModel(**sizes).save_pretrained(teacher)
+    values = {
+        "device": "cpu",
+        "video": "{height: 32, width: 48, num_latent_frames: 12}",
+        "stream": "{window_frames: 9}",
+        "model": {
+            "student": str(assets / "student"), "vae": str(assets / "vae"), "text_tokens": TEXT_TOKENS,
+            "text_encoder": str(assets / "text_encoder"), "tokenizer": str(assets / "text_encoder"),
+        },
+        "training.init": {"student": str(assets / "student"), "teacher": str(teacher)},
+        "training": {
+            "steps": 6, "global_batch": 2, "micro_batch": 2, "bank_clips": 8, "validation_clips": 0, "log_every": 1,
+            "checkpoint_every": 0, "validate_every": 0, "cuda_graphs": False, "ema_start_step": 1,
+        },
+        "training.optimizer": {"lr": 1e-3, "warmup_steps": 0},
+        "training.distill.dfake_gen_update_ratio": 3,
+        "training.distill.guidance": 3.0,
+    }  # fmt: skip
+    written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+    return load_config("configs/train_tiny_distill.yaml", [*written, *overrides])
+
+
+def distill_stage(assets: Path, *overrides: str, ranks: Ranks | None = None) -> Distill:
+    return build_stage(distill_config(assets, *overrides), CPU, ranks or Ranks())

@@ -1,0 +1,283 @@
+"""Stage `distill`: diagonal distillation (arXiv 2603.09488), distribution matching along the diagonal schedule.
+
+    a step      = one critic update; every `dfake_gen_update_ratio`-th step begins with an update of the generator
+    generator   x = rollout of the student, with a graph at the drawn step of each chunk
+                lambda_spatial L + L_reg + gamma (lambda_flow L_F + L_reg^F)         trainer/losses.py
+    critic      flow matching on x, rolled out without a graph
+    scores      at x_t = (1 - sigma) x + sigma eps: f = critic's x0, r = teacher's with cond + s (cond - uncond)
+
+No data but prompts. All that is drawn is a function of (seed, name, step, part), where `part` numbers the micro-batches
+of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.cache import GraphCache
+from model.causal_wan import CausalWanModel
+from model.denoiser import Score, Student
+from model.flow import add_noise, shift_time, v_target
+from model.schedule import Schedule
+from model.weights import save_student
+from pipeline.rollout import DrawnNoise, rollout
+from trainer.audit import Audit, gradient_audit
+from trainer.backward import BackwardFamily
+from trainer.build import frozen_codec, frozen_text_encoder
+from trainer.flow_heads import build_head
+from trainer.health import vital_signs, warnings
+from trainer.long_tuning import Plan, Planner, window_of
+from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion
+from trainer.optim import Average, Player
+from trainer.players import critic_player, frozen_teacher, merged, student_player
+from trainer.prompt_bank import PromptBank, training_prompts
+from trainer.stage import Stage, accumulation
+from trainer.validation import Validator
+from utils.device import pick_dtype
+from utils.distributed import Ranks
+from utils.files import write_json_atomic
+from utils.logs import get_logger
+from utils.seeds import generator
+
+log = get_logger(__name__)
+
+HEAD_DECAY = 0.95  # of the learned head's target; the public releases' value
+
+
+class Distill(Stage):
+    """Generator and critic in turns, against a frozen teacher."""
+
+    name = "distill"
+    export_often = True
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks)
+        t = config.training
+        self.settings, self.sharded = t.distill, t.sharding == "full"
+        self.micro_batches = accumulation(t, ranks)
+        self.geometry = Geometry.from_config(config)
+        self.schedule = Schedule.from_config(config.schedule, config.stream)
+        self.planner = Planner(config, self.schedule, self.geometry)
+        self.codec, self.encoder = frozen_codec(config, device), frozen_text_encoder(config, device)
+        self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
+        self.null = self.encoder([self.settings.negative_prompt])
+
+        self.teacher = Score(frozen_teacher(config, device))
+        self._players = {"generator": student_player(config, device), "critic": critic_player(config, device)}
+        self.student = Student(self._players["generator"].module)
+        self.critic = Score(self._players["critic"].module)
+        self.head = self._flow_head()
+
+        self.dtype = pick_dtype(t.precision, device)
+        self.generator_logs: dict[str, Tensor] = {}
+        self.newest: dict[str, Any] = {}
+        generator_parameters = [p for name, x in self._players.items() if name != "critic" for p in x.parameters]
+        self.generator_backward = self._family(self._generator_loss, generator_parameters)
+        self.critic_backward = self._family(self._critic_loss, self._players["critic"].parameters)
+        self.validator = Validator(config, self.encoder, self.codec, self.geometry, self.schedule, self.prompts.prompts)
+
+    def _flow_head(self) -> nn.Module:
+        """The head that the flow loss uses, frozen: the target of a learned one, whose online twin is a player."""
+        t = self.config.training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            head = build_head(self.settings.flow, self.geometry.latent_channels).to(self.device)
+        if self.settings.flow.head != "learned":
+            return head
+        knobs = replace(self.settings.critic_optimizer, lr=self.settings.flow.head_lr, betas=[0.9, 0.999])
+        player = Player(head, t, optimizer=knobs, averaged=False)
+        player.average = Average(head, HEAD_DECAY, start_step=0)
+        self._players["head"] = player
+        return player.average.module
+
+    def _family(self, loss, parameters) -> BackwardFamily:
+        graphed = self.config.training.cuda_graphs
+        return BackwardFamily(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
+
+    @property
+    def players(self) -> dict[str, Player]:
+        return self._players
+
+    @property
+    def averaged(self) -> CausalWanModel:
+        return self._players["generator"].average.module
+
+    # --- what is drawn ------------------------------------------------------------------------------------------------
+
+    def _draw(self, who: str, step: int, micro: int, plan: Plan) -> dict[str, Tensor]:
+        """Inputs of one micro-batch of `who` at a step."""
+        t, d = self.config.training, self.settings
+        part = micro * self.ranks.world + self.ranks.rank
+        rng = generator(self.config.seed, "distill", who, step, part, device=self.device)
+        host = generator(self.config.seed, "distill prompts", who, step, part)
+        size = t.micro_batch
+        index = torch.randint(len(self.prompts), (2, size), generator=host)
+        batch = {"text": self.prompts.batch(index[0])}
+        if plan.switch is not None:
+            batch["text_after"] = self.prompts.batch(index[1])
+        shape = DrawnNoise.shape(size, len(plan.exits), self.schedule, self.geometry)
+        batch["noise"] = torch.randn(shape, generator=rng, device=self.device)
+        window = self.geometry.latent_shape(size, self.config.video.num_latent_frames)
+        batch["eps"] = torch.randn(window, generator=rng, device=self.device)
+        even = 1000 * torch.rand(size, generator=rng, device=self.device)
+        batch["t"] = shift_time(even, d.shift).clamp(d.min_timestep, d.max_timestep)
+        return batch
+
+    def _batches(self, who: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
+        plan = self.planner.draw(who, step)
+        batches = [self._draw(who, step, micro, plan) for micro in range(self.micro_batches)]
+        self.newest[who] = {"plan": str(plan), "batches": batches}
+        return plan, batches
+
+    # --- the losses ---------------------------------------------------------------------------------------------------
+
+    def _sample(self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool) -> Tensor:
+        """The window [B, F, C, H, W] of a rollout that the loss looks at."""
+        d, model = self.settings, self.student.model
+        texts = [text, text_after]
+        if not self.sharded:  # text keys once a rollout; a sharded block makes its own, with its weights at hand
+            with torch.set_grad_enabled(grad):
+                texts = [x if x is None else model.text_kv(x) for x in texts]
+        x = rollout(
+            self.student,
+            self.schedule,
+            DrawnNoise(noise, self.schedule),
+            lambda chunk: texts[plan.switch is not None and chunk >= plan.switch],
+            cache=GraphCache(self.geometry, model.config.num_layers),
+            exits=plan.exits,
+            grad=grad,
+            first_grad=plan.first_grad,
+            context_grad=d.context_grad,
+            context=d.rollout_context,
+        )
+        long, frames = d.long, self.config.video.num_latent_frames
+        return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
+
+    @torch.no_grad()
+    def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher's and critic's x0 of a noised copy of x."""
+        d, null = self.settings, self.null.expand_as(text)
+        x_t = add_noise(x.detach(), eps, t)
+        if d.guidance:
+            real = self.teacher.guided_x0(x_t, t, text, null, d.guidance)
+        else:
+            real = self.teacher.x0(x_t, t, text)
+        if d.fake_guidance:
+            return real, self.critic.guided_x0(x_t, t, text, null, d.fake_guidance)
+        return real, self.critic.x0(x_t, t, text)
+
+    def _generator_terms(
+        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Every term with its weight, and what is logged."""
+        d = self.settings
+        x = self._sample(plan, text, noise, text_after, grad=True)
+        real, fake = self._scores(x, text if text_after is None else text_after, t, eps)
+        terms, logs = {}, vital_signs(x, real, fake, self.geometry.chunk_frames)
+        with torch.autocast(self.device.type, enabled=False):
+            if d.spatial_weight:
+                loss, seen = dmd_loss(x, real, fake, frames=plan.frames)
+                terms["spatial"], logs = d.spatial_weight * loss, logs | seen
+            if d.gamma * d.flow.weight:
+                f = d.flow
+                options = {"frame_weights": f.frame_weights, "gradient_cut": f.gradient_cut, "frames": plan.frames}
+                loss, seen = flow_matching_loss(x, real, fake, self.head, **options)
+                terms["flow"], logs = d.gamma * f.weight * loss, logs | seen
+            if "head" in self._players:  # no gradient reaches the student: its inputs are constants
+                logs["head_loss"] = self._players["head"].module.loss(motion(fake), motion(real))
+        return terms, logs
+
+    def _generator_loss(self, plan: Plan, **batch: Tensor) -> dict[str, Tensor]:
+        terms, logs = self._generator_terms(plan, **batch)
+        total = torch.stack(list(terms.values())).sum()
+        named = {f"generator_{name}": value.detach() for name, value in terms.items()}
+        loss = total + logs["head_loss"] if "head_loss" in logs else total  # disjoint parameters: one backward
+        return {"loss": loss, "generator_loss": total.detach()} | named | logs
+
+    def _critic_loss(
+        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            x = self._sample(plan, text, noise, text_after, grad=False)
+            x_t = add_noise(x, eps, t)
+        v = self.critic.v(x_t, t, text if text_after is None else text_after)
+        loss, _ = critic_loss(v, v_target(x, eps), frames=plan.frames)
+        return {"loss": loss}
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        ratio = self.settings.dfake_gen_update_ratio
+        if step % ratio == 0:
+            self.generator_logs = self._generator_step(step, step // ratio)
+        plan, batches = self._batches("critic", step)
+        logs = self.critic_backward.run(plan, batches)
+        norm = self._players["critic"].step(step)
+        return self.generator_logs | {"critic_loss": logs["loss"], "critic_grad_norm": norm}
+
+    def _generator_step(self, step: int, count: int) -> dict[str, Tensor]:
+        plan, batches = self._batches("generator", step)
+        logs = self.generator_backward.run(plan, batches)
+        del logs["loss"]
+        logs["generator_grad_norm"] = self._players["generator"].step(count)
+        if "head" in self._players:
+            self._players["head"].step(count)
+        return logs
+
+    def begin(self, step: int, logdir: Path) -> None:
+        """Audit the terms' gradients before the first step."""
+        if step > 0:
+            return
+        audit = self.audit()
+        log.info("gradients of the loss terms on the student:\n%s", audit.table())
+        if self.ranks.first:
+            write_json_atomic(logdir / "audit.json", audit.figures())
+
+    def audit(self) -> Audit:
+        """Gradient of each term on the student, for the batch of step 0."""
+        plan = self.planner.draw("generator", 0)
+        batch = self._draw("generator", 0, 0, plan)
+
+        def terms() -> dict[str, Tensor]:
+            enabled = self.dtype != torch.float32
+            with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
+                return self._generator_terms(plan, **batch)[0]
+
+        d = self.settings
+        flow = "" if d.flow.gradient_cut else f"training.distill.flow.weight={d.flow.weight}"
+        settings = {"spatial": f"training.distill.spatial_weight={d.spatial_weight}", "flow": flow}
+        if d.flow.gradient_cut and d.flow.weight:
+            log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
+        return gradient_audit(terms, self._players["generator"].parameters, sharded=self.sharded, settings=settings)
+
+    def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
+        return warnings(rows)
+
+    def last_batch(self) -> dict[str, Any]:
+        return self.newest
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator_logs": {name: value.cpu() for name, value in self.generator_logs.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator_logs = {name: value.to(self.device) for name, value in state["generator_logs"].items()}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        return self.validator(self.averaged, self.teacher, folder, f"{self.name}_{step:06d}", write=self.ranks.first)
+
+    def export(self, folder: Path, step: int) -> None:
+        d = self.config.training.distill
+        card = {
+            "stage": self.name,
+            "step": step,
+            "generator_updates": -(-step // d.dfake_gen_update_ratio),
+            "schedule": self.schedule.to_dict(),
+        }
+        state = self._players["generator"].averaged_state() if self.sharded else None
+        if self.ranks.first:
+            save_student(merged(self.averaged), folder, card, state=state)

@@ -1,0 +1,85 @@
+"""Long tuning: which rollouts are longer than what the loss looks at, and what it looks at then.
+
+    rollout   [ chunk 0 | chunk 1 | ... | chunk n-1 ]     the cache rolls over a window and a sink, as in streaming
+    window                     [ first ............ ]     the last `video.num_latent_frames`; the loss sees these
+    counted                            [ .......... ]     all but the window's first chunk, if it is not the rollout's
+
+Teacher and critic know clips that begin with the latent of a single image, so the window's first latent is replaced by
+an encoding of the last pixel frame that it decodes to (Self-Forcing, arXiv 2506.08009); its chunk then has no gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.codec import Codec
+from model.schedule import Schedule
+from pipeline.rollout import exit_steps, last_steps
+from utils.seeds import generator
+
+
+class Plan(NamedTuple):
+    """What is decided of a rollout before it begins, the same on all ranks; hashable."""
+
+    exits: tuple[int, ...]  # of each chunk
+    first_grad: int  # chunks before it are made without a graph
+    switch: int | None  # from this chunk on the second prompt
+    frames: slice | None  # latent frames of the window that the loss counts; None = all
+
+    def __hash__(self) -> int:  # slices have none before Python 3.12
+        return hash((self.exits, self.first_grad, self.switch, str(self.frames)))
+
+
+class Planner:
+    """Draws plans: functions of (seed, name, step)."""
+
+    def __init__(self, config: Config, schedule: Schedule, geometry: Geometry):
+        self.config, self.schedule = config, schedule
+        self.window = geometry.num_chunks(config.video.num_latent_frames)
+        self.chunk_frames = geometry.chunk_frames
+        long = config.training.distill.long
+        self.shortest = self._chunks("min_frames", long.min_frames, geometry)
+        self.longest = max(self._chunks("max_frames", long.max_frames, geometry), self.shortest)
+
+    def _chunks(self, name: str, frames: int, geometry: Geometry) -> int:
+        chunks = geometry.num_chunks(frames) if frames else self.window
+        if chunks < self.window:
+            raise UserError(
+                f"training.distill.long.{name}={frames} is shorter than video.num_latent_frames="
+                f"{self.window * geometry.chunk_frames}, which the loss looks at; make it at least that, or 0"
+            )
+        return chunks
+
+    def draw(self, name: str, step: int) -> Plan:
+        """Length, exits and switch of the rollout of `name` ("generator", "critic") at a step."""
+        rng = generator(self.config.seed, "plan", name, step)
+        share, length, switches, where = torch.rand(4, generator=rng, dtype=torch.float64).tolist()
+        chunks = self.shortest + int(length * (self.longest - self.shortest + 1))
+        d = self.config.training.distill
+        before = chunks - self.window
+        last = last_steps(self.schedule, chunks)
+        exits = last if d.exit == "last" else last[:before] + exit_steps(self.schedule, chunks, share)[before:]
+        switch = 1 + int(where * before) if before and switches < d.long.switch_share else None
+        counted = slice(self.chunk_frames, self.window * self.chunk_frames) if before else None
+        return Plan(exits, before + 1 if before else 0, switch, counted)
+
+
+def window_of(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
+    """The last `frames` latents of x [B, F, C, H, W] as a clip of its own; x itself if it is no longer.
+
+    reencode: replace the first of them by the latent of the last pixel frame that it decodes to, without a graph.
+    decode_frames: latents, the replaced one last, that are decoded to get there.
+    """
+    start = x.shape[1] - frames
+    if start == 0:
+        return x
+    if not reencode:
+        return x[:, start:]
+    with torch.no_grad():
+        past = x[:, max(0, start + 1 - decode_frames) : start + 1].detach()
+        image = codec.encode(codec.decode(past)[:, -1:]).to(x.dtype)
+    return torch.cat([image, x[:, start + 1 :]], dim=1)
