@@ -85,6 +85,9 @@ class ModelConfig:
     teacher: str | None = None  # bidirectional teacher
     critic: str | None = None  # where the critic starts from; None = the teacher
     use_ema: bool = False  # of a training checkpoint, load the averaged weights
+    lora: list[str] = field(default_factory=list)  # LoRA files or folders that go on top of the student
+    lora_scales: list[float] = field(default_factory=list)  # weight of each, 1 = as trained; empty = 1 for all
+    lora_merge: bool = True  # add them into the student's weights, which costs no time later
     codec: str = "wan"  # wan: the VAE; taehv: the tiny decoder
     vae: str = "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"
     tiny_decoder: str = "checkpoints/taew2_1.pth"
@@ -95,6 +98,11 @@ class ModelConfig:
     def __post_init__(self):
         one_of(("wan", "taehv"), "model", self, "codec")
         at_least(1, "model", self, "text_tokens")
+        if self.lora_scales and len(self.lora_scales) != len(self.lora):
+            raise UserError(
+                f"model.lora_scales={self.lora_scales} has {len(self.lora_scales)} values for {len(self.lora)} in "
+                f"model.lora; give one for each, or none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

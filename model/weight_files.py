@@ -41,6 +41,7 @@ DOWNLOAD_OF_FIELD = {
     "model.tiny_decoder": "taew2.1",
     "model.text_encoder": "umt5",
     "model.tokenizer": "umt5",
+    "model.lora": None,  # of which there are any number
 }
 
 
@@ -80,7 +81,7 @@ def missing(field: str, path: Path, what: str) -> UserError:
         words = "/".join(path.parts[-3:]).lower()
         default = DOWNLOAD_OF_FIELD.get(field, "wan-1.3b")
         name = next((download for word, download in DOWNLOADS if word in words), default)
-        fix = f"fetch it with `python scripts/download.py {name}` or set {field}"
+        fix = f"fetch it with `python scripts/download.py {name}` or set {field}" if name else f"set {field}"
     return UserError(f"{field}={path} {what}; {fix}")
 
 

@@ -127,6 +127,68 @@ def stated_sizes(stated: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
+def original_name(name: str) -> str:
+    """One diffusers name -> original Wan: the inverse of `wan_name`."""
+    if not name.startswith("blocks."):
+        for theirs, ours in WAN_RENAMES:
+            if name.startswith(ours):
+                return theirs + name[len(ours) :]
+        return name
+    name = re.sub(r"(\.attn[12])\.to_out\.0\.", r"\1.o.", name)
+    name = re.sub(r"(\.attn[12])\.to_([qkv])\.", r"\1.\2.", name)
+    for theirs, ours in WAN_BLOCK_RENAMES:
+        name = name.replace(ours, theirs, 1)
+    return name
+
+
+def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a diffusers transformer, as the config.json of an original Wan folder states them."""
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": config["num_attention_heads"] * config["attention_head_dim"],
+        "eps": config["eps"],
+        "ffn_dim": config["ffn_dim"],
+        "freq_dim": config["freq_dim"],
+        "in_dim": config["in_channels"],
+        "model_type": "t2v",
+        "num_heads": config["num_attention_heads"],
+        "num_layers": config["num_layers"],
+        "out_dim": config["out_channels"],
+        "text_len": 512,
+    }
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+LORA_PARTS = ("generator_lora", "state_dict")
+LORA_VALUE = re.compile(r"(.+)\.(lora_[AB]|lora_down|lora_up)(?:\.(?!weight$)[^.]+)?\.weight")
+LORA_PREFIX = "base_model.model."  # of peft
+KOHYA = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo]|\d)")
+
+
+def lora_name(name: str) -> tuple[str, str] | None:
+    """One tensor of a LoRA -> (our name of the linear layer, A or B or alpha), or None where it is none.
+
+    Knows peft's names, with or without the adapter's name in them, those of diffusers, and down/up pairs with `alpha`.
+    """
+    if match := LORA_VALUE.fullmatch(name):
+        layer, part = match.group(1), "A" if match.group(2) in ("lora_A", "lora_down") else "B"
+    elif name.endswith(".alpha"):
+        layer, part = name.removesuffix(".alpha"), "alpha"
+    else:
+        return None
+    if match := KOHYA.fullmatch(layer):
+        layer = "blocks.{}.{}.{}".format(*match.groups())
+    layer = unwrapped(layer.removeprefix(LORA_PREFIX)).removeprefix("transformer.")
+    return wan_name(f"{layer}.weight").removesuffix(".weight"), part
+
+
+def original_lora_name(layer: str, part: str) -> str:
+    """Our name of a linear layer, A or B -> the name in LongLive's `lora.pt`."""
+    return f"{LORA_PREFIX}{original_name(f'{layer}.weight').removesuffix('.weight')}.lora_{part}.weight"
+
+
 # --- text encoder -----------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +310,8 @@ def guess(shapes: Shapes) -> str:
         return "a file without tensors"
     adapters = [s for n, s in shapes.items() if ".lora_A." in n or ".lora_down." in n]
     if adapters:
-        return f"a LoRA of rank {adapters[0][0]} and width {adapters[0][1]}, which goes on top of a whole student"
+        rank, width = (*adapters[0], "?", "?")[:2]
+        return f"a LoRA of rank {rank} and width {width}, which goes on top of a student: model.lora=[...]"
     if any(n.startswith("img_emb.") or ".k_img." in n or ".add_k_proj." in n for n in shapes):
         return "an image-to-video Wan transformer"
     if is_wan(shapes) or is_diffusers_wan(shapes):

@@ -27,6 +27,7 @@ from configs.errors import UserError
 from configs.schema import ModelConfig
 from model import weight_names as names
 from model.causal_wan import CausalWanModel
+from model.lora import plan_lora
 from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoder
 from model.weight_files import read_json, resolve
@@ -86,6 +87,9 @@ def check_weights(config: ModelConfig, *, training: bool = False) -> list[Weight
         WeightCheck(role, plan.path, plan.tensors.size, plan.kind, tuple(sorted(plan.tensors.files)))
         for role, plan in plans.items()
     ]
+    for i, path in enumerate(config.lora):
+        lora = plan_lora(path, plans["student"].tensors.shapes)
+        checks.append(WeightCheck(f"lora {i}", lora.path, lora.tensors.size, lora.kind, lora.tensors.files))
     folder = find_tokenizer(config.tokenizer)
     files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"))
     size = sum((folder / file).stat().st_size for file in TOKENIZER_FILES if (folder / file).exists())

@@ -22,6 +22,7 @@ from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
+from model.lora import Loras, plan_lora
 from model.schedule import Schedule
 from model.text import TextEncoder, clean_prompt
 from model.tiny_decoder import TinyDecoderCodec
@@ -63,6 +64,7 @@ class DiagonalPipeline:
         self.geometry = Geometry.from_config(
             config, latent_channels=network.in_channels, patch=tuple(network.patch_size)
         )
+        self.loras = Loras(student.model)  # adapters that are not merged for good
         self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry)
 
     @classmethod
@@ -80,9 +82,11 @@ class DiagonalPipeline:
         dtype = pick_dtype(config.inference.precision, device)
         names = config.model
         student = load_student(names.student, device, dtype, use_ema=names.use_ema)
+        loras = load_loras(student, names)
         choose_attention(student, config.inference.attention, device)
         text_encoder = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, device, dtype)
         pipe = cls(config, Student(student), load_codec(names, device, dtype), text_encoder)
+        pipe.loras = loras
         warn_of_schedule(pipe.schedule, student.card)
         return pipe
 
@@ -148,6 +152,19 @@ def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[li
     if not prompts or len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one a prompt")
     return prompts, seeds
+
+
+def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
+    """Put the adapters that `model.lora` names on `student`; with `model.lora_merge` they go into its weights."""
+    loras = Loras(student)
+    shapes = {name: tuple(value.shape) for name, value in student.state_dict().items()}
+    scales = config.lora_scales or [1.0] * len(config.lora)
+    for i, (path, scale) in enumerate(zip(config.lora, scales, strict=True)):
+        # in float32 where they are added once, so that only their sum is rounded
+        loras.add(plan_lora(path, shapes), scale, f"lora_{i}", torch.float32 if config.lora_merge else None)
+    if config.lora and config.lora_merge:
+        loras.fold()
+    return loras
 
 
 def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:

@@ -31,6 +31,7 @@ def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
         "schedule": Schedule.from_config(config.schedule, config.stream).to_dict(),
         "codec": config.model.codec,
         "use_ema": config.model.use_ema,
+        "lora_scales": config.model.lora_scales,
         "text_tokens": config.model.text_tokens,
         "precision": config.inference.precision,
         "attention": config.inference.attention,
