@@ -130,10 +130,10 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     """
     start = _resume(stage, logdir)
     stage.begin(start, logdir)
-    first = stage.ranks.first
-    made = [JsonlSink(logdir / METRICS, resume_step=start)] if sinks is None else sinks(start)
+    make = sinks or (lambda start: [JsonlSink(logdir / METRICS, resume_step=start)])
+    made = make(start) if stage.ranks.first else []
     with _Stop() as stop, ExitStack() as stack:
-        journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in (made if first else [])])
+        journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
         if not _steps(stage, logdir, journal, stop, save):
             return False
         if stage.config.training.validation_clips:

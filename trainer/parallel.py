@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
@@ -26,10 +26,12 @@ GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SCATTER = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
-def shard(module: nn.Module, device: torch.device) -> nn.Module:
+def shard(module: nn.Module, device: torch.device, *, streams: bool = False) -> nn.Module:
     """Shard a Wan transformer over all ranks, a unit for each block and one for the rest.
 
     Parameters keep their dtype, in which gradients are reduced; inputs are not cast (timesteps are float32).
+    streams: the student of an inference session, whose `text_kv` is called from outside. (Inside a block's forward,
+    where training calls it, the weights are there already and gathering them again would drop them too soon.)
     """
     if not dist.is_initialized():
         raise UserError("training.sharding=full needs several processes; start with torchrun, or use none")
@@ -37,7 +39,10 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in module.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for part in (module, *module.blocks) if streams else ():
+        register_fsdp_forward_method(part, "text_kv")
+    return module
 
 
 def whole(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def student_player(config: Config, device: torch.device) -> Player:
     t = config.training
     student = causal_student(config, "student")
     _prepare(student, config, t.distill.lora.student_rank)
-    twin = _placed(copy.deepcopy(student), config, device)  # before sharding, which forbids copies
+    twin = _placed(copy.deepcopy(student), config, device, streams=True)  # before sharding, which forbids copies
     ratio = t.distill.dfake_gen_update_ratio
     return Player(_placed(student, config, device), t, steps=-(-t.steps // ratio), twin=twin)
 
@@ -57,9 +57,9 @@ def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
     network.eval()
 
 
-def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def _placed(network: nn.Module, config: Config, device: torch.device, *, streams: bool = False) -> nn.Module:
     network = network.to(device)
-    return shard(network, device) if config.training.sharding == "full" else network
+    return shard(network, device, streams=streams) if config.training.sharding == "full" else network
 
 
 def merged(student: CausalWanModel) -> CausalWanModel:
