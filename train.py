@@ -1,34 +1,30 @@
-"""Train one stage: `python train.py --config_path configs/train_tiny_pretrain.yaml --logdir logs/pretrain [key=value]`.
+"""Train one stage: `python train.py --config_path configs/train_tiny_distill.yaml --logdir logs/mine [key=value]`.
 
 The same command resumes a run that was stopped.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-import torch
-
-from configs.errors import UserError
-from configs.load import load_config, to_yaml
-from trainer.loop import run
-from trainer.registry import build_stage
-from utils.device import pick_device
-from utils.distributed import Ranks, process_group
-from utils.files import check_writable
-from utils.logs import console
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config_path", default="configs/train_tiny_pretrain.yaml", help="YAML preset")
-    parser.add_argument("--logdir", help="folder of the run; default logs/<config name>")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting, e.g. training.steps=100")
-    return parser.parse_args()
+from utils import exits
 
 
 def main() -> int:
+    # imported here, so that --help and wrong flags answer at once
+    from trainer.cli import parse
+
     args = parse()
+
+    import os
+    from pathlib import Path
+
+    import torch
+
+    from configs.load import load_config, to_yaml
+    from trainer.loop import make_sinks, run
+    from trainer.registry import build_stage
+    from utils.device import pick_device, set_threads
+    from utils.distributed import Ranks, process_group
+    from utils.files import check_writable
+    from utils.logs import console
+
     config = load_config(args.config_path, args.overrides)
     ranks = Ranks.from_env()
     console(quiet=not ranks.first)
@@ -36,17 +32,17 @@ def main() -> int:
     device = pick_device(config.device, ranks.local_rank)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
+    if "OMP_NUM_THREADS" not in os.environ:
+        set_threads(0)
     with process_group(ranks, device):
         stage = build_stage(config, device, ranks)
-        logdir.mkdir(parents=True, exist_ok=True)
-        (logdir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        run(stage, logdir)
+        if ranks.first:
+            logdir.mkdir(parents=True, exist_ok=True)
+            (logdir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        sinks = make_sinks(config, logdir, wandb=not args.disable_wandb, wandb_dir=args.wandb_save_dir)
+        run(stage, logdir, sinks, save=not args.no_save)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exits.run(main)

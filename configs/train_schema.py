@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 
 from configs.distill_schema import DistillConfig
+from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.validate import at_least, between, one_of
 
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode", "distill")
+LOGGERS = ("wandb", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class TrainingConfig:
     checkpointing: bool = False  # recompute each block's activations in the backward pass: less memory, more time
     sharding: str = "none"  # over ranks: none (each holds all, gradients averaged), full (FSDP2 by block)
     log_every: int = 20  # steps
+    loggers: list[str] = field(default_factory=list)  # beside the JSON lines: wandb, tensorboard
     checkpoint_every: int = 1000  # steps; 0 = only at the end
     validate_every: int = 0  # steps; 0 = only at the end
     validation_clips: int = 64
@@ -70,6 +73,9 @@ class TrainingConfig:
 
     def __post_init__(self):
         one_of(STAGES, "training", self, "stage")
+        for logger in self.loggers:
+            if logger not in LOGGERS:
+                raise UserError(f"training.loggers={self.loggers} names {logger}; use any of {', '.join(LOGGERS)}")
         one_of(("none", "full"), "training", self, "sharding")
         at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
         at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")

@@ -12,10 +12,12 @@ import torch
 from tqdm import tqdm
 
 from configs.load import to_dict
+from configs.schema import Config
 from trainer import checkpoint
 from trainer.parallel import Agreement, barrier, mean_over_ranks
 from trainer.stage import Stage
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
+from utils.sinks import TensorboardSink, WandbSink
 
 log = get_logger(__name__)
 
@@ -125,12 +127,12 @@ def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal) -> None:
 def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | None = None, *, save: bool = True) -> bool:
     """Train until `training.steps` or a signal. Returns whether the end was reached.
 
-    sinks: makes the metric sinks, given the step that the run starts from; None = JSON lines in `logdir` alone.
+    sinks: makes the metric sinks, given the step that the run starts from; None = as the configuration says.
     save: write checkpoints and exports.
     """
     start = _resume(stage, logdir)
     stage.begin(start, logdir)
-    make = sinks or (lambda start: [JsonlSink(logdir / METRICS, resume_step=start)])
+    make = sinks or make_sinks(stage.config, logdir)
     made = make(start) if stage.ranks.first else []
     with _Stop() as stop, ExitStack() as stack:
         journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
@@ -141,6 +143,23 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     if save:
         _export(stage, logdir)
     return True
+
+
+def make_sinks(
+    config: Config, logdir: Path, *, wandb: bool = True, wandb_dir: str | None = None
+) -> Callable[[int], list[Sink]]:
+    """JSON lines always, and what `training.loggers` names; `wandb` False leaves that one out whatever it says."""
+
+    def make(start: int) -> list[Sink]:
+        sinks: list[Sink] = [JsonlSink(logdir / METRICS, resume_step=start)]
+        if "tensorboard" in config.training.loggers:
+            sinks.append(TensorboardSink(logdir, purge_step=start + 1))
+        if "wandb" in config.training.loggers and wandb:
+            name = f"{config.name}/{logdir.name}"
+            sinks.append(WandbSink(name, logdir, to_dict(config), Path(wandb_dir) if wandb_dir else None))
+        return sinks
+
+    return make
 
 
 def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, save: bool) -> bool:
