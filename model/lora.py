@@ -78,7 +78,8 @@ def plan_lora(
     wanted = (part,) if part else (*names.LORA_PARTS, BARE)
     found = next((parts[key] for key in wanted if key in parts), None)
     if found is None:
-        raise UserError(f"{name}={path} holds no {wanted[0]}; give another file")
+        seems = names.guess(next(iter(parts.values())).shapes if parts else {})
+        raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {seems}, so give {name} another file")
     known = {tensor: names.lora_name(tensor) for tensor in found.shapes}
     odd = [tensor for tensor, parsed in known.items() if parsed is None]
     if odd or not known:

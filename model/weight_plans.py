@@ -193,6 +193,21 @@ def plan_transformer(
     )
 
 
+def has_average(name: str, path: str | Path) -> bool:
+    """Whether `path` holds averaged weights of a student, too."""
+    path = run_folders.find(resolve(path), averaged=False)
+    if path.is_dir():
+        return (_subfolder(path, "transformer") / f"{EMA_STEM}.safetensors").is_file()
+    parts = open_file(name, path)
+    return any(part in parts for part in (*names.STUDENT_EMA_PARTS, *(f"{p}.average" for p in run_folders.STUDENTS)))
+
+
+def config_of(plan: Plan) -> dict[str, Any]:
+    """Sizes of a transformer, as diffusers has them."""
+    with init_empty_weights(include_buffers=False):
+        return dict(plan.make().config)
+
+
 def diffusers_network(cls: type, config: Mapping[str, Any]) -> nn.Module:
     """A diffusers network of the sizes in `config`; keys that only describe the file are dropped."""
     return cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})

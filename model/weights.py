@@ -10,7 +10,6 @@ Loading first makes a plan (model/weight_plans.py), at which `check_weights` sto
 device and gives it the tensors one by one, so that there is never a second copy.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +45,7 @@ from model.weight_plans import (
     plan_vae,
     stored,
 )
-from utils.files import write_json_atomic
+from utils.files import atomic_folder, write_json_atomic
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -239,14 +238,10 @@ def save_network(
         card: what is known of the training.
         tokenizer: goes into the same folder.
     """
-    folder = Path(folder)
     text = isinstance(model, UMT5EncoderModel)
     stem = HF_STEM if text else DIFFUSERS_STEM
     weights = {stem: stored(model) if state is None else state} | ({} if ema is None else {EMA_STEM: ema})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".partial-{os.getpid()}-{folder.name}"
-    try:
-        partial.mkdir()
+    with atomic_folder(folder) as partial:
         if text:
             model.config.save_pretrained(partial)
         else:
@@ -259,18 +254,6 @@ def save_network(
             write_json_atomic(partial / CARD, dict(card))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _swap(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Put `new` where `folder` is; a folder cannot be replaced in one step, so the old one steps aside first."""
-    old = new.with_name(f"{new.name}-old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_student(

@@ -1,0 +1,130 @@
+"""Convert a Wan transformer from any format to another, merging LoRA where it is given.
+
+    python scripts/convert_checkpoint.py checkpoints/self_forcing_dmd.pt students/self_forcing          # to our own
+    python scripts/convert_checkpoint.py students/self_forcing self_forcing.pt                          # and back
+    python scripts/convert_checkpoint.py wan_models/Wan2.1-T2V-14B teachers/14b --to diffusers
+    python scripts/convert_checkpoint.py longlive_base.pt student --lora lora.pt                        # merged
+    python scripts/convert_checkpoint.py --tensors_only strange.pt tensors.pt     # leaves out objects, runs nothing
+
+Without --dtype and --lora the numbers stay bit for bit what they are. Tensors are mapped and streamed: memory holds one
+of them at a time, whatever the size of the network. To a .pt the disk holds the tensors twice for a while.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.errors import UserError  # noqa: E402
+from utils import exits  # noqa: E402
+from utils.progress import progress_bar  # noqa: E402
+
+FORMS = ("ours", "diffusers", "wan", "self-forcing")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="file or folder of any format that loads")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder, or a .pt")
+    parser.add_argument("--to", choices=FORMS, help="default: self-forcing for a .pt, else ours")
+    parser.add_argument("--part", choices=("student", "critic"), default="student", help="of a training checkpoint")
+    parser.add_argument("--use_ema", action="store_true", help="the averaged weights take the place of the others")
+    parser.add_argument("--lora", action="append", default=[], metavar="PATH", help="merge this adapter; repeatable")
+    parser.add_argument("--lora_scale", action="append", type=float, default=[], metavar="X", help="of each --lora")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--tensors_only", action="store_true", help="a .pt with objects to a .pt of its tensors")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"OUT={args.out} exists; give --overwrite to replace it, or another name")
+    if args.out.resolve() == Path(args.source).resolve():
+        raise UserError(f"OUT={args.out} is what is read; give another name")
+    return strip_objects(args) if args.tensors_only else convert(args)
+
+
+def strip_objects(args: argparse.Namespace) -> int:
+    import torch
+
+    from model.weight_export import tensors_of
+    from utils.files import atomic_path
+
+    if args.out.suffix != ".pt" or not Path(args.source).is_file():
+        raise UserError(f"--tensors_only takes a file and makes a .pt, and not {args.source} and {args.out}")
+    with atomic_path(args.out) as temporary:
+        torch.save(tensors_of(Path(args.source)), temporary)
+    print(f"{args.out}: the tensors of {args.source}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from model import weight_export as export
+    from model import weight_names as names
+    from model.lora import plan_lora
+    from model.weight_plans import config_of, has_average, plan_transformer
+
+    form = args.to or ("self-forcing" if args.out.suffix == ".pt" else "ours")
+    scales = args.lora_scale or [1.0] * len(args.lora)
+    if len(scales) != len(args.lora):
+        raise UserError(f"--lora_scale was given {len(scales)} times for {len(args.lora)} adapters; give one for each")
+    parts = {"student": names.STUDENT_PARTS, "critic": names.SCORE_PARTS}[args.part]
+    plan = plan_transformer(
+        "IN", args.source, WanTransformer3DModel, names.STUDENT_EMA_PARTS if args.use_ema else parts
+    )
+    loras = [
+        (plan_lora(path, plan.tensors.shapes, "--lora"), scale)
+        for path, scale in zip(args.lora, scales, strict=True)
+    ]
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}[args.dtype]
+    weights, ema = export.contents(plan, loras, dtype), None
+    both = form in ("ours", "self-forcing") and args.part == "student" and not args.use_ema and not loras
+    if both and has_average("IN", args.source):
+        averaged = plan_transformer("IN", args.source, WanTransformer3DModel, names.STUDENT_EMA_PARTS)
+        ema = export.contents(averaged, (), dtype)
+    size = sum(tensor.size for part in (weights, ema or {}) for tensor in part.values())
+    check_space(args.out, size * (2 if form == "self-forcing" else 1))
+    with progress_bar(args.out.name, size, "B") as bar:
+        export.write(
+            form,
+            args.out,
+            weights,
+            config_of(plan),
+            ema=ema,
+            card=card_of(plan.card, args),
+            part="critic" if args.part == "critic" else "generator",
+            done=bar.update,
+        )
+    merged = f", {len(loras)} LoRA merged" * bool(loras)
+    averages = ", with averaged weights" if ema is not None else ""
+    print(f"{args.out}: {form}, {len(weights)} tensors, {size / 1e9:.2f} GB{averages}{merged}, from {plan.kind}")
+    return 0
+
+
+def card_of(card: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of the training, and what was merged since."""
+    merged = [{"file": Path(path).name} for path in args.lora]
+    return dict(card) | ({"merged_lora": merged} if merged else {})
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuse to start what the disk cannot hold."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"OUT={out} needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; make room or go elsewhere"
+        )
+
+
+if __name__ == "__main__":
+    exits.run(main)
