@@ -7,7 +7,7 @@ from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.validate import at_least, between, one_of
 
-STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode", "distill")
+STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode", "ode_regression", "distill")
 LOGGERS = ("wandb", "tensorboard")
 
 
@@ -35,11 +35,12 @@ class CodecLossConfig:
 
     clip_frames: int = 17  # pixel frames of one training clip, 1 + 4 n
     gradient: float = 0.5  # L1 between spatial finite differences, for sharp edges
-    kl: float = 1e-4  # KL to the unit normal, mean over latent values
+    mse: float = 5.0  # squared error beside L1: small coloured subjects count, and PSNR is what is measured
+    kl: float = 1e-5  # KL to the unit normal, mean over latent values
 
     def __post_init__(self):
         at_least(5, "training.codec", self, "clip_frames")
-        at_least(0, "training.codec", self, "gradient", "kl")
+        at_least(0, "training.codec", self, "gradient", "mse", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,12 @@ class DrawnNoise:
         b, *rest = geometry.latent_shape(batch, geometry.chunk_frames)
         return (b, slots, *rest)
 
+    def start_from(self, noise: Tensor) -> None:
+        """Put given noise [B, F, C, H, W] in place of what chunks start from."""
+        for chunk, (part, start) in enumerate(zip(noise.split(self.drawn.shape[2], dim=1), self.starts, strict=False)):
+            assert chunk + 1 < len(self.starts), f"noise of more chunks than {chunk}"
+            self.drawn[:, start] = part
+
     def initial(self, chunk: int) -> Tensor:
         return self.drawn[:, self.starts[chunk]]
 

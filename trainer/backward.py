@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.logs import get_logger
+
+log = get_logger(__name__)
+
 Loss = Callable[..., dict[str, Tensor]]  # named tensors in, {"loss": differentiated, others: logged} out
 
 
@@ -123,8 +127,15 @@ class BackwardFamily:
                 self.once(plan, scale, inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = self.once(plan, scale, inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = self.once(plan, scale, inputs)
+        except RuntimeError as error:  # something here cannot be captured: slower is better than not at all
+            reason = str(error).splitlines()[0]
+            log.warning("training.cuda_graphs=true: capturing a graph failed (%s); going on without", reason)
+            torch.cuda.synchronize()
+            self.graphed = False
+            return
         self.pool = self.pool or graph.pool()
         self.graphs[plan] = _Captured(graph, inputs, outputs)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.cache import GraphCache
@@ -32,8 +33,9 @@ from trainer.build import frozen_codec, frozen_text_encoder
 from trainer.flow_heads import build_head
 from trainer.health import vital_signs, warnings
 from trainer.long_tuning import Plan, Planner, window_of
-from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion
+from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
 from trainer.optim import Average, Player
+from trainer.pairs import Pairs, open_pairs
 from trainer.players import critic_player, frozen_teacher, merged, student_player
 from trainer.prompt_bank import PromptBank, training_prompts
 from trainer.stage import Stage, accumulation
@@ -66,6 +68,7 @@ class Distill(Stage):
         self.codec, self.encoder = frozen_codec(config, device), frozen_text_encoder(config, device)
         self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
         self.null = self.encoder([self.settings.negative_prompt])
+        self.pairs, self.pair_prompts = self._open_pairs()
 
         self.teacher = Score(frozen_teacher(config, device))
         self._players = {"generator": student_player(config, device), "critic": critic_player(config, device)}
@@ -80,6 +83,16 @@ class Distill(Stage):
         self.generator_backward = self._family(self._generator_loss, generator_parameters)
         self.critic_backward = self._family(self._critic_loss, self._players["critic"].parameters)
         self.validator = Validator(config, self.encoder, self.codec, self.geometry, self.schedule, self.prompts.prompts)
+
+    def _open_pairs(self) -> tuple[Pairs | None, PromptBank | None]:
+        """The teacher's pairs for the regression terms, if there are any, and the embeddings of their prompts."""
+        d = self.settings
+        if d.pairs is None:
+            return None, None
+        if d.long.max_frames:
+            raise UserError(f"training.distill.pairs={d.pairs} are clips of one length; set long.max_frames=0 beside")
+        pairs = open_pairs("training.distill.pairs", d.pairs)
+        return pairs, PromptBank(pairs.prompts, self.encoder, ahead=d.encode_ahead)
 
     def _flow_head(self) -> nn.Module:
         """The head that the flow loss uses, frozen: the target of a learned one, whose online twin is a player."""
@@ -126,6 +139,11 @@ class Distill(Stage):
         batch["eps"] = torch.randn(window, generator=rng, device=self.device)
         even = 1000 * torch.rand(size, generator=rng, device=self.device)
         batch["t"] = shift_time(even, d.shift).clamp(d.min_timestep, d.max_timestep)
+        if self.pairs is not None and who == "generator":
+            index = torch.randint(len(self.pairs), (size,), generator=host)
+            states = self.pairs.read(index.tolist()).to(self.device).float()
+            DrawnNoise(batch["noise"], self.schedule).start_from(states[:, 0])
+            batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
         return batch
 
     def _batches(self, who: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
@@ -172,8 +190,9 @@ class Distill(Stage):
         return real, self.critic.x0(x_t, t, text)
 
     def _generator_terms(
-        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Every term with its weight, and what is logged."""
         d = self.settings
         x = self._sample(plan, text, noise, text_after, grad=True)
@@ -188,6 +207,11 @@ class Distill(Stage):
                 options = {"frame_weights": f.frame_weights, "gradient_cut": f.gradient_cut, "frames": plan.frames}
                 loss, seen = flow_matching_loss(x, real, fake, self.head, **options)
                 terms["flow"], logs = d.gamma * f.weight * loss, logs | seen
+            if target is not None and d.regression_weight:
+                space, flow = regression_losses(x, target, self.head)
+                terms["regression"] = d.regression_weight * space
+                if d.gamma:
+                    terms["regression_flow"] = d.gamma * d.regression_weight * flow
             if "head" in self._players:  # no gradient reaches the student: its inputs are constants
                 logs["head_loss"] = self._players["head"].module.loss(motion(fake), motion(real))
         return terms, logs
@@ -251,6 +275,7 @@ class Distill(Stage):
         d = self.settings
         flow = "" if d.flow.gradient_cut else f"training.distill.flow.weight={d.flow.weight}"
         settings = {"spatial": f"training.distill.spatial_weight={d.spatial_weight}", "flow": flow}
+        settings |= dict.fromkeys(("regression", "regression_flow"), f"training.distill.pairs={d.pairs}")
         if d.flow.gradient_cut and d.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
         return gradient_audit(terms, self._players["generator"].parameters, sharded=self.sharded, settings=settings)

@@ -7,12 +7,13 @@ from trainer.causal_ode import CausalODE
 from trainer.codec_stage import CodecStage
 from trainer.distillation import Distill
 from trainer.flow_stages import Pretrain, TeacherForcing
+from trainer.ode_regression import ODERegression
 from trainer.stage import Stage
 from trainer.text_stage import TextStage
 from utils.distributed import Ranks
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (TextStage, CodecStage, Pretrain, TeacherForcing, CausalODE, Distill)
+    stage.name: stage for stage in (TextStage, CodecStage, Pretrain, TeacherForcing, CausalODE, ODERegression, Distill)
 }
 
 

@@ -1,0 +1,31 @@
+"""A folder of trajectories as one LMDB: `python scripts/create_lmdb.py --data_path pairs --lmdb_path pairs_lmdb`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_path", required=True, help="what scripts/generate_ode_pairs.py wrote")
+    parser.add_argument("--lmdb_path", required=True, help="folder to make; it must be empty or new")
+    args = parser.parse_args()
+
+    from configs.errors import UserError
+    from trainer.pairs import open_pairs, write_lmdb
+    from utils.files import check_writable
+
+    pairs = open_pairs("--data_path", args.data_path)
+    out = check_writable(args.lmdb_path, "--lmdb_path")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--lmdb_path={out} is not empty; choose another folder")
+    print(f"{write_lmdb(pairs, out)} of {len(pairs)} trajectories in {out}; the others repeat a prompt")
+    return 0
+
+
+if __name__ == "__main__":
+    from utils import exits
+
+    exits.run(main)

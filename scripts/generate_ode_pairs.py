@@ -1,0 +1,61 @@
+"""The teacher's trajectories from noise to clip, one file a prompt, for stage ode_regression and the regression terms.
+
+    python scripts/generate_ode_pairs.py --config_path configs/train_tiny_distill.yaml --output_folder pairs --count 64
+
+The states kept are those at the timesteps of the configured schedule, and the end. Files that are there are left alone,
+so that a run can be stopped and started again; under torchrun the prompts are shared out. Layout: trainer/pairs.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml")
+    parser.add_argument("--output_folder", required=True)
+    parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
+    parser.add_argument("--guidance_scale", type=float, help="s of cond + s (cond - uncond) (distill.guidance)")
+    parser.add_argument("--steps", type=int, default=48, help="Euler steps of un-warped time (%(default)s)")
+    parser.add_argument("--count", type=int, help="only so many prompts")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    args = parse()
+
+    import torch
+    from tqdm import tqdm
+
+    from configs.load import load_config
+    from trainer.trajectories import TrajectoryMaker
+    from utils.device import pick_device
+    from utils.distributed import Ranks
+    from utils.files import atomic_path, check_writable
+
+    extra = [] if args.caption_path is None else [f"training.distill.prompts={json.dumps(args.caption_path)}"]
+    config = load_config(args.config_path, [*extra, *args.settings])
+    ranks = Ranks.from_env()
+    folder = check_writable(args.output_folder, "--output_folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    device = pick_device(config.device, ranks.local_rank)
+    maker = TrajectoryMaker(config, device, steps=args.steps, guidance=args.guidance_scale)
+    (folder / "timesteps.json").write_text(json.dumps(maker.timesteps))
+    todo = [i for i in range(len(maker.prompts[: args.count])) if not (folder / f"{i:05d}.pt").exists()]
+    for index in tqdm(ranks.share(todo), desc="trajectories", disable=not ranks.first):
+        states = maker.make(index)
+        with atomic_path(folder / f"{index:05d}.pt") as path:
+            torch.save({maker.prompts[index]: states[None].half().cpu()}, path)
+    print(f"{len(list(folder.glob('*.pt')))} trajectories of {len(maker.timesteps)} states in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    from utils import exits
+
+    exits.run(main)

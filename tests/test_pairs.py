@@ -1,0 +1,109 @@
+"""Trajectories: making them, both layouts, and what trains on them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from distill_case import CPU, distill_config, distill_stage
+
+from configs.errors import UserError
+from configs.load import to_yaml
+from model.flow import v_from_x0
+from trainer.pairs import SELF_FORCING, open_pairs, write_lmdb
+from trainer.registry import build_stage
+from trainer.trajectories import TrajectoryMaker
+from utils.distributed import Ranks
+
+
+def script(name: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_assets, tmp_path_factory):
+    """Three trajectories of the tiny case."""
+    out = tmp_path_factory.mktemp("pairs")
+    (out / "case.yaml").write_text(to_yaml(distill_config(tiny_assets)))
+    arguments = ["--config_path", str(out / "case.yaml"), "--output_folder", str(out / "pairs"), "--steps", "4"]
+    script("generate_ode_pairs.py", *arguments, "--count", "2")
+    first = (out / "pairs" / "00001.pt").stat().st_mtime_ns
+    assert "3 trajectories of 6 states" in script("generate_ode_pairs.py", *arguments, "--count", "3")
+    assert (out / "pairs" / "00001.pt").stat().st_mtime_ns == first, "what is there is left alone"
+    return out / "pairs"
+
+
+def test_trajectories_follow_the_teacher(tiny_assets):
+    """Each state follows from the one before by the teacher's v, integrated over finer steps."""
+    config = distill_config(tiny_assets)
+    maker = TrajectoryMaker(config, CPU, steps=4, guidance=0.5)
+    states = maker.make(1)
+    assert maker.timesteps[0] == 1000 and maker.timesteps[-1] == 0 and len(states) == len(maker.timesteps)
+    assert torch.equal(states, maker.make(1)) and not torch.equal(states, maker.make(2))
+    x, text = states[:1], maker.encoder([maker.prompts[1]])
+    for t, t_next in zip(maker.grid, maker.grid[1:], strict=False):
+        with torch.no_grad():
+            cond, null = (maker.teacher.x0(x, t, y) for y in (text, maker.null))
+        x0 = cond + 0.5 * (cond - null)
+        x = x + v_from_x0(x, x0, torch.tensor([t])) * (t_next - t) / 1000
+        if t_next in maker.timesteps:
+            torch.testing.assert_close(x[0], states[maker.timesteps.index(t_next)], rtol=1e-3, atol=1e-4)
+
+
+def test_lmdb_holds_what_the_folder_holds(folder, tmp_path):
+    assert "3 of 3 trajectories" in script("create_lmdb.py", "--data_path", str(folder), "--lmdb_path", str(tmp_path))
+    a, b = open_pairs("pairs", folder), open_pairs("pairs", tmp_path)
+    assert a.prompts == b.prompts and a.timesteps == b.timesteps and len(a) == len(b) == 3
+    assert torch.equal(a.read([2, 0]), b.read([2, 0])) and a.read([0]).shape == (1, 6, 12, 16, 4, 6)
+
+
+def test_self_forcings_layout_without_timesteps(tmp_path):
+    """Five states of one prompt a file, as its scripts write them."""
+    for i, prompt in enumerate(["a cat", "a dog", "a cat"]):
+        torch.save({prompt: torch.randn(1, 5, 3, 16, 4, 6)}, tmp_path / f"{i:05d}.pt")
+    pairs = open_pairs("pairs", tmp_path)
+    assert pairs.timesteps == SELF_FORCING and SELF_FORCING[1] == pytest.approx(960)
+    assert write_lmdb(pairs, tmp_path / "lmdb") == 2, "a prompt is kept once"
+    again = open_pairs("pairs", tmp_path / "lmdb")
+    assert again.prompts == ["a cat", "a dog"] and torch.equal(again.read([1]), pairs.read([1]))
+
+
+def test_unknown_timesteps_and_empty_folders_are_refused(tmp_path):
+    torch.save({"a cat": torch.randn(1, 4, 3, 16, 4, 6)}, tmp_path / "00000.pt")
+    with pytest.raises(UserError, match="4 states at unknown timesteps"):
+        open_pairs("pairs", tmp_path)
+    with pytest.raises(UserError, match="holds no trajectories; make some with python scripts/generate_ode_pairs"):
+        open_pairs("pairs", tmp_path / "nothing")
+
+
+def test_regression_terms_are_on_where_pairs_are_given(tiny_assets, folder, tmp_path):
+    stage = distill_stage(tiny_assets, f"training.distill.pairs={folder}")
+    stage.begin(0, tmp_path)
+    assert stage.audit().names == ("spatial", "flow", "regression", "regression_flow")
+    plan = stage.planner.draw("generator", 0)
+    batch = stage._draw("generator", 0, 0, plan)
+    states = stage.pairs.read(range(3)).float()
+    start = torch.cat([batch["noise"][:, [0]], batch["noise"][:, [5]]], dim=1).flatten(1, 2)  # chunks 0 and 1
+    matches = [[torch.equal(start[b], states[i, 0, :6]) for i in range(3)] for b in range(2)]
+    assert all(sum(row) == 1 for row in matches)
+    assert all(torch.equal(batch["target"][b], states[row.index(True), -1]) for b, row in enumerate(matches))
+    assert all(value.isfinite() for value in stage.update(0).values())
+
+
+def test_ode_regression_learns(tiny_assets, folder):
+    extra = ["training.stage=ode_regression", f"training.distill.pairs={folder}", "training.optimizer.lr=3e-3"]
+    stage = build_stage(distill_config(tiny_assets, *extra), CPU, Ranks())
+    batch = stage.batch(0, 0)
+    known = torch.tensor(stage.pairs.timesteps[:-1])
+    assert all((known - t).abs().min() < 1e-3 for t in batch["t"].unique())
+    states = stage.pairs.read(range(3)).float()
+    for b in range(2):
+        index = [torch.equal(batch["target"][b], x[-1]) for x in states].index(True)
+        for chunk in range(4):
+            at = min(range(5), key=lambda i, t=batch["t"][b, 3 * chunk]: abs(stage.pairs.timesteps[i] - t))
+            assert torch.equal(batch["x_t"][b, 3 * chunk], states[index, at, 3 * chunk])
+    losses = [stage.update(step)["loss"].item() for step in range(40)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

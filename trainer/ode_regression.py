@@ -1,0 +1,78 @@
+"""Stage `ode_regression`: a causal student learns the teacher's ODE trajectories (CausVid, arXiv 2412.07772; the
+initialisation of Self-Forcing).
+
+    L = mean | x0(x_t, t) - x_0 |^2      a state x_t of the trajectory drawn for each chunk, x_0 its end
+
+One forward over the whole clip, in which a chunk sees the chunks before it at their own levels.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.causal_wan import chunk_causal_mask
+from model.flow import x0_from_v
+from model.schedule import Schedule
+from model.weights import save_student
+from trainer.build import causal_student, frozen_codec, frozen_text_encoder
+from trainer.pairs import open_pairs
+from trainer.prompt_bank import PromptBank
+from trainer.stage import Supervised
+from trainer.validation import causal_clips, judge
+from utils.distributed import Ranks
+from utils.seeds import generator
+from utils.tiny_world import TinyWorld
+
+
+class ODERegression(Supervised):
+    """Trajectories come from `training.distill.pairs`."""
+
+    name = "ode_regression"
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        d = config.training.distill
+        if d.pairs is None:
+            raise UserError("training.distill.pairs is not set; stage ode_regression learns from them: name a folder")
+        super().__init__(config, device, ranks, causal_student(config, "student"))
+        self.geometry = Geometry.from_config(config)
+        self.schedule = Schedule.from_config(config.schedule, config.stream)
+        self.codec, self.encoder = frozen_codec(config, device), frozen_text_encoder(config, device)
+        self.pairs = open_pairs("training.distill.pairs", d.pairs)
+        self.prompts = PromptBank(self.pairs.prompts, self.encoder, ahead=d.encode_ahead)
+        self.frames = config.video.num_latent_frames
+        kind = "flex" if device.type == "cuda" else "dense"
+        self.mask = chunk_causal_mask(self.geometry, self.frames, device, kind=kind)
+        self.noisy = torch.tensor([t for t in self.pairs.timesteps if t > 0], device=device)
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        size = self.config.training.micro_batch
+        part = (micro * self.ranks.world) + self.ranks.rank
+        host = generator(self.config.seed, self.name, step, part)
+        index = torch.randint(len(self.pairs), (size,), generator=host)
+        chunks = self.geometry.num_chunks(self.frames)
+        state = torch.randint(len(self.noisy), (size, chunks), generator=host).to(self.device)
+        state = state.repeat_interleave(self.geometry.chunk_frames, dim=1)  # [B, F]
+        states = self.pairs.read(index.tolist()).to(self.device).float()
+        rows, frames = torch.arange(size, device=self.device)[:, None], torch.arange(self.frames, device=self.device)
+        x_t, text = states[rows, state, frames], self.prompts.batch(index)
+        return {"x_t": x_t, "t": self.noisy[state], "target": states[:, -1], "text": text}
+
+    def loss(self, x_t: Tensor, t: Tensor, target: Tensor, text: Tensor) -> dict[str, Tensor]:
+        v = self.module(x_t, t, text, mask=self.mask)
+        return {"loss": F.mse_loss(x0_from_v(x_t, v.float(), t), target)}
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Clips along `schedule`, as inference makes them; scored where the tiny world can."""
+        world = TinyWorld(self.config.video.height, self.config.video.width)
+        said = world.prompts(self.config.seed + 1, self.config.training.validation_clips)
+        frames = causal_clips(self.averaged, self.codec, self.encoder, said, self.schedule, self.geometry, self.config)
+        return judge(said, frames, folder / f"{self.name}_{step:06d}.png")
+
+    def export(self, folder: Path, step: int) -> None:
+        save_student(self.averaged, folder, {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()})

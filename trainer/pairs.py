@@ -1,0 +1,132 @@
+"""Teacher's ODE trajectories: states between noise and clean latents, with the prompt each was made of.
+
+Two layouts, both of Self-Forcing, either readable:
+
+    folder/00042.pt     {prompt: tensor [1, S, F, C, H, W]}, the first state at t = 1000, the last clean
+    LMDB                latents_{i}_data (raw float16), prompts_{i}_data (UTF-8), latents_shape, prompts_shape (digits)
+
+Neither says at which timesteps the states are. Ours are written down beside them (`timesteps.json`, key `timesteps`);
+of others Self-Forcing's are assumed: 48 Euler steps at shift 8, of which every twelfth was kept.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import lmdb
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from model.flow import shift_time
+from model.weight_files import resolve
+
+TIMESTEPS = "timesteps.json"
+SELF_FORCING = tuple(shift_time(t, 8.0) for t in (1000.0, 750.0, 500.0, 250.0, 0.0))
+
+
+class Pairs(Protocol):
+    """`len`, `prompts`, `timesteps` of the S states, and `read`."""
+
+    prompts: list[str]
+    timesteps: tuple[float, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: Sequence[int]) -> Tensor:
+        """float16 [B, S, F, C, H, W] on the CPU."""
+        ...
+
+
+def open_pairs(field: str, path: str | Path) -> Pairs:
+    """Pairs in `path`, of either layout. `field` is the setting that names it."""
+    path = resolve(Path(path))
+    if (path / "data.mdb").is_file():
+        return LmdbPairs(path)
+    if path.is_dir() and any(path.glob("*.pt")):
+        return FolderPairs(path)
+    raise UserError(
+        f"{field}={path} holds no trajectories; make some with "
+        f"python scripts/generate_ode_pairs.py --output_folder {path}"
+    )
+
+
+class FolderPairs:
+    """A file a prompt. The prompts are read at once, the states when they are asked for."""
+
+    def __init__(self, path: Path):
+        self.files = sorted(path.glob("*.pt"))
+        self.prompts = [next(iter(_load(file))) for file in self.files]
+        said = path / TIMESTEPS
+        states = self.read([0]).shape[1]
+        self.timesteps = _known(json.loads(said.read_text()) if said.is_file() else None, states, path)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: Sequence[int]) -> Tensor:
+        states = [next(iter(_load(self.files[i]).values())) for i in index]
+        return torch.stack([x.reshape(x.shape[-5:]) for x in states]).half()
+
+
+class LmdbPairs:
+    """The database that scripts/create_lmdb.py makes of a folder."""
+
+    def __init__(self, path: Path):
+        self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+        self.shape = tuple(int(n) for n in self._get("latents_shape").decode().split())
+        self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
+        with self.env.begin() as transaction:
+            said = transaction.get(b"timesteps")
+        states = self.shape[1] if len(self.shape) == 6 else 1
+        self.timesteps = _known(None if said is None else json.loads(said), states, path)
+
+    def _get(self, key: str) -> bytes:
+        with self.env.begin() as transaction:
+            value = transaction.get(key.encode())
+        if value is None:
+            raise UserError(f"{self.env.path()} has no entry {key}; make it again with scripts/create_lmdb.py")
+        return value
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, index: Sequence[int]) -> Tensor:
+        rows = [np.frombuffer(self._get(f"latents_{i}_data"), dtype=np.float16) for i in index]
+        states = torch.from_numpy(np.stack(rows))
+        return states.reshape(len(rows), *((1,) if len(self.shape) == 5 else ()), *self.shape[1:])
+
+
+def write_lmdb(pairs: Pairs, path: Path) -> int:
+    """Write `pairs` to a new LMDB; of a prompt that comes more than once the first. Returns how many were written."""
+    path.mkdir(parents=True, exist_ok=True)
+    first = {prompt: i for i, prompt in reversed(list(enumerate(pairs.prompts)))}
+    kept = sorted(first.values())
+    shape = tuple(pairs.read(kept[:1]).shape[1:])
+    size = 2 * len(kept) * (2 * int(np.prod(shape)) + 65536) + (1 << 24)
+    env = lmdb.open(str(path), map_size=size, subdir=True)
+    with env.begin(write=True) as transaction:
+        for row, i in enumerate(kept):
+            transaction.put(f"latents_{row}_data".encode(), pairs.read([i])[0].contiguous().numpy().tobytes())
+            transaction.put(f"prompts_{row}_data".encode(), pairs.prompts[i].encode())
+        numbers = " ".join(str(n) for n in (len(kept), *shape))
+        transaction.put(b"latents_shape", numbers.encode())
+        transaction.put(b"prompts_shape", str(len(kept)).encode())
+        transaction.put(b"timesteps", json.dumps(list(pairs.timesteps)).encode())
+    env.close()
+    return len(kept)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _known(said: list[float] | None, states: int, path: Path) -> tuple[float, ...]:
+    """The timesteps that are written down, or Self-Forcing's if there are as many states as it keeps."""
+    if said is None and states == len(SELF_FORCING):
+        return SELF_FORCING
+    if said is None or len(said) != states:
+        raise UserError(f"{path} has trajectories of {states} states at unknown timesteps; write them to {TIMESTEPS}")
+    return tuple(float(t) for t in said)
