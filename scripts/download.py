@@ -1,0 +1,231 @@
+"""Fetch published weights and prompts, or check those that are there.
+
+    python scripts/download.py wan-1.3b self-forcing         # everything for configs/wan2.1_t2v_1.3b.yaml
+    python scripts/download.py wan-14b --dest some/folder
+    python scripts/download.py --verify wan-1.3b             # read what is there, compare it with its hashes
+    python scripts/download.py --list
+
+A download that was cut off goes on where it stopped. HF_ENDPOINT names a mirror of the hub, GITHUB_ENDPOINT one of
+GitHub, HF_TOKEN an account for repositories that want one.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.downloads import DOWNLOADS, Download  # noqa: E402
+from configs.errors import UserError  # noqa: E402
+from utils import exits  # noqa: E402
+from utils.files import sha256_of  # noqa: E402
+from utils.progress import progress_bar  # noqa: E402
+from utils.prompts import read_prompts  # noqa: E402
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+KEPT = "what is there already is kept, and the same command goes on from it"
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(DOWNLOADS)}")
+    parser.add_argument("--dest", type=Path, help="folder, in place of the usual one of each name (see --list)")
+    parser.add_argument("--verify", action="store_true", help="fetch nothing; read and check what is there")
+    parser.add_argument("--list", action="store_true", help="what there is, how large, and where it goes")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.list:
+        print(table())
+        return 0
+    unknown = [name for name in args.names if name not in DOWNLOADS]
+    if unknown or not args.names:
+        given = f"NAME={unknown[0]} is unknown" if unknown else "no NAME was given"
+        raise UserError(f"{given}; use any of {', '.join(DOWNLOADS)}")
+    for name in args.names:
+        wanted = DOWNLOADS[name]
+        folder = args.dest or CHECKOUT / wanted.folder
+        if args.verify:
+            verify(name, wanted, folder)
+        else:
+            fetch(name, wanted, folder)
+            print(f"{name}: complete in {folder}")
+    return 0
+
+
+def table() -> str:
+    """What can be fetched, a line each."""
+    return "\n".join(f"{name:<14}{d.gigabytes:>6.2f} GB  {d.folder:<28}{d.what}" for name, d in DOWNLOADS.items())
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+def fetch(name: str, wanted: Download, folder: Path) -> None:
+    """All files of `wanted` into `folder`; those that are whole are left alone."""
+    absent = [file for file in wanted.files if not (folder / file).is_file()]
+    if not absent:
+        return check_all(name, wanted, folder)
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free, need = shutil.disk_usage(nearest).free / 1e9, wanted.gigabytes * len(absent) / len(wanted.files)
+    if free < need:
+        raise UserError(f"{name} needs some {need:.1f} GB and {nearest} has {free:.1f} GB free; use --dest")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in absent:
+            if wanted.hub:
+                from_hub(name, wanted, file, folder)
+            else:
+                from_github(name, wanted.source, file, folder)
+    except OSError as error:  # of the disk; those of the network are sentences by now
+        raise UserError(f"{name}: {folder} cannot be written to ({error.strerror or error}); {KEPT}") from error
+    check_all(name, wanted, folder)
+
+
+def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
+    """One file of a repository on the hub, resumed where it was cut off."""
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    where = f"{wanted.source} at {constants.ENDPOINT}"
+    check_reachable(name, constants.ENDPOINT)
+    try:
+        hf_hub_download(wanted.source, file, local_dir=folder)
+    except errors.GatedRepoError as error:
+        raise UserError(f"{name}: {where} wants you to agree to its terms; do so there, then set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{name}: there is no {where}, or it is private; see README.md for its present name") from error
+    except errors.LocalEntryNotFoundError as error:  # not found, and there is no network to look further
+        raise unreachable(name, constants.ENDPOINT) from error
+    except errors.EntryNotFoundError as error:
+        if file in wanted.optional:
+            print(f"{name}: {wanted.source} has no {file}, which can be done without")
+            return
+        raise UserError(f"{name}: {where} has no {file}; it may have been renamed, so fetch it by hand") from error
+    except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        raise unreachable(name, constants.ENDPOINT, error) from error
+    except OSError:  # the disk
+        raise
+    except Exception as error:  # its HTTP library has errors of its own
+        raise unreachable(name, constants.ENDPOINT, error) from error
+
+
+def check_reachable(name: str, endpoint: str) -> None:
+    """Say at once that there is no network; the library would try again for half a minute. Proxies are left to it."""
+    if urllib.request.getproxies().keys() - {"no"} or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    parts = urllib.parse.urlsplit(endpoint)
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise unreachable(name, endpoint, error) from error
+
+
+def unreachable(name: str, host: str, error: Exception | None = None) -> UserError:
+    """The sentence for a network that is not there."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return UserError(f"{name} cannot be fetched while HF_HUB_OFFLINE is set; unset it, or copy the files by hand")
+    reason = f" ({str(error).splitlines()[0][:100]})" if error is not None and str(error) else ""
+    return UserError(f"{name}: {host} cannot be reached{reason}; go online or set HF_ENDPOINT to a mirror; {KEPT}")
+
+
+def from_github(name: str, source: str, file: str, folder: Path) -> None:
+    """One file by its public address, resumed where it was cut off."""
+    owner, project, rest = source.split("/", 2)
+    host = os.environ.get("GITHUB_ENDPOINT", "https://github.com").rstrip("/")
+    url, partial = f"{host}/{owner}/{project}/{rest}/{file}", folder / f"{file}.incomplete"
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            resumed = answer.status == 206
+            size = int(answer.headers.get("Content-Length") or 0)
+            with open(partial, "ab" if resumed else "wb") as out, progress_bar(file, size or None, "B") as bar:
+                while block := answer.read(1 << 20):
+                    out.write(block)
+                    bar.update(len(block))
+        if size and partial.stat().st_size != size + (have if resumed else 0):
+            raise UserError(f"{name}: {url} broke off; {KEPT}")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: there is nothing after what we have
+            raise UserError(f"{name}: {url} answers {error.code} {error.reason}; fetch it by hand") from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        fix = "go online or set GITHUB_ENDPOINT to a mirror"
+        raise UserError(f"{name}: {host} cannot be reached ({str(error)[:100]}); {fix}; {KEPT}") from error
+    os.replace(partial, folder / file)
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def check_all(name: str, wanted: Download, folder: Path) -> None:
+    """Every file is there and has the structure that its name says: headers only."""
+    for file in wanted.files:
+        if not (folder / file).is_file():
+            if file in wanted.optional:
+                continue
+            raise UserError(f"{name}: {folder / file} is missing; fetch it with `python scripts/download.py {name}`")
+        check_structure(name, folder / file)
+
+
+def check_structure(name: str, path: Path) -> None:
+    """A file that is cut short, or a web page in the place of weights, is refused."""
+    if path.suffix in (".safetensors", ".pt", ".pth"):
+        from model.weight_files import open_file
+
+        open_file(name, path)
+    elif path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{name}: {path} is not valid JSON; remove it and fetch it again") from error
+    elif path.suffix == ".txt":
+        read_prompts(path, name)
+    elif not path.stat().st_size:
+        raise UserError(f"{name}: {path} is empty; remove it and fetch it again")
+
+
+def verify(name: str, wanted: Download, folder: Path) -> None:
+    """Say of each file whether it is what was published; the first that is not ends it."""
+    check_all(name, wanted, folder)
+    for file in wanted.files:
+        path = folder / file
+        if not path.is_file():
+            print(f"{path}  not there, and can be done without")
+            continue
+        stated = stated_hash(folder, file)
+        if stated is not None and hash_of(path, len(stated)) != stated:
+            raise UserError(f"{name}: {path} is not what was published (hash); remove it and fetch it again")
+        how = "as published" if stated is not None else "whole, by its header; no hash is known"
+        print(f"{path}  {path.stat().st_size:,} bytes, {how}")
+
+
+def stated_hash(folder: Path, file: str) -> str | None:
+    """What the hub stated when the file was fetched: SHA-256 of a large file, git's SHA-1 of a small one."""
+    record = folder / ".cache" / "huggingface" / "download" / f"{file}.metadata"
+    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    etag = lines[1].strip().lower() if len(lines) > 1 else ""
+    return etag if len(etag) in (40, 64) and all(c in "0123456789abcdef" for c in etag) else None
+
+
+def hash_of(path: Path, digits: int) -> str:
+    """Of a file's bytes, of the kind that has so many digits."""
+    if digits == 64:
+        return sha256_of(path)
+    content = path.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
+if __name__ == "__main__":
+    exits.run(main)
