@@ -177,7 +177,7 @@ def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, save: boo
         if stopping:
             log.info("stopped by a signal after step %d; the same command resumes", done)
             return False
-        if t.validate_every and done % t.validate_every == 0 and done < t.steps:
+        if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
             _validate(stage, done, logdir, journal)
     return True
 
