@@ -1,7 +1,10 @@
 """train.py: flags, sinks, a run from end to end, and that inference plays what it leaves."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -111,3 +114,24 @@ def test_export_of_a_checkpoint(config_file, tmp_path):
         assert done.returncode == 0 and "weights of step 3" in done.stdout, done.stderr
         loaded = load_student(out).state_dict()
         assert all(torch.equal(value, loaded[name]) for name, value in wanted.state_dict().items())
+
+
+def test_sigterm_and_the_same_command_again(config_file, tmp_path):
+    """A run stopped in the middle says so, exits 0, and ends with the bytes of one that was not stopped."""
+    more = ["training.steps=30", "training.log_every=1", "training.validation_clips=0"]
+    command = [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), *more, "--logdir"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    subprocess.run([*command, str(straight)], env=env, capture_output=True, check=True, timeout=120)
+
+    process = subprocess.Popen([*command, str(stopped)], env=env, stdout=subprocess.PIPE, text=True)
+    metrics = stopped / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(read_jsonl(metrics)) >= 4):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command resumes" in said
+    assert 4 <= len(read_jsonl(metrics)) < 30 and (stopped / "export" / "config.json").exists()
+    subprocess.run([*command, str(stopped)], env=env, capture_output=True, check=True, timeout=120)
+    weights = "export/diffusion_pytorch_model.safetensors"
+    assert (straight / weights).read_bytes() == (stopped / weights).read_bytes()

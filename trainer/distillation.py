@@ -31,7 +31,7 @@ from trainer.audit import Audit, gradient_audit
 from trainer.backward import BackwardFamily
 from trainer.build import frozen_codec, frozen_text_encoder
 from trainer.flow_heads import build_head
-from trainer.health import vital_signs, warnings
+from trainer.health import SIGNS, vital_signs, warnings
 from trainer.long_tuning import Plan, Planner, window_of
 from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
 from trainer.optim import Average, Player
@@ -48,6 +48,7 @@ from utils.seeds import generator
 
 log = get_logger(__name__)
 
+SIGN_UPDATES = 10  # generator updates that a logged vital sign is averaged over
 HEAD_DECAY = 0.95  # of the learned head's target; the public releases' value
 
 
@@ -248,6 +249,8 @@ class Distill(Stage):
         plan, batches = self._batches("generator", step)
         logs = self.generator_backward.run(plan, batches)
         del logs["loss"]
+        for name in SIGNS & self.generator_logs.keys():  # they depend on the exit, which is another each time
+            logs[name] = torch.lerp(self.generator_logs[name], logs[name], 1 / SIGN_UPDATES)
         logs["generator_grad_norm"] = self._players["generator"].step(count)
         if "head" in self._players:
             self._players["head"].step(count)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SIGNS = frozenset({"motion", "contrast", "seam", "critic_gap"})
 BASELINE_ROWS = 3  # the first logged rows, before training has changed much
 RECENT_ROWS = 3  # the newest, so that one odd batch warns of nothing
 
