@@ -14,6 +14,7 @@ from configs.validate import at_least, between, one_of
 
 CONTEXTS = ("last_step", "clean", "renoise")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
+TEXT_PLACES = ("keep", "after_use", "stream")
 PRECISION = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -116,12 +117,15 @@ class InferenceConfig:
     overwrite: bool = False  # generate again what is already there
     precision: str = "auto"  # of weights and activations; auto = bfloat16 on a GPU that has it, else float32
     attention: str = "auto"  # attention kernel
+    text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time
+    decode_frames: int = 0  # latent frames that the VAE decodes at once; 0 = as many as is fastest, 1 = least memory
     profile: bool = False  # print where the time went
     cpu_threads: int = 1  # of one process; 0 = all CPUs. Rounding depends on it: the same number, the same video
 
     def __post_init__(self):
         at_least(1, "inference", self, "num_samples")
-        at_least(0, "inference", self, "cpu_threads")
+        at_least(0, "inference", self, "cpu_threads", "decode_frames")
+        one_of(TEXT_PLACES, "inference", self, "text_encoder")
         one_of(PRECISION, "inference", self, "precision")
         one_of(ATTENTION, "inference", self, "attention")
 

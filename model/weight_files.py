@@ -11,14 +11,15 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from configs.errors import UserError
-from model.safe_pickle import NeedsCode, dry_run
+from model.safe_pickle import NeedsCode, TensorRef, dry_run
+
+if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before tensors are
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; relative paths start here
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -51,7 +52,7 @@ class Tensors:
 
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
+    read: Callable[[str], "Tensor"]
     odd: Mapping[str, str] = field(default_factory=dict)  # those that hold no ordinary numbers: name -> their dtype
 
     @property
@@ -129,8 +130,8 @@ def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _check_safetensors(field: str, path: Path) -> None:
-    """What is wrong with a file that is no whole safetensors file, in words; the library says it in its own."""
+def _check_safetensors(field: str, path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; and what is wrong with a file that is not whole, in words, as the library has its own."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -145,6 +146,7 @@ def _check_safetensors(field: str, path: Path) -> None:
             whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if size < whole:
                 raise UserError(f"{field}: {path} is cut short ({size:,} of {whole:,} bytes); fetch it again")
+            return {name: tuple(entry["shape"]) for name, entry in header.items()}
         except UserError:
             raise
         except Exception as error:  # whatever a header of other types leads to
@@ -172,13 +174,18 @@ def open_safetensors(field: str, *files: Path) -> Tensors:
     return Tensors(files, shapes, lambda name: handles[name].get_tensor(name), odd)
 
 
-def _load_pickle(field: str, path: Path) -> Any:
+def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
+    """What a `.pt` holds; `dry`: with a TensorRef in the place of each tensor."""
     with open(path, "rb") as file:
         start = file.read(8)
     try:
-        mapped = dry_run(path).zipped
+        walked = dry_run(path)
+        if dry:
+            return walked.value
+        import torch
+
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=walked.zipped)
         except pickle.UnpicklingError as error:
             raise NeedsCode(str(error).splitlines()[0]) from error
     except NeedsCode as error:
@@ -211,16 +218,37 @@ def open_file(field: str, path: Path) -> dict[str, Tensors]:
         return {BARE: open_safetensors(field, path)}
     if path.suffix not in PICKLES:
         raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
-    data = _load_pickle(field, path)
+    parts = _parts(field, path, _load_pickle(field, path))
+    return {name: tensors for name, value in parts.items() if (tensors := _flat(path, value)).shapes}
+
+
+def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
+    """The dictionaries in what a `.pt` holds, two deep, by name."""
     if not isinstance(data, Mapping):
         raise UserError(f"{field}: {path} holds a {type(data).__name__} and not named tensors; choose another file")
     parts = {BARE: data} | {name: value for name, value in data.items() if isinstance(value, Mapping)}
     for name in [*parts][1:]:
         parts |= {f"{name}.{key}": value for key, value in parts[name].items() if isinstance(value, Mapping)}
-    return {name: tensors for name, value in parts.items() if (tensors := _flat(path, value)).shapes}
+    return parts
+
+
+def shapes_in(field: str, path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors in each part of a file, as `open_file` has them, without torch."""
+    if path.suffix == ".safetensors":
+        return {BARE: _check_safetensors(field, path)}
+    if path.suffix not in PICKLES:
+        raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
+    parts = _parts(field, path, _load_pickle(field, path, dry=True))
+    found = {
+        part: {name: value.shape for name, value in values.items() if isinstance(value, TensorRef)}
+        for part, values in parts.items()
+    }
+    return {part: shapes for part, shapes in found.items() if shapes}
 
 
 def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:
+    from torch import Tensor
+
     values = {name: value for name, value in data.items() if isinstance(name, str) and isinstance(value, Tensor)}
     odd = {name: str(value.dtype) for name, value in values.items() if not value.is_floating_point()}
     return Tensors((path,), {name: tuple(value.shape) for name, value in values.items()}, values.__getitem__, odd)

@@ -22,6 +22,7 @@ SWITCHES = {
     "--overwrite": ("inference.overwrite", "make videos again that are already there"),
     "--profile": ("inference.profile", "print where the time went"),
 }
+LOW_MEMORY = ("inference.text_encoder=stream", "inference.decode_frames=1")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, metavar=metavar, help=f"{text} ({key})")
     for flag, (key, text) in SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
+    parser.add_argument("--low_memory", action="store_true", help=f"slower, in less memory ({', '.join(LOW_MEMORY)})")
     parser.add_argument("--print_schedule", action="store_true", help="print the schedule and stop")
     parser.add_argument("--dry_run", action="store_true", help="check and print everything, load nothing, and stop")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
@@ -46,7 +48,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = vars(args)
     values = [(key, given[flag[2:]]) for flag, (key, *_) in VALUES.items() if given[flag[2:]] is not None]
     switches = [f"{key}=true" for flag, (key, _) in SWITCHES.items() if given[flag[2:]]]
-    args.overrides = [f"{key}={_yaml(value)}" for key, value in values] + switches + args.settings
+    low_memory = list(LOW_MEMORY) if args.low_memory else []
+    args.overrides = [f"{key}={_yaml(value)}" for key, value in values] + switches + low_memory + args.settings
     return args
 
 

@@ -23,6 +23,7 @@ from configs.schema import Config, ModelConfig
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
 from model.lora import Loras, plan_lora
+from model.offload import HostTextEncoder, SmallSteps
 from model.schedule import Schedule
 from model.text import TextEncoder, clean_prompt
 from model.tiny_decoder import TinyDecoderCodec
@@ -84,8 +85,11 @@ class DiagonalPipeline:
         student = load_student(names.student, device, dtype, use_ema=names.use_ema)
         loras = load_loras(student, names)
         choose_attention(student, config.inference.attention, device)
-        text_encoder = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, device, dtype)
-        pipe = cls(config, Student(student), load_codec(names, device, dtype), text_encoder)
+        text_encoder = load_text(config, device, dtype)
+        codec = load_codec(names, device, dtype)
+        if config.inference.decode_frames:
+            codec = SmallSteps(codec, config.inference.decode_frames)
+        pipe = cls(config, Student(student), codec, text_encoder)
         pipe.loras = loras
         warn_of_schedule(pipe.schedule, student.card)
         return pipe
@@ -165,6 +169,14 @@ def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
     if config.lora and config.lora_merge:
         loras.fold()
     return loras
+
+
+def load_text(config: Config, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder, where `inference.text_encoder` wants it."""
+    names, place = config.model, config.inference.text_encoder
+    home = device if place == "keep" else torch.device("cpu")
+    text = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, home, dtype)
+    return text if place == "keep" else HostTextEncoder(text, device, stream=place == "stream")
 
 
 def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:

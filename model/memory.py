@@ -1,0 +1,249 @@
+"""How much memory a configuration takes, from formulas, before anything is loaded. Needs no torch.
+
+Bytes are those of tensors that live at once on one GPU. Added to them: CONTEXT, which the driver and its kernels take,
+and SLACK, which the allocator loses between blocks. tests/test_memory.py holds the formulas to a count of every
+storage that a run on the meta device makes; `scripts/measure_memory.py` holds them to a GPU.
+
+T tokens, D width, F feed-forward width, b bytes a number, 2 for bfloat16. A block at work in inference: its input and
+the feed-forward's hidden layer before and after GELU, and copies of width D (norms in float32). In training each block
+keeps its input; while one is recomputed, all that its backward pass will read is there as well.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.geometry import Geometry
+from configs.schema import Config
+
+GIB = 1 << 30
+CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces
+SLACK = 1.05  # bytes that the allocator holds, to bytes in use
+CARDS = (12, 16, 24, 40, 80)  # GiB on the box
+USABLE = 0.95  # of them; a desktop, ECC and other programs take theirs
+WAN_PIXEL = (4729, 5394)  # VAE of base 96: bytes a pixel of video held between calls, and for each latent frame of one
+TINY_PIXEL = 1209  # tiny decoder: bytes a pixel of video for each latent frame of a chunk
+WAN_CALL = 2_000_000  # latent cells x base channels that WanCodec decodes at once by itself
+T5_WEIGHTS, T5_BLOCK, T5_EMBEDDING = 11_361_820_672, 386_000_000, 2_100_298_752  # UMT5-XXL's encoder in bfloat16
+VAE_WEIGHTS, TINY_WEIGHTS = 253_785_062, 19_700_000  # in bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Sizes of a Wan transformer."""
+
+    dim: int
+    ffn: int
+    layers: int
+    text_dim: int = 4096
+    freq_dim: int = 256
+    channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Network":
+        """From a config.json as diffusers has it."""
+        return cls(
+            dim=config["num_attention_heads"] * config["attention_head_dim"],
+            ffn=config["ffn_dim"],
+            layers=config["num_layers"],
+            text_dim=config["text_dim"],
+            freq_dim=config["freq_dim"],
+            channels=config["in_channels"],
+            patch=tuple(config["patch_size"]),
+        )
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block: 8 square matrices, 4 of their norms, feed-forward, affine norm, modulation."""
+        d, f = self.dim, self.ffn
+        return 8 * (d * d + d) + 4 * d + 2 * d * f + f + d + 2 * d + 6 * d
+
+    @property
+    def parameters(self) -> int:
+        d, cell = self.dim, self.channels * self.patch[0] * self.patch[1] * self.patch[2]
+        embeddings = (cell * d + d) + (self.text_dim * d + d) + (d * d + d)
+        time = (self.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
+        return self.layers * self.block + embeddings + time + 2 * d + (d * cell + cell)
+
+    @property
+    def wide(self) -> int:
+        """Those that diffusers keeps in float32: norms, modulation and the time embedding."""
+        d = self.dim
+        return self.layers * (2 * d + 6 * d) + 2 * d + (self.freq_dim * d + d) + (d * d + d)
+
+    @property
+    def inference_bytes(self) -> int:
+        """Weights in bfloat16, but for those."""
+        return 2 * self.parameters + 2 * self.wide
+
+
+WAN_1_3B = Network(dim=1536, ffn=8960, layers=30)
+WAN_14B = Network(dim=5120, ffn=13824, layers=40)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Something that happens while other phases do not, and the bytes that are there then."""
+
+    name: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """With what driver and allocator add."""
+        return SLACK * sum(self.parts.values()) + CONTEXT
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a configuration takes on one GPU, phase by phase."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def fits(self, gib: float) -> bool:
+        """Whether a card of so many GiB is large enough."""
+        return self.peak.total <= gib * GIB * USABLE
+
+    def table(self) -> str:
+        """Phases as columns, parts as rows, in GB (1e9 bytes)."""
+        names = list(dict.fromkeys(part for phase in self.phases for part in phase.parts))
+        rows = [["GB", *(phase.name for phase in self.phases)]]
+        for name in names:
+            rows.append([name, *(f"{p.parts[name] / 1e9:.2f}" if name in p.parts else "" for p in self.phases)])
+        rows.append(["driver, allocator", *(f"{(p.total - sum(p.parts.values())) / 1e9:.2f}" for p in self.phases)])
+        rows.append(["sum", *(f"{phase.total / 1e9:.2f}" for phase in self.phases)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+        return "\n".join("  ".join(cells) for cells in lines)
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes(network: Network, geometry: Geometry, chunks: int, batch: int = 1, number: int = 2) -> int:
+    """Keys and values of every chunk that the window holds, in every layer."""
+    slots = geometry.window_chunks or chunks
+    return 2 * network.layers * batch * slots * geometry.tokens_per_chunk * network.dim * number
+
+
+def text_bytes(network: Network, tokens: int, batch: int = 1, number: int = 2) -> int:
+    """Keys and values of the prompt, in every layer."""
+    return 2 * network.layers * batch * tokens * network.dim * number
+
+
+def step_bytes(network: Network, tokens: int, number: int = 2) -> int:
+    """Activations of one forward pass without a graph, over `tokens` of all samples together.
+
+    The peak is in the feed-forward, or in the modulation (float32) where that is wider than usual.
+    """
+    return tokens * number * max(2 * network.ffn + 5 * network.dim, 12 * network.dim)
+
+
+def decode_bytes(config: Config, batch: int = 1) -> int:
+    """Activations of decoding a chunk and what the decoder carries between chunks."""
+    pixels = batch * config.video.height * config.video.width
+    if config.model.codec == "taehv":
+        return pixels * TINY_PIXEL * config.stream.chunk_frames
+    base, cells = 96, batch * (config.video.height // 8) * (config.video.width // 8)
+    frames = config.inference.decode_frames or max(1, WAN_CALL // (cells * base))
+    held, each = WAN_PIXEL
+    return pixels * (held + each * min(frames, config.stream.chunk_frames))
+
+
+def inference_plan(config: Config, student: Network = WAN_1_3B, batch: int = 1, text_weights: int = T5_WEIGHTS):
+    """Memory of `inference.py` in bfloat16: encoding the prompt, a denoising step, decoding a chunk."""
+    geometry = Geometry.from_config(config, latent_channels=student.channels, patch=student.patch)
+    chunks = config.video.num_latent_frames // config.stream.chunk_frames
+    always = {
+        "student": student.inference_bytes,
+        "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
+    }
+    keep = {"text encoder": text_weights} if config.inference.text_encoder == "keep" else {}
+    stream = config.inference.text_encoder == "stream"
+    encoder = min(text_weights, T5_EMBEDDING + T5_BLOCK) if stream else text_weights
+    playing = {
+        "KV cache": cache_bytes(student, geometry, chunks, batch),
+        "text keys": text_bytes(student, config.model.text_tokens, batch),
+    }
+    step = step_bytes(student, batch * geometry.tokens_per_chunk)
+    return MemoryPlan(
+        (
+            Phase("encode prompt", always | {"text encoder": encoder}),
+            Phase("denoise", always | keep | playing | {"activations": step}),
+            Phase("decode", always | keep | playing | {"activations": decode_bytes(config, batch)}),
+        )
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def graph_bytes(network: Network, tokens: int, checkpointing: bool, number: int = 2) -> int:
+    """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together."""
+    d, f = network.dim, network.ffn
+    block = tokens * (20 * d + 4 * f) * number // 2
+    ends = tokens * 21 * d * number // 4
+    if not checkpointing:
+        return ends + network.layers * block + tokens * 5 * d * number
+    return ends + network.layers * tokens * d * number + block + 2 * tokens * d * number
+
+
+def distill_plan(
+    config: Config,
+    student: Network = WAN_1_3B,
+    teacher: Network = WAN_14B,
+    critic: Network | None = None,
+    *,
+    gpus: int = 1,
+) -> MemoryPlan:
+    """Memory of stage `distill` on one of `gpus`: float32 weights, gradients and AdamW, an average, bfloat16 compute.
+
+    Sharded (training.sharding=full) each GPU holds its share, and two blocks whole while they are at work.
+    """
+    t, geometry, critic = config.training, Geometry.from_config(config), critic or student
+    shards = gpus if t.sharding == "full" else 1
+    lora = t.distill.lora
+
+    def trained(network: Network, rank: int, averaged: bool) -> float:
+        adapters = network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn)) if rank else 0
+        moving = adapters or network.parameters
+        frozen = 4 * network.parameters if rank else 0
+        return (frozen + (20 if averaged else 16) * moving) / shards
+
+    always = {
+        "student, gradients, AdamW, average": trained(student, lora.student_rank, True),
+        "critic, gradients, AdamW": trained(critic, lora.critic_rank, False),
+        "teacher": 2 * teacher.parameters / shards,
+        "text encoder": 0 if t.distill.encode_ahead else T5_WEIGHTS / shards,
+        "VAE": VAE_WEIGHTS,
+    }
+    frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
+    window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame
+    rolled = t.micro_batch * frames * geometry.tokens_per_frame
+
+    def whole(network: Network, number: int) -> dict[str, float]:
+        return {"blocks at work": 2 * network.block * number} if shards > 1 else {}
+
+    keys = {"keys of the rollout": 4 * student.layers * rolled * student.dim}
+    # each chunk is a forward pass of its own, so that what is recomputed at once is a chunk
+    chunk = t.micro_batch * geometry.tokens_per_chunk
+    work = graph_held(student, rolled) - graph_held(student, chunk) + graph_bytes(student, chunk, True)
+    rollout = keys | {"activations": work if t.checkpointing else graph_bytes(student, rolled, False)}
+    kept = {"keys of the rollout": keys["keys of the rollout"], "rollout's graph": graph_held(student, rolled)}
+    return MemoryPlan(
+        (
+            Phase("rollout", always | rollout | whole(student, 4)),
+            Phase("teacher", always | kept | {"activations": step_bytes(teacher, 2 * window)} | whole(teacher, 2)),
+            Phase("critic", always | {"activations": graph_bytes(critic, window, t.checkpointing)} | whole(critic, 4)),
+        )
+    )
+
+
+def graph_held(network: Network, tokens: int, number: int = 2) -> int:
+    """What a checkpointed graph holds between its forward and its backward pass."""
+    return tokens * 21 * network.dim * number // 4 + network.layers * tokens * network.dim * number

@@ -1,0 +1,55 @@
+"""Peak memory of a computation without doing it: on the meta device every storage is counted while it lives.
+
+Attention is taken to be a fused kernel, which holds nothing but its result; what a kernel needs as workspace, and what
+an allocator loses between blocks, is not seen.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Counter(TorchDispatchMode):
+    """`peak` is the most bytes that lived at once, of those made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    @property
+    def now(self) -> int:
+        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+        return sum(self.alive.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {StorageWeakRef(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, torch.Tensor):
+                storage = StorageWeakRef(x.untyped_storage())
+                if storage not in known:
+                    self.alive[storage] = x.untyped_storage().nbytes()
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def fused(q, k, v, *args, **kwargs):
+    """Stands for an attention kernel: [B, L, heads, head_dim]."""
+    return torch.empty_like(q)
+
+
+@contextmanager
+def counting(monkeypatch, *before: torch.Tensor):
+    """Counts what is made within, and `before` while it lives; attention fused."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # it knows no meta device
+    monkeypatch.setattr("model.causal_wan.dispatch_attention_fn", fused)
+    monkeypatch.setattr("diffusers.models.transformers.transformer_wan.dispatch_attention_fn", fused)
+    counter = Counter()
+    counter.alive = {StorageWeakRef(x.untyped_storage()): x.untyped_storage().nbytes() for x in before}
+    before = ()  # which would keep them alive
+    with counter:
+        yield counter

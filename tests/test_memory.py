@@ -1,0 +1,170 @@
+"""The memory plan's formulas against a count of every storage that a computation makes, at full size, on no device."""
+
+import json
+
+import pytest
+import torch
+from count_bytes import counting
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from configs.geometry import Geometry
+from configs.load import load_config
+from model import memory
+from model.cache import StreamCache
+from model.causal_wan import CausalWanModel
+from model.codec import WanCodec
+from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
+
+BF16 = torch.bfloat16
+CONFIG = "configs/wan2.1_t2v_1.3b.yaml"
+TINY = Network(dim=128, ffn=512, layers=7, text_dim=64, freq_dim=64)
+
+
+def build(cls, network: Network, layers: int | None = None):
+    heads = network.dim // (32 if network is TINY else 128)
+    sizes = {"num_attention_heads": heads, "attention_head_dim": network.dim // heads, "ffn_dim": network.ffn}
+    sizes |= {"num_layers": layers or network.layers, "text_dim": network.text_dim, "freq_dim": network.freq_dim}
+    with torch.device("meta"):
+        return cls(**sizes)
+
+
+@pytest.mark.parametrize("network", [WAN_1_3B, WAN_14B, TINY], ids=["1.3B", "14B", "tiny"])
+def test_parameters(network):
+    model = build(WanTransformer3DModel, network)
+    assert network.parameters == sum(p.numel() for p in model.parameters())
+    assert network.block == sum(p.numel() for p in model.blocks[0].parameters())
+    keep = set(model._keep_in_fp32_modules)
+    wide = sum(p.numel() for name, p in model.named_parameters() if keep & set(name.split(".")))
+    assert network.wide == wide
+    assert Network.from_config(model.config) == network
+
+
+def test_parameters_are_those_of_the_published_files():
+    assert (WAN_1_3B.parameters, WAN_14B.parameters) == (1_418_996_800, 14_288_491_584)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("network", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
+@torch.no_grad()
+def test_denoising_step(monkeypatch, network, batch):
+    config = load_config(CONFIG)
+    geometry = Geometry.from_config(config)
+    model = build(CausalWanModel, network, layers=2).to(BF16).eval()
+    small = Network(dim=network.dim, ffn=network.ffn, layers=2)
+    heads = network.dim // 128
+    with torch.device("meta"):
+        cache = StreamCache(2, batch, heads, 128, geometry, device="meta", dtype=BF16)
+        text = model.text_kv(torch.empty(batch, 512, 4096, dtype=BF16))
+        latents, t = torch.empty(geometry.latent_shape(batch, 3)), torch.empty(batch)
+        assert memory.cache_bytes(small, geometry, 7, batch) == cache.bytes
+        assert memory.text_bytes(small, 512, batch) == sum(x.nbytes for pair in text for x in pair)
+        with counting(monkeypatch) as counter:
+            model(latents, t, text, view=cache.begin(0), start_frame=0)
+    assert memory.step_bytes(network, batch * geometry.tokens_per_chunk) == pytest.approx(counter.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("size", [(480, 832), (720, 1280)])
+@torch.no_grad()
+def test_decoding_with_the_vae(monkeypatch, frames, size):
+    height, width = size
+    changes = [f"video.height={height}", f"video.width={width}", f"inference.decode_frames={frames}"]
+    config = load_config(CONFIG, changes)
+    monkeypatch.setattr("model.codec.WORK_PER_CALL", frames * height * width // 64 * 96)
+    with torch.device("meta"):
+        stream = WanCodec(AutoencoderKLWan().to(BF16).eval()).stream()
+        latents = torch.empty(Geometry.from_config(config).latent_shape(1, 3))
+        stream.decode(latents)
+        carried = [x for x in stream._cache if isinstance(x, torch.Tensor)]
+        with counting(monkeypatch, *carried) as counter:
+            del carried
+            stream.decode(latents)
+    assert memory.decode_bytes(config) == pytest.approx(counter.peak, rel=0.1)
+
+
+@torch.no_grad()
+def test_decoding_with_the_tiny_decoder(monkeypatch):
+    config = load_config(CONFIG, ["model.codec=taehv"])
+    with torch.device("meta"):
+        decoder = TinyDecoder().to(BF16)
+        stream = TinyDecoderCodec(decoder).stream()
+        latents = torch.empty(Geometry.from_config(config).latent_shape(1, 3))
+        stream.decode(latents)
+        with counting(monkeypatch) as counter:
+            stream.decode(latents)
+    assert memory.decode_bytes(config) == pytest.approx(counter.peak, rel=0.1)
+    assert memory.TINY_WEIGHTS == pytest.approx(2 * sum(p.numel() for p in decoder.parameters()), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("size", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
+def test_training_a_network(monkeypatch, checkpointing, layers, size):
+    model = build(WanTransformer3DModel, size, layers).to(BF16)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    network = Network(dim=size.dim, ffn=size.ffn, layers=layers)
+    with torch.device("meta"):
+        latents, text = torch.empty(1, 16, 21, 60, 104, dtype=BF16), torch.empty(1, 512, 4096, dtype=BF16)
+        with counting(monkeypatch) as counter:
+            out = model(latents, torch.empty(1), text, return_dict=False)[0]
+            held = counter.now
+            out.sum().backward()
+    tokens = 21 * 1560
+    assert memory.graph_bytes(network, tokens, checkpointing) == pytest.approx(counter.peak, rel=0.1)
+    if checkpointing:
+        assert memory.graph_held(network, tokens) == pytest.approx(held, rel=0.1)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_a_table():
+    plan = inference_plan(load_config(CONFIG))
+    lines = plan.table().splitlines()
+    assert len({len(line) for line in lines}) == 1 and lines[-1].startswith("sum")
+    assert [phase.name for phase in plan.phases] == ["encode prompt", "denoise", "decode"]
+    assert plan.peak.name == "decode" and plan.fits(80) and not plan.fits(24)
+
+
+@pytest.mark.parametrize("card", [12, 16, 24])
+def test_presets_fit_their_card(card):
+    config = load_config(f"configs/wan2.1_t2v_1.3b_{card}gb.yaml")
+    assert inference_plan(config).fits(card)
+    smaller = {24: 16, 16: 12, 12: 8}[card]
+    assert not inference_plan(config).fits(smaller), "then it should be the preset of the smaller card"
+
+
+def test_length_costs_nothing_where_the_window_is_bounded():
+    short, long = (inference_plan(load_config(CONFIG, [f"video.num_latent_frames={n}"])) for n in (21, 2100))
+    assert short.peak.total == long.peak.total
+    unbounded = ["stream.window_frames=0", "stream.sink_frames=0"]
+    short, long = (
+        inference_plan(load_config(CONFIG, [*unbounded, f"video.num_latent_frames={n}"])) for n in (21, 42)
+    )
+    assert long.phases[1].parts["KV cache"] == 2 * short.phases[1].parts["KV cache"]
+
+
+def test_training_shares_are_those_of_the_gpus():
+    config = load_config("configs/train_wan2.1_t2v_1.3b.yaml")
+    one, eight = distill_plan(config, gpus=1), distill_plan(config, gpus=8)
+    for part in ("teacher", "critic, gradients, AdamW", "student, gradients, AdamW, average"):
+        assert one.phases[0].parts[part] == 8 * eight.phases[0].parts[part]
+    assert eight.fits(80) and not one.fits(80)
+    adapters = ["training.distill.lora={student_rank: 64, critic_rank: 64}"]
+    lora = distill_plan(load_config("configs/train_wan2.1_t2v_1.3b.yaml", adapters), gpus=1)
+    assert lora.peak.total < one.peak.total
+
+
+def test_no_torch_is_needed():
+    import subprocess
+    import sys
+
+    code = "import sys; import model.memory, model.weight_files, model.run_folders; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout.strip().lower()) is False
+
+
+def test_cards_are_in_order():
+    assert list(CARDS) == sorted(CARDS)
