@@ -18,9 +18,10 @@ def main() -> int:
     import torch
 
     from configs.load import load_config, to_yaml
+    from pipeline.preflight import check_training
     from trainer.loop import make_sinks, run
     from trainer.registry import build_stage
-    from utils.device import pick_device, set_threads
+    from utils.device import gpu_memory, pick_device, set_threads
     from utils.distributed import Ranks, process_group
     from utils.files import check_writable
     from utils.logs import console
@@ -30,6 +31,7 @@ def main() -> int:
     console(quiet=not ranks.first)
     logdir = check_writable(args.logdir or f"logs/{Path(args.config_path).stem}", "--logdir")
     device = pick_device(config.device, ranks.local_rank)
+    check_training(config, ranks.world, gpu_memory(device))
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
     if "OMP_NUM_THREADS" not in os.environ:

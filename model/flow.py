@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-TIME = 1000.0  # timestep of pure noise
+from model.timesteps import TIME, warp
 
 Time = TypeVar("Time", float, Tensor)
 
@@ -29,8 +29,7 @@ def sigma(t: Time) -> Time:
 
 def shift_time(t: Time, shift: float) -> Time:
     """Timestep warped by the shift s: sigma' = s sigma / (1 + (s - 1) sigma). Keeps 0 and 1000 where they are."""
-    s = sigma(t)
-    return TIME * shift * s / (1 + (shift - 1) * s)
+    return warp(sigma(t), shift)
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -155,7 +155,9 @@ def decode_bytes(config: Config, batch: int = 1) -> int:
     return pixels * (held + each * min(frames, config.stream.chunk_frames))
 
 
-def inference_plan(config: Config, student: Network = WAN_1_3B, batch: int = 1, text_weights: int = T5_WEIGHTS):
+def inference_plan(
+    config: Config, student: Network = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
+) -> MemoryPlan:
     """Memory of `inference.py` in bfloat16: encoding the prompt, a denoising step, decoding a chunk."""
     geometry = Geometry.from_config(config, latent_channels=student.channels, patch=student.patch)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames

@@ -17,7 +17,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import ScheduleConfig, StreamConfig
-from model.flow import TIME, shift_time
+from model.timesteps import TIME, warp
 
 EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -172,7 +172,7 @@ def _even_rows(schedule: ScheduleConfig) -> tuple[tuple[float, ...], ...]:
     rows = []
     for steps in _counts(schedule.steps):
         row = [first + (last - first) * i / max(steps - 1, 1) for i in range(steps)]
-        rows.append(tuple(shift_time(t, schedule.shift) if schedule.warp else t for t in row))
+        rows.append(tuple(warp(t / TIME, schedule.shift) if schedule.warp else t for t in row))
     return tuple(rows)
 
 

@@ -23,8 +23,8 @@ from configs.errors import UserError
 from model import weight_names as names
 from model.lora import LoraPlan
 from model.safe_pickle import StorageRef, TensorRef, dry_run
-from model.weight_files import open_safetensors
-from model.weight_plans import CARD, DIFFUSERS_STEM, EMA_STEM, Plan
+from model.weight_files import CARD, DIFFUSERS_STEM, EMA_STEM, open_safetensors
+from model.weight_plans import Plan
 from utils.files import atomic_folder, atomic_path, write_json_atomic
 
 FORMS = ("ours", "diffusers", "wan", "self-forcing")

@@ -28,9 +28,18 @@ MAX_JSON = 16_000_000  # bytes; of the index of a thousand tensors 0.1 MB
 MAX_SHARDS = 4096
 BARE = ""  # the part of a file that is one flat dictionary of tensors
 
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+HF_STEM = "model"
+EMA_STEM = f"{DIFFUSERS_STEM}.ema"  # diffusers' way to name a variant
+CARD = "card.json"
+VAE_FILE = "Wan2.1_VAE.pth"
+T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
 # Words in a path, and what `scripts/download.py` calls the thing that is missing there.
 DOWNLOADS = (
     ("self_forcing", "self-forcing"),
+    ("ode_init", "self-forcing"),
     ("longlive", "longlive"),
     ("taew", "taew2.1"),
     ("umt5", "umt5"),
@@ -103,6 +112,20 @@ def read_json(field: str, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{field}: {path} is not a JSON object; fetch it again")
     return data
+
+
+def subfolder(path: Path, name: str) -> Path:
+    """`path`, or its folder `name` where `path` is the root of a Diffusers pipeline."""
+    return path / name if (path / name / "config.json").exists() else path
+
+
+def find_tokenizer(path: str | Path, name: str = "model.tokenizer") -> Path:
+    """The folder with the tokenizer's files: `path`, its `tokenizer` folder, or the one in an original Wan folder."""
+    path = resolve(path)
+    for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
+        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return folder
+    raise missing(name, path, f"has no {' or '.join(TOKENIZER_FILES)}" if path.exists() else "does not exist")
 
 
 def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:

@@ -19,19 +19,28 @@ from model import run_folders
 from model import weight_names as names
 from model.schedule import Schedule
 from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from model.weight_files import BARE, Tensors, missing, open_file, open_safetensors, read_json, resolve, shards
+from model.weight_files import (
+    BARE,
+    CARD,
+    DIFFUSERS_STEM,
+    EMA_STEM,
+    HF_STEM,
+    T5_FILE,
+    VAE_FILE,
+    Tensors,
+    missing,
+    open_file,
+    open_safetensors,
+    read_json,
+    resolve,
+    shards,
+    subfolder,
+)
 
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-HF_STEM = "model"
-EMA_STEM = f"{DIFFUSERS_STEM}.ema"  # diffusers' way to name a variant
 # Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
 # their own size a table that exists before there are weights.
 MAX_SIZE = 1_000_000
 MAX_SIZES = {"rope_max_seq_len": 16_384, "attention_head_dim": 1024}
-CARD = "card.json"
-VAE_FILE = "Wan2.1_VAE.pth"
-T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +126,6 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _subfolder(path: Path, name: str) -> Path:
-    """`path`, or its folder `name` where `path` is the root of a Diffusers pipeline."""
-    return path / name if (path / name / "config.json").exists() else path
-
-
 def _part(name: str, path: Path, parts: Mapping[str, Tensors], wanted: tuple[str, ...]) -> Tensors:
     """The first of the `wanted` parts of a training checkpoint that is there, or the bare file; names unwrapped."""
     for part in wanted:
@@ -150,7 +154,7 @@ def _transformer_tensors(
         parts = open_file(name, path)
         kind = "safetensors" if set(parts) == {BARE} and path.suffix == ".safetensors" else "training checkpoint"
         return path, _part(name, path, parts, wanted), {}, {}, kind
-    path = _subfolder(path, "transformer")
+    path = subfolder(path, "transformer")
     config = read_json(name, path / "config.json")
     stem = EMA_STEM if ema else DIFFUSERS_STEM
     if ema and not (path / f"{stem}.safetensors").exists():
@@ -197,7 +201,7 @@ def has_average(name: str, path: str | Path) -> bool:
     """Whether `path` holds averaged weights of a student, too."""
     path = run_folders.find(resolve(path), averaged=False)
     if path.is_dir():
-        return (_subfolder(path, "transformer") / f"{EMA_STEM}.safetensors").is_file()
+        return (subfolder(path, "transformer") / f"{EMA_STEM}.safetensors").is_file()
     parts = open_file(name, path)
     return any(part in parts for part in (*names.STUDENT_EMA_PARTS, *(f"{p}.average" for p in run_folders.STUDENTS)))
 
@@ -215,7 +219,7 @@ def diffusers_network(cls: type, config: Mapping[str, Any]) -> nn.Module:
 
 def plan_vae(path: str | Path, name: str = "model.vae") -> Plan:
     """The Wan 2.1 VAE: our own or a Diffusers folder, or `Wan2.1_VAE.pth`."""
-    path = _subfolder(resolve(path), "vae")
+    path = subfolder(resolve(path), "vae")
     if path.is_dir() and (path / VAE_FILE).exists():
         path = path / VAE_FILE
     if path.is_dir():
@@ -237,7 +241,7 @@ def plan_vae(path: str | Path, name: str = "model.vae") -> Plan:
 
 def plan_text_encoder(path: str | Path, name: str = "model.text_encoder") -> Plan:
     """UMT5's encoder: a transformers folder, or `models_t5_umt5-xxl-enc-bf16.pth`."""
-    path = _subfolder(resolve(path), "text_encoder")
+    path = subfolder(resolve(path), "text_encoder")
     if path.is_dir() and (path / T5_FILE).exists():
         path = path / T5_FILE
     if path.is_dir():
@@ -273,12 +277,3 @@ def plan_tiny_decoder(path: str | Path, name: str = "model.tiny_decoder") -> Pla
     shapes = {k: (min(s[0], rows[k]), *s[1:]) if k in rows else s for k, s in whole.shapes.items()}
     cut = Tensors(whole.files, shapes, lambda key: whole.read(key)[-shapes[key][0] :])
     return _fitting(name, Plan(path=path, kind="TAEHV", make=lambda: TinyDecoder(config), tensors=cut))
-
-
-def find_tokenizer(path: str | Path, name: str = "model.tokenizer") -> Path:
-    """The folder with the tokenizer's files: `path`, its `tokenizer` folder, or the one in an original Wan folder."""
-    path = resolve(path)
-    for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
-        if any((folder / file).is_file() for file in TOKENIZER_FILES):
-            return folder
-    raise missing(name, path, f"has no {' or '.join(TOKENIZER_FILES)}" if path.exists() else "does not exist")

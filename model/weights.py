@@ -29,16 +29,19 @@ from model.causal_wan import CausalWanModel
 from model.lora import plan_lora
 from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoder
-from model.weight_files import read_json, resolve
-from model.weight_plans import (
+from model.weight_files import (
     CARD,
     DIFFUSERS_STEM,
     EMA_STEM,
     HF_STEM,
     TOKENIZER_FILES,
+    find_tokenizer,
+    read_json,
+    resolve,
+)
+from model.weight_plans import (
     Plan,
     diffusers_network,
-    find_tokenizer,
     plan_text_encoder,
     plan_tiny_decoder,
     plan_transformer,

@@ -13,8 +13,9 @@ from configs.schema import Config
 from model.weight_files import resolve
 from model.weights import WeightCheck, check_weights
 from pipeline.diagonal import check_attention
+from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
-from utils.device import pick_device, pick_dtype
+from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import check_writable, safe_name, short_hash
 from utils.prompts import check_prompt, read_prompts
@@ -96,6 +97,7 @@ def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks
     check_attention(config.inference.attention, device)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))
+    check_inference(config, gpu_memory(device))
     jobs = ranks.share(plan_jobs(config, prompts, folder, fingerprint(config, weights)))
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
     return Plan(config, ranks, [job for job in jobs if job not in finished], finished, weights, device, dtype)

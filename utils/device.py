@@ -46,6 +46,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a GPU has; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def set_threads(threads: int) -> None:
     """Let torch compute with so many CPU threads; 0 = one for each CPU that this process may use.
 

@@ -1,0 +1,255 @@
+"""What can be known before anything heavy is loaded: machine, disk, weights, prompts, schedule, batch, memory.
+
+Needs no torch: `scripts/doctor.py` shows it in a second, and inference and training refuse by it what cannot work.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.memory import CARDS, GIB, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
+from model.schedule import Schedule
+from model.weight_files import resolve
+from model.weight_peek import Peek, peek, wanted
+from utils import machine
+from utils.prompts import read_prompts
+
+TORCH = ("2.11", "2.12", "2.13")
+VIDEO_SPACE = 200_000_000  # bytes that must be free where videos go
+ROLES_WITH_EMA = ("student",)
+SIZED = ("student", "text_encoder")  # whose headers say what the plan needs
+
+# Settings of inference, each smaller than the one before it, by section and key.
+LADDER: tuple[tuple[tuple[str, str, str | int], ...], ...] = (
+    (),
+    (("inference", "text_encoder", "after_use"),),
+    (("inference", "text_encoder", "stream"),),
+    (("inference", "text_encoder", "stream"), ("inference", "decode_frames", 2)),
+    (("inference", "text_encoder", "stream"), ("inference", "decode_frames", 1)),
+    (("inference", "text_encoder", "stream"), ("model", "codec", "taehv")),
+    (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"), ("stream", "window_frames", 9)),
+    (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"), ("stream", "window_frames", 6)),
+)
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass
+class Report:
+    """Lines to show, and those of them that say what has to be mended."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def say(self, name: str, text: str) -> None:
+        self.lines.append((name, text))
+
+    def fail(self, name: str, problem: str) -> None:
+        self.lines.append((name, f"PROBLEM  {problem}"))
+        self.problems.append(problem)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<14}{text}" for name, text in self.lines)
+
+
+def examine(config: Config, *, training: bool = False, world: int | None = None) -> Report:
+    """Everything, in order; what is wrong is a line among others. world: processes of a training run (None: GPUs)."""
+    report, gpus = Report(), machine.gpus()
+    _machine(report, gpus)
+    _disk(report, Path(config.inference.output_folder), "videos")
+    peeks = _weights(report, config, training)
+    _prompts(report, config, training)
+    _schedule(report, config)
+    if training:
+        _batch(report, config, world or max(1, len(gpus)))
+    _memory(report, config, peeks, training, gpus, world)
+    return report
+
+
+def _machine(report: Report, gpus: list[machine.Gpu]) -> None:
+    version, cuda = machine.torch_build()
+    built = f"CUDA {cuda}" if cuda else "CPU only"
+    if not version:
+        report.fail("torch", "torch is not installed; run `bash inference.sh` or install requirements.txt")
+    elif not version.startswith(TORCH):
+        report.fail("torch", f"torch {version} is not among those supported; install {', '.join(TORCH)}")
+    else:
+        report.say("torch", f"{version} ({built}), Python {machine.python_version()}")
+    for i, gpu in enumerate(gpus):
+        free, whole = gpu.free / GIB, gpu.memory / GIB
+        report.say(f"GPU {i}", f"{gpu.name}, {whole:.1f} GiB ({free:.1f} free), sm {gpu.capability}, {gpu.driver}")
+    if gpus and cuda and machine.driver_is_old(gpus[0].driver, cuda):
+        report.fail("driver", f"driver {gpus[0].driver} is too old for CUDA {cuda}; update it, or use another torch")
+    if gpus and version and not cuda:
+        report.fail("driver", f"torch {version} is built for CPUs, so the GPU idles; install a build for CUDA")
+    if not gpus:
+        report.say("GPU", "none that a driver tells of; the CPU computes, which is for the tiny model only")
+    report.say("attention", ", ".join(machine.kernels()))
+    report.say("host memory", f"{machine.host_memory() / GIB:.1f} GiB")
+
+
+def _disk(report: Report, folder: Path, what: str) -> None:
+    free = machine.free_space(folder.expanduser())
+    line = f"{free / 1e9:.1f} GB free for {what} in {folder}"
+    if free < VIDEO_SPACE:
+        report.fail("disk", f"{line}, which is too little; make room or set inference.output_folder")
+    else:
+        report.say("disk", line)
+
+
+def _weights(report: Report, config: Config, training: bool) -> dict[str, Peek]:
+    found = {}
+    for role, path, name in wanted(config, training=training):
+        try:
+            use_ema = config.model.use_ema and role in ROLES_WITH_EMA and not training
+            found[role] = peek(role, path, use_ema=use_ema, name=name)
+        except UserError as error:
+            report.fail(role, str(error))
+        else:
+            report.say(role, f"{found[role].path}, {found[role].size / 1e9:.2f} GB, {found[role].kind}")
+    return found
+
+
+def _prompts(report: Report, config: Config, training: bool) -> None:
+    path, name = config.inference.prompts, "inference.prompts"
+    if training:
+        path, name = config.training.distill.prompts, "training.distill.prompts"
+        if path is None or config.training.stage != "distill":
+            return
+    try:
+        prompts = read_prompts(resolve(path), name)
+        report.say("prompts", f"{len(prompts):,} in {path}")
+    except UserError as error:
+        fetch = ", such as that of `python scripts/download.py prompts`" if training else ""
+        report.fail("prompts", f"{error}{fetch}")
+
+
+def _schedule(report: Report, config: Config) -> None:
+    try:
+        geometry = Geometry.from_config(config)
+        chunks = geometry.num_chunks(config.video.num_latent_frames)
+        schedule = Schedule.from_config(config.schedule, config.stream)
+    except UserError as error:
+        report.fail("schedule", str(error))
+        return
+    for i, line in enumerate(schedule.table(chunks, geometry).splitlines()):
+        report.say("schedule" if i == 0 else "", line)
+
+
+def _batch(report: Report, config: Config, world: int) -> None:
+    t = config.training
+    rounds, rest = divmod(t.global_batch, t.micro_batch * world)
+    if rest or not rounds:
+        report.fail(
+            "batch",
+            f"training.global_batch={t.global_batch} is not a multiple of training.micro_batch={t.micro_batch} x "
+            f"{world} processes; try {max(1, rounds) * t.micro_batch * world}",
+        )
+    else:
+        report.say("batch", f"{t.global_batch} = {t.micro_batch} a pass x {world} processes x {rounds} accumulated")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory_plan(config: Config, peeks: dict[str, Peek], *, training: bool = False, world: int = 1) -> MemoryPlan | None:
+    """The plan of one GPU, with sizes of the weights that are there, and of Wan 2.1's where they are not.
+
+    None for a stage of training for which there are no formulas.
+    """
+
+    def network(role: str, otherwise: Network) -> Network:
+        return peeks[role].network or otherwise if role in peeks else otherwise
+
+    student = network("student", WAN_1_3B)
+    if not training:
+        text = {"text_weights": peeks["text_encoder"].size} if "text_encoder" in peeks else {}
+        return inference_plan(config, student, **text)
+    if config.training.stage != "distill":
+        return None
+    return distill_plan(config, student, network("teacher", WAN_14B), network("critic", student), gpus=world)
+
+
+def _memory(
+    report: Report, config: Config, peeks: dict[str, Peek], training: bool, gpus: list[machine.Gpu], world: int | None
+) -> None:
+    world = world or max(1, len(gpus))
+    plan = memory_plan(config, peeks, training=training, world=world)
+    if plan is None:
+        report.say("memory", f"no plan for stage {config.training.stage}")
+        return
+    head = f"by formulas, one GPU of {world}, bfloat16" if training else "by formulas, one GPU, bfloat16"
+    report.say("memory", f"{head}: {plan.peak.total / GIB:.1f} GiB at most ({plan.peak.name})")
+    for line in plan.table().splitlines():
+        report.say("", line)
+    smallest = min((gpu.memory for gpu in gpus), default=None)
+    if smallest is not None and plan.peak.total > smallest:
+        report.fail("memory", too_much(plan, smallest))
+    fitting = largest_training if training else largest_inference
+    for card in CARDS:
+        report.say(f"{card} GB card", fitting(config, peeks, card))
+
+
+def too_much(plan: MemoryPlan, memory: int) -> str:
+    """The sentence for a plan that a GPU cannot hold."""
+    return (
+        f"{plan.peak.name} needs some {plan.peak.total / GIB:.1f} GiB and the GPU has {memory / GIB:.1f}; "
+        f"`python scripts/doctor.py` says what fits"
+    )
+
+
+def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
+    """The least that has to be changed for a card of so many GB, as settings."""
+    for rung in LADDER:
+        smaller = config
+        for section, key, value in rung:
+            smaller = replace(smaller, **{section: replace(vars(smaller)[section], **{key: value})})
+        plan = memory_plan(smaller, peeks)
+        if plan.fits(card):
+            settings = " ".join(f"{section}.{key}={value}" for section, key, value in rung) or "as configured"
+            return f"{settings} ({plan.peak.total / GIB:.1f} GiB)"
+    return "too small"
+
+
+def largest_training(config: Config, peeks: dict[str, Peek], card: int) -> str:
+    """How few cards of so many GB hold the run, sharded."""
+    sharded = replace(config, training=replace(config.training, sharding="full"))
+    for count in GPU_COUNTS:
+        plan = memory_plan(sharded, peeks, training=True, world=count)
+        if plan.fits(card):
+            return f"{count} or more, training.sharding=full ({plan.peak.total / GIB:.1f} GiB)"
+    return f"not even {GPU_COUNTS[-1]} hold it"
+
+
+# --- for inference.py and train.py ------------------------------------------------------------------------------------
+
+
+def check_inference(config: Config, memory: int | None) -> None:
+    """Refuse a full disk, and what a GPU of `memory` bytes (None: there is none) cannot hold.
+
+    Formulas may be off by a tenth, so only what is beyond that. Weights are checked by `check_weights`.
+    """
+    report = Report()
+    _disk(report, Path(config.inference.output_folder), "videos")
+    if memory is not None:
+        peeks = {role: peek(role, path, name=name) for role, path, name in wanted(config) if role in SIZED}
+        plan = memory_plan(config, peeks)
+        if plan.peak.total > 1.1 * memory:
+            report.fail("memory", too_much(plan, memory))
+    if report.problems:
+        raise UserError(report.problems[0])
+
+
+def check_training(config: Config, world: int, memory: int | None) -> None:
+    """Refuse, before anything is loaded, a run whose files are missing, whose batch does not come out, or that is too
+    large for GPUs of `memory` bytes (None: there are none)."""
+    report = Report()
+    peeks = {role: peek(role, path, name=name) for role, path, name in wanted(config, training=True)}
+    _batch(report, config, world)
+    _prompts(report, config, training=True)
+    plan = memory_plan(config, peeks, training=True, world=world)
+    if plan is not None and memory is not None and plan.peak.total > 1.1 * memory:
+        report.fail("memory", too_much(plan, memory))
+    if report.problems:
+        raise UserError(report.problems[0])

@@ -1,0 +1,45 @@
+"""Look at all that a run needs, in a second and without loading weights: what is there, what fits, what is wrong.
+
+    python scripts/doctor.py                                                     # inference with the shipped model
+    python scripts/doctor.py --config_path configs/wan2.1_t2v_1.3b.yaml
+    python scripts/doctor.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --train --gpus 8
+    python scripts/doctor.py --config_path configs/wan2.1_t2v_1.3b.yaml stream.window_frames=9
+
+Exits with 1 if something has to be mended first. Memory is planned by formulas: scripts/measure_memory.py compares
+them with a GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.load import load_config  # noqa: E402
+from pipeline.preflight import examine  # noqa: E402
+from utils import exits  # noqa: E402
+
+PROBLEMS = 1
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="what train.py needs, rather than inference.py")
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan training for so many GPUs (default: those here)")
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    report = examine(load_config(args.config_path, args.settings), training=args.train, world=args.gpus)
+    print(report)
+    count = len(report.problems)
+    print(f"\n{count} thing{'s' * (count != 1)} to mend, marked PROBLEM" if count else "\nnothing to mend")
+    return PROBLEMS if count else 0
+
+
+if __name__ == "__main__":
+    exits.run(main)

@@ -1,0 +1,95 @@
+"""What this machine has, found out without importing torch, which takes seconds."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1 << 20
+# attention kernel -> modules that bring it; torch's own need none
+KERNELS = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "flash_attn_3", "fa3_fwd")}
+CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}  # oldest driver of each CUDA, on Linux
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, as its driver describes it; bytes."""
+
+    name: str
+    memory: int
+    free: int
+    driver: str
+    capability: str  # compute capability, "9.0"
+
+
+def gpus() -> list[Gpu]:
+    """GPUs that a process started here would see; none where there is no driver or it does not answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = "--query-gpu=name,memory.total,memory.free,driver_version,compute_cap"
+    try:
+        run = subprocess.run([tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=2)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = []
+    for line in run.stdout.splitlines() if run.returncode == 0 else ():
+        name, memory, free, driver, capability = (part.strip() for part in line.rsplit(",", 4))
+        if memory.isdecimal() and free.isdecimal():
+            found.append(Gpu(name, int(memory) * MIB, int(free) * MIB, driver, capability))
+    return _visible(found)
+
+
+def _visible(found: list[Gpu]) -> list[Gpu]:
+    """Those that CUDA_VISIBLE_DEVICES lets through, where it names them by number."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return found
+    numbers = [name.strip() for name in names.split(",") if name.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        return [] if numbers == ["-1"] else found[: len(numbers)]
+    return [found[int(number)] for number in numbers if int(number) < len(found)]
+
+
+def torch_build() -> tuple[str, str | None]:
+    """Version of torch and of the CUDA that it was built with (None: a build for CPUs); ("", None) without torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "", None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    cuda = re.search(r"^cuda\s*(?::[^=]*)?=\s*'([\d.]+)'", text, re.MULTILINE)
+    return importlib.metadata.version("torch"), cuda.group(1) if cuda else None
+
+
+def kernels() -> list[str]:
+    """Attention kernels that are installed, torch's own first."""
+    return ["sdpa", "cudnn", *(n for n, parts in KERNELS.items() if any(importlib.util.find_spec(p) for p in parts))]
+
+
+def driver_is_old(driver: str, cuda: str) -> bool:
+    """Whether a driver is older than that CUDA needs."""
+    major = int(cuda.split(".")[0])
+    return int(driver.split(".")[0]) < CUDA_DRIVERS.get(major, 0)
+
+
+def host_memory() -> int:
+    """Bytes of the machine's memory; 0 where that cannot be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemTotal:")), 0)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free where `folder` is, or would be."""
+    return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
+
+
+def python_version() -> str:
+    return platform.python_version()
