@@ -98,7 +98,7 @@ def check_weights(config: ModelConfig, *, training: bool = False) -> list[Weight
     return [*checks, WeightCheck("tokenizer", folder, size, "transformers", files)]
 
 
-def _fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one.
 
     What the network's own library keeps in float32 stays so (norms and time embedding of Wan; T5's `wo` in float16).
@@ -136,7 +136,7 @@ def load_student(
     """The causal student from any format; `.card` says how it was trained ({} where nothing is known)."""
     parts = names.STUDENT_EMA_PARTS if use_ema else names.STUDENT_PARTS
     plan = plan_transformer(name, path, CausalWanModel, parts)
-    student = _fill(plan, device, dtype)
+    student = fill(plan, device, dtype)
     student.card = dict(plan.card)
     return student
 
@@ -148,21 +148,21 @@ def load_score(
     name: str = "model.teacher",
 ) -> WanTransformer3DModel:
     """A bidirectional network from any format. With name="model.critic", the critic of a training checkpoint."""
-    return _fill(_plan_score(name, path), device, dtype)
+    return fill(_plan_score(name, path), device, dtype)
 
 
 def load_vae(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> AutoencoderKLWan:
     """The Wan 2.1 VAE; WanCodec(load_vae(...)) is the codec."""
-    return _fill(plan_vae(path), device, dtype)
+    return fill(plan_vae(path), device, dtype)
 
 
 def load_tiny_decoder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TinyDecoder:
     """The tiny decoder; TinyDecoderCodec(load_tiny_decoder(...)) is the codec."""
-    return _fill(plan_tiny_decoder(path), device, dtype)
+    return fill(plan_tiny_decoder(path), device, dtype)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -183,7 +183,7 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
     """UMT5 with its tokenizer, giving `text_tokens` rows a prompt."""
-    return TextEncoder(_fill(plan_text_encoder(path), device, dtype), load_tokenizer(tokenizer), text_tokens)
+    return TextEncoder(fill(plan_text_encoder(path), device, dtype), load_tokenizer(tokenizer), text_tokens)
 
 
 # --- fresh and saved --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from count_bytes import counting
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.load import load_config
 from model import memory
@@ -168,3 +169,20 @@ def test_no_torch_is_needed():
 
 def test_cards_are_in_order():
     assert list(CARDS) == sorted(CARDS)
+
+
+def test_measuring_needs_a_gpu_and_runs_all_phases(tiny_assets):
+    """What scripts/measure_memory.py does on a GPU, here with small networks and a probe that only counts."""
+    from scripts import measure_memory
+
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="there is none"):
+            measure_memory.main([])
+    changes = ["video.height=32", "video.width=48", "inference.text_encoder=stream", "inference.decode_frames=1"]
+    config = load_config(CONFIG, [*changes, "model.text_tokens=8", "model.codec=taehv"])
+    text = {"vocab_size": 32, "d_model": 64, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    pipe = measure_memory.build(config, TINY, text, torch.device("cpu"), torch.float32)
+    asked = iter(range(1, 100))
+    most = measure_memory.run_phases(pipe, 3, lambda: next(asked))
+    assert list(most) == [phase.name for phase in inference_plan(config).phases]
+    assert most["encode prompt"] == 2 and most["decode"] > most["denoise"] > 2

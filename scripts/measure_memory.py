@@ -1,0 +1,179 @@
+"""Hold the memory plan to a GPU: run at full size with empty weights, phase by phase, planned beside measured.
+
+    python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b_12gb.yaml --card 12
+    python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b.yaml --json memory.json
+    python scripts/measure_memory.py --network 1.3B                   # one training pass of a network, checkpointed
+
+No file is needed: all weights are zeros in the published sizes, which take the memory that others take. --card caps
+torch's allocator at that many GiB less the driver's share, so that a run that would not fit there fails here. Exits
+with 1 where a phase is more than a tenth off the plan.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
+from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from configs.load import load_config  # noqa: E402
+from configs.schema import Config  # noqa: E402
+from model.causal_wan import CausalWanModel  # noqa: E402
+from model.codec import WanCodec  # noqa: E402
+from model.denoiser import Student  # noqa: E402
+from model.memory import CONTEXT, GIB, WAN_1_3B, WAN_14B, Network, graph_bytes, inference_plan  # noqa: E402
+from model.offload import HostTextEncoder, SmallSteps  # noqa: E402
+from model.text import TextEncoder, word_tokenizer  # noqa: E402
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec  # noqa: E402
+from model.weight_files import Tensors  # noqa: E402
+from model.weight_plans import Plan, stored  # noqa: E402
+from model.weights import fill  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline  # noqa: E402
+from utils import exits  # noqa: E402
+from utils.files import write_json_atomic  # noqa: E402
+
+NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+PROMPT = "a red circle moves right"
+TOLERANCE = 0.1
+Probe = Callable[[], int]  # most bytes allocated since it was last asked
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/wan2.1_t2v_1.3b.yaml", metavar="FILE")
+    parser.add_argument("--student", choices=NETWORKS, default="1.3B", help="sizes of the student")
+    parser.add_argument("--chunks", type=int, default=6, help="to play; the window is full after four")
+    parser.add_argument("--card", type=float, metavar="GIB", help="cap the allocator as on a card of so many GB")
+    parser.add_argument("--network", choices=NETWORKS, help="instead: forward and backward of one network, one clip")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def empty(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A network of zeros, with what its library keeps in float32 in float32."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in stored(make()).items()}
+    tensors = Tensors((), shapes, lambda name: torch.zeros(shapes[name], dtype=dtype, device=device))
+    return fill(Plan(path=Path("zeros"), kind="zeros", make=make, tensors=tensors), device, dtype)
+
+
+def build(config: Config, network: Network, text: dict[str, Any], device: torch.device, dtype: torch.dtype):
+    """The pipeline that `DiagonalPipeline.from_config` would make, of zeros."""
+    head = 128 if network.dim % 128 == 0 and network.dim > 128 else 32
+    sizes = {"num_attention_heads": network.dim // head, "attention_head_dim": head, "num_layers": network.layers}
+    sizes |= {"ffn_dim": network.ffn, "text_dim": network.text_dim, "freq_dim": network.freq_dim}
+    student = empty(lambda: CausalWanModel(**sizes), device, dtype)
+    place = config.inference.text_encoder
+    home = device if place == "keep" else torch.device("cpu")
+    settings = UMT5Config(**text, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+    encoder = empty(lambda: UMT5EncoderModel(settings), home, dtype)
+    encoder = TextEncoder(encoder, word_tokenizer(PROMPT.split()), config.model.text_tokens)
+    if place != "keep":
+        encoder = HostTextEncoder(encoder, device, stream=place == "stream")
+    if config.model.codec == "taehv":
+        codec = TinyDecoderCodec(empty(TinyDecoder, device, dtype))
+    else:
+        codec = WanCodec(empty(AutoencoderKLWan, device, dtype))
+    if config.inference.decode_frames:
+        codec = SmallSteps(codec, config.inference.decode_frames)
+    return DiagonalPipeline(config, Student(student), codec, encoder)
+
+
+def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, int]:
+    """Most bytes in each phase of the plan."""
+    session, most = pipe.session, {"encode prompt": 0, "denoise": 0, "decode": 0}
+
+    def note(phase: str) -> None:
+        most[phase] = max(most[phase], probe())
+
+    make_stream, encode = session.codec.stream, session.text_encoder
+
+    def stream():
+        inner = make_stream()
+        decode = inner.decode
+
+        def watched(latents):
+            note("denoise")
+            pixels = decode(latents)
+            note("decode")
+            return pixels
+
+        inner.decode = watched
+        return inner
+
+    session.codec.stream = stream
+    probe()
+    encode([PROMPT])
+    note("encode prompt")
+    for result in session.play(PROMPT, 0, chunks):
+        result.wait()
+    return most
+
+
+def run_network(network: Network, frames: int, probe: Probe, device: torch.device) -> tuple[int, int]:
+    """(planned, measured) bytes of activations in a pass with a graph over one clip of 480x832, checkpointed."""
+    sizes = {"num_attention_heads": network.dim // 128, "attention_head_dim": 128, "num_layers": network.layers}
+    model = empty(lambda: WanTransformer3DModel(**sizes, ffn_dim=network.ffn), device, torch.bfloat16)
+    model.enable_gradient_checkpointing()
+    model.train().requires_grad_(True)
+    latents = torch.zeros(1, 16, frames, 60, 104, device=device, dtype=torch.bfloat16)
+    text = torch.zeros(1, 512, 4096, device=device, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = probe()
+    out = model(latents, torch.zeros(1, device=device), text, return_dict=False)[0]
+    out.float().square().mean().backward()
+    return graph_bytes(network, frames * 1560, True), probe() - before
+
+
+def gpu_probe(device: torch.device) -> Probe:
+    def probe() -> int:
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+
+    return probe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    config = load_config(args.config_path, args.settings)
+    if not torch.cuda.is_available():
+        raise UserError("memory is measured on a GPU and there is none; the plan itself is `python scripts/doctor.py`")
+    device = torch.device("cuda", 0)
+    total = torch.cuda.get_device_properties(device).total_memory
+    if args.card:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (args.card * GIB - CONTEXT) / total), device)
+    probe = gpu_probe(device)
+    if args.network:
+        planned, measured = run_network(NETWORKS[args.network], config.video.num_latent_frames, probe, device)
+        rows = {"activations": (planned, measured)}
+    else:
+        network = NETWORKS[args.student]
+        most = run_phases(build(config, network, UMT5_XXL, device, torch.bfloat16), args.chunks, probe)
+        plan = inference_plan(config, network)
+        rows = {phase.name: (int(sum(phase.parts.values())), most[phase.name]) for phase in plan.phases}
+    free, _ = torch.cuda.mem_get_info(device)
+    taken = total - free
+    off = {name: planned / measured - 1 for name, (planned, measured) in rows.items()}
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {config.name}")
+    for name, (planned, measured) in rows.items():
+        print(f"{name:<16}planned {planned / 1e9:7.2f} GB  measured {measured / 1e9:7.2f} GB  {off[name]:+.1%}")
+    print(f"{'on the card':<16}taken {taken / GIB:.2f} GiB, allocator and driver included")
+    if args.json:
+        figures = {name: {"planned": p, "measured": m} for name, (p, m) in rows.items()}
+        write_json_atomic(args.json, {"config": config.name, "card": args.card, "phases": figures, "taken": taken})
+    return int(any(abs(error) > TOLERANCE for error in off.values()))
+
+
+if __name__ == "__main__":
+    exits.run(main)
