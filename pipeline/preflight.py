@@ -11,7 +11,7 @@ from configs.geometry import Geometry
 from configs.schema import Config
 from model.memory import CARDS, GIB, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
 from model.schedule import Schedule
-from model.weight_files import resolve
+from model.weight_files import read_json, resolve
 from model.weight_peek import Peek, peek, wanted
 from utils import machine
 from utils.prompts import read_prompts
@@ -160,6 +160,9 @@ def memory_plan(config: Config, peeks: dict[str, Peek], *, training: bool = Fals
     """
 
     def network(role: str, otherwise: Network) -> Network:
+        fresh = config.training.init.get(role, "") if training else ""
+        if fresh.endswith(".json"):
+            return Network.from_config(read_json(f"training.init.{role}", resolve(fresh)))
         return peeks[role].network or otherwise if role in peeks else otherwise
 
     student = network("student", WAN_1_3B)
@@ -168,7 +171,9 @@ def memory_plan(config: Config, peeks: dict[str, Peek], *, training: bool = Fals
         return inference_plan(config, student, **text)
     if config.training.stage != "distill":
         return None
-    return distill_plan(config, student, network("teacher", WAN_14B), network("critic", student), gpus=world)
+    teacher = network("teacher", WAN_14B)
+    critic = network("critic", student if "critic" in config.training.init else teacher)  # where it starts from
+    return distill_plan(config, student, teacher, critic, gpus=world)
 
 
 def _memory(

@@ -212,6 +212,8 @@ def test_training_is_refused_before_it_loads(tiny_assets, tmp_path):
         preflight.check_training(config(**start), 1, None)
     good = config(student=start["student"], teacher=start["student"])
     preflight.check_training(good, 2, None)
+    fresh = config(student="configs/networks/tiny_transformer.json", teacher=start["student"])
+    assert preflight.memory_plan(fresh, {}, training=True).phases[0].parts["student, gradients, AdamW, average"] < 1e9
     with pytest.raises(UserError, match="not a multiple"):
         preflight.check_training(good, 3, None)
     with pytest.raises(UserError, match="GiB and the GPU has 0.0"):
