@@ -36,11 +36,12 @@ class CodecLossConfig:
     clip_frames: int = 17  # pixel frames of one training clip, 1 + 4 n
     gradient: float = 0.5  # L1 between spatial finite differences, for sharp edges
     mse: float = 5.0  # squared error beside L1: small coloured subjects count, and PSNR is what is measured
+    chroma: float = 20.0  # squared error of the colour alone, which is learnt last: only small subjects have one
     kl: float = 1e-5  # KL to the unit normal, mean over latent values
 
     def __post_init__(self):
         at_least(5, "training.codec", self, "clip_frames")
-        at_least(0, "training.codec", self, "gradient", "mse", "kl")
+        at_least(0, "training.codec", self, "gradient", "mse", "chroma", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,10 @@ def test_prompts_matter(pipe):
 def test_frames_are_those_of_decoding_the_whole_clip(pipe):
     results = [result.wait() for result in pipe.session.play([PROMPT], [0], 3)]
     whole = to_frames(pipe.session.codec.decode(torch.cat([result.latents for result in results], dim=1)))
-    assert torch.equal(torch.cat([result.frames for result in results], dim=1), whole)
+    streamed = torch.cat([result.frames for result in results], dim=1)
+    # a value on the border between two levels may round either way, as calls of other sizes sum in another order
+    assert (streamed.int() - whole.int()).abs().max() <= 1
+    assert (streamed != whole).float().mean() < 1e-3
 
 
 def test_to_frames_rounds_and_clamps():

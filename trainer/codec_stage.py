@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.schema import Config
+from configs.train_schema import CodecLossConfig
 from model.codec import WanCodec
 from model.weights import save_network
 from trainer.build import vae
@@ -24,15 +25,21 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10 * torch.log10(4.0 / (a - b).square().flatten(1).mean(1))
 
 
-def codec_loss(x: Tensor, y: Tensor, kl: Tensor, *, gradient: float, kl_weight: float) -> dict[str, Tensor]:
-    """L = |x - y| + gradient (|dx - dy| along rows and columns) + kl_weight KL, each a mean.
+def codec_loss(x: Tensor, y: Tensor, kl: Tensor, weights: CodecLossConfig) -> dict[str, Tensor]:
+    """L = |d| + mse d^2 + chroma (d - mean of d over RGB)^2 + gradient |rows and columns of d, differenced| + kl KL.
 
-    x, y: pixels and reconstruction [B, T, 3, H, W]; kl: [B] nats a latent value.
+    d = x - y of pixels and reconstruction [B, T, 3, H, W], each term a mean; kl: [B] nats a latent value.
     """
-    edges = ((x - y).diff(dim=-1).abs().mean() + (x - y).diff(dim=-2).abs().mean()) / 2
-    terms = {"l1": (x - y).abs().mean(), "edges": edges, "kl": kl.mean()}
-    loss = terms["l1"] + gradient * edges + kl_weight * terms["kl"]
-    return {"loss": loss} | terms | {"psnr": psnr(x, y.clamp(-1, 1)).mean()}
+    d = x - y
+    terms = {
+        "l1": d.abs().mean(),
+        "mse": d.square().mean(),
+        "chroma": (d - d.mean(2, keepdim=True)).square().mean(),
+        "gradient": (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()) / 2,
+        "kl": kl.mean(),
+    }
+    loss = terms["l1"] + sum(vars(weights)[name] * term for name, term in terms.items() if name != "l1")
+    return {"loss": loss} | terms
 
 
 class CodecStage(Supervised):
@@ -62,8 +69,7 @@ class CodecStage(Supervised):
         z = posterior.mean + torch.exp(0.5 * posterior.logvar) * eps
         out = self.codec.decode_latents(z)
         kl = posterior.kl() / eps[0].numel()
-        c = self.config.training.codec
-        return codec_loss(pixels, out.float(), kl.float(), gradient=c.gradient, kl_weight=c.kl)
+        return codec_loss(pixels, out.float(), kl.float(), self.config.training.codec)
 
     def _whole_clips(self, count: int) -> Tensor:
         scenes = self.world.scenes(stable_hash(self.config.seed, "validation"), count)
@@ -90,7 +96,8 @@ class CodecStage(Supervised):
         """Write the VAE with the mean and standard deviation of each latent channel, over at most 256 clips."""
         module: AutoencoderKLWan = self.averaged
         codec = WanCodec(module)
-        z = torch.cat([codec.posterior(pixels).mean for pixels in self._whole_clips(min(256, len(self.bank))).split(16)])
+        clips = self._whole_clips(min(256, len(self.bank)))
+        z = torch.cat([codec.posterior(pixels).mean for pixels in clips.split(16)])
         channels = z.transpose(1, 2).transpose(0, 1).flatten(1).double()
         module.register_to_config(
             latents_mean=[round(v, 5) for v in channels.mean(1).tolist()],

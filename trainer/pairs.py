@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import lmdb
 import numpy as np
 import torch
 from torch import Tensor
@@ -75,6 +74,8 @@ class LmdbPairs:
     """The database that scripts/create_lmdb.py makes of a folder."""
 
     def __init__(self, path: Path):
+        import lmdb  # only runs on pairs need it
+
         self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
         self.shape = tuple(int(n) for n in self._get("latents_shape").decode().split())
         self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
@@ -101,6 +102,8 @@ class LmdbPairs:
 
 def write_lmdb(pairs: Pairs, path: Path) -> int:
     """Write `pairs` to a new LMDB; of a prompt that comes more than once the first. Returns how many were written."""
+    import lmdb
+
     path.mkdir(parents=True, exist_ok=True)
     first = {prompt: i for i, prompt in reversed(list(enumerate(pairs.prompts)))}
     kept = sorted(first.values())

@@ -1,0 +1,37 @@
+"""What `train.py` does: one stage, from flags to its end."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from configs.load import load_config, to_yaml
+from pipeline.preflight import check_training
+from trainer.loop import make_sinks, run
+from trainer.registry import build_stage
+from utils.device import gpu_memory, pick_device, set_threads
+from utils.distributed import Ranks, process_group
+from utils.files import check_writable
+from utils.logs import console
+
+
+def train(args: Namespace) -> bool:
+    """Run the stage that `args` (of trainer/cli.py) describe. Returns whether its end was reached, not a signal."""
+    config = load_config(args.config_path, args.overrides)
+    ranks = Ranks.from_env()
+    console(quiet=not ranks.first)
+    logdir = check_writable(args.logdir or f"logs/{Path(args.config_path).stem}", "--logdir")
+    device = pick_device(config.device, ranks.local_rank)
+    check_training(config, ranks.world, gpu_memory(device))
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # shapes never change within a stage
+    if "OMP_NUM_THREADS" not in os.environ:
+        set_threads(0)
+    with process_group(ranks, device):
+        stage = build_stage(config, device, ranks)
+        if ranks.first:
+            logdir.mkdir(parents=True, exist_ok=True)
+            (logdir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        sinks = make_sinks(config, logdir, wandb=not args.disable_wandb, wandb_dir=args.wandb_save_dir)
+        return run(stage, logdir, sinks, save=not args.no_save)
