@@ -13,9 +13,10 @@ from configs.train_schema import TrainingConfig
 from configs.validate import at_least, between, one_of
 
 CONTEXTS = ("last_step", "clean", "renoise")
+SWITCHES = ("recache", "blend", "cut")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
-PRECISION = ("auto", "float32", "bfloat16", "float16")
+PRECISION = ("auto", "float32", "bfloat16", "float16", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,15 @@ class StreamConfig:
     context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
     context_timestep: float = 0.0  # timestep of the extra pass of `renoise`; `clean` always uses 0
     context_by_chunk: dict[int, str] = field(default_factory=dict)  # exceptions, e.g. {0: clean}
+    restart_every: int = 0  # chunks after which the schedule starts again and gives a new sink; 0 = never
+    switch: str = "recache"  # how a new prompt comes in: recache the window, blend the texts, or cut to the new one
+    switch_chunks: int = 3  # chunks that a blend takes
 
     def __post_init__(self):
         at_least(1, "stream", self, "chunk_frames")
-        at_least(0, "stream", self, "window_frames", "sink_frames")
+        at_least(0, "stream", self, "window_frames", "sink_frames", "restart_every")
+        at_least(1, "stream", self, "switch_chunks")
+        one_of(SWITCHES, "stream", self, "switch")
         between(0, 1000, "stream", self, "context_timestep")
         one_of(CONTEXTS, "stream", self, "context")
         for chunk, policy in self.context_by_chunk.items():
@@ -115,8 +121,13 @@ class InferenceConfig:
     num_samples: int = 1  # videos of one prompt, each with its own seed
     save_with_index: bool = False  # name files by the prompt's index rather than its words
     overwrite: bool = False  # generate again what is already there
-    precision: str = "auto"  # of weights and activations; auto = bfloat16 on a GPU that has it, else float32
-    attention: str = "auto"  # attention kernel
+    precision: str = "auto"  # auto = bfloat16 on a GPU that has it, else float32; fp8 = linears of bfloat16 weights
+    attention: str = "auto"  # attention kernel; auto = the fastest for the GPU and the number of keys
+    compile: str = "auto"  # blocks = parts of a block compiled once for all; auto = on a GPU; off
+    cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
+    fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
+    fused_gelu: bool = False  # GELU inside the feed-forward's first matrix product, on a GPU
+    overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time
     decode_frames: int = 0  # latent frames that the VAE decodes at once; 0 = as many as is fastest, 1 = least memory
     profile: bool = False  # print where the time went
@@ -127,6 +138,9 @@ class InferenceConfig:
         at_least(0, "inference", self, "cpu_threads", "decode_frames")
         one_of(TEXT_PLACES, "inference", self, "text_encoder")
         one_of(PRECISION, "inference", self, "precision")
+        one_of(("auto", "off", "blocks"), "inference", self, "compile")
+        one_of(("auto", "on", "off"), "inference", self, "cuda_graphs")
+        one_of(("row", "tensor"), "inference", self, "fp8_scaling")
         one_of(ATTENTION, "inference", self, "attention")
 
 

@@ -18,6 +18,7 @@ evicts. All indices are Python integers: reading one never waits for the GPU.
 and keeps the graph, so that what a forward read stays as it was until its backward has run, recomputation included.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,10 +120,54 @@ class StreamCache(_Cursor):
         """Forget everything; the room stays."""
         self.last, self.filled = -1, set()
 
+    def rewrite(self, position: int) -> "StreamView":
+        """View that writes slot `position` and sees slots 0 to `position`: the past, made again from its start."""
+        tokens = self.geometry.tokens_per_chunk
+        assert 0 <= position < visible(self.geometry, self.last), f"slot {position} is empty"
+        return StreamView(self, position * tokens, (position + 1) * tokens)
+
+    def permute(self, order: Sequence[int]) -> None:
+        """Move slots: the new slot i holds what slot `order[i]` held. `order` names each of the first so many once."""
+        assert sorted(order) == list(range(len(order))), f"{order} is no permutation"
+        moved = [i for i, source in enumerate(order) if i != source]
+        for buffer in self._keys + self._values if moved else ():
+            slots = buffer.unflatten(1, (-1, self.geometry.tokens_per_chunk))
+            for i, content in [(i, slots[:, order[i]].clone()) for i in moved]:
+                slots[:, i] = content
+
+    def snapshot(self, device: torch.device | str | None = None) -> "CacheState":
+        """A copy of what is filled, on `device` (None: where it is)."""
+        end = visible(self.geometry, self.last) * self.geometry.tokens_per_chunk if self.last >= 0 else 0
+        copies = ([x[:, :end].to(device or x.device, copy=True) for x in xs] for xs in (self._keys, self._values))
+        return CacheState(self.last, frozenset(self.filled), *copies)
+
+    def restore(self, state: "CacheState") -> None:
+        """Go back to `state`, which may come from another cache of the same sizes."""
+        for buffers, saved in ((self._keys, state.keys), (self._values, state.values)):
+            for i, x in enumerate(saved):
+                while x.shape[1] > buffers[i].shape[1]:
+                    buffers[i] = _doubled(buffers[i])
+                buffers[i][:, : x.shape[1]].copy_(x)
+        self.last, self.filled = state.last, set(state.filled)
+
     @property
     def bytes(self) -> int:
         """Bytes held, whatever is filled."""
         return sum(x.nbytes for x in self._keys + self._values)
+
+
+@dataclass(frozen=True, eq=False)
+class CacheState:
+    """What a StreamCache held at one time; keys and values of each layer, `[B, tokens filled, heads, head_dim]`."""
+
+    last: int
+    filled: frozenset[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in self.keys + self.values)
 
 
 class StreamView:

@@ -66,7 +66,8 @@ class DiagonalPipeline:
             config, latent_channels=network.in_channels, patch=tuple(network.patch_size)
         )
         self.loras = Loras(student.model)  # adapters that are not merged for good
-        self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry)
+        switch = {"switch": config.stream.switch, "switch_chunks": config.stream.switch_chunks}
+        self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry, **switch)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0):

@@ -1,8 +1,18 @@
 """A streaming session: prompts in, chunks of frames out as they are made.
 
+    for result in session.play("a red circle moves right", seeds=0):    # for ever; num_chunks ends it
+        session.say("a blue circle moves right")                        # from the next chunk on
+        here = session.snapshot()                                       # all that the stream carries
+    session.restore(here)                                               # back to it, and on, bit by bit the same ...
+    session.reseed(1)                                                   # ... or along another branch
+    for result in session.resume(): ...
+
+`say` and `cancel` may be called from any thread. Memory does not grow with length unless `stream.window_frames` is 0.
+
 Legend: B streams run as one batch; f latent frames a chunk; latents `[B, f, C, h, w]`, frames `[B, T, H, W, 3]`.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -11,13 +21,15 @@ import torch
 from torch import Tensor
 
 from configs.geometry import Geometry
-from model.cache import StreamCache
+from model.cache import StreamCache, slot
 from model.codec import Codec
 from model.denoiser import Student
 from model.schedule import Schedule
 from model.text import TextEncoder
 from pipeline.chunk import denoise_chunk, leave_context
 from pipeline.noise import NoiseSource
+from pipeline.snapshot import Snapshot, identity
+from pipeline.switch import Pass, PromptTrack, Recall
 from utils.timers import SpanTimer
 
 
@@ -29,6 +41,7 @@ class ChunkResult:
     latents: Tensor  # [B, f, C, h, w], on the device
     frames: Tensor  # uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f
     timer: SpanTimer
+    prompts: tuple[str, ...] = ()  # what the chunk was made under
 
     def wait(self) -> "ChunkResult":
         self.timer.wait()
@@ -36,24 +49,54 @@ class ChunkResult:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of `text` (chunk 0 only), `step 0`, `step 1`, ..., `context` where a pass is made, and `decode`."""
+        """Seconds of `text` (chunk 0, and where it changed), `step 0`, ..., `context` where made, and `decode`."""
         return self.timer.spans()
+
+
+class Cancelled(Exception):
+    """`StreamSession.cancel` was called: no further step is run."""
+
+
+class _Watched:
+    """The student as one chunk uses it: it stops before a step once cancelled, and its last input is remembered."""
+
+    def __init__(self, student: Student, cancelled: threading.Event):
+        self._student, self._cancelled = student, cancelled
+        self.last: tuple[Tensor, Tensor] | None = None  # input and timestep of the newest pass
+
+    def x0(self, x_t: Tensor, t: Tensor, *place) -> Tensor:
+        if self._cancelled.is_set():
+            raise Cancelled
+        self.last = (x_t, t)
+        return self._student.x0(x_t, t, *place)
 
 
 class StreamSession:
     """Student, codec and text encoder playing prompts chunk by chunk, in memory that does not grow with length."""
 
     def __init__(
-        self, student: Student, codec: Codec, text_encoder: TextEncoder, schedule: Schedule, geometry: Geometry
+        self,
+        student: Student,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        schedule: Schedule,
+        geometry: Geometry,
+        *,
+        switch: str = "recache",
+        switch_chunks: int = 3,
     ):
         self.student, self.codec, self.text_encoder = student, codec, text_encoder
         self.schedule, self.geometry = schedule, geometry
+        self.switch, self.switch_chunks = switch, switch_chunks
         weight = student.model.patch_embedding.weight  # other weights may be kept in float32
         self.device, self.dtype = weight.device, weight.dtype
         self.chunk = 0  # the next one to be made
+        self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
         self._cache_batch = 0
         self._playing: object | None = None  # stands for the newest play()
+        self._cancelled = threading.Event()
+        self._track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.model.text_kv)
 
     def play(
         self, prompts: str | Sequence[str], seeds: int | Sequence[int] = 0, num_chunks: int | None = None
@@ -65,23 +108,93 @@ class StreamSession:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
         assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
+        self._cancelled.clear()
         self._playing = playing = object()
         timer = SpanTimer(self.device)
         self._start(prompts, seeds, num_chunks)
         timer.mark("text")
+        yield from self._run(playing, num_chunks, timer)
+
+    def resume(self, num_chunks: int | None = None) -> Iterator[ChunkResult]:
+        """Go on from where the stream stands: after `restore`, `cancel`, or the end of `play`."""
+        assert self._cache is not None, "nothing has been played"
+        self._cancelled.clear()
+        self._playing = playing = object()
+        yield from self._run(playing, num_chunks, SpanTimer(self.device))
+
+    def say(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
+        """Change the prompt from the next chunk on: one for all streams, or one each (None: as it was).
+
+        switch: recache, blend or cut (pipeline/switch.py); None = the session's. UserError for what is no prompt.
+        """
+        assert self._cache is not None, "nothing is played"
+        self._track.say(prompts, switch or self.switch, self.switch_chunks)
+
+    def reseed(self, seeds: int | Sequence[int]) -> None:
+        """Draw the noise of the next chunks from other seeds: another branch of the same past."""
+        old = self._noise.seeds
+        seeds = [seeds] * len(old) if isinstance(seeds, int) else list(seeds)
+        assert len(seeds) == len(old), f"{len(seeds)} seeds for {len(old)} streams"
+        self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
+
+    def cancel(self) -> None:
+        """End the running `play` or `resume` before its next step. The chunk it was at is made again by `resume`."""
+        self._cancelled.set()
+
+    def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
+        """All that the stream carries between chunks; the cache, which is most of it, copied to `device`."""
+        assert self._cache is not None, "nothing has been played"
+        return Snapshot(
+            identity=identity(self.student.model, self.geometry),
+            chunk=self.chunk,
+            seeds=self._noise.seeds,
+            text=self._track.state,
+            cache=self._cache.snapshot(device),
+            passes=dict(self._recall.slots),
+            decoder=self._decoder.snapshot(),
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to `snapshot`, of this session or of another with the same weights; `resume` goes on from there.
+
+        Chunks made from here are bit by bit those that were made then. UserError for another model's snapshot.
+        """
+        snapshot.check(identity(self.student.model, self.geometry))
+        self._playing = None
+        batch = len(snapshot.seeds)
+        if self._cache is None or self._cache_batch != batch:
+            self._prepare_cache(batch, None)
+        self._cache.restore(snapshot.cache)
+        self._recall = Recall(self.geometry)
+        self._recall.slots = dict(snapshot.passes)
+        self._decoder = self.codec.stream()
+        self._decoder.restore(snapshot.decoder)
+        self._noise = NoiseSource(snapshot.seeds, self.geometry, self.device, torch.float32)
+        self._track.forget()
+        self._track.state = snapshot.text
+        self.chunk, self._blended = snapshot.chunk, -1
+
+    def _run(self, playing: object, num_chunks: int | None, timer: SpanTimer) -> Iterator[ChunkResult]:
+        """Chunks from where the stream stands, until the count is reached or `cancel` is called."""
         for _ in count() if num_chunks is None else range(num_chunks):
             if self._playing is not playing:
                 raise RuntimeError("a newer stream of this session has begun; play one at a time, or a list as a batch")
-            yield self._next(timer)
+            try:
+                result = self._next(timer)
+            except Cancelled:
+                return
+            yield result
             timer = SpanTimer(self.device)
 
     @torch.no_grad()
     def _start(self, prompts: list[str], seeds: list[int], num_chunks: int | None) -> None:
-        self.chunk = 0
-        self._text = self.student.model.text_kv(self.text_encoder(prompts).to(self.dtype))
+        self.chunk, self._blended = 0, -1
+        self._track.start(prompts)
         # latents stay float32 between steps, whatever the network computes in
         self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
         self._decoder = self.codec.stream()
+        self._recall = Recall(self.geometry)
         self._prepare_cache(len(prompts), num_chunks)
 
     def _prepare_cache(self, batch: int, num_chunks: int | None) -> None:
@@ -107,22 +220,44 @@ class StreamSession:
     def _next(self, timer: SpanTimer) -> ChunkResult:
         """Denoise, leave the context, decode: everything is queued, nothing is waited for."""
         chunk, row = self.chunk, self.schedule.row(self.chunk)
+        student = _Watched(self.student, self._cancelled)
+        text = self._text_of_next(student, timer)
 
         def renoise(step: int) -> Tensor:
             timer.mark(f"step {step - 1}")
             return self._noise.renoise(chunk, step)
 
-        place = {"cache": self._cache, "chunk": chunk, "text": self._text}
-        latents = denoise_chunk(self.student, self._noise.initial(chunk), row, renoise=renoise, **place)
+        place = {"cache": self._cache, "chunk": chunk, "text": text}
+        latents = denoise_chunk(student, self._noise.initial(chunk), row, renoise=renoise, **place)
         timer.mark(f"step {len(row) - 1}")
         level = self.schedule.context_timestep(chunk)
         if level is not None:
-            leave_context(self.student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
+            leave_context(student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
             timer.mark("context")
+        self._recall.keep(Pass(chunk, *student.last))
+        self._renew_sink(chunk)
         frames = to_host(to_frames(self._decoder.decode(latents)))
         timer.mark("decode")
         self.chunk += 1
-        return ChunkResult(chunk, latents, frames, timer)
+        return ChunkResult(chunk, latents, frames, timer, self._track.state.prompts)
+
+    def _text_of_next(self, student: _Watched, timer: SpanTimer):
+        """Keys of the text that the next chunk is made under; the past is made to fit it where that is due."""
+        before = self._track.state
+        state = self._track.advance(blend=self.chunk != self._blended)
+        self._blended = self.chunk
+        if state.stale:
+            self._recall.recache(student, self._cache, state.kv)
+            self._track.recached()
+        if state is not before:
+            timer.mark("text")
+        return state.kv
+
+    def _renew_sink(self, chunk: int) -> None:
+        """Where the schedule has started again, its first chunks become the sink, and the old sink joins the ring."""
+        phase = self.schedule.phase(chunk)
+        if phase < self.geometry.sink_chunks and chunk >= max(self.geometry.sink_chunks, self.schedule.restart_every):
+            self._recall.swap(self._cache, phase, slot(self.geometry, chunk))
 
 
 def to_frames(pixels: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Prompts that change while a stream runs, and how the past is made to fit the new one.
+
+Three ways, `stream.switch`, each from the next chunk on:
+
+    cut       the new text at once; the window keeps keys that were computed under the old text
+    blend     embeddings go from the old text to the new one in equal steps over `stream.switch_chunks` chunks
+    recache   the new text at once, and the window is run again under it (LongLive, arXiv 2509.22622)
+
+LongLive recaches clean latents in one pass over the whole window, which attends in both directions. Here the passes
+that left the window's keys are made again, chunk by chunk and in order: same noisy inputs, same timesteps, so the same
+noise level as the context policy wants, and no chunk sees a later one. Under the same text this gives back the very
+same cache, bit by bit, as long as nothing has been evicted (tests/test_session.py); afterwards a chunk misses those of
+its predecessors that are gone.
+
+Legend: B streams, f latent frames a chunk; inputs `[B, f, C, H, W]`; text `[B, text tokens, dim]`.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import SWITCHES
+from model.cache import StreamCache, slot
+from model.causal_wan import TextKV
+from model.denoiser import Student
+from utils.prompts import check_prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The pass that left a chunk's keys: its input and timestep."""
+
+    chunk: int
+    x_t: Tensor  # [B, f, C, H, W]
+    t: Tensor  # [B]
+
+
+class Recall:
+    """The passes by which the cache's slots were written, so that they can be made again."""
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        self.slots: dict[int, Pass] = {}
+
+    def keep(self, done: Pass) -> None:
+        """`done` has written its chunk's slot."""
+        self.slots[slot(self.geometry, done.chunk)] = done
+
+    @torch.no_grad()
+    def recache(self, student: Student, cache: StreamCache, text: TextKV) -> None:
+        """Write all slots again under `text`, oldest chunk first. If it is broken off, call it again."""
+        order = sorted(self.slots, key=lambda i: self.slots[i].chunk)
+        for position, i in enumerate(order):  # a chunk sees a prefix of the slots, so they are filled from the left
+            done = self.slots[i]
+            start_frame = done.chunk * self.geometry.chunk_frames
+            student.x0(done.x_t, done.t, text, cache.rewrite(position), start_frame)
+        cache.permute([order.index(i) for i in range(len(order))])
+
+    def swap(self, cache: StreamCache, a: int, b: int) -> None:
+        """Exchange two slots."""
+        order = list(range(len(self.slots)))
+        order[a], order[b] = b, a
+        cache.permute(order)
+        self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
+
+
+@dataclass(frozen=True, eq=False)
+class TextState:
+    """Text of the chunk that comes next, and where a blend stands."""
+
+    prompts: tuple[str, ...]
+    raw: Tensor  # [B, text tokens, dim], what `kv` was made of
+    kv: TextKV
+    target: Tensor  # the embedding that a blend ends at
+    left: int = 0  # chunks until it does
+    stale: bool = False  # the cache still has to be made again
+
+
+class PromptTrack:
+    """The text of each chunk. `say` may be called from any thread; all else belongs to the one that plays."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], Tensor], text_kv: Callable[[Tensor], TextKV]):
+        self._encode, self._text_kv = encode, text_kv
+        self._said: deque[tuple[tuple[str | None, ...], str, int]] = deque()
+        self.state: TextState
+
+    def start(self, prompts: Sequence[str]) -> None:
+        """Forget what was said and begin with `prompts`."""
+        self._said.clear()
+        raw = self._encode(list(prompts))
+        self.state = TextState(tuple(prompts), raw, self._text_kv(raw), raw)
+
+    def say(self, prompts: str | Sequence[str | None], switch: str, chunks: int) -> None:
+        """New prompts for the next chunk: one for all streams, or one each with None where nothing changes."""
+        if switch not in SWITCHES:
+            raise UserError(f"switch={switch} is unknown; use one of {', '.join(SWITCHES)}")
+        streams = len(self.state.prompts)
+        prompts = (prompts,) * streams if isinstance(prompts, str) else tuple(prompts)
+        if len(prompts) != streams:
+            raise UserError(f"{len(prompts)} new prompts were given for {streams} streams; give one, or one a stream")
+        for prompt in prompts:
+            if prompt is not None:
+                check_prompt(prompt)
+        self._said.append((prompts, switch, chunks))
+
+    def forget(self) -> None:
+        """Drop what was said and has not come in."""
+        self._said.clear()
+
+    def advance(self, blend: bool = True) -> TextState:
+        """Before each chunk: take in what was said, and take one step of a blend (not for a chunk made again)."""
+        while self._said:
+            new, switch, chunks = self._said.popleft()
+            self._take_in(new, switch, chunks)
+        state = self.state
+        if state.left and blend:
+            raw = torch.lerp(state.raw, state.target, 1.0 / state.left) if state.left > 1 else state.target
+            self.state = replace(state, raw=raw, kv=self._text_kv(raw), left=state.left - 1)
+        return self.state
+
+    def recached(self) -> None:
+        """The cache fits the text again."""
+        self.state = replace(self.state, stale=False)
+
+    def _take_in(self, new: tuple[str | None, ...], switch: str, chunks: int) -> None:
+        old = self.state
+        prompts = tuple(before if now is None else now for before, now in zip(old.prompts, new, strict=True))
+        target = self._encode(list(prompts))
+        if switch == "blend":
+            self.state = replace(old, prompts=prompts, target=target, left=chunks)
+        else:
+            stale = switch == "recache" or old.stale
+            self.state = TextState(prompts, target, self._text_kv(target), target, stale=stale)

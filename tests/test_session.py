@@ -1,0 +1,271 @@
+"""Sessions that are driven: new prompts, snapshots, branches, cancelling, restarts, endless positions."""
+
+import dataclasses
+from itertools import islice
+
+import pytest
+import torch
+from conftest import random_student
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+from configs.errors import UserError
+from configs.schema import ScheduleConfig, StreamConfig
+from model.cache import StreamCache
+from model.causal_wan import FrameRotary, _rotate
+from model.codec import WanCodec
+from model.schedule import Schedule
+from pipeline.stream import StreamSession
+
+PROMPT, OTHER, THIRD = "a red circle moves right", "a blue square moves up", "a green triangle moves down slowly"
+
+
+@pytest.fixture
+def make(tiny_student, tiny_vae, tiny_text_encoder, tiny_geometry):
+    """A session; keywords go to `stream` of the configuration, or to the session."""
+
+    def session(student=tiny_student, geometry=tiny_geometry, switch="recache", **stream) -> StreamSession:
+        schedule = Schedule.from_config(ScheduleConfig(steps="322"), StreamConfig(**stream))
+        codec = WanCodec(tiny_vae)
+        return StreamSession(student, codec, tiny_text_encoder, schedule, geometry, switch=switch)
+
+    return session
+
+
+def same(a, b) -> bool:
+    return all(
+        torch.equal(x.latents, y.latents) and torch.equal(x.frames, y.frames) and x.chunk == y.chunk
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("context", ["last_step", "clean", "renoise"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_restored_stream_is_the_same_bit_by_bit(make, context, at):
+    session = make(context=context, context_timestep=200.0)
+    playing = session.play([PROMPT, OTHER], [3, 4])
+    list(islice(playing, at - 1))
+    session.say([None, THIRD], switch="blend")
+    next(playing)  # the snapshot is taken in the middle of a blend
+    here = session.snapshot("cpu")
+    first = list(islice(playing, 4))
+    session.restore(here)
+    assert same(first, session.resume(4))
+    session.restore(here)
+    session.say(PROMPT)
+    session.reseed(9)
+    other = next(session.resume(1))
+    assert not torch.equal(other.latents, first[0].latents), "another branch"
+    session.restore(here)
+    assert same(first, session.resume(4)), "a snapshot serves any number of times"
+
+
+def test_a_snapshot_moves_to_a_fresh_session(make):
+    session = make()
+    playing = session.play(PROMPT, 1)
+    list(islice(playing, 5))
+    here = session.snapshot()
+    assert same(list(islice(playing, 3)), resumed(make(), here, 3))
+
+
+def resumed(session: StreamSession, snapshot, chunks: int) -> list:
+    session.restore(snapshot)
+    return list(session.resume(chunks))
+
+
+def test_a_snapshot_of_another_model_is_refused(make, tiny_geometry):
+    session = make()
+    list(session.play(PROMPT, 0, 1))
+    here = session.snapshot()
+    wider = dataclasses.replace(tiny_geometry, width=64)
+    for stranger in (make(student=random_student(seed=5)), make(geometry=wider)):
+        with pytest.raises(UserError, match="another model or size"):
+            stranger.restore(here)
+
+
+def test_recaching_under_the_same_text_changes_nothing_while_nothing_is_evicted(make):
+    session = make(context="last_step")
+    list(session.play(PROMPT, 0, 4))  # fills the window
+    before = session.snapshot().cache
+    session._recall.recache(session.student, session._cache, session._track.state.kv)
+    after = session.snapshot().cache
+    assert all(torch.equal(a, b) for a, b in zip(before.keys + before.values, after.keys + after.values, strict=True))
+
+
+@pytest.mark.parametrize("chunks", [2, 7])
+def test_recaching_is_what_a_fresh_cache_fed_with_the_same_inputs_holds(make, chunks, tiny_geometry):
+    session = make()
+    list(session.play(PROMPT, 0, chunks))
+    passes = sorted(session._recall.slots.values(), key=lambda p: p.chunk)
+    assert [p.chunk for p in passes] == tiny_geometry.visible_chunks(chunks - 1)
+    model, text = session.student.model, session._track._text_kv(session.text_encoder([OTHER]))
+    network = model.config
+    size = (network.num_layers, 1, network.num_attention_heads, network.attention_head_dim)
+    naive = StreamCache(*size, tiny_geometry, device="cpu", dtype=torch.float32)
+    for position, done in enumerate(passes):
+        model(done.x_t, done.t, text, view=naive.begin(position), start_frame=3 * done.chunk)
+    session.say(OTHER)
+    session._text_of_next(session.student, _NoTimer())
+    tokens = tiny_geometry.tokens_per_chunk
+    for layer in range(network.num_layers):
+        for i, done in session._recall.slots.items():
+            position = passes.index(done)
+            ours = session._cache._keys[layer][:, i * tokens : (i + 1) * tokens]
+            assert torch.equal(ours, naive._keys[layer][:, position * tokens : (position + 1) * tokens])
+
+
+class _NoTimer:
+    def mark(self, name: str) -> None: ...
+
+
+@pytest.mark.parametrize("switch", ["recache", "blend", "cut"])
+def test_a_new_prompt_takes_effect_at_the_next_chunk_and_not_before(make, switch):
+    plain = list(make().play(PROMPT, 2, 6))
+    session = make(switch=switch)
+    session.switch_chunks = 2
+    playing = session.play(PROMPT, 2, 6)
+    start = list(islice(playing, 3))
+    session.say(OTHER)
+    rest = list(playing)
+    assert same(plain[:3], start)
+    assert not torch.equal(rest[0].latents, plain[3].latents)
+    assert [r.prompts for r in start + rest] == [(PROMPT,)] * 3 + [(OTHER,)] * 3
+    assert torch.equal(session._track.state.raw, session.text_encoder([OTHER])), "a blend arrives"
+
+
+def test_a_blend_goes_in_equal_steps(make):
+    session = make(switch="blend")
+    playing = session.play(PROMPT, 2)
+    next(playing)
+    session.say(OTHER)
+    a, b = session.text_encoder([PROMPT]), session.text_encoder([OTHER])
+    for share in (1 / 3, 2 / 3, 1.0, 1.0):
+        next(playing)
+        assert torch.allclose(session._track.state.raw, a + share * (b - a), atol=1e-6)
+
+
+def test_streams_of_a_batch_change_one_by_one_and_as_they_would_alone(make):
+    session = make()
+    playing = session.play([PROMPT, PROMPT], [1, 2], 4)
+    list(islice(playing, 2))
+    session.say([None, OTHER])
+    both = torch.cat([r.latents for r in playing], 1)
+    for i, said in enumerate([None, OTHER]):
+        alone = make()
+        one = alone.play(PROMPT, i + 1, 4)
+        list(islice(one, 2))
+        if said:
+            alone.say(said)
+        assert torch.allclose(torch.cat([r.latents for r in one], 1)[0], both[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", ["", "x\0y", ["a", "b", "c"], "y" * 20_000])
+def test_a_bad_prompt_is_refused_and_the_stream_goes_on(make, bad):
+    session = make()
+    playing = session.play(PROMPT, 2, 3)
+    first = [next(playing)]
+    with pytest.raises(UserError):
+        session.say(bad)
+    with pytest.raises(UserError, match="switch=fade"):
+        session.say(OTHER, switch="fade")
+    assert same(first + list(playing), make().play(PROMPT, 2, 3))
+
+
+class Counting:
+    """A student that cancels its session during pass number `at`."""
+
+    def __init__(self, student, at: int):
+        self.student, self.model, self.at, self.calls, self.session = student, student.model, at, 0, None
+
+    def x0(self, *args):
+        self.calls += 1
+        if self.calls == self.at:
+            self.session.cancel()
+        return self.student.x0(*args)
+
+
+@pytest.mark.parametrize("at", [1, 5, 14, 16])
+def test_cancel_ends_before_the_next_step_and_the_chunk_can_be_made_again(make, tiny_student, at):
+    plain = list(make().play(PROMPT, 0, 8))
+    student = Counting(tiny_student, at)
+    session = student.session = make(student=student)
+    made = list(session.play(PROMPT, 0, 8))
+    assert student.calls == at and len(made) < 8
+    assert same(made + list(session.resume(8 - len(made))), plain)
+
+
+def test_cancel_during_recaching_leaves_nothing_half_done(make, tiny_student):
+    def play(session):
+        playing = session.play(PROMPT, 0, 8)
+        made = list(islice(playing, 6))
+        session.say(OTHER)
+        return made + list(playing)
+
+    plain = play(make())
+    student = Counting(tiny_student, 3 + 5 * 2 + 2)  # six chunks, then the second of four passes
+    session = student.session = make(student=student)
+    made = play(session)
+    assert len(made) == 6
+    assert same(made + list(session.resume(2)), plain)
+
+
+def test_restarting_gives_the_first_rows_again_and_a_new_sink(make):
+    session = make(restart_every=5)
+    assert [len(session.schedule.row(k)) for k in range(11)] == [3, 2, 2, 2, 2, 3, 2, 2, 2, 2, 3]
+    assert session.schedule.nfe(10) == 22 and "starts again every 5 chunks" in str(session.schedule)
+    assert Schedule.from_dict(session.schedule.to_dict()) == session.schedule
+    held = []
+    for _ in islice(session.play(PROMPT, 0), 13):
+        held.append({i: p.chunk for i, p in session._recall.slots.items()})
+    assert [h[0] for h in held] == [0] * 5 + [5] * 5 + [10] * 3
+    assert set(held[-1].values()) == {10, 11, 12, 5}, "the old sink is evicted like any chunk"
+    assert all(len(h) <= 4 for h in held)
+    one, other = make(restart_every=5), make()
+    five = list(one.play(PROMPT, 0, 5))
+    assert same(five, other.play(PROMPT, 0, 5)), "the same until then"
+
+
+def test_the_cache_follows_the_swap_of_a_restart(make, tiny_geometry):
+    """The new sink's keys are those that its own pass wrote, found by making that pass again."""
+    session = make(restart_every=5)
+    list(session.play(PROMPT, 0, 6))
+    tokens, sink = tiny_geometry.tokens_per_chunk, session._recall.slots[0]
+    held = session._cache._keys[0][:, :tokens].clone()
+    model = session.student.model
+    network = model.config
+    size = (network.num_layers, 1, network.num_attention_heads, network.attention_head_dim)
+    alone = StreamCache(*size, tiny_geometry, device="cpu", dtype=torch.float32)
+    model(sink.x_t, sink.t, session._track.state.kv, view=alone.begin(0), start_frame=15)
+    assert sink.chunk == 5
+    assert torch.equal(held, alone._keys[0][:, :tokens]), "the first layer's keys depend on the chunk alone"
+
+
+def test_what_a_long_stream_holds_does_not_grow(make):
+    session = make()
+    sizes = set()
+    for i, _ in enumerate(islice(session.play(PROMPT, 0), 12)):
+        if i >= 4:
+            here = session.snapshot()
+            sizes.add((here.cache.bytes, len(here.passes), sum(p.x_t.nbytes for p in here.passes.values())))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("start", [0, 1024, 2400, 1_000_000])
+def test_attention_depends_on_distance_alone_however_long_the_stream(start):
+    rotary, frames = FrameRotary(128), 12
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, frames * 4, 1, 128, generator=g)
+
+    def scores(first: int) -> torch.Tensor:
+        turned = [_rotate(x, rotary(torch.arange(first, first + frames), 2, 2)) for x in (q, k)]
+        return torch.einsum("blhd,bmhd->blm", *turned)
+
+    assert torch.allclose(scores(start), scores(0), atol=3e-5)
+
+
+def test_positions_are_the_base_tables_where_it_has_them():
+    """Up to index 1,023 ours are diffusers' own angles."""
+    theirs = WanRotaryPosEmbed(128, (1, 2, 2), 1024)
+    cos, sin = theirs(torch.zeros(1, 16, 1024, 4, 4))
+    ours = FrameRotary(128)(torch.arange(1024), 2, 2)
+    for mine, base in zip(ours, (cos, sin), strict=True):
+        assert torch.allclose(mine, base[..., ::2], atol=1e-6)
