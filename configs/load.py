@@ -107,6 +107,9 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
+SWITCHED = ("compile", "cuda_graphs")  # keys that know the words `on` and `off`
+
+
 def _check(values: dict, section: type, prefix: str) -> dict:
     """`values` with empty sections dropped and chunk numbers made integers; refuses keys that `section` lacks."""
     hints = typing.get_type_hints(section)
@@ -124,6 +127,8 @@ def _check(values: dict, section: type, prefix: str) -> dict:
             value = _check(value, hints[key], f"{name}.")
         elif isinstance(value, dict) and typing.get_args(hints[key])[:1] == (int,):
             value = {int(k) if str(k).isdecimal() else k: v for k, v in value.items()}
+        elif isinstance(value, bool) and key in SWITCHED:
+            value = "on" if value else "off"  # as it was written: YAML takes these words for truth values
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} is not a finite number; give a finite one")
         checked[key] = value

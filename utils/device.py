@@ -37,7 +37,10 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that computes in it, else float32. Otherwise one of `DTYPES`."""
+    """`auto`: bfloat16 on a GPU that computes in it, else float32; `fp8`: bfloat16, around its linears' float8.
+    Otherwise one of `DTYPES`."""
+    if name == "fp8":
+        return torch.bfloat16
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32

@@ -12,7 +12,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 # attention kernel -> modules that bring it; torch's own need none
-KERNELS = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "flash_attn_3", "fa3_fwd")}
+KERNELS = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "fa3_fwd_interface")}
 CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}  # oldest driver of each CUDA, on Linux
 
 

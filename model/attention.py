@@ -1,0 +1,104 @@
+"""Which attention kernel runs where, and one call for all of them.
+
+    q  [B, Lq, heads, head_dim]     k, v  [B, Lk, heads, head_dim]     ->  [B, Lq, heads, head_dim]
+
+A stream has two kinds of attention: to the past (thousands to tens of thousands of keys) and to the text (512 keys).
+On Hopper FlashAttention-3 is the fastest for the first and cuDNN for the second, by measurement; `auto` goes by that.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from configs.errors import UserError
+from utils import machine
+
+FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")  # built from source; wheel `fa3-fwd`
+BACKENDS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+AMPERE, HOPPER = (8, 0), (9, 0)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernel of each kind of attention, and why these."""
+
+    past: str  # of self-attention, whose keys are the visible chunks
+    text: str  # of cross-attention
+    why: str
+
+    def __str__(self) -> str:
+        return f"attention to the past: {self.past}, to the text: {self.text} ({self.why})"
+
+
+def pick_kernels(name: str, capability: tuple[int, int] | None, installed: Collection[str]) -> Kernels:
+    """Kernels for `inference.attention`=name on a GPU of that compute capability (None: a CPU).
+
+    installed: names as `utils.machine.kernels` gives them.
+    Raises UserError for a kernel that is not installed or that the device cannot run.
+    """
+    if name == "auto":
+        return _auto(capability, installed)
+    if capability is None and name != "sdpa":
+        raise UserError(f"inference.attention={name} needs a GPU and this device is none; use auto or sdpa")
+    if name in ("fa2", "fa3") and name not in installed:
+        package = "flash-attn" if name == "fa2" else "fa3-fwd"
+        raise UserError(f"inference.attention={name} is not installed; `pip install {package}`, or use auto")
+    if name == "fa3" and (capability is None or capability[0] != HOPPER[0]):
+        raise UserError("inference.attention=fa3 runs on Hopper GPUs only (compute capability 9); use auto")
+    return Kernels(name, "cudnn" if name == "fa3" else name, "as configured")
+
+
+def _auto(capability: tuple[int, int] | None, installed: Collection[str]) -> Kernels:
+    if capability is None:
+        return Kernels("sdpa", "sdpa", "no GPU")
+    generation = f"compute capability {capability[0]}.{capability[1]}"
+    if capability[0] == HOPPER[0] and "fa3" in installed:
+        return Kernels("fa3", "cudnn", f"{generation}, FlashAttention-3 is installed")
+    if capability >= HOPPER:
+        return Kernels("cudnn", "cudnn", f"{generation}, FlashAttention-3 is not installed")
+    if capability >= AMPERE:
+        return Kernels("flash", "flash", generation)
+    return Kernels("sdpa", "sdpa", generation)
+
+
+def here(device: torch.device) -> tuple[tuple[int, int] | None, list[str]]:
+    """Compute capability of `device` and the kernels that are installed."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return capability, machine.kernels()
+
+
+def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v by the kernel of that name."""
+    if kernel == "fa3":
+        return _first(_fa3()(q, k, v))
+    if kernel == "fa2":
+        return _fa2()(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    backend = BACKENDS[kernel]
+    if backend is None:
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Some builds of FlashAttention-3 give the softmax's normaliser as well."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@cache
+def _fa3() -> Callable[..., Tensor]:
+    found = next(name for name in FA3_MODULES if importlib.util.find_spec(name))
+    return importlib.import_module(found).flash_attn_func
+
+
+@cache
+def _fa2() -> Callable[..., Tensor]:
+    return importlib.import_module("flash_attn").flash_attn_func

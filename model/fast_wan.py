@@ -1,0 +1,331 @@
+"""The causal student made fast for streaming, from outside: `optimise(student, plan)`.
+
+A step is cut where its shapes stop being the same for every chunk. Between the cuts nothing depends on the cache, so
+that three functions are compiled once each and serve every block and every chunk:
+
+    enter   norm, modulation, fused QKV, rotary; writes keys and values straight into the chunk's slot -> q
+            .. attention to the visible slots (a kernel of its own, any number of keys)
+    cross   output projection, gate, norm, query of the text -> x, q
+            .. attention to the text
+    leave   output projection, norm, modulation, feed-forward, gate -> x
+
+Around them CUDA graphs: one for each cache state, that is each pair (slot written, slots visible). A bounded window has
+window + ring - 1 of them however long the stream is; `cache_states` lists them. A state runs as it is the first time,
+is captured the second, and replayed from then on. Nothing here waits for the GPU.
+
+Same algebra and roundings as model/causal_wan.py; what differs is the order of sums within fused kernels.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import InferenceConfig
+from model import fp8
+from model.attention import Kernels, attend, here, pick_kernels
+from model.cache import StreamLayer, StreamView, View, slot, visible
+from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _gate, _modulate, _rotate
+from model.denoiser import Student, as_timestep
+from model.flow import x0_from_v
+from utils.logs import get_logger
+
+log = get_logger(__name__)
+
+MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; those beyond run without a graph
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # work over fixed buffers, which has run once -> its replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastPlan:
+    """What is done to a student, in this order."""
+
+    kernels: Kernels
+    fuse_qkv: bool = True
+    fp8: str | None = None  # how numbers are scaled: row, tensor; None = linears stay as they are
+    fp8_keep: tuple[int, ...] = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
+    fused_gelu: bool = False  # GELU inside the matrix product
+    compile: bool = False
+    cuda_graphs: bool = False
+
+    @classmethod
+    def from_config(cls, config: InferenceConfig, device: torch.device) -> "FastPlan":
+        """The plan that `config` asks for on `device`; `auto` is all of it on a GPU, nothing on a CPU.
+
+        Raises UserError for what cannot be done here.
+        """
+        gpu = device.type == "cuda"
+        triton = importlib.util.find_spec("triton") is not None
+        if config.precision == "fp8":
+            fp8.check_fp8(device)
+        if config.cuda_graphs == "on" and not gpu:
+            raise UserError(f"inference.cuda_graphs=on needs a GPU and device={device} is none; use auto")
+        if config.compile == "blocks" and gpu and not triton:
+            raise UserError("inference.compile=blocks needs triton, which is not installed; use inference.compile=off")
+        return cls(
+            kernels=pick_kernels(config.attention, *here(device)),
+            fp8=config.fp8_scaling if config.precision == "fp8" else None,
+            fused_gelu=config.fused_gelu and gpu,
+            compile=config.compile == "blocks" or (config.compile == "auto" and gpu and triton),
+            cuda_graphs=config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and gpu),
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.compile or self.cuda_graphs or self.fp8)
+
+
+@torch.no_grad()
+def optimise(student: Student, plan: FastPlan) -> "FastStudent":
+    """Do to `student` what `plan` says, in place, and return it in its fast form. It cannot be trained afterwards.
+
+    Projections with adapters on them (LoRA that is not merged) are left as they are.
+    """
+    model = student.model
+    log.info(str(plan.kernels))
+    if plan.fuse_qkv:
+        for block in model.blocks:
+            fuse(block.attn1)
+    if plan.fp8:
+        kept = {i % len(model.blocks) for i in plan.fp8_keep}
+        names = [fp8.convert(block, plan.fp8) for i, block in enumerate(model.blocks) if i not in kept]
+        log.info(f"float8: {sum(map(len, names))} linears in {len(names)} of {len(model.blocks)} blocks")
+    return FastStudent(model, plan)
+
+
+def fuse(attn: nn.Module) -> None:
+    """One matrix product for q, k and v of self-attention, in place of three; theirs are let go."""
+    parts = (attn.to_q, attn.to_k, attn.to_v)
+    if attn.fused_projections or any(type(part) is not nn.Linear for part in parts):
+        return
+    attn.fuse_projections()
+    del attn.to_q, attn.to_k, attn.to_v
+
+
+def cache_states(geometry: Geometry, num_chunks: int) -> list[tuple[int, int]]:
+    """(slot written, slots visible) of the chunks of a stream, each pair once, in the order in which they come up."""
+    return list(dict.fromkeys((slot(geometry, k), visible(geometry, k)) for k in range(num_chunks)))
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def enter(block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor):
+    """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
+    attn = block.attn1
+    shift, scale = _table(block, modulation)[:2]
+    y = _modulate(block.norm1(x.float()), shift, scale).type_as(x)
+    if attn.fused_projections:
+        q, k, v = attn.to_qkv(y).chunk(3, dim=-1)
+    else:
+        q, k, v = attn.to_q(y), attn.to_k(y), attn.to_v(y)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+    k_slot.copy_(_rotate(k, rotation))
+    v_slot.copy_(v)
+    return _rotate(q, rotation).type_as(v)
+
+
+def cross(block: CausalWanBlock, x: Tensor, modulation: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, L, D] and what self-attention saw [B, L, heads, head_dim] -> x, queries of the text."""
+    attn = block.attn2
+    gate = _table(block, modulation)[2]
+    x = (x.float() + _gate(block.attn1.to_out[0](seen.flatten(2, 3)), gate)).type_as(x)
+    y = block.norm2(x.float()).type_as(x)
+    return x, attn.norm_q(attn.to_q(y)).type_as(x).unflatten(2, (attn.heads, -1))
+
+
+def leave(block: CausalWanBlock, x: Tensor, modulation: Tensor, read: Tensor, fused_gelu: bool) -> Tensor:
+    """x [B, L, D] and what the text said [B, L, heads, head_dim] -> x."""
+    shift, scale, gate = _table(block, modulation)[3:]
+    x = x + block.attn2.to_out[0](read.flatten(2, 3))
+    y = _modulate(block.norm3(x.float()), shift, scale).type_as(x)
+    wide, _, narrow = block.ffn.net
+    if fused_gelu and type(wide.proj) is nn.Linear:
+        y = narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias))
+    else:
+        y = narrow(wide(y))
+    return (x.float() + _gate(y.float(), gate)).type_as(x)
+
+
+def _table(block: CausalWanBlock, modulation: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale, gate, and those of the feed-forward: each [B, 1 or F, 1, D], float32."""
+    return (block.scale_shift_table + modulation.float()).unsqueeze(3).unbind(2)
+
+
+@torch.library.custom_op("diagonal::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x w^T + b), tanh approximation; on a GPU in the epilogue of the product, whose result is rounded once."""
+    if not x.is_cuda:
+        return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
+    rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], -1)
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
+    """Latents [B, F, C, H, W] -> tokens [B, L, D]: the patch embedding as one matrix product."""
+    conv = model.patch_embedding
+    _, p, q = model.config.patch_size
+    cells = rearrange(latents.to(conv.weight.dtype), "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+    return functional.linear(cells, conv.weight.flatten(1), conv.bias)
+
+
+def head(model: CausalWanModel, x: Tensor, temb: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Tokens [B, L, D] -> x0 [B, F, C, H, W]."""
+    _, p, q = model.config.patch_size
+    frames, height, width = x_t.shape[1], x_t.shape[3] // p, x_t.shape[4] // q
+    shift, scale = (model.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
+    y = model.proj_out(_modulate(model.norm_out(x.float()), shift, scale).type_as(x))
+    v = rearrange(y, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=p, q=q)
+    return x0_from_v(x_t, v, t)
+
+
+class FastStep:
+    """x0 of a chunk, through the functions above, compiled or not."""
+
+    def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
+        self.model, self.plan = model, plan
+        parts = (patches, enter, cross, leave, head)
+        if plan.compile:
+            parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
+        self._patches, self._enter, self._cross, self._leave, self._head = parts
+
+    def __call__(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]):
+        model, kernels = self.model, self.plan.kernels
+        x = self._patches(model, x_t)
+        temb, modulation = model._embed_time(t, x.dtype)
+        for block, past, (k, v) in zip(model.blocks, layers, text, strict=True):
+            own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
+            q = self._enter(block, x, modulation, rotation, past.keys[:, own], past.values[:, own])
+            x, q = self._cross(block, x, modulation, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
+            x = self._leave(block, x, modulation, attend(kernels.text, q, k, v), self.plan.fused_gelu)
+        return self._head(model, x, temb, x_t, t)
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+class FastStudent(Student):
+    """A student whose steps of a stream are fast; whatever else is asked of it goes the plain way."""
+
+    def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
+        super().__init__(model)
+        self.plan, self.step = plan, FastStep(model, plan, backend)
+        self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
+        self._bound: GraphBook | None = None
+        self._rotation: tuple[tuple, Rotation] | None = None
+
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs captured for the present cache."""
+        return len(self._bound.replays) if self._bound else 0
+
+    def x0(
+        self,
+        x_t: Tensor,
+        t: float | Tensor,
+        text: TextKV | Tensor,
+        view: View | None = None,
+        start_frame: int = 0,
+        *,
+        mask: Mask | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x0 = x_t - sigma v."""
+        if torch.is_grad_enabled() or not isinstance(view, StreamView) or isinstance(text, Tensor):
+            return super().x0(x_t, t, text, view, start_frame, mask=mask, frame_ids=frame_ids)
+        x_t, t = x_t.contiguous(), as_timestep(t, x_t)  # other strides would be other kernels
+        layers = [view.layer(i) for i in range(len(self.model.blocks))]
+        rotation = self._rotary(x_t, start_frame, frame_ids)
+        if self.recorder is None:
+            return self.step(x_t, t, rotation, text, layers)
+        if self._bound is None or not self._bound.fits(x_t, t, text, layers):
+            self._bound = None  # let its memory go first
+            self._bound = GraphBook(self.step, self.recorder(), x_t, t, rotation, text, layers)
+        return self._bound.run(x_t, t, rotation, text, layers)
+
+    def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:
+        """cos and sin; the same tensors for every step of a chunk."""
+        _, p, q = self.model.config.patch_size
+        height, width = x_t.shape[3] // p, x_t.shape[4] // q
+        if frame_ids is not None:
+            return self.model.rope(frame_ids, height, width)
+        key = (start_frame, x_t.shape[1], height, width, x_t.device)
+        if self._rotation is None or self._rotation[0] != key:
+            ids = torch.arange(start_frame, start_frame + x_t.shape[1], device=x_t.device)
+            self._rotation = (key, self.model.rope(ids, height, width))
+        return self._rotation[1]
+
+
+class GraphBook:
+    """Graphs over one cache's buffers, by (first token written, tokens visible), and the inputs that they read."""
+
+    def __init__(self, step: FastStep, record: Record, x_t, t, rotation: Rotation, text: TextKV, layers):
+        self._step, self._record = step, record
+        self._x, self._t, self._out = x_t.clone(), t.clone(), torch.empty_like(x_t)
+        self._rotation = tuple(part.clone() for part in rotation)
+        self._text = [(k.clone(), v.clone()) for k, v in text]
+        self._source: tuple = (rotation, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
+        self._buffers = [(layer.keys, layer.values) for layer in layers]
+        self._tried: set[tuple[int, int]] = set()
+        self.replays: dict[tuple[int, int], Callable[[], None]] = {}
+
+    def fits(self, x_t: Tensor, t: Tensor, text: TextKV, layers: Sequence[StreamLayer]) -> bool:
+        """Whether these inputs have the shapes and the cache the buffers that the graphs know."""
+        return (
+            x_t.shape == self._x.shape
+            and x_t.dtype == self._x.dtype
+            and t.shape == self._t.shape
+            and text[0][0].shape == self._text[0][0].shape
+            and all(layer.keys is keys for layer, (keys, _) in zip(layers, self._buffers, strict=True))
+        )
+
+    def run(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:
+        """x0, in a tensor of its own."""
+        key = (layers[0].start, layers[0].end)
+        if key not in self._tried or (key not in self.replays and len(self.replays) >= MAX_GRAPHS):
+            self._tried.add(key)
+            return self._step(x_t, t, rotation, text, layers)
+        self._x.copy_(x_t)
+        self._t.copy_(t)
+        self._refresh(rotation, text)
+        if key not in self.replays:
+            self.replays[key] = self._record(lambda: self._fixed(layers))
+        self.replays[key]()
+        return self._out.clone()
+
+    def _fixed(self, layers: Sequence[StreamLayer]) -> None:
+        self._out.copy_(self._step(self._x, self._t, self._rotation, self._text, layers))
+
+    def _refresh(self, rotation: Rotation, text: TextKV) -> None:
+        old_rotation, old_text = self._source
+        if rotation is not old_rotation:
+            torch._foreach_copy_(list(self._rotation), list(rotation))
+        if text is not old_text:
+            torch._foreach_copy_([x for kv in self._text for x in kv], [x for kv in text for x in kv])
+        self._source = (rotation, text)
+
+
+class CudaRecorder:
+    """Captures work into CUDA graphs that share one pool of memory, for they never run side by side."""
+
+    def __init__(self):
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The replay of `work`. Capturing computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay

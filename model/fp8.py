@@ -1,0 +1,92 @@
+"""Linear layers in float8: weights kept in e4m3, inputs cast as they come, sums in float32, results in bfloat16.
+
+    y = (x / s_x) (w / s_w)^T  s_x s_w + b      s = amax / 448, so that the largest number is the format's largest
+
+scaling "row": s_x for each row of x (token), s_w for each row of w (output), which keeps one outlier from costing the
+others their digits; a row's amax lies in the kernel that made the row. "tensor": one number for each.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+TINY = 1e-12  # amax of a row of zeros
+ADA = (8, 9)  # first compute capability with float8 matrix units
+MULTIPLE = 16  # that _scaled_mm wants of both sizes of a weight
+LINEARS = ("attn1.to_qkv", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+LINEARS += ("attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")  # text keys are made once a prompt
+
+
+def check_fp8(device: torch.device) -> None:
+    """Refuse a device whose matrix units have no float8."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < ADA:
+        raise UserError(
+            f"inference.precision=fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper) and device={device} "
+            "is none; use inference.precision=auto"
+        )
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer's replacement for inference; holds half the bytes."""
+
+    def __init__(self, linear: nn.Linear, scaling: str = "row"):
+        super().__init__()
+        assert scaling in ("row", "tensor"), f"scaling={scaling}"
+        self.in_features, self.out_features, self.scaling = linear.in_features, linear.out_features, scaling
+        weight, scale = quantise(linear.weight.detach(), scaling)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.t().contiguous() if scaling == "row" else scale)
+        # row scales go with bfloat16 results only
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        value, scale = quantise(rows, self.scaling)
+        y = torch._scaled_mm(
+            value, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return y.view(*x.shape[:-1], self.out_features).type_as(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling}"
+
+
+def quantise(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    """x [N, K] -> e4m3 [N, K], and its scale: float32 [N, 1] by row, [] for the tensor."""
+    wide = x.float()
+    amax = wide.abs().amax(dim=-1, keepdim=True) if scaling == "row" else wide.abs().amax()
+    scale = amax.clamp_min(TINY) / LARGEST
+    return (wide / scale).to(E4M3), scale
+
+
+def convert(block: nn.Module, scaling: str = "row") -> list[str]:
+    """Replace the large linears of a transformer block; the names of those replaced."""
+    done = []
+    for name in LINEARS:
+        parent, _, leaf = name.rpartition(".")
+        if parent not in dict(block.named_modules()):
+            continue
+        owner = block.get_submodule(parent)
+        linear = dict(owner.named_children()).get(leaf)
+        if type(linear) is nn.Linear and not (linear.in_features % MULTIPLE or linear.out_features % MULTIPLE):
+            setattr(owner, leaf, Fp8Linear(linear, scaling))
+            done.append(name)
+    return done
+
+
+@torch.no_grad()
+def layer_errors(linears: dict[str, nn.Linear], inputs: dict[str, Tensor], scaling: str = "row") -> dict[str, float]:
+    """Relative error ||fp8 - exact|| / ||exact|| of each layer for its input, by name."""
+    errors = {}
+    for name, linear in linears.items():
+        exact = nn.functional.linear(*(x.double() for x in (inputs[name], linear.weight)), _double(linear.bias))
+        off = Fp8Linear(linear, scaling)(inputs[name]).double() - exact
+        errors[name] = float(off.norm() / exact.norm())
+    return errors
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
