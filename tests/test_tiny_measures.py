@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import UserError
+from utils.clip_measures import motion_energy, seam_score
+from utils.intervals import mean_interval, wilson
 from utils.tiny_captions import ATTRIBUTES, VALUES
 from utils.tiny_features import (
     clip_features,
     frechet_distance,
     heading_spread,
-    motion_energy,
     saturation_drift,
-    seam_score,
     start_spread,
 )
-from utils.tiny_measures import COLUMNS, mean_interval, measure, score, score_measured, wilson
+from utils.tiny_measures import COLUMNS, measure, score, score_measured
 from utils.tiny_world import TinyScene, TinyWorld, caption, velocity
 
 WORLD = TinyWorld()

@@ -1,10 +1,9 @@
-"""How clips of the tiny world look as a set: seams, drift, motion, diversity, and the distance to other clips.
+"""How clips of the tiny world look as a set: drift, diversity, and the distance to other clips.
 
 Legend: B clips, T pixel frames; frames are uint8 or float in [-1, 1], [B, T, 3, H, W]; `found` is what
 `tiny_measures.measure` gives for them.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -12,40 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.tiny_measures import unit_frames
+from utils.clip_measures import unit_frames
 
 MOMENTS = 8  # of a clip, evenly spaced, that its features look at
 NEXT = 4  # frames between the two pictures that motion is read from
 FEATURES = 64
-
-
-def _steps(frames: Tensor) -> Tensor:
-    """[B, T - 1] mean absolute difference of each frame to the one before, brightness in [0, 1]."""
-    return torch.stack([(b - a).abs().mean((1, 2, 3)) for a, b in _pairs(frames)], dim=1)
-
-
-def _pairs(frames: Tensor):
-    before = unit_frames(frames[:, 0])
-    for t in range(1, frames.shape[1]):
-        after = unit_frames(frames[:, t])
-        yield before, after
-        before = after
-
-
-def seam_score(frames: Tensor, borders: Sequence[int]) -> Tensor:
-    """[B] mean frame difference at chunk borders over that inside chunks; 1 = no seam is visible.
-
-    borders: indices of the first frames of chunks, e.g. 9, 21, 33; NaN where none lies inside the clip.
-    """
-    steps = _steps(frames)
-    at = torch.zeros(steps.shape[1], dtype=torch.bool, device=steps.device)
-    at[[b - 1 for b in borders if 0 < b <= steps.shape[1]]] = True
-    return steps[:, at].mean(1) / steps[:, ~at].mean(1).clamp_min(1e-6)
-
-
-def motion_energy(frames: Tensor) -> Tensor:
-    """[B] mean absolute difference between frames, brightness in [0, 1]: what moves, and how fast, without a track."""
-    return _steps(frames).mean(1)
 
 
 def saturation_drift(found: dict[str, Tensor]) -> Tensor:

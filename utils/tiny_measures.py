@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.errors import UserError
+from utils.clip_measures import unit_frames
+from utils.intervals import Interval, mean_interval, wilson
 from utils.tiny_captions import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, VALUES, parse_caption
 from utils.tiny_world import CLIP_FRAMES, background_image, shape_distance, velocity
 
@@ -38,14 +40,6 @@ PLAIN_CHROMA = 0.15  # pixels with less are background
 WORST_BACKGROUND = 0.12  # mean difference in brightness
 STEADY = 0.9  # share of consistent frames that makes a clip consistent
 SPEED_BAND = (0.75, 1.25)  # ratio to the caption's speed; the middle between two speed words is at 1.26
-Z95 = 1.959964
-
-
-def unit_frames(frames: Tensor) -> Tensor:
-    """uint8 or float in [-1, 1] -> float32 in [0, 1]."""
-    if frames.dtype == torch.uint8:
-        return frames.float() / 255
-    return ((frames.float() + 1) / 2).clamp(0, 1)
 
 
 def _blur(images: Tensor) -> Tensor:
@@ -242,40 +236,6 @@ def measure(frames: Tensor) -> dict[str, Tensor]:
     group = max(1, ((1 << 23) if frames.device.type == "cpu" else (1 << 27)) // math.prod(frames.shape[1:]))
     parts = [_measure_group(unit_frames(part)) for part in frames.split(group)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measured value with its 95% interval over n clips."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
-
-
-def wilson(hits: int, n: int) -> Interval:
-    """Share of hits with Wilson's 95% score interval (E. B. Wilson, JASA 22, 1927)."""
-    if n == 0:
-        return Interval(math.nan, 0.0, 1.0, 0)
-    p, z2 = hits / n, Z95**2
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n)
-
-
-def mean_interval(values: Tensor) -> Interval:
-    """Mean of values [n] with its 95% interval by the normal approximation; a NaN does not count."""
-    values = values[~values.isnan()].double()
-    n = len(values)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = float(values.mean())
-    half = Z95 * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
-    return Interval(mean, mean - half, mean + half, n)
 
 
 @dataclass(frozen=True)
