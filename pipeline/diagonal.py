@@ -22,12 +22,15 @@ from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
+from model.fast_codec import optimise_codec
+from model.fast_wan import FastPlan, optimise
 from model.lora import Loras, plan_lora
 from model.offload import HostTextEncoder, SmallSteps
 from model.schedule import Schedule
 from model.text import TextEncoder, clean_prompt
 from model.tiny_decoder import TinyDecoderCodec
 from model.weights import load_student, load_text_encoder, load_tiny_decoder, load_vae
+from pipeline.delivery import ahead
 from pipeline.stream import StreamSession
 from utils.device import pick_device, pick_dtype
 from utils.logs import get_logger
@@ -66,8 +69,9 @@ class DiagonalPipeline:
             config, latent_channels=network.in_channels, patch=tuple(network.patch_size)
         )
         self.loras = Loras(student.model)  # adapters that are not merged for good
-        switch = {"switch": config.stream.switch, "switch_chunks": config.stream.switch_chunks}
-        self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry, **switch)
+        options = {"switch": config.stream.switch, "switch_chunks": config.stream.switch_chunks}
+        options["overlap"] = config.inference.overlap
+        self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry, **options)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0):
@@ -82,6 +86,7 @@ class DiagonalPipeline:
             raise ValueError("overrides go with a path; use dataclasses.replace on a Config")
         device = pick_device(config.device, local_rank)
         dtype = pick_dtype(config.inference.precision, device)
+        plan = FastPlan.from_config(config.inference, device)
         names = config.model
         student = load_student(names.student, device, dtype, use_ema=names.use_ema)
         loras = load_loras(student, names)
@@ -90,7 +95,7 @@ class DiagonalPipeline:
         codec = load_codec(names, device, dtype)
         if config.inference.decode_frames:
             codec = SmallSteps(codec, config.inference.decode_frames)
-        pipe = cls(config, Student(student), codec, text_encoder)
+        pipe = cls(config, *quick(Student(student), codec, plan), text_encoder)
         pipe.loras = loras
         warn_of_schedule(pipe.schedule, student.card)
         return pipe
@@ -136,7 +141,9 @@ class DiagonalPipeline:
         """As `stream`, for a batch: a chunk's frames of each video, and the seconds that its parts took."""
         for prompt in prompts:
             self._warn_of_length(check_prompt(prompt))
-        for result in self.session.play(prompts, seeds, self.num_chunks(num_frames)):
+        results = self.session.play(prompts, seeds, self.num_chunks(num_frames))
+        beside = self.session.device.type == "cuda" and self.config.inference.overlap
+        for result in ahead(results, 1) if beside else results:  # the next chunk is queued before this one is awaited
             frames = result.wait().frames.numpy()
             yield list(frames), result.timings
 
@@ -185,6 +192,13 @@ def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     if config.codec == "taehv":
         return TinyDecoderCodec(load_tiny_decoder(config.tiny_decoder, device, dtype))
     return WanCodec(load_vae(config.vae, device, dtype))
+
+
+def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
+    """Student and codec as `plan` wants them, changed in place."""
+    if plan.plain:
+        return student, codec
+    return optimise(student, plan), optimise_codec(codec, compiled=plan.compile)
 
 
 def check_attention(name: str, device: torch.device) -> None:

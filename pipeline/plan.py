@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from configs.geometry import Geometry
 from configs.load import to_dict
 from configs.schema import Config
+from model.fast_wan import FastPlan
 from model.weight_files import resolve
 from model.weights import WeightCheck, check_weights
 from pipeline.diagonal import check_attention
@@ -95,6 +96,7 @@ def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks
     folder = check_writable(Path(config.inference.output_folder).expanduser(), "inference.output_folder")
     device = pick_device(config.device, ranks.local_rank)
     check_attention(config.inference.attention, device)
+    FastPlan.from_config(config.inference, device)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))
     check_inference(config, gpu_memory(device))

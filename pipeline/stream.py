@@ -27,6 +27,7 @@ from model.denoiser import Student
 from model.schedule import Schedule
 from model.text import TextEncoder
 from pipeline.chunk import denoise_chunk, leave_context
+from pipeline.delivery import Delivery
 from pipeline.noise import NoiseSource
 from pipeline.snapshot import Snapshot, identity
 from pipeline.switch import Pass, PromptTrack, Recall
@@ -84,12 +85,14 @@ class StreamSession:
         *,
         switch: str = "recache",
         switch_chunks: int = 3,
+        overlap: bool = True,
     ):
         self.student, self.codec, self.text_encoder = student, codec, text_encoder
         self.schedule, self.geometry = schedule, geometry
         self.switch, self.switch_chunks = switch, switch_chunks
         weight = student.model.patch_embedding.weight  # other weights may be kept in float32
         self.device, self.dtype = weight.device, weight.dtype
+        self.delivery = Delivery(self.device, overlap)
         self.chunk = 0  # the next one to be made
         self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
@@ -144,6 +147,7 @@ class StreamSession:
     def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
         """All that the stream carries between chunks; the cache, which is most of it, copied to `device`."""
         assert self._cache is not None, "nothing has been played"
+        self.delivery.settle()
         return Snapshot(
             identity=identity(self.student.model, self.geometry),
             chunk=self.chunk,
@@ -162,6 +166,7 @@ class StreamSession:
         """
         snapshot.check(identity(self.student.model, self.geometry))
         self._playing = None
+        self.delivery.settle()
         batch = len(snapshot.seeds)
         if self._cache is None or self._cache_batch != batch:
             self._prepare_cache(batch, None)
@@ -236,8 +241,8 @@ class StreamSession:
             timer.mark("context")
         self._recall.keep(Pass(chunk, *student.last))
         self._renew_sink(chunk)
-        frames = to_host(to_frames(self._decoder.decode(latents)))
-        timer.mark("decode")
+        frames = self.delivery.deliver(self._decoder, latents, timer)
+        self._noise.draw_ahead(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1
         return ChunkResult(chunk, latents, frames, timer, self._track.state.prompts)
 
@@ -258,15 +263,3 @@ class StreamSession:
         phase = self.schedule.phase(chunk)
         if phase < self.geometry.sink_chunks and chunk >= max(self.geometry.sink_chunks, self.schedule.restart_every):
             self._recall.swap(self._cache, phase, slot(self.geometry, chunk))
-
-
-def to_frames(pixels: Tensor) -> Tensor:
-    """Float `[B, T, 3, H, W]` in [-1, 1] -> uint8 `[B, T, H, W, 3]`, rounded to nearest."""
-    return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
-
-
-def to_host(x: Tensor) -> Tensor:
-    """`x` on the host. From a GPU the copy is only queued, into pinned memory: wait before reading."""
-    if x.device.type == "cpu":
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

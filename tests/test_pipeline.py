@@ -14,7 +14,8 @@ from configs.load import load_config
 from model.codec import WanCodec
 from model.schedule import Schedule
 from pipeline import DiagonalPipeline
-from pipeline.stream import StreamSession, to_frames
+from pipeline.delivery import to_frames
+from pipeline.stream import StreamSession
 from utils.video import read_video
 
 PROMPT, OTHER = "a red circle moves right", "a blue square moves up"

@@ -16,8 +16,9 @@ from model.flow import add_noise, v_target
 from model.schedule import Schedule
 from model.text import TextEncoder
 from pipeline.bidirectional import sample
+from pipeline.delivery import to_frames
 from pipeline.noise import NoiseSource
-from pipeline.stream import StreamSession, to_frames
+from pipeline.stream import StreamSession
 from trainer.data import LatentBank
 from utils.seeds import generator, sample_seed
 from utils.tiny_measures import score as score_clips

@@ -1,0 +1,68 @@
+"""From latents to frames in host memory, beside the denoising rather than in its way.
+
+On a GPU a chunk is decoded, made uint8 and copied to pinned memory on a stream of its own, while the next chunk is
+denoised on the current one. All of it is queued; `ahead` keeps one chunk more in the queue than is being waited for,
+so that the GPU never waits for whoever takes the frames.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from model.codec import DecoderStream
+from utils.timers import SpanTimer
+
+T = TypeVar("T")
+
+
+class Delivery:
+    """Where and in which stream chunks are decoded. overlap: beside the current stream, which only a GPU can do."""
+
+    def __init__(self, device: torch.device, overlap: bool = True):
+        self._beside = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+        self.to_frames: Callable[[Tensor], Tensor] = to_frames  # may be replaced by a compiled one
+
+    def deliver(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> Tensor:
+        """uint8 frames [B, T, H, W, 3] of the decoder's next latents, on their way to the host; marks `decode`.
+
+        The timer's last mark then stands for frames that have arrived.
+        """
+        if self._beside is None:
+            frames = to_host(self.to_frames(decoder.decode(latents)))
+            timer.mark("decode")
+            return frames
+        self._beside.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self._beside):
+            latents.record_stream(self._beside)  # its memory is not given away before it has been read
+            frames = to_host(self.to_frames(decoder.decode(latents)))
+            timer.mark("decode")
+        return frames
+
+    def settle(self) -> None:
+        """Make the current stream wait for decoding: before decoder state is read or replaced outside of it."""
+        if self._beside is not None:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """Float `[B, T, 3, H, W]` in [-1, 1] -> uint8 `[B, T, H, W, 3]`, rounded to nearest."""
+    return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
+
+
+def to_host(x: Tensor) -> Tensor:
+    """`x` on the host. From a GPU the copy is only queued, into pinned memory: wait before reading."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """`items`, `depth` of which have been asked for beyond the one that is given out."""
+    queue: list[T] = []
+    for item in items:
+        queue.append(item)
+        if len(queue) > depth:
+            yield queue.pop(0)
+    yield from queue

@@ -1,0 +1,82 @@
+"""Decoders in their fast form give what they gave; delivery keeps order and asks ahead."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.codec import WanCodec
+from model.fast_codec import optimise_codec
+from model.offload import SmallSteps
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
+from pipeline.delivery import Delivery, ahead, to_frames
+from pipeline.noise import NoiseSource
+from utils.timers import SpanTimer
+
+
+def tiny_codec() -> TinyDecoderCodec:
+    torch.manual_seed(0)
+    return TinyDecoderCodec(TinyDecoder(TinyDecoderConfig(widths=(16, 8, 8, 8))).eval().requires_grad_(False))
+
+
+def stream(codec, latents) -> torch.Tensor:
+    decoder = codec.stream()
+    return torch.cat([decoder.decode(part) for part in latents.split(3, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "wan", "small steps"])
+def test_the_same_pixels(kind, tiny_vae):
+    torch.manual_seed(1)
+    latents = torch.randn(1, 6, 16, 4, 6)
+    make = {
+        "tiny": tiny_codec,
+        "wan": lambda: WanCodec(copy.deepcopy(tiny_vae)),
+        "small steps": lambda: SmallSteps(WanCodec(copy.deepcopy(tiny_vae)), 2),
+    }[kind]
+    torch.testing.assert_close(
+        stream(optimise_codec(make(), compiled=False), latents), stream(make(), latents), atol=2e-5, rtol=0
+    )
+
+
+def test_compiled_once_for_each_kind_of_block():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    latents = torch.randn(1, 9, 16, 4, 6)
+    fast = optimise_codec(tiny_codec(), compiled=True, backend=counter)
+    first = stream(fast, latents[:, :6])
+    made = counter.frame_count
+    assert 0 < made <= 6
+    torch.testing.assert_close(first, stream(tiny_codec(), latents[:, :6]), atol=1e-5, rtol=0)
+    stream(fast, latents)
+    assert counter.frame_count == made
+    torch._dynamo.reset()
+
+
+def test_delivery_gives_the_decoders_frames():
+    codec, latents = tiny_codec(), torch.randn(2, 3, 16, 4, 6)
+    timer = SpanTimer(torch.device("cpu"))
+    frames = Delivery(torch.device("cpu")).deliver(codec.stream(), latents, timer)
+    assert torch.equal(frames, to_frames(codec.decode(latents)))
+    assert list(timer.spans()) == ["decode"]
+
+
+def test_ahead_asks_for_one_more_than_it_gives():
+    asked = []
+
+    def items():
+        for i in range(4):
+            asked.append(i)
+            yield i
+
+    seen = [(i, len(asked)) for i in ahead(items(), 1)]
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(ahead(iter(()), 1)) == []
+
+
+def test_noise_drawn_ahead_is_the_noise(tiny_geometry):
+    plain = NoiseSource([3, 4], tiny_geometry, "cpu", torch.float32)
+    early = NoiseSource([3, 4], tiny_geometry, "cpu", torch.float32)
+    early._ahead = (1, early._on_host("initial", 1))
+    assert torch.equal(early.initial(0), plain.initial(0))
+    assert torch.equal(early.initial(1), plain.initial(1))
