@@ -86,7 +86,8 @@ def resolve(path: str | Path) -> Path:
 def missing(field: str, path: Path, what: str) -> UserError:
     """The sentence for something that is not there: which, where it was looked for, and how to get it."""
     if (ROOT / "assets") in path.parents:
-        fix = f"it is part of the repository, so restore it with `git checkout -- {path.relative_to(ROOT)}`"
+        here = path.relative_to(ROOT)
+        fix = f"restore it with `git checkout -- {here}`, or make it with `python scripts/train_tiny.py`"
     else:
         words = "/".join(path.parts[-3:]).lower()
         default = DOWNLOAD_OF_FIELD.get(field, "wan-1.3b")
