@@ -24,11 +24,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=["configs", "model", "pipeline", "trainer", "utils"],
-    package_data={"configs": ["*.yaml", "networks/*.json"]},
+    package_data={"configs": ["*.yaml", "networks/*.json"], "utils": ["*.html"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own
         "train": ["wandb>=0.22"],  # metrics go to a JSONL file without it
+        "report": ["matplotlib>=3.10,<4"],  # the plot of scripts/explore_schedules.py
         "dev": requirements("requirements-dev.txt"),
     },
 )

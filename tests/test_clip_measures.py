@@ -61,7 +61,7 @@ def test_sharpness_falls_with_blur_and_not_with_contrast():
     pale = series(clip * 0.6).sharpness
     soft = series(validate.F.avg_pool2d(clip, 3, stride=1, padding=1, count_include_pad=False)).sharpness
     assert (soft < 0.85 * sharp).all()
-    assert torch.allclose(pale, sharp, rtol=0.05)
+    assert torch.allclose(pale, sharp, rtol=0.1)
 
 
 def test_contrast_and_saturation_are_those_of_numpy():

@@ -34,10 +34,10 @@ class Measure:
 
 MEASURES = {
     "seam": Measure("ratio", "low", "mean change between frames at chunk borders over that inside chunks; 1 = no seam"),
-    "flicker": Measure("levels of 255", "low", "mean distance of a frame's luma to the median of 7 frames around it"),
-    "motion": Measure("levels of 255", "none", "mean absolute difference of a frame to the one before"),
+    "flicker": Measure("levels", "low", "mean distance of a frame's luma to the median of 7 frames around it"),
+    "motion": Measure("levels", "none", "mean absolute difference of a frame to the one before"),
     "motion_trend": Measure("ratio", "none", "motion of the last quarter over that of the first; below 1 = it dies"),
-    "colour_drift": Measure("levels of 255", "low", "distance of mean RGB between first and last quarter of the clip"),
+    "colour_drift": Measure("levels", "low", "distance of mean RGB between first and last quarter of the clip"),
     "contrast_drift": Measure("share", "low", "change of luma's standard deviation, first to last quarter, sign lost"),
     "saturation_drift": Measure("share", "low", "change of mean chroma, first to last quarter, sign lost"),
     "sharpness": Measure("share", "high", "differences between neighbours that a blur takes away, median of frames"),
@@ -177,9 +177,9 @@ def repeats(steps: Tensor) -> Tensor:
 
 
 def quarters(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the first and the last quarter of frames, values [T, ...]."""
+    """Medians over the first and the last quarter of frames, values [T, ...]; a flash does not move them."""
     quarter = max(1, len(values) // 4)
-    return values[:quarter].mean(0), values[-quarter:].mean(0)
+    return values[:quarter].median(0).values, values[-quarter:].median(0).values
 
 
 def relative_change(values: Tensor) -> float:

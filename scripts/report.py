@@ -1,0 +1,106 @@
+"""Measure a folder of videos, and write report.html (one page, offline) and report.json into it.
+
+    python scripts/report.py videos
+    python scripts/report.py videos/a videos/b --out compare    # side by side, with differences of equal clips
+
+The JSON that inference left beside each video gives prompt, seed, schedule, timings and chunks; a video without one is
+measured all the same.
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.errors import UserError  # noqa: E402
+from utils.clip_folder import ClipReport, find_videos, measure_video  # noqa: E402
+from utils.clip_measures import MEASURES  # noqa: E402
+from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
+from utils.progress import progress_bar  # noqa: E402
+from utils.report_page import report_data, report_page  # noqa: E402
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="one or two folders of .mp4 files")
+    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: the first folder)")
+    parser.add_argument("--chunk_frames", type=int, default=3, help="latent frames a chunk, for videos without a JSON")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that measure")
+    args = parser.parse_args(arguments)
+    if len(args.folders) > 2:
+        raise UserError(f"folders={len(args.folders)} is too many; give one, or two to compare")
+    for name in ("chunk_frames", "workers"):
+        if vars(args)[name] < 1:
+            raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
+    return args
+
+
+def read_folder(folder: Path, chunk_frames: int, workers: int) -> list[ClipReport]:
+    """All clips of a folder, measured, in the order of their names."""
+    videos = find_videos(folder)
+    measure = partial(measure_video, chunk_frames=chunk_frames)
+    with progress_bar(f"measuring {folder.name}", len(videos), "clip") as bar:
+        if workers == 1 or len(videos) == 1:
+            return [_counted(measure(video), bar) for video in videos]
+        with ProcessPoolExecutor(min(workers, len(videos))) as pool:
+            return [_counted(clip, bar) for clip in pool.map(measure, videos)]
+
+
+def _counted(clip: ClipReport, bar) -> ClipReport:
+    bar.update(1)
+    return clip
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Short names of the folders, as much of each path as tells them apart."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def table(data: dict) -> str:
+    """Means with intervals, and differences where there are pairs, as text."""
+    titles = [folder["name"] for folder in data["folders"]] + ["difference"] * ("differences" in data)
+    lines = ["  ".join(["measure".ljust(17), *(title[-28:].rjust(28) for title in titles)])]
+    for name in MEASURES:
+        columns = [folder["averages"][name] for folder in data["folders"]]
+        columns += [data["differences"][name]] if "differences" in data else []
+        lines.append("  ".join([name.ljust(17), *(_cell(column).rjust(28) for column in columns)]))
+    return "\n".join(lines)
+
+
+def _cell(interval: dict) -> str:
+    if interval["value"] is None:
+        return "-"
+    spread = "" if interval["low"] is None else f" [{interval['low']:.3g}, {interval['high']:.3g}]"
+    return f"{interval['value']:.3g}{spread}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        args = parse_arguments(arguments)
+        paths = [Path(folder) for folder in args.folders]
+        home = paths[0] if paths[0].is_dir() else paths[0].parent
+        out = check_writable(Path(args.out) if args.out else home, "out")
+        clips = [read_folder(path, args.chunk_frames, args.workers) for path in paths]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    folders = list(zip(names_of(paths), clips, strict=True))
+    data = report_data(folders)
+    write_json_atomic(out / "report.json", data)
+    with atomic_path(out / "report.html") as temporary:
+        temporary.write_text(report_page(folders), encoding="utf-8")
+    print(table(data))
+    if "pairs" in data and not data["pairs"]:
+        print("no clip of one folder has the prompt and seed of one of the other: nothing to pair", file=sys.stderr)
+    alarms = sum(bool(clip.defects) for part in clips for clip in part)
+    print(f"{sum(map(len, clips))} clips, {alarms} with something to look at: {out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
