@@ -1,5 +1,7 @@
 """Text to video: `python inference.py --prompt "a red circle moves right"`. All flags: --help."""
 
+import sys
+
 from utils import exits
 
 
@@ -13,6 +15,7 @@ def main() -> int:
     from configs.load import load_config
     from model.schedule import Schedule
     from pipeline.diagonal import DiagonalPipeline
+    from pipeline.live import plan_live, run_live
     from pipeline.outputs import profile_table, render
     from pipeline.plan import make_plan
     from utils.device import set_threads
@@ -20,7 +23,7 @@ def main() -> int:
     from utils.logs import console
 
     config, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
-    console(quiet=not ranks.first)
+    console(quiet=not ranks.first or args.endless)
     geometry = Geometry.from_config(config)
     num_chunks = geometry.num_chunks(config.video.num_latent_frames)
     schedule = Schedule.from_config(config.schedule, config.stream).table(num_chunks, geometry)
@@ -28,11 +31,20 @@ def main() -> int:
         print(schedule)
         return 0
 
-    plan = make_plan(config, args.prompt, ranks)
+    live = plan_live(config, args.prompt, args.endless, args.output, args.format)
+    prompts = args.prompt if live is None else [job.story.prompts[0] for job in live]
+    plan = make_plan(config, prompts, ranks)
     if args.dry_run:
         print(f"{plan.describe()}\n\n{schedule}")
         return 0
 
+    if live is not None:
+        set_threads(config.inference.cpu_threads)
+        pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
+        for job in ranks.share(live):
+            frames = run_live(pipe, job, None if args.endless else num_chunks)
+            print(f"{job.target}  {frames} frames", file=sys.stderr)
+        return 0
     if ranks.first:
         print(plan.summary())
     if not plan.jobs:

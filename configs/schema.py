@@ -117,6 +117,7 @@ class InferenceConfig:
     """How `inference.py` runs and where its files go."""
 
     prompts: str = "assets/prompts_tiny.txt"  # one prompt a line; also `--data_path`
+    switch_frame_indices: str = ""  # of a story's prompts but the first: latent frames, "12, 24"; empty = even shares
     output_folder: str = "videos"
     num_samples: int = 1  # videos of one prompt, each with its own seed
     save_with_index: bool = False  # name files by the prompt's index rather than its words

@@ -9,11 +9,12 @@ from configs.errors import UserError
 
 # flag -> (key, metavar, help); names as in Self-Forcing and its forks
 VALUES = {
-    "--data_path": ("inference.prompts", "FILE", "UTF-8 text file with one prompt a line"),
+    "--data_path": ("inference.prompts", "FILE", "UTF-8 text file with one prompt a line, or story.jsonl"),
     "--output_folder": ("inference.output_folder", "FOLDER", "where videos go"),
     "--checkpoint_path": ("model.student", "PATH", "weights of the student: a folder or a file"),
     "--seed": ("seed", "N", "seed of sample 0 of every prompt"),
-    "--num_output_frames": ("video.num_latent_frames", "N", "latent frames of a clip; 21 are 81 pixel frames"),
+    "--num_output_frames": ("video.num_latent_frames", "N", "latent frames of a clip; 21 make 81 frames, 0: no end"),
+    "--switch_frame_indices": ("inference.switch_frame_indices", "N,...", "latent frames of a story's later prompts"),
     "--num_samples": ("inference.num_samples", "N", "videos of one prompt, each with its own seed"),
 }
 SWITCHES = {
@@ -31,8 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments with `config_path`, `prompt` (a list or None), `print_schedule`, `dry_run`, and `overrides`: all flags
-    that set a key, as `key=value` in the order of precedence, those written out by the user last."""
+    """Arguments with `config_path`, `prompt` (a list or None), `print_schedule`, `dry_run`, `endless`, and `overrides`:
+    all flags that set a key, as `key=value` in the order of precedence, those written out by the user last."""
     parser = _Parser(prog="inference.py", description="Text to video with a diagonal schedule.", allow_abbrev=False)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--prompt", action="append", help="instead of a file; repeat it for several videos")
@@ -40,12 +41,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, metavar=metavar, help=f"{text} ({key})")
     for flag, (key, text) in SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
+    parser.add_argument("--output", metavar="FILE", help="one video, written as it grows; - is standard output")
+    parser.add_argument("--format", choices=("fmp4", "y4m", "raw"), help="of --output (default: by its ending, fmp4)")
     parser.add_argument("--low_memory", action="store_true", help=f"slower, in less memory ({', '.join(LOW_MEMORY)})")
     parser.add_argument("--print_schedule", action="store_true", help="print the schedule and stop")
     parser.add_argument("--dry_run", action="store_true", help="check and print everything, load nothing, and stop")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
     given = vars(args)
+    args.endless = args.num_output_frames == "0"
+    if args.endless:
+        args.num_output_frames = None
     values = [(key, given[flag[2:]]) for flag, (key, *_) in VALUES.items() if given[flag[2:]] is not None]
     switches = [f"{key}=true" for flag, (key, _) in SWITCHES.items() if given[flag[2:]]]
     low_memory = list(LOW_MEMORY) if args.low_memory else []

@@ -91,7 +91,7 @@ def test_recaching_under_the_same_text_changes_nothing_while_nothing_is_evicted(
     assert all(torch.equal(a, b) for a, b in zip(before.keys + before.values, after.keys + after.values, strict=True))
 
 
-@pytest.mark.parametrize("chunks", [2, 7])
+@pytest.mark.parametrize("chunks", [2, 8])
 def test_recaching_is_what_a_fresh_cache_fed_with_the_same_inputs_holds(make, chunks, tiny_geometry):
     session = make()
     list(session.play(PROMPT, 0, chunks))

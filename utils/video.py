@@ -38,12 +38,7 @@ class VideoWriter:
     def _file(self) -> Iterator[None]:
         options = {"movflags": "+faststart"}  # the index goes first: a browser can start before it has the whole file
         with atomic_path(self.path) as temporary, av.open(str(temporary), "w", format="mp4", options=options) as file:
-            stream = file.add_stream("libx264", rate=self.fps, options={"crf": "18"})
-            stream.height, stream.width, stream.pix_fmt = *self.size, "yuv420p"
-            codec = stream.codec_context
-            codec.thread_count = ENCODER_THREADS
-            codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-            codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            stream = add_h264(file, self.fps, self.size)
             self._container, self._stream = file, stream
             yield
             file.mux(stream.encode(None))  # what the encoder still holds back
@@ -60,11 +55,27 @@ class VideoWriter:
         if frames.dtype != np.uint8 or frames.shape[1:] != (*self.size, 3):
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3] of {self.size}")
         for image in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            frame.pts, frame.time_base = self.frames_written, Fraction(1, self.fps)
-            self._container.mux(self._stream.encode(frame))
+            self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
             self.frames_written += 1
+
+
+def add_h264(file: av.container.OutputContainer, fps: int, size: tuple[int, int], **options: str) -> av.VideoStream:
+    """An H.264 stream of (height, width) in `file`, with the colours said; `options` are x264's."""
+    stream = file.add_stream("libx264", rate=fps, options={"crf": "18", **options})
+    stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+    codec = stream.codec_context
+    codec.thread_count = ENCODER_THREADS
+    codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+    codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    return stream
+
+
+def to_yuv(image: np.ndarray, index: int, fps: int) -> av.VideoFrame:
+    """uint8 `[H, W, 3]` as frame number `index`, yuv420p, BT.709 in limited range."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    frame.pts, frame.time_base = index, Fraction(1, fps)
+    return frame
 
 
 def read_video(path: str | os.PathLike) -> np.ndarray:

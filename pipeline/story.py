@@ -1,0 +1,147 @@
+"""Stories: prompts that follow one another in a single video, from a JSONL file.
+
+LongLive's format, one story a line; a switch takes effect at the first chunk that starts at or after its latent frame:
+
+    {"prompts": ["a red circle ...", "a blue circle ..."], "switch_frame_indices": "12"}
+
+The indices may also be given once for all lines (`inference.switch_frame_indices`); without any, the prompts share the
+clip evenly. Ours, the whole file one story, times in seconds of the video:
+
+    {"at": 0, "prompt": "a red circle ..."}
+    {"at": 2.5, "prompt": "a blue circle ..."}
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from configs.errors import UserError
+from configs.geometry import TEMPORAL_STRIDE
+from pipeline.stream import ChunkResult, StreamSession
+from utils.prompts import check_prompt, read_prompts
+
+
+@dataclass(frozen=True)
+class Story:
+    """Prompts and the latent frames that they come in at; the first at 0."""
+
+    prompts: tuple[str, ...]
+    frames: tuple[int, ...]
+
+    def chunk_prompts(self, chunk_frames: int) -> dict[int, str]:
+        """The prompt that comes in at a chunk; of several at one chunk, the last."""
+        pairs = zip(self.frames, self.prompts, strict=True)
+        return {math.ceil(frame / chunk_frames): prompt for frame, prompt in pairs}
+
+
+def is_story(path: str) -> bool:
+    """Whether a file of prompts is meant as stories."""
+    return path.endswith(".jsonl")
+
+
+def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, indices: str = "") -> list[Story]:
+    """Stories of a JSONL file. `latent_frames`: length of a clip, None = no end. `indices`: of lines without any.
+
+    Raises a UserError that names the line, for what is no JSON, bad prompts, and times that are negative, out of
+    order, or beyond the end.
+    """
+    lines = [_parse(text, f"{path} entry {i}") for i, text in enumerate(read_prompts(path), start=1)]
+    timed = [("at" in line, where) for line, where in lines]
+    if all(is_timed for is_timed, _ in timed):
+        return [_timed(lines, fps, latent_frames)]
+    if any(is_timed for is_timed, _ in timed):
+        raise UserError(f"{path} mixes lines that have 'at' with lines that have 'prompts'; use one kind")
+    return [_listed(line, where, latent_frames, indices) for line, where in lines]
+
+
+def play_story(session: StreamSession, story: Story, seed: int, num_chunks: int | None) -> Iterator[ChunkResult]:
+    """Chunks of `story`; each prompt comes in as the session's `switch` says."""
+    coming = story.chunk_prompts(session.geometry.chunk_frames)
+    playing = session.play(coming.pop(0), seed, num_chunks)
+    for chunk in count():
+        if chunk in coming:
+            session.say(coming[chunk])
+        result = next(playing, None)
+        if result is None:
+            return
+        yield result
+
+
+def _parse(text: str, where: str) -> tuple[dict[str, Any], str]:
+    try:
+        line = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}); write one object a line") from error
+    if not isinstance(line, dict) or not ("prompts" in line or {"at", "prompt"} <= set(line)):
+        raise UserError(f"{where} is no story; give 'prompts', or 'at' and 'prompt', in an object")
+    return line, where
+
+
+def _listed(line: dict[str, Any], where: str, length: int | None, indices: str) -> Story:
+    prompts = line["prompts"]
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise UserError(f"{where} prompts={str(prompts)[:40]} is no list of texts; give at least one prompt")
+    given = line.get("switch_frame_indices", indices)
+    if given == "" or given is None:
+        if length is None and len(prompts) > 1:
+            raise UserError(f"{where} has no switch_frame_indices, which a stream without end needs; give them")
+        frames = [(length or 0) * i // len(prompts) for i in range(len(prompts))]
+    else:
+        frames = [0, *_indices(given, where)]
+    if len(frames) != len(prompts):
+        raise UserError(f"{where} has {len(frames) - 1} switch_frame_indices for {len(prompts)} prompts; give one less")
+    return _checked(prompts, frames, [str(f) for f in frames], where, length)
+
+
+def _indices(given: Any, where: str) -> list[int]:
+    """12, "12, 24" or [12, 24]."""
+    parts = given if isinstance(given, list) else str(given).split(",")
+    try:
+        return [int(str(part).strip()) for part in parts]
+    except ValueError as error:
+        raise UserError(f"{where} switch_frame_indices={given} is no list of latent frames; try '12, 24'") from error
+
+
+def _timed(lines: list[tuple[dict[str, Any], str]], fps: int, length: int | None) -> Story:
+    prompts, frames, said = [], [], []
+    for line, where in lines:
+        at, prompt = line["at"], line.get("prompt")
+        if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
+            raise UserError(f"{where} at={str(at)[:40]} is no number of seconds; try 2.5")
+        if not isinstance(prompt, str):
+            raise UserError(f"{where} prompt={str(prompt)[:40]} is no text; give a prompt")
+        frames.append(latent_frame_at(at, fps))
+        prompts.append(prompt)
+        said.append(f"{at:g} s")
+    return _checked(prompts, frames, said, lines[0][1].rpartition(" entry")[0], length)
+
+
+def latent_frame_at(seconds: float, fps: int) -> int:
+    """The first latent frame whose pixels begin at or after `seconds`: frame f > 0 begins at pixel frame 4 f - 3."""
+    pixels = seconds * fps
+    if pixels <= 0:
+        return math.floor(pixels)  # a time below zero stays one, to be refused
+    return math.ceil((pixels - 1 - 1e-9) / TEMPORAL_STRIDE) + 1
+
+
+def _checked(prompts: Sequence[str], frames: Sequence[int], said: Sequence[str], where: str, length: int | None):
+    """A Story, or the sentence that says why not; `said` is each time as the user wrote it."""
+    for prompt in prompts:
+        check_prompt(prompt, f"{where}: a prompt")
+    for i, frame in enumerate(frames):
+        if frame < 0:
+            raise UserError(f"{where}: the switch at {said[i]} is negative; times count from 0")
+        if length is not None and frame >= length:
+            raise UserError(
+                f"{where}: the switch at {said[i]} (latent frame {frame}) is beyond the end of a clip of {length} "
+                f"latent frames; give --num_output_frames above {frame}"
+            )
+        if i and frame <= frames[i - 1]:
+            raise UserError(f"{where}: the switch at {said[i]} does not come after {said[i - 1]}; put times in order")
+    if frames[0] != 0:
+        raise UserError(f"{where}: the first prompt comes at {said[0]}, but a video needs one from 0 on; add it")
+    return Story(tuple(prompts), tuple(frames))

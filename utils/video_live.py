@@ -1,0 +1,99 @@
+"""Video that is written while it grows and may never end: to a file or a pipe, each frame there soon after it is given.
+
+    fmp4   H.264 in fragments of at most a second: what was written plays, whenever the writing stops, even if killed
+    y4m    YUV4MPEG2, 4:2:0, limited range: what ffplay, mpv and x264 read from a pipe
+    raw    RGB, 8 bits each, frame after frame, and nothing else
+
+Frames are uint8 `[T, H, W, 3]`, RGB.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from configs.errors import UserError
+from utils.video import add_h264, to_yuv
+
+KINDS = ("fmp4", "y4m", "raw")
+FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+
+
+class LiveWriter:
+    """A context manager. `target` is a path, written in place, or an open binary stream that need not be seekable."""
+
+    def __init__(self, target: str | os.PathLike | BinaryIO, fps: int, size: tuple[int, int], kind: str = "fmp4"):
+        if kind not in KINDS:
+            raise UserError(f"format={kind} is unknown; use one of {', '.join(KINDS)}")
+        if kind != "raw" and (size[0] % 2 or size[1] % 2):
+            raise UserError(f"video size {size[0]}x{size[1]} has an odd side, which {kind} cannot hold; use even sizes")
+        self.target, self.fps, self.size, self.kind = target, fps, tuple(size), kind
+        self.frames_written = 0
+        self._open_file = self._file()
+
+    @contextmanager
+    def _file(self) -> Iterator[None]:
+        if not isinstance(self.target, str | os.PathLike):
+            with self._sink(self.target):
+                yield
+            return
+        path = Path(self.target)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written to ({error.strerror}); choose another file") from error
+        with file, self._sink(file):
+            yield
+
+    @contextmanager
+    def _sink(self, file: BinaryIO) -> Iterator[None]:
+        self._out = file
+        if self.kind != "fmp4":
+            if self.kind == "y4m":
+                height, width = self.size
+                header = f"YUV4MPEG2 W{width} H{height} F{self.fps}:1 Ip A1:1 C420mpeg2 XCOLORRANGE=LIMITED\n"
+                file.write(header.encode())
+            yield
+            return
+        with av.open(_Forward(file), "w", format="mp4", options=FRAGMENTS) as container:
+            # no frames are held back, and a fragment ends at each key frame
+            live = {"tune": "zerolatency", "g": str(self.fps)}
+            self._container, self._stream = container, add_h264(container, self.fps, self.size, **live)
+            yield
+            container.mux(self._stream.encode(None))
+
+    def __enter__(self) -> "LiveWriter":
+        self._open_file.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> bool | None:
+        return self._open_file.__exit__(*exception)
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append uint8 `[T, H, W, 3]`. BrokenPipeError once nobody reads any more."""
+        assert frames.dtype == np.uint8 and frames.shape[1:] == (*self.size, 3), f"{frames.dtype} {frames.shape}"
+        for image in frames:
+            if self.kind == "raw":
+                self._out.write(image.tobytes())
+            elif self.kind == "y4m":
+                self._out.write(b"FRAME\n" + to_yuv(image, 0, self.fps).to_ndarray().tobytes())
+            else:
+                self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
+            self.frames_written += 1
+        self._out.flush()
+
+
+class _Forward:
+    """A file that PyAV can only append to, as a pipe is."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        return len(data)
