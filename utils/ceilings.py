@@ -1,0 +1,124 @@
+"""What this machine can do at best, measured: matrix products, copies. And what a run of it consumed."""
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-attn", "flash-attn-3", "fa3-fwd")
+NVML = "libnvidia-ml.so.1"
+E4M3 = torch.float8_e4m3fn
+
+
+def timed(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
+    """Median seconds of `work`: on a GPU by events, each repeat by itself."""
+    for _ in range(warm_up):
+        work()
+    if device.type != "cuda":
+        spans = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            work()
+            spans.append(time.perf_counter() - begin)
+        return median(spans)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in marks:
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return median(begin.elapsed_time(end) / 1000 for begin, end in marks)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
+    """Operations a second of [m, k] x [k, n] on random numbers. float8: scaled by row."""
+    g = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, generator=g, device=device) for size in ((m, k), (n, k)))
+    if dtype == E4M3:
+        a8, b8, ones = a.to(E4M3), b.to(E4M3), (torch.ones(m, 1, device=device), torch.ones(1, n, device=device))
+        seconds = timed(lambda: torch._scaled_mm(a8, b8.t(), *ones, out_dtype=torch.bfloat16), device)
+    else:
+        a, b = a.to(dtype), b.to(dtype)
+        seconds = timed(lambda: a @ b.t(), device)
+    return 2 * m * n * k / seconds
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes a second, those read and those written, of a copy of `size` bytes within the device's memory."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / timed(lambda: target.copy_(source), device)
+
+
+def ceilings(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str, float]:
+    """Rates in operations and bytes a second: the machine's, and those of products of the network's own shapes."""
+    gpu = device.type == "cuda"
+    dtype, edge = (torch.bfloat16, 8192) if gpu else (torch.float32, 512)
+    shapes = {"peak": (edge,) * 3, "qkv": (tokens, 3 * dim, dim)}
+    shapes |= {"ffn 1": (tokens, ffn, dim), "ffn 2": (tokens, dim, ffn)}
+    rates = {f"matrix {name}": matrix_rate(device, dtype, *shape) for name, shape in shapes.items()}
+    if gpu and torch.cuda.get_device_capability(device) >= (8, 9):
+        rates |= {f"fp8 {name}": matrix_rate(device, E4M3, *shape) for name, shape in shapes.items()}
+    rates["copy"] = copy_rate(device, 1 << (31 if gpu else 24))
+    return rates
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Hardware and software that figures belong to."""
+    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["device"] = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "memory": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+class Energy:
+    """Joules that a GPU has used, by its own counter (NVML); None where it has none."""
+
+    def __init__(self, device: torch.device):
+        self._handle = None
+        if device.type != "cuda":
+            return
+        try:
+            self._nvml = ctypes.CDLL(NVML)
+        except OSError:
+            return
+        handle = ctypes.c_void_p()
+        bus = str(torch.cuda.get_device_properties(device).uuid)
+        found = self._nvml.nvmlInit_v2() == 0 and (
+            self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{bus}".encode(), ctypes.byref(handle)) == 0
+        )
+        self._handle = handle if found else None
+
+    def read(self) -> float | None:
+        """Joules since the driver was loaded."""
+        if self._handle is None:
+            return None
+        millijoules = ctypes.c_ulonglong()
+        if self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle, ctypes.byref(millijoules)):
+            return None
+        return millijoules.value / 1000
+
+
+def nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of tensors, each storage once."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
