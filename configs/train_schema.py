@@ -67,7 +67,7 @@ class TrainingConfig:
     validate_every: int = 0  # steps; 0 = only at the end
     validation_clips: int = 64
     max_checkpoints: int = 2  # the newest that are kept
-    export: str | None = None  # folder that the trained modules are written to at the end
+    export: str | None = None  # folder that the trained modules are written to at the end, from the checkout on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     codec: CodecLossConfig = field(default_factory=CodecLossConfig)

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from configs.load import to_dict
+from configs.load import CHECKOUT, to_dict
 from configs.schema import Config
 from trainer import checkpoint
 from trainer.parallel import Agreement, barrier, mean_over_ranks
@@ -184,7 +184,7 @@ def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, save: boo
 
 def _export(stage: Stage, logdir: Path) -> None:
     t = stage.config.training
-    folder = Path(t.export) if t.export else logdir / "export"
+    folder = CHECKOUT / t.export if t.export else logdir / "export"
     if stage.sharded or stage.ranks.first:
         stage.export(folder, t.steps)
     barrier()
