@@ -43,7 +43,7 @@ def find_defects(found: Series, borders: Sequence[int]) -> list[Defect]:
     edges = [0, *(cut.first for cut in cuts), found.frames]
     shots = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     longest = max(shots, key=lambda shot: shot.stop - shot.start)
-    return [*flashes, *cuts, *freezes, *_blurs(found, shots), *_drift(found, longest), *_seams(found, borders, cuts)]
+    return [*flashes, *cuts, *freezes, *_blurs(found, shots), *_drift(found, longest, flashes), *_seams(found, borders, cuts)]
 
 
 def _cuts(found: Series, freezes: list[Defect]) -> list[Defect]:
@@ -71,12 +71,18 @@ def _blurs(found: Series, shots: list[slice]) -> list[Defect]:
     return blurs
 
 
-def _drift(found: Series, shot: slice) -> list[Defect]:
-    """At most one, over the longest shot."""
+def _drift(found: Series, shot: slice, flashes: list[Defect]) -> list[Defect]:
+    """At most one, over the longest shot, without the frames of flashes."""
+    use = torch.zeros(found.frames, dtype=torch.bool)
+    use[shot] = True
+    for flash in flashes:
+        use[flash.first : flash.last + 1] = False
+    if not use.any():
+        return []
     changes = (
-        colour_change(found.rgb[shot]),
-        relative_change(found.contrast[shot]),
-        relative_change(found.saturation[shot]),
+        colour_change(found.rgb[use]),
+        relative_change(found.contrast[use]),
+        relative_change(found.saturation[use]),
     )
     drifted = any(change > limit for change, limit in zip(changes, DRIFT, strict=True))
     return [Defect("drift", shot.start, shot.stop - 1)] if drifted else []

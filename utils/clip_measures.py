@@ -177,9 +177,9 @@ def repeats(steps: Tensor) -> Tensor:
 
 
 def quarters(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Medians over the first and the last quarter of frames, values [T, ...]; a flash does not move them."""
+    """Means over the first and the last quarter of frames, values [T, ...]."""
     quarter = max(1, len(values) // 4)
-    return values[:quarter].median(0).values, values[-quarter:].median(0).values
+    return values[:quarter].mean(0), values[-quarter:].mean(0)
 
 
 def relative_change(values: Tensor) -> float:
