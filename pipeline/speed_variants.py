@@ -1,0 +1,68 @@
+"""Which settings a suite of `scripts/benchmark.py` runs, most important first: what has no time left is left out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FULL = "configs/wan2.1_t2v_1.3b.yaml"
+TINY = "configs/tiny.yaml"
+FAST = ("model.codec=taehv",)
+EAGER = ("inference.compile=off", "inference.cuda_graphs=off")
+PLAIN_ATTENTION = ("inference.attention=sdpa",)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row. `standard`: same latents as the reference but for rounding, so the difference is stated."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the command line, by their names
+    config: str = FULL
+    standard: bool = True
+    reference: bool = False
+
+
+def _full(name: str, *settings: str, standard: bool = True, reference: bool = False, **arguments: Any) -> Variant:
+    arguments = {"random_weights": True, "network": "1.3B"} | arguments
+    return Variant(name, (*FAST, *settings), arguments, standard=standard, reference=reference)
+
+
+def _tiny(name: str, *settings: str, **rest: Any) -> Variant:
+    arguments = {"random_weights": True, "network": "tiny", "repeats": 1}
+    return Variant(name, ("video.num_latent_frames=6", *settings), arguments, TINY, **rest)
+
+
+H100 = (
+    _full("bf16"),  # first, so that the time since the process began is that of a cold start
+    _full("eager", *EAGER, *PLAIN_ATTENTION, repeats=2, reference=True),
+    _full("fp8 by row", "inference.precision=fp8"),
+    _full("bf16, cuDNN", "inference.attention=cudnn"),
+    _full("fused GELU", "inference.fused_gelu=true"),
+    _full("60 s stream", stream=60.0, repeats=2),
+    _full("fp8 by tensor", "inference.precision=fp8", "inference.fp8_scaling=tensor"),
+    _full("compiled, no graphs", "inference.cuda_graphs=off", repeats=3),
+    _full("decode not beside", "inference.overlap=false", repeats=3),
+    _full("Wan VAE", "model.codec=wan", repeats=3),
+    _full("fp8 by row, 60 s", "inference.precision=fp8", stream=60.0, repeats=2),
+    _full("5432222", "schedule.steps=5432222", standard=False, repeats=3),
+    Variant(
+        "35 NFE",
+        ("model.codec=taehv",),
+        {"random_weights": True, "network": "1.3B", "repeats": 2},
+        config="configs/self_forcing.yaml",
+        standard=False,
+    ),
+    _full("2 streams", batch=2, standard=False, repeats=3),
+    _full("4 streams", batch=4, standard=False, repeats=3),
+    _full("720p", "video.height=720", "video.width=1280", standard=False, repeats=3),
+    _full("Wan VAE, eager", "model.codec=wan", *EAGER, *PLAIN_ATTENTION, repeats=2),
+    _full("text encoding", text=True, repeats=1),
+)
+CPU = (
+    _tiny("plain", reference=True),
+    _tiny("fused", "inference.cuda_graphs=auto"),
+    _tiny("5432222", "schedule.steps=5432222", standard=False),
+    _tiny("fp8", "inference.precision=fp8"),
+)
+SUITES: dict[str, tuple[Variant, ...]] = {"h100": H100, "cpu": CPU}

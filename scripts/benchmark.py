@@ -1,0 +1,271 @@
+"""The speed card of a configuration on this machine: what a clip, its steps and its parts take, against the ceilings.
+
+    python scripts/benchmark.py                                                     # the tiny model, on a CPU too
+    python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --random_weights model.codec=taehv
+    python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --json card.json --stream 60
+    python scripts/benchmark.py --compare before.json after.json
+    python scripts/benchmark.py --suite h100 --json suite.json --budget 520         # many settings, a table last
+
+Weights that are missing are replaced by random ones of the same sizes, and the card says so: speed and memory are the
+same. Figures are of a prompt that is encoded already, medians of --repeats runs after two that warm up.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = time.perf_counter()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from configs.geometry import Geometry  # noqa: E402
+from configs.load import load_config  # noqa: E402
+from configs.schema import Config  # noqa: E402
+from model import fp8  # noqa: E402
+from model.denoiser import Student  # noqa: E402
+from model.fast_wan import FastPlan  # noqa: E402
+from model.random_weights import RandomText, network_of, random_codec, random_student, random_umt5  # noqa: E402
+from model.schedule import Schedule  # noqa: E402
+from model.text import TextEncoder, word_tokenizer  # noqa: E402
+from model.weight_files import read_json  # noqa: E402
+from model.weights import check_weights  # noqa: E402
+from pipeline import speed  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline, quick  # noqa: E402
+from pipeline.speed_tables import comparison, suite_table, table  # noqa: E402
+from pipeline.speed_variants import SUITES, Variant  # noqa: E402
+from pipeline.stream import StreamSession  # noqa: E402
+from utils import exits  # noqa: E402
+from utils.ceilings import ceilings, versions  # noqa: E402
+from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
+from utils.files import write_json_atomic  # noqa: E402
+from utils.logs import console  # noqa: E402
+
+# what a setting that does not work here may raise; the suite goes on to the next one
+FAILURES = (RuntimeError, UserError, ImportError, AssertionError, ValueError, TypeError, AttributeError, LookupError)
+LONGEST = 60.0  # seconds that a variant is expected to take at most, cold caches included
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--random_weights", action="store_true", help="of the published sizes; no file is read")
+    parser.add_argument("--network", choices=("tiny", "1.3B", "14B"), help="sizes of random weights")
+    parser.add_argument("--repeats", type=int, default=5, help="clips that are timed (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="streams at once (default: %(default)s)")
+    parser.add_argument("--stream", type=float, default=0, metavar="SECONDS", help="watch a stream of that length, too")
+    parser.add_argument("--text", action="store_true", help="time text encoding, too (11 GB more at full size)")
+    parser.add_argument("--cold", action="store_true", help="with empty compile caches, as on a new machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the card there, too")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="CARD", help="two cards side by side; runs nothing")
+    parser.add_argument("--suite", choices=SUITES, help="run its settings one after another")
+    parser.add_argument("--only", default="", metavar="A,B", help="of the suite, those with these names")
+    parser.add_argument("--budget", type=float, default=520, help="seconds of a suite (default: %(default)s)")
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    return parser.parse_intermixed_args(argv)
+
+
+@dataclass
+class Bench:
+    """A session that is ready to play, and what must be known of it."""
+
+    session: StreamSession
+    plan: FastPlan
+    weights: str
+    text: Any  # the encoder proper, or None
+    layer_errors: dict[str, float]
+
+
+class Remembered:
+    """A text encoder that encodes each prompt once: the card's clips start from an embedding that is there."""
+
+    def __init__(self, encode):
+        self._encode = encode
+        self._known: dict[tuple[str, ...], Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        key = tuple(prompts)
+        if key not in self._known:
+            self._known[key] = self._encode(prompts)
+        return self._known[key]
+
+
+def build(config: Config, args: argparse.Namespace) -> Bench:
+    """The networks that `config` names, or random ones of their sizes, as the pipeline would run them."""
+    device = pick_device(config.device)
+    plan = FastPlan.from_config(config.inference, device)
+    dtype = pick_dtype(config.inference.precision, device)
+    if not args.random_weights and not args.network:
+        try:
+            check_weights(config.model)
+        except UserError as error:
+            print(f"random weights, because {error}")
+        else:
+            made = DiagonalPipeline.from_config(config).session
+            session = _session(made.student, made.codec, made.text_encoder, config)
+            return Bench(session, plan, "as configured", made.text_encoder, {})
+    size = args.network or ("tiny" if config.model.student.startswith("assets/tiny") else "1.3B")
+    model = random_student(size, device, dtype)
+    errors = layer_errors(model, config) if plan.fp8 else {}
+    codec = random_codec(config, size, device, dtype)
+    text, encode = None, RandomText(config.model.text_tokens, model.config.text_dim, device)
+    if args.text:
+        encoder = random_umt5(size, device, dtype)
+        text = TextEncoder(encoder, word_tokenizer(speed.PROMPT.split()), config.model.text_tokens)
+    session = _session(*quick(Student(model), codec, plan), encode, config)
+    return Bench(session, plan, f"random, {size}", text, errors)
+
+
+def _session(student: Student, codec, encode, config: Config) -> StreamSession:
+    network = student.model.config
+    geometry = Geometry.from_config(config, latent_channels=network.in_channels, patch=tuple(network.patch_size))
+    schedule = Schedule.from_config(config.schedule, config.stream)
+    return StreamSession(student, codec, Remembered(encode), schedule, geometry, overlap=config.inference.overlap)
+
+
+@torch.no_grad()
+def layer_errors(model, config: Config) -> dict[str, float]:
+    """Relative error of each float8 linear of the middle block for what it is given in a first step."""
+    geometry = Geometry.from_config(config)
+    middle = len(model.blocks) // 2
+    block, inputs, handles = model.blocks[middle], {}, []
+    linears = {n: m for n, m in block.named_modules() if n in fp8.LINEARS and type(m) is torch.nn.Linear}
+    for name, linear in linears.items():
+        handles.append(linear.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]})))
+    place = {"device": model.device}
+    latents = torch.randn(geometry.latent_shape(1, geometry.chunk_frames), **place)
+    text = torch.randn(1, config.model.text_tokens, model.config.text_dim, **place)
+    model(latents, torch.full((1,), 500.0, **place), text)
+    for handle in handles:
+        handle.remove()
+    errors = fp8.layer_errors(linears, inputs, config.inference.fp8_scaling)
+    return {f"block {middle} {name}": error for name, error in errors.items()}
+
+
+def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | None = None) -> dict[str, Any]:
+    """A card; the tensor under `latents` is not for JSON."""
+    torch._dynamo.reset()
+    began = time.perf_counter()
+    bench = build(config, args)
+    session, device = bench.session, bench.session.device
+    network = network_of(session.student.model)
+    built = time.perf_counter() - began
+    chunks = session.geometry.num_chunks(config.video.num_latent_frames)
+    first = speed.play(session, chunks, args.batch)
+    found: dict[str, Any] = {
+        "config": config.name,
+        "weights": bench.weights,
+        "machine": versions(device),
+        "settings": {
+            "size": [config.video.width, config.video.height],
+            "frames": sum(first.frames),
+            "batch": args.batch,
+            "schedule": [list(session.schedule.row(k)) for k in range(chunks)],
+            "context": session.schedule.context(0),
+            "window_frames": config.stream.window_frames,
+            "codec": config.model.codec,
+            "precision": config.inference.precision,
+            "kernels": str(bench.plan.kernels) if not bench.plan.plain else f"{config.inference.attention} (plain)",
+            "compile": bench.plan.compile,
+            "cuda_graphs": bench.plan.cuda_graphs,
+            "fused_gelu": bench.plan.fused_gelu,
+        },
+        "build_s": built,
+        "first_clip_s": first.arrivals[-1],  # compilation included
+        "since_start_s": time.perf_counter() - START,  # of the process, to the end of its first clip
+    }
+    if bench.layer_errors:
+        found["fp8_layer_errors"] = bench.layer_errors
+    settings = {"chunks": chunks, "batch": args.batch, "repeats": args.repeats, "fps": config.video.fps}
+    found |= speed.card(session, network, text_tokens=config.model.text_tokens, **settings)
+    found |= speed.parts(session, args.batch)
+    found["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
+    tokens = args.batch * session.geometry.tokens_per_chunk
+    found["ceilings"] = rates or ceilings(device, tokens, network.dim, network.ffn)
+    fast = bench.plan.fp8 is not None
+    found["steps"] = speed.efficiency(session, network, found, found["ceilings"], batch=args.batch, fp8=fast)
+    if args.stream:
+        found["stream"] = speed.long_stream(session, args.stream, config.video.fps, args.batch)
+    return found
+
+
+def plain(found: dict[str, Any]) -> dict[str, Any]:
+    """A card without its tensor."""
+    return {key: value for key, value in found.items() if not isinstance(value, Tensor)}
+
+
+def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every variant of a suite, each result written as it comes; those that do not fit the time are named."""
+    cards: dict[str, dict[str, Any]] = {}
+    reference: Tensor | None = None
+    rates = None
+    wanted = set(filter(None, args.only.split(",")))
+    for variant in SUITES[args.suite]:
+        if wanted and variant.name not in wanted:
+            continue
+        left = args.budget - (time.perf_counter() - START)
+        if left < min(LONGEST, args.budget / 4):
+            cards[variant.name] = {"failed": f"left out: {left:.0f} s were left"}
+            continue
+        began = time.perf_counter()
+        found = run_variant(variant, args, rates)
+        found["variant_s"] = time.perf_counter() - began
+        rates = rates or (found.get("ceilings") if variant.standard else None)
+        if variant.reference:
+            reference = found.get("latents")
+        elif variant.standard and reference is not None and "latents" in found:
+            found["error_to_plain"] = float((found["latents"] - reference).norm() / reference.norm())
+        cards[variant.name] = plain(found)
+        print(suite_table({variant.name: cards[variant.name]}).splitlines()[-1], flush=True)
+        if args.json:
+            write_json_atomic(args.json, cards)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return cards
+
+
+def run_variant(variant: Variant, args: argparse.Namespace, rates: dict[str, float] | None) -> dict[str, Any]:
+    """Its card; what went wrong where it does not work here."""
+    mine = argparse.Namespace(**vars(args) | variant.arguments)
+    try:
+        config = load_config(variant.config, [*variant.settings, *args.settings])
+        return measure(config, mine, rates if variant.standard else None)
+    except FAILURES as error:
+        words = str(error).splitlines()
+        return {"failed": f"{type(error).__name__}: {words[0][:160] if words else ''}"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.compare:
+        print(comparison(*(read_json("--compare", path) for path in args.compare)))
+        return 0
+    if args.repeats < 1 or args.batch < 1:
+        raise UserError(f"--repeats {args.repeats} --batch {args.batch} must be 1 or more; give larger ones")
+    console()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.cold:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = folder
+        if args.suite:
+            cards = run_suite(args)
+            print(suite_table(cards))
+            return int(all("failed" in card for card in cards.values()))
+        config = load_config(args.config_path, args.settings)
+        set_threads(config.inference.cpu_threads)
+        found = plain(measure(config, args))
+    print(table(found))
+    if args.json:
+        write_json_atomic(args.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    exits.run(main)
