@@ -43,7 +43,8 @@ def find_defects(found: Series, borders: Sequence[int]) -> list[Defect]:
     edges = [0, *(cut.first for cut in cuts), found.frames]
     shots = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     longest = max(shots, key=lambda shot: shot.stop - shot.start)
-    return [*flashes, *cuts, *freezes, *_blurs(found, shots), *_drift(found, longest, flashes), *_seams(found, borders, cuts)]
+    still = [*flashes, *cuts, *freezes]
+    return [*still, *_blurs(found, shots), *_drift(found, longest, flashes), *_seams(found, borders, cuts)]
 
 
 def _cuts(found: Series, freezes: list[Defect]) -> list[Defect]:

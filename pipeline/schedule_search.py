@@ -1,0 +1,144 @@
+"""Schedules against each other: what one will cost, which are worth trying next, and which lie on the front.
+
+A schedule is written as in `schedule.steps`, one digit a chunk, and its context policy: `4322222`, `4322222+clean`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from configs.errors import UserError
+from configs.schema import CONTEXTS, Config, ScheduleConfig
+from model.schedule import Schedule
+
+MAX_STEPS = 9  # of one chunk: a digit
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """Steps of chunk 0, 1, ... of a clip, and what a chunk leaves for later ones."""
+
+    steps: tuple[int, ...]
+    context: str = "last_step"
+
+    def __post_init__(self):
+        if not self.steps or not all(1 <= n <= MAX_STEPS for n in self.steps):
+            raise UserError(f"steps={list(self.steps)} is no schedule; give 1 to {MAX_STEPS} steps for each chunk")
+        if self.context not in CONTEXTS:
+            raise UserError(f"context={self.context} is unknown; use one of {', '.join(CONTEXTS)}")
+
+    @classmethod
+    def parse(cls, text: str, chunks: int, context: str = "last_step") -> "Candidate":
+        """`4322` or `4322+clean`; the last digit is repeated to `chunks`, and what goes beyond them is cut."""
+        digits, plus, policy = text.partition("+")
+        if not digits.isascii() or not digits.isdecimal() or "0" in digits:
+            raise UserError(f"schedules={text} is no schedule; write digits 1-9, one a chunk: 4322222 or 4322+clean")
+        steps = [int(digit) for digit in digits]
+        steps += [steps[-1]] * (chunks - len(steps))
+        return cls(tuple(steps[:chunks]), policy if plus else context)
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.context == "last_step" else f"+{self.context}"
+        return "".join(map(str, self.steps)) + suffix
+
+    @property
+    def nfe(self) -> int:
+        return sum(self.steps) + (0 if self.context == "last_step" else len(self.steps))
+
+    def apply(self, config: Config) -> Config:
+        """`config` with this schedule; its first and last timestep and its shift are kept where it counts steps."""
+        given = config.schedule
+        if given.preset is not None or given.timesteps is not None:
+            given = ScheduleConfig()
+        schedule = replace(given, steps=list(self.steps), preset=None, timesteps=None)
+        stream = replace(config.stream, context=self.context, context_by_chunk={})
+        return replace(config, name=f"{config.name}_{self.name}", schedule=schedule, stream=stream)
+
+    def schedule(self, config: Config) -> Schedule:
+        changed = self.apply(config)
+        return Schedule.from_config(changed.schedule, changed.stream)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of the parts of a clip, by chunk: a step of chunk k costs what its cache makes it cost."""
+
+    step: tuple[float, ...]  # one denoising step of chunk k
+    context: tuple[float, ...]  # the extra pass; a step's cost where none was measured
+    decode: tuple[float, ...]
+
+    @classmethod
+    def measured(cls, clips: Sequence[Sequence[Mapping[str, float]]]) -> "Costs":
+        """From `ChunkResult.timings` of clips of equal length: medians over clips. Seconds in, milliseconds out."""
+        chunks = len(clips[0])
+        step, context, decode = [], [], []
+        for k in range(chunks):
+            spans = [clip[k] for clip in clips]
+            steps = [value for s in spans for name, value in s.items() if name.startswith("step")]
+            passes = [s["context"] for s in spans if "context" in s]
+            step.append(1000 * _median(steps))
+            context.append(1000 * _median(passes) if passes else step[-1])
+            decode.append(1000 * _median([s["decode"] for s in spans if "decode" in s] or [0.0]))
+        return cls(tuple(step), tuple(context), tuple(decode))
+
+    def clip(self, candidate: Candidate) -> float:
+        """Predicted milliseconds of a clip, the prompt already encoded."""
+        steps = sum(n * cost for n, cost in zip(candidate.steps, self.step, strict=True))
+        return steps + sum(self.decode) + (0 if candidate.context == "last_step" else sum(self.context))
+
+    def first_frames(self, candidate: Candidate) -> float:
+        """Predicted milliseconds until chunk 0 is decoded."""
+        extra = 0 if candidate.context == "last_step" else self.context[0]
+        return candidate.steps[0] * self.step[0] + extra + self.decode[0]
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One schedule that was run. quality: more is better."""
+
+    candidate: Candidate
+    latency_ms: float
+    quality: float
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other beats in both, from fast to slow: each is better than all that are faster."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.latency_ms, -p.quality)):
+        if not best or point.quality > best[-1].quality:
+            best.append(point)
+    return best
+
+
+def neighbours(candidate: Candidate, max_steps: int = 6) -> Iterator[Candidate]:
+    """Schedules one move away that still fall, or stay level, from chunk to chunk: a step more, less, or moved."""
+    steps = candidate.steps
+    moves = [{k: d} for k in range(len(steps)) for d in (1, -1)]
+    moves += [{a: 1, b: -1} for a in range(len(steps)) for b in range(len(steps)) if a != b]
+    for move in moves:
+        changed = tuple(n + move.get(k, 0) for k, n in enumerate(steps))
+        falls = all(a >= b for a, b in zip(changed, changed[1:], strict=False))
+        if falls and min(changed) >= 1 and max(changed) <= max_steps:
+            yield replace(candidate, steps=changed)
+
+
+def next_candidate(
+    points: Sequence[Point], costs: Costs, budget_ms: float, max_steps: int = 6
+) -> Candidate | None:
+    """The neighbour of the best schedule within the budget that spends most of the budget and has not been tried.
+
+    From the next best where the best one's neighbours are used up; None where nothing is left.
+    """
+    tried = {point.candidate for point in points}
+    within = [point for point in points if costs.clip(point.candidate) <= budget_ms]
+    for point in sorted(within, key=lambda p: -p.quality):
+        fresh = [c for c in neighbours(point.candidate, max_steps) if c not in tried and costs.clip(c) <= budget_ms]
+        if fresh:
+            return max(fresh, key=lambda c: (costs.clip(c), c.steps))
+    return None

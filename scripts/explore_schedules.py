@@ -1,0 +1,252 @@
+"""Run schedules on the same prompts and seeds, and show which are worth their time.
+
+    python scripts/explore_schedules.py --config_path configs/tiny.yaml --schedules 4322222 2222222 4444444+clean
+    python scripts/explore_schedules.py --config_path configs/tiny.yaml --budget_ms 900 --max_runs 20    # a search
+
+Writes front.png, front.md, points.json and the YAML of each schedule on the front. Latency is the sum of denoising and
+decoding, the prompt already encoded: medians over clips. Quality is, on the tiny world (--quality tiny), the share of
+stated attributes that are measured right; elsewhere (--quality reference) agreement with a schedule of many steps from
+the same noise, as PSNR in dB. Agreement is not beauty: a schedule may differ from the reference and be as good.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.errors import UserError  # noqa: E402
+from configs.geometry import Geometry  # noqa: E402
+from configs.load import load_config, to_yaml  # noqa: E402
+from configs.schema import Config  # noqa: E402
+from model.weight_files import resolve  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline  # noqa: E402
+from pipeline.schedule_search import Candidate, Costs, Point, front, next_candidate  # noqa: E402
+from utils.clip_folder import chunk_borders  # noqa: E402
+from utils.clip_measures import MEASURES, as_clip, series, summary  # noqa: E402
+from utils.device import set_threads  # noqa: E402
+from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
+from utils.intervals import Interval, mean_interval  # noqa: E402
+from utils.logs import console  # noqa: E402
+from utils.prompts import read_prompts  # noqa: E402
+from utils.seeds import sample_seed  # noqa: E402
+from utils.tiny_captions import ATTRIBUTES, parse_caption  # noqa: E402
+from utils.tiny_measures import score  # noqa: E402
+from utils.tiny_world import TinyWorld  # noqa: E402
+
+GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
+PAPER = "4322222"  # drawn apart in the plot
+COLUMNS = {"tiny": "attributes right", "reference": "PSNR to the reference, dB"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A schedule that was run on all prompts."""
+
+    candidate: Candidate
+    latency_ms: float
+    first_ms: float
+    quality: Interval
+    measures: dict[str, float]
+    timings: list[list[dict[str, float]]]  # a clip, a chunk: seconds by part
+
+    @property
+    def point(self) -> Point:
+        return Point(self.candidate, self.latency_ms, self.quality.value)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/tiny.yaml")
+    parser.add_argument("--schedules", nargs="+", default=list(GRID), metavar="STEPS[+CONTEXT]", help="the grid")
+    parser.add_argument("--budget_ms", type=float, help="search on from the grid for the best clip within this time")
+    parser.add_argument("--max_runs", type=int, default=24, help="schedules in all, of a search")
+    parser.add_argument("--num_prompts", type=int, default=16)
+    parser.add_argument("--data_path", help="prompts, one a line (default: of the tiny world, or the configured file)")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--quality", choices=tuple(COLUMNS), help="(default: tiny for 64x96 clips, else reference)")
+    parser.add_argument("--reference", default="8+clean", help="schedule that --quality reference compares with")
+    parser.add_argument("--out", default="videos/schedules", metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args = parser.parse_intermixed_args(arguments)
+    for name in ("num_prompts", "max_runs"):
+        if vars(args)[name] < 1:
+            raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
+    if args.budget_ms is not None and not args.budget_ms > 0:
+        raise UserError(f"budget_ms={args.budget_ms} leaves no time; give milliseconds of a clip")
+    return args
+
+
+def prompts_of(args: argparse.Namespace, config: Config, quality: str) -> list[str]:
+    if args.data_path:
+        return read_prompts(args.data_path, "data_path")[: args.num_prompts]
+    if quality == "tiny":
+        return TinyWorld(config.video.height, config.video.width).prompts(args.seed, args.num_prompts)
+    return read_prompts(resolve(config.inference.prompts))[: args.num_prompts]
+
+
+class Bench:
+    """One set of networks, prompts and seeds, on which schedules are run."""
+
+    def __init__(self, config: Config, prompts: Sequence[str], seed: int, quality: str, reference: str):
+        self.config, self.prompts, self.quality = config, prompts, quality
+        self.seeds = [sample_seed(seed, i) for i in range(len(prompts))]
+        self.pipe = DiagonalPipeline.from_config(config)
+        self.chunks = Geometry.from_config(config).num_chunks(config.video.num_latent_frames)
+        self.reference: list[np.ndarray] | None = None
+        self._clips(Candidate((1,) * self.chunks), prompts[:1])  # warm-up: kernels, caches
+        if quality == "reference":
+            self.reference, _ = self._clips(Candidate.parse(reference, self.chunks), prompts)
+
+    def run(self, candidate: Candidate) -> Run:
+        clips, timings = self._clips(candidate, self.prompts)
+        totals = [1000 * sum(_work(chunk) for chunk in clip) for clip in timings]
+        borders = chunk_borders(len(clips[0]), self.config.stream.chunk_frames)
+        found = [summary(series(as_clip(clip)), borders) for clip in clips]
+        return Run(
+            candidate,
+            float(np.median(totals)),
+            float(np.median([1000 * _work(clip[0]) for clip in timings])),
+            mean_interval(self._qualities(clips)),
+            {name: float(np.mean([values[name] for values in found])) for name in MEASURES},
+            timings,
+        )
+
+    def _clips(self, candidate: Candidate, prompts: Sequence[str]):
+        """(frames, timings) of each prompt's clip, one after the other as a user would have them."""
+        networks = self.pipe.session
+        config = candidate.apply(self.config)
+        pipe = DiagonalPipeline(config, networks.student, networks.codec, networks.text_encoder)
+        videos = [pipe(prompt, seed=seed) for prompt, seed in zip(prompts, self.seeds, strict=False)]
+        return [video.frames for video in videos], [video.timings for video in videos]
+
+    def _qualities(self, clips: list[np.ndarray]) -> torch.Tensor:
+        """[clips], more is better."""
+        if self.reference is not None:
+            return torch.tensor([psnr(a, b) for a, b in zip(clips, self.reference, strict=True)])
+        found = score(self.prompts, torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3))
+        return torch.stack([found.correct[name] for name in ATTRIBUTES]).double().nanmean(0)
+
+
+def _work(spans: dict[str, float]) -> float:
+    """Seconds of one chunk's denoising, context pass and decoding."""
+    return sum(value for name, value in spans.items() if name != "text")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB between uint8 frames; at most 100."""
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return min(100.0, 10 * float(np.log10(255**2 / max(error, 1e-9))))
+
+
+def explore(bench: Bench, args: argparse.Namespace) -> list[Run]:
+    """Run the grid, and from there the search where there is a budget."""
+    grid = dict.fromkeys(Candidate.parse(text, bench.chunks) for text in args.schedules)
+    runs = []
+    for candidate in grid:
+        runs.append(bench.run(candidate))
+        print(line(runs[-1]), flush=True)
+    while args.budget_ms is not None and len(runs) < args.max_runs:
+        costs = Costs.measured([clip for run in runs for clip in run.timings])
+        candidate = next_candidate([run.point for run in runs], costs, args.budget_ms)
+        if candidate is None:
+            break
+        runs.append(bench.run(candidate))
+        print(f"{line(runs[-1])}  (predicted {costs.clip(candidate):.0f} ms)", flush=True)
+    return runs
+
+
+def line(run: Run) -> str:
+    q = run.quality
+    return f"{run.candidate.name:<18} {run.candidate.nfe:>3} NFE {run.latency_ms:>8.0f} ms  {q.value:.4g}"
+
+
+def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: float | None) -> str:
+    """All runs from fast to slow as Markdown; those on the front are marked."""
+    extra = ("seam", "flicker", "motion", "colour_drift", "sharpness")
+    head = ["schedule", "front", "NFE", "clip ms", "first frames ms", COLUMNS[quality], "95% interval", *extra]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    chosen = {point.candidate for point in best}
+    for run in sorted(runs, key=lambda r: r.latency_ms):
+        q = run.quality
+        cells = [run.candidate.name, "*" if run.candidate in chosen else "", str(run.candidate.nfe)]
+        cells += [f"{run.latency_ms:.0f}", f"{run.first_ms:.0f}", f"{q.value:.4g}", f"{q.low:.4g} .. {q.high:.4g}"]
+        lines.append("| " + " | ".join([*cells, *(f"{run.measures[name]:.3g}" for name in extra)]) + " |")
+    fit = [point for point in best if budget is not None and point.latency_ms <= budget]
+    if fit:
+        lines += ["", f"Best within {budget:.0f} ms: {fit[-1].candidate.name}"]
+    return "\n".join(lines)
+
+
+def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -> None:
+    import matplotlib  # here, so that all else works without the extra `report`
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for run in runs:
+        q, ours = run.quality, run.candidate.name == PAPER
+        spread = [[max(0.0, q.value - q.low)], [max(0.0, q.high - q.value)]] if np.isfinite(q.low) else None
+        colour = "#c1440e" if ours else "#44607d"
+        axes.errorbar(run.latency_ms, q.value, yerr=spread, fmt="D" if ours else "o", color=colour, elinewidth=0.6)
+        axes.annotate(run.candidate.name, (run.latency_ms, q.value), (4, 4), textcoords="offset points", fontsize=8)
+    axes.step([p.latency_ms for p in best], [p.quality for p in best], where="post", color="#44607d", alpha=0.6)
+    axes.set_xlabel("clip, ms: denoising and decoding")
+    axes.set_ylabel(f"{COLUMNS[quality]} (mean, 95% interval)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(runs: Sequence[Run], bench: Bench, args: argparse.Namespace, out: Path) -> None:
+    best = front([run.point for run in runs])
+    text = table(runs, best, bench.quality, args.budget_ms)
+    for point in best:
+        with atomic_path(out / "front" / f"{point.candidate.name}.yaml") as temporary:
+            temporary.write_text(to_yaml(point.candidate.apply(bench.config)), encoding="utf-8")
+    with atomic_path(out / "front.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    rows = [
+        {"name": r.candidate.name, "nfe": r.candidate.nfe, "latency_ms": r.latency_ms, "first_ms": r.first_ms}
+        | {"quality": r.quality.to_dict(), "on_front": r.point in best, "measures": _plain(r.measures)}
+        for r in runs
+    ]
+    kept = {"quality": bench.quality, "prompts": list(bench.prompts), "seeds": bench.seeds}
+    write_json_atomic(out / "points.json", {**kept, "device": str(bench.pipe.session.device), "runs": rows})
+    with atomic_path(out / "front.png") as temporary:
+        plot(runs, best, bench.quality, temporary)
+    print(f"\n{text}\n\nin {out}: front.png, front.md, points.json, front/*.yaml")
+
+
+def _plain(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if np.isfinite(value) else None for name, value in values.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    console()
+    try:
+        args = parse_arguments(arguments)
+        config = load_config(args.config_path, args.overrides)
+        tiny = (config.video.height, config.video.width) == (64, 96)
+        quality = args.quality or ("tiny" if tiny else "reference")
+        out = check_writable(Path(args.out), "out")
+        prompts = prompts_of(args, config, quality)
+        if quality == "tiny" and not all(any(parse_caption(prompt).values()) for prompt in prompts):
+            raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
+        set_threads(config.inference.cpu_threads)
+        bench = Bench(config, prompts, args.seed, quality, args.reference)
+        write(explore(bench, args), bench, args, out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
