@@ -151,6 +151,11 @@ class StreamCache(_Cursor):
         self.last, self.filled = state.last, set(state.filled)
 
     @property
+    def room(self) -> int:
+        """Chunks that the buffers hold as they are."""
+        return self._keys[0].shape[1] // self.geometry.tokens_per_chunk
+
+    @property
     def bytes(self) -> int:
         """Bytes held, whatever is filled."""
         return sum(x.nbytes for x in self._keys + self._values)

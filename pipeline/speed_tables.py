@@ -82,10 +82,10 @@ def suite_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a setting."""
     head = ["setting", "clip s", "first s", "step ms", "of peak", "FPS clip", "steady", "decode ms", "peak GB"]
     head += ["error", "first clip s", "notes"]
-    rows = [head]
+    rows, failed = [head], []
     for name, card in cards.items():
         if "failed" in card:
-            rows.append([name, *[""] * (len(head) - 2), card["failed"]])
+            failed.append(f"{name}: {card['failed']}")
             continue
         rates, last = card["rates_fps"], card["steps"][-1]
         error, notes = card.get("error_to_plain"), []
@@ -99,7 +99,7 @@ def suite_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
         cells += [ms(card["decode_s"]), f"{card['memory_bytes'].get('peak', 0) / GB:.2f}"]
         cells += ["" if error is None else f"{error:.1e}", f"{card['first_clip_s']:.1f}", "; ".join(notes)]
         rows.append([name, *cells])
-    return grid(rows)
+    return "\n".join([grid(rows), *failed])
 
 
 def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

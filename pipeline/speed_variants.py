@@ -61,7 +61,7 @@ H100 = (
 )
 CPU = (
     _tiny("plain", reference=True),
-    _tiny("fused", "inference.cuda_graphs=auto"),
+    _tiny("compiled", "inference.compile=blocks"),
     _tiny("5432222", "schedule.steps=5432222", standard=False),
     _tiny("fp8", "inference.precision=fp8"),
 )

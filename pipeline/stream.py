@@ -140,6 +140,11 @@ class StreamSession:
         assert len(seeds) == len(old), f"{len(seeds)} seeds for {len(old)} streams"
         self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache, which is most of what a snapshot takes; 0 before anything was played."""
+        return 0 if self._cache is None else self._cache.bytes
+
     def cancel(self) -> None:
         """End the running `play` or `resume` before its next step. The chunk it was at is made again by `resume`."""
         self._cancelled.set()
@@ -205,7 +210,8 @@ class StreamSession:
     def _prepare_cache(self, batch: int, num_chunks: int | None) -> None:
         """An empty cache for `batch` streams; the memory of the last clip's is used again where it fits."""
         bounded = self.geometry.window_chunks > 0
-        if self._cache is not None and self._cache_batch == batch and bounded:
+        same = self._cache is not None and self._cache_batch == batch
+        if same and (bounded or (num_chunks or 0) <= self._cache.room):
             self._cache.reset()
             return
         config = self.student.model.config
