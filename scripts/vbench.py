@@ -1,0 +1,180 @@
+"""The field's benchmark: videos as VBench wants them, its scores, and a table beside published rows.
+
+    python scripts/vbench.py generate --config_path configs/wan2.1_t2v_1.3b.yaml --prompts VBench_full_info.json
+    torchrun --nproc_per_node=8 scripts/vbench.py generate ...                 # shared out over GPUs
+    python scripts/vbench.py score --prompts VBench_full_info.json --python path/to/vbench_env/bin/python
+    python scripts/vbench.py table
+
+`generate` can be stopped and started again. The `vbench` package needs versions of torch and transformers that do not
+go with ours: `pip install vbench` into an environment of its own, and name its Python.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configs.errors import UserError  # noqa: E402
+from configs.load import load_config, to_dict  # noqa: E402
+from model.weights import check_weights  # noqa: E402
+from pipeline.provenance import fingerprint  # noqa: E402
+from utils.distributed import Ranks  # noqa: E402
+from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
+from utils.logs import console  # noqa: E402
+from utils.progress import progress_bar  # noqa: E402
+from utils.seeds import stable_hash  # noqa: E402
+from utils.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_results, read_suite, totals  # noqa: E402
+from utils.video import VideoWriter  # noqa: E402
+
+# Total, Quality, Semantic in percent, as their authors published them.
+PUBLISHED = (("Self-Forcing, chunk-wise (arXiv 2506.08009)", 84.31, 85.07, 81.28),)
+NOTES = """\
+Not alike in every respect: published rows use prompts rewritten by a language model (give yours with --extended), their
+authors' samples and seeds, and the vbench release of their day. Only rows of equal prompts and release compare; to be
+sure, score the other model's weights here too. The row of Diagonal Distillation's own paper is not stated here."""
+RUNNER = """
+import sys, torch
+from vbench import VBench
+info, videos, out, name, *dimensions = sys.argv[1:]
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VBench(device, info, out).evaluate(videos_path=videos, name=name, dimension_list=dimensions)
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate, score, table = (commands.add_parser(name) for name in ("generate", "score", "table"))
+    for command in (generate, score, table):
+        command.add_argument("--out", default="videos/vbench", metavar="DIR", help="(default: %(default)s)")
+    for command in (generate, score):
+        command.add_argument("--prompts", required=True, metavar="FILE", help="VBench_full_info.json")
+        command.add_argument("--dimensions", nargs="+", choices=tuple(DIMENSIONS), metavar="NAME", help="only these")
+    generate.add_argument("--config_path", default="configs/wan2.1_t2v_1.3b.yaml")
+    generate.add_argument("--extended", metavar="FILE", help="rewritten prompts, one a line, that the model is given")
+    generate.add_argument("--num_samples", type=int, default=SAMPLES, help="videos a prompt (default: %(default)s)")
+    generate.add_argument("--flicker_samples", type=int, help="of temporal_flickering, whose static filter drops some")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    score.add_argument("--python", default=sys.executable, help="of the environment that has vbench")
+    args = parser.parse_args(arguments)
+    for name in ("num_samples", "flicker_samples"):
+        if args.command == "generate" and vars(args)[name] is not None and vars(args)[name] < 1:
+            raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
+    return args
+
+
+def jobs_of(suite: list[VBenchPrompt], args: argparse.Namespace) -> list[tuple[VBenchPrompt, int]]:
+    """(prompt, sample) of all videos, those of the wanted dimensions only."""
+    jobs = []
+    for prompt in suite:
+        if args.dimensions and not set(args.dimensions) & set(prompt.dimensions):
+            continue
+        flicker = args.flicker_samples if "temporal_flickering" in prompt.dimensions else None
+        jobs += [(prompt, sample) for sample in range(flicker or args.num_samples)]
+    if not jobs:
+        raise UserError(f"dimensions={' '.join(args.dimensions)} has no prompt in {args.prompts}; give the JSON file")
+    return jobs
+
+
+def seed_of(seed: int, prompt: VBenchPrompt, sample: int) -> int:
+    """Each video has a seed of its own, which depends on neither order nor number of GPUs."""
+    return stable_hash(seed, "vbench", prompt.text, sample) % 2**31
+
+
+def generate(args: argparse.Namespace) -> None:
+    config, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
+    suite = read_suite(Path(args.prompts), Path(args.extended) if args.extended else None)
+    out = check_writable(Path(args.out), "out")
+    settings = fingerprint(config, tuple(check_weights(config.model)))
+    todo = []
+    for prompt, sample in ranks.share(jobs_of(suite, args)):
+        seed = seed_of(args.seed, prompt, sample)
+        digest = short_hash(prompt.extended, seed, settings)
+        # vbench takes everything in its folder for a video, so records have one of their own
+        record = out / "records" / f"{short_hash(prompt.text, sample)}.json"
+        video = out / "videos" / prompt.file_name(sample)
+        if not (video.exists() and record.exists() and digest in record.read_text(encoding="utf-8")):
+            todo.append((prompt, sample, seed, digest, video, record))
+    print(f"{len(todo)} videos to make in {out / 'videos'} by process {ranks.rank} of {ranks.world}", flush=True)
+    if not todo:
+        return
+    from pipeline.diagonal import DiagonalPipeline
+
+    pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
+    with progress_bar("vbench", len(todo), "video", ranks.local_rank) as bar:
+        for prompt, sample, seed, digest, video, record in todo:
+            with VideoWriter(video, config.video.fps, (config.video.height, config.video.width)) as file:
+                for frames in pipe.stream(prompt.extended, seed=seed):
+                    file.write(frames)
+            facts = {"prompt": prompt.text, "given": prompt.extended, "sample": sample, "seed": seed, "digest": digest}
+            write_json_atomic(record, facts | {"video": video.name, "config": to_dict(config)})
+            bar.update(1)
+
+
+def score(args: argparse.Namespace) -> None:
+    out, info = Path(args.out), Path(args.prompts)
+    if info.suffix != ".json":
+        raise UserError(f"prompts={info} says nothing of dimensions; give VBench_full_info.json to score")
+    suite = read_suite(info)
+    wanted = args.dimensions or [name for name in DIMENSIONS if any(name in p.dimensions for p in suite)]
+    videos = out / "videos"
+    for name in wanted:
+        lacking = [p for p in suite if name in p.dimensions and not all(_there(videos, p))]
+        if lacking:
+            raise UserError(
+                f"dimensions={name} lacks videos of {len(lacking)} prompts in {videos}; run generate with this --out"
+            )
+    for name in wanted:  # one process each, so that what is scored stays when a later one fails
+        result = out / "results" / f"{name}_eval_results.json"
+        if result.exists() and result.stat().st_mtime >= max(path.stat().st_mtime for path in videos.iterdir()):
+            print(f"{name}: already scored")
+            continue
+        result.parent.mkdir(parents=True, exist_ok=True)
+        paths = [str(path.resolve()) for path in (info, videos, result.parent)]
+        done = subprocess.run([args.python, "-c", RUNNER, *paths, name, name], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"python={args.python} could not score {name} ({last}); pip install vbench there")
+        print(f"{name}: {read_results(result.parent)[name]:.4f}", flush=True)
+
+
+def _there(videos: Path, prompt: VBenchPrompt) -> list[bool]:
+    return [(videos / prompt.file_name(sample)).exists() for sample in range(SAMPLES)]
+
+
+def table(args: argparse.Namespace) -> str:
+    """Markdown: our dimensions, then totals beside published ones."""
+    scores = read_results(Path(args.out) / "results")
+    found = totals(scores)
+    lines = ["| dimension | score | |", "| --- | --- | --- |"]
+    for name in DIMENSIONS:
+        value = f"{100 * scores[name]:.2f}" if name in scores else "-"
+        lines.append(f"| {name} | {value} | {'' if name in scores else 'not scored'} |")
+    lines += ["", "| | Total | Quality | Semantic |", "| --- | --- | --- | --- |"]
+    ours = (f"{100 * value:.2f}" if value is not None else "-" for value in found.values())
+    lines.append(f"| this run, {args.out} | {' | '.join(ours)} |")
+    lines += [f"| {name} | {' | '.join(f'{v:.2f}' for v in values)} |" for name, *values in PUBLISHED]
+    if None in found.values():
+        lines += ["", "- : a dimension is missing, and a total without it would be another figure."]
+    return "\n".join([*lines, "", NOTES])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    console()
+    try:
+        args = parse_arguments(arguments)
+        if args.command == "table":
+            print(table(args))
+        else:
+            {"generate": generate, "score": score}[args.command](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
