@@ -23,13 +23,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=["configs", "model", "pipeline", "trainer", "utils"],
-    package_data={"configs": ["*.yaml", "networks/*.json"], "utils": ["*.html"]},
+    packages=["configs", "model", "pipeline", "server", "trainer", "utils"],
+    package_data={"server": ["static/*"], "configs": ["*.yaml", "networks/*.json"], "utils": ["*.html"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own
         "train": ["wandb>=0.22"],  # metrics go to a JSONL file without it
         "report": ["matplotlib>=3.10,<4"],  # the plot of scripts/explore_schedules.py
+        "demo": requirements("requirements-demo.txt"),  # python demo.py
         "dev": requirements("requirements-dev.txt"),
     },
 )

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from configs.load import CHECKOUT, load_config, presets
 
-LAYERS = ("configs", "utils", "model", "pipeline", "trainer")  # a file imports its own and those to its left
+LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server")  # a file imports its own and those to its left
 ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name on the index and the name in Python differ
@@ -149,7 +149,7 @@ def test_presets_hold_values_only():
         assert isinstance(yaml.safe_load((CHECKOUT / path).read_text(encoding="utf-8")), dict)
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-demo.txt"])
 def test_every_dependency_is_used_and_explained(name):
     lines = (line.partition("#")[0].strip() for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines())
     wanted = [Requirement(line).name for line in lines if line]
@@ -165,7 +165,7 @@ def test_every_dependency_is_used_and_explained(name):
 def test_every_import_is_a_stated_dependency():
     """Nothing works only because another package happens to bring it."""
     stated = {"flash_attn", "wandb", "setuptools", "packaging", "pip"}  # extras, and the installer's own
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt"):
         for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines():
             if line := line.partition("#")[0].strip():
                 package = Requirement(line).name

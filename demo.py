@@ -1,0 +1,62 @@
+"""The demo in a browser: `python demo.py [--port 7860]`, then open the address that it prints."""
+
+import argparse
+from typing import NoReturn
+
+from configs.errors import UserError
+from utils import exits
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(prog="demo.py", description="A page that plays streams while they are made.", allow_abbrev=False)
+    parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; other machines need --token")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s; 0 = any that is free)")
+    parser.add_argument("--token", metavar="TEXT", help="what a visitor must know, at least 8 characters")
+    parser.add_argument("--visitors", type=int, default=8, help="at once (default: %(default)s)")
+    parser.add_argument("--idle_seconds", type=float, default=600, help="until a silent visitor is let go")
+    parser.add_argument("--max_seconds", type=float, default=600, help="of one video (default: %(default)s)")
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def main() -> int:
+    args = parse()
+    try:
+        import uvicorn
+
+        from server.app import Limits, bound_socket, check_access, is_loopback, make_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; run pip install -r requirements-demo.txt") from error
+    check_access(args.host, args.token)
+    limits = Limits(visitors=args.visitors, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds)
+    listener = bound_socket(args.host, args.port)
+
+    from configs.load import load_config
+    from pipeline.diagonal import DiagonalPipeline
+    from pipeline.plan import make_plan
+    from server.messages import MAX_MESSAGE
+    from utils.device import set_threads
+    from utils.logs import console
+
+    console()
+    config = load_config(args.config_path, args.settings)
+    make_plan(config, ["a prompt"])  # every check that needs no weights in memory
+    set_threads(config.inference.cpu_threads)
+    pipe = DiagonalPipeline.from_config(config)
+    list(pipe.session.play("a prompt", 0, 1))  # the first chunk is slow: not while somebody waits
+    app = make_app(pipe, token=args.token, local=is_loopback(args.host), limits=limits)
+    port = listener.getsockname()[1]
+    print(f"open http://{args.host}:{port}/{f'?token={args.token}' if args.token else ''}", flush=True)
+    settings = {"ws_max_size": MAX_MESSAGE, "ws_max_queue": 16, "log_level": "warning", "server_header": False}
+    uvicorn.Server(uvicorn.Config(app, ws="websockets-sansio", timeout_graceful_shutdown=5, **settings)).run([listener])
+    return 0
+
+
+if __name__ == "__main__":
+    exits.run(main)

@@ -1,0 +1,129 @@
+"""What a browser may say, checked: JSON objects with a `type` and few fields, all bounded; none names a file.
+
+{"type": "play", "prompt": "...", "seed": 0, "steps": [4, 3, 2], "context": "last_step", "seconds": 60}
+{"type": "say", "prompt": "...", "switch": "recache"}       {"type": "stop"}
+{"type": "rewind", "chunk": 3, "prompt": "...", "seed": 1}  {"type": "shown", "frames": 120}
+{"type": "schedule", "steps": [4, 3, 2], "context": "clean"}
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import CONTEXTS, SWITCHES, ScheduleConfig, StreamConfig
+from model.schedule import Schedule
+from utils.prompts import check_prompt
+
+MAX_MESSAGE = 65_536  # bytes
+MAX_PROMPT = 2_000  # characters
+MAX_STEPS, MAX_ROWS = 8, 12  # steps of a chunk; chunks that have their own number
+MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Play:
+    prompt: str
+    seed: int
+    schedule: Schedule
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Say:
+    prompt: str
+    switch: str
+
+
+@dataclass(frozen=True)
+class Rewind:
+    chunk: int
+    prompt: str | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    frames: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    pass
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What would this schedule cost?"""
+
+    schedule: Schedule
+
+
+Message = Play | Say | Rewind | Shown | Stop | Ask
+
+
+def read_message(text: str, stream: StreamConfig, max_seconds: float) -> Message:
+    """The message in `text`; UserError, with a sentence to show, for anything else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("message is not valid JSON; send an object with a type") from error
+    if not isinstance(values, dict):
+        raise UserError("message is no JSON object; send an object with a type")
+    match values.get("type"):
+        case "play":
+            seconds = _number(values, "seconds", 0.1, max_seconds, max_seconds)
+            return Play(_prompt(values), _whole(values, "seed", 0, MAX_SEED, 0), _schedule(values, stream), seconds)
+        case "say":
+            return Say(_prompt(values), _choice(values, "switch", SWITCHES, stream.switch))
+        case "rewind":
+            prompt = _prompt(values) if values.get("prompt") is not None else None
+            seed = _whole(values, "seed", 0, MAX_SEED, 0) if values.get("seed") is not None else None
+            return Rewind(_whole(values, "chunk", 0, 10**9, 0), prompt, seed)
+        case "shown":
+            return Shown(_whole(values, "frames", 0, 10**9, 0))
+        case "stop":
+            return Stop()
+        case "schedule":
+            return Ask(_schedule(values, stream))
+    raise UserError("message.type is unknown; use play, say, stop, rewind, shown or schedule")
+
+
+def _prompt(values: dict[str, Any]) -> str:
+    prompt = values.get("prompt")
+    if not isinstance(prompt, str):
+        raise UserError("prompt is no text; describe the video in a sentence")
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"prompt is {len(prompt):,} characters long; at most {MAX_PROMPT:,} are taken here")
+    return check_prompt(prompt)
+
+
+def _number(values: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name}={str(value)[:40]} is out of range; give a number from {low:g} to {high:g}")
+    return value
+
+
+def _whole(values: dict[str, Any], name: str, low: int, high: int, default: int) -> int:
+    value = _number(values, name, low, high, default)
+    if not isinstance(value, int):
+        raise UserError(f"{name}={value} is no whole number; give one from {low} to {high}")
+    return value
+
+
+def _choice(values: dict[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = values.get(name, default)
+    if value not in choices:
+        raise UserError(f"{name}={str(value)[:40]} is unknown; use one of {', '.join(choices)}")
+    return value
+
+
+def _schedule(values: dict[str, Any], stream: StreamConfig) -> Schedule:
+    steps = values.get("steps")
+    good = isinstance(steps, list) and 1 <= len(steps) <= MAX_ROWS
+    if not good or not all(type(n) is int and 1 <= n <= MAX_STEPS for n in steps):
+        raise UserError(f"steps={str(steps)[:40]} is no schedule; give 1 to {MAX_ROWS} numbers from 1 to {MAX_STEPS}")
+    context = _choice(values, "context", CONTEXTS, stream.context)
+    settings = StreamConfig(context=context, context_timestep=stream.context_timestep)
+    return Schedule.from_config(ScheduleConfig(steps=steps), settings)

@@ -1,0 +1,194 @@
+"""One visitor's stream: a session of its own, its past to go back to, and its pictures to take home.
+
+All visitors share one worker thread, which owns the model and makes one chunk at a time in the order of asking; a
+visitor asks for the next chunk only when it has the one before, so turns are fair.
+"""
+
+import io
+import json
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from configs.errors import UserError
+from model.schedule import Schedule
+from pipeline.diagonal import DiagonalPipeline
+from pipeline.provenance import versions
+from pipeline.snapshot import Snapshot
+from pipeline.stream import StreamSession
+from server.messages import Play, Rewind, Say
+from utils.video_live import LiveWriter
+
+QUALITY = 92  # of JPEG
+THUMB = 96  # pixels across
+MAX_KEPT = 800  # chunks whose pictures are kept for the download: ten minutes at 16 frames a second
+
+
+@dataclass
+class Costs:
+    """Running means of what things take, seconds; shared by all visitors, written by the worker."""
+
+    step: float | None = None
+    decode: float | None = None
+
+    def learn(self, timings: dict[str, float]) -> None:
+        for name, value in timings.items():
+            if name.startswith("step") or name == "context":
+                self.step = value if self.step is None else 0.9 * self.step + 0.1 * value
+            elif name == "decode":
+                self.decode = value if self.decode is None else 0.9 * self.decode + 0.1 * value
+
+    def fps(self, schedule: Schedule, chunk: int, frames: int) -> float | None:
+        """Frames a second that the schedule's chunk `chunk` would run at; None before anything was measured."""
+        if self.step is None or self.decode is None:
+            return None
+        return frames / (self.step * (schedule.nfe(chunk + 1) - schedule.nfe(chunk)) + self.decode)
+
+
+@dataclass(frozen=True)
+class MadeChunk:
+    """What is sent of a chunk."""
+
+    chunk: int
+    prompt: str
+    seed: int
+    jpegs: list[bytes] = field(repr=False)
+    thumb: bytes = field(repr=False)
+    seconds: float  # of making it
+    rewindable: bool
+    timings: dict[str, float]
+
+    def packet(self, take: int) -> bytes:
+        """Length of the head (4 bytes, big-endian), the head as JSON, the thumbnail, the frames."""
+        head = {
+            "type": "chunk", "take": take, "chunk": self.chunk, "prompt": self.prompt, "seed": self.seed,
+            "sizes": [len(self.thumb), *map(len, self.jpegs)], "seconds": self.seconds, "rewindable": self.rewindable,
+        }  # fmt: skip
+        text = json.dumps(head).encode()
+        return len(text).to_bytes(4, "big") + text + self.thumb + b"".join(self.jpegs)
+
+
+class Player:
+    """Methods but `say`, `cancel` and `frames_made` run on the worker."""
+
+    def __init__(self, pipe: DiagonalPipeline, costs: Costs, rewind_bytes: int):
+        base = pipe.session
+        self.pipe, self.costs, self.rewind_bytes = pipe, costs, rewind_bytes
+        stream = pipe.config.stream
+        self.session = StreamSession(
+            base.student, base.codec, base.text_encoder, pipe.schedule, pipe.geometry,
+            switch=stream.switch, switch_chunks=stream.switch_chunks,
+        )  # fmt: skip
+        self.snapshots: OrderedDict[int, Snapshot] = OrderedDict()  # by the chunk that comes next
+        self.made: list[MadeChunk] = []
+        self.seed, self.prompt = 0, ""
+        self._chunks = iter(())
+        self._lock = threading.Lock()  # over `made`, which a download reads from another thread
+
+    def play(self, message: Play) -> None:
+        """Start a new video."""
+        self.session.schedule = message.schedule
+        self.seed, self.prompt = message.seed, message.prompt
+        self.snapshots.clear()
+        with self._lock:
+            self.made = []
+        self._chunks = self.session.play(message.prompt, message.seed)
+
+    def rewind(self, message: Rewind) -> None:
+        """Go on from before chunk `message.chunk`, by another prompt or seed where one is given."""
+        if message.chunk not in self.snapshots:
+            raise UserError(f"chunk={message.chunk} is not kept any more; rewind to one of the thumbnails shown")
+        self.session.restore(self.snapshots[message.chunk])
+        for later in [k for k in self.snapshots if k > message.chunk]:
+            del self.snapshots[later]
+        with self._lock:
+            self.made = [made for made in self.made if made.chunk < message.chunk]
+        if message.seed is not None:
+            self.seed = message.seed
+            self.session.reseed(message.seed)
+        if message.prompt is not None:
+            self.session.say(message.prompt)
+        self._chunks = self.session.resume()
+
+    def say(self, message: Say) -> None:
+        self.session.say(message.prompt, message.switch)
+
+    def cancel(self) -> None:
+        self.session.cancel()
+
+    def next(self) -> MadeChunk | None:
+        """The next chunk; None where it was cancelled."""
+        begin = time.perf_counter()
+        if self.session.chunk and self.session.cache_bytes <= self.rewind_bytes // 2:
+            self._keep()
+        result = next(self._chunks, None)
+        if result is None:
+            return None
+        frames, timings = result.wait().frames[0].numpy(), result.timings
+        self.costs.learn(timings)
+        jpegs = [_jpeg(frame) for frame in frames]
+        thumb = _jpeg(_small(frames[len(frames) // 2]), 80)
+        made = MadeChunk(
+            result.chunk, result.prompts[0], self.seed, jpegs, thumb, time.perf_counter() - begin,
+            result.chunk in self.snapshots, timings,
+        )  # fmt: skip
+        with self._lock:
+            self.made = [*self.made, made][-MAX_KEPT:]
+        return made
+
+    def _keep(self) -> None:
+        """A snapshot of now, on the host; the oldest ones go where there are too many."""
+        self.snapshots[self.session.chunk] = self.session.snapshot("cpu")
+        size = self.session.cache_bytes
+        while len(self.snapshots) * size > self.rewind_bytes:
+            self.snapshots.popitem(last=False)
+
+    @property
+    def frames_made(self) -> int:
+        with self._lock:
+            return sum(len(made.jpegs) for made in self.made)
+
+    def video(self) -> bytes:
+        """What was made, as MP4."""
+        with self._lock:
+            made = list(self.made)
+        if not made:
+            raise UserError("nothing has been played; press Play first")
+        config, out = self.pipe.config.video, io.BytesIO()
+        with LiveWriter(out, config.fps, (config.height, config.width)) as writer:
+            for chunk in made:
+                writer.write(np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in chunk.jpegs]))
+        return out.getvalue()
+
+    def record(self) -> dict:
+        """How what was made can be made again."""
+        with self._lock:
+            made = list(self.made)
+        return {
+            "chunks": [{"chunk": m.chunk, "prompt": m.prompt, "seed": m.seed, "timings_s": m.timings} for m in made],
+            "schedule": self.session.schedule.to_dict(),
+            "switch": self.session.switch,
+            "fps": self.pipe.config.video.fps,
+            "versions": versions(),
+        }
+
+
+def worker() -> ThreadPoolExecutor:
+    """The one thread that runs the model."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+
+def _jpeg(frame: np.ndarray, quality: int = QUALITY) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, "jpeg", quality=quality, subsampling=0)
+    return out.getvalue()
+
+
+def _small(frame: np.ndarray) -> np.ndarray:
+    height = max(1, round(frame.shape[0] * THUMB / frame.shape[1]))
+    return np.asarray(Image.fromarray(frame).resize((THUMB, height)))

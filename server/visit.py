@@ -1,0 +1,149 @@
+"""One WebSocket: messages in, chunks out, never more of them than the visitor's screen can use."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import WebSocket, WebSocketDisconnect
+from fastapi.websockets import WebSocketState
+
+from configs.errors import UserError
+from configs.geometry import pixel_frames
+from model.schedule import Schedule
+from server.messages import MAX_MESSAGE, Ask, Message, Play, Rewind, Say, Shown, read_message
+from server.player import Player
+from utils.logs import get_logger
+
+log = get_logger(__name__)
+POLICY, TOO_BIG = 1008, 1009  # close codes of RFC 6455
+MAX_ERRORS = 1000  # messages without sense that are answered before the line is cut
+
+
+class Visit:
+    """Runs on the event loop; what touches the model goes through `pool`."""
+
+    def __init__(self, socket: WebSocket, player: Player, pool: ThreadPoolExecutor, limits):
+        self.socket, self.player, self.pool, self.limits = socket, player, pool, limits
+        self._stream: asyncio.Task | None = None
+        self._room = asyncio.Event()
+        self._shown = self._sent = self._take = 0  # frames of this take; number of the take
+        self._frames_allowed = 0
+        self._errors = 0
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Until the visitor goes, is idle for too long, or sends too much that makes no sense."""
+        try:
+            while True:
+                message = await asyncio.wait_for(self.socket.receive(), self.limits.idle_seconds)
+                if message["type"] == "websocket.disconnect":
+                    return
+                await self._answer(message.get("text"))
+                if self._errors >= MAX_ERRORS:
+                    await self.socket.close(POLICY, "too many messages without sense")
+                    return
+        except TimeoutError:
+            await self._say("idle", message=f"idle for {self.limits.idle_seconds:g} s: closed; reload to go on")
+            await self.socket.close(POLICY, "idle")
+        except (WebSocketDisconnect, RuntimeError) as error:
+            if self.socket.client_state == WebSocketState.CONNECTED and isinstance(error, RuntimeError):
+                raise
+        finally:
+            await self._stop()
+
+    async def _answer(self, text: str | None) -> None:
+        try:
+            if text is None or len(text) > MAX_MESSAGE:
+                raise UserError("message is no text, or too long; send JSON")
+            await self._act(read_message(text, self.player.pipe.config.stream, self.limits.max_seconds))
+        except UserError as error:
+            self._errors += 1
+            await self._say("error", message=str(error))
+
+    async def _act(self, message: Message) -> None:
+        match message:
+            case Play():
+                await self._stop()
+                self._frames_allowed = round(message.seconds * self.player.pipe.config.video.fps)
+                await self._begin(self.player.play, message, 0)
+            case Rewind():
+                await self._stop()
+                chunks = pixel_frames(message.chunk * self.player.pipe.geometry.chunk_frames)
+                await self._begin(self.player.rewind, message, chunks)
+            case Say():
+                if self._stream is None or self._stream.done():
+                    raise UserError("nothing is playing; press Play first")
+                self.player.say(message)
+                await self._say("said", prompt=message.prompt)
+            case Shown(frames):
+                self._shown = max(self._shown, min(frames, self._sent))
+                self._room.set()
+            case Ask(schedule):
+                await self._say("schedule", **self._describe(schedule))
+            case _:
+                await self._stop()
+                await self._say("stopped")
+
+    async def _begin(self, start: Callable[[Any], None], message: Message, frames: int) -> None:
+        """A new take: `start` on the worker, then chunks. `frames`: those that the video has before it."""
+        await asyncio.get_running_loop().run_in_executor(self.pool, start, message)
+        self._take += 1
+        self._shown = self._sent = 0
+        schedule = self.player.session.schedule
+        await self._say("take", take=self._take, frames=frames, **self._describe(schedule))
+        self._stream = asyncio.create_task(self._play(frames))
+
+    async def _play(self, frames: int) -> None:
+        """Make chunks and send them, at most `ahead_seconds` before they are shown."""
+        loop, fps = asyncio.get_running_loop(), self.player.pipe.config.video.fps
+        try:
+            while frames < self._frames_allowed and not self._stopping:
+                self._room.clear()
+                if self._sent - self._shown > self.limits.ahead_seconds * fps:
+                    await self._room.wait()
+                    continue
+                made = await loop.run_in_executor(self.pool, self.player.next)
+                if made is None:
+                    return
+                frames += len(made.jpegs)
+                self._sent += len(made.jpegs)
+                await self.socket.send_bytes(made.packet(self._take))
+            if not self._stopping:
+                await self._say("end", message=f"{frames / fps:.0f} s are the most that a video may last; press Play")
+        except (WebSocketDisconnect, RuntimeError):
+            if self.socket.application_state == WebSocketState.CONNECTED == self.socket.client_state:
+                log.exception("a stream broke off")
+                raise
+
+    async def _stop(self) -> None:
+        """End the running stream, within one step, and wait until the worker has let go of it."""
+        task, self._stream = self._stream, None
+        if task is None:
+            return
+        self._stopping = True
+        self.player.cancel()
+        self._room.set()
+        begin = time.monotonic()
+        await asyncio.wait([task])
+        self._stopping = False
+        if not task.cancelled() and task.exception():
+            raise task.exception()
+        log.debug(f"stopped after {time.monotonic() - begin:.3f} s")
+
+    def _describe(self, schedule: Schedule) -> dict[str, Any]:
+        """The schedule as the page shows it: table, evaluations of a clip, predicted frames a second."""
+        pipe, costs = self.player.pipe, self.player.costs
+        clip = pipe.num_chunks()
+        frames = pipe.geometry.chunk_frames * 4
+        return {
+            "table": schedule.table(clip, pipe.geometry),
+            "nfe": schedule.nfe(clip),
+            "chunks": clip,
+            "predicted_fps": costs.fps(schedule, len(schedule.rows) - 1, frames),
+        }
+
+    async def _say(self, kind: str, **values: Any) -> None:
+        await self.socket.send_text(json.dumps({"type": kind, **values}))
