@@ -20,7 +20,8 @@ SUITE = [  # as VBench_full_info.json has them
     {"prompt_en": "a red bird", "dimension": ["color"], "auxiliary_info": {"color": "red"}},
     {"prompt_en": "A 1800s house.", "dimension": ["overall_consistency", "aesthetic_quality", "imaging_quality"]},
 ]
-TORCH = "class cuda:\n    is_available = staticmethod(lambda: False)\ndevice = str\n"  # the real one takes seconds to load
+# the real torch takes seconds to load
+TORCH = "class cuda:\n    is_available = staticmethod(lambda: False)\ndevice = str\n"
 MOCK = """
 import json, os
 class VBench:
