@@ -1,0 +1,110 @@
+"""The demo's page in a real browser without a window: played, driven by keyboard, on a phone, in the dark.
+
+Skipped where Playwright or a system Chromium is missing. DIAGONAL_SCREENSHOTS=FOLDER keeps pictures to look at.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from test_demo import pipe, serve  # noqa: F401  (fixtures)
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, serve, request):  # noqa: F811
+    """`open_page(**of new_page) -> page` with what went wrong in it in `page.problems`."""
+    port = serve()
+    pages = []
+
+    def start(**options):
+        page = browser.new_page(**options)
+        page.problems = []
+        page.on("console", lambda m: page.problems.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.goto(f"http://127.0.0.1:{port}/")
+        wait(page, "document.querySelector('#table').textContent.includes('total')")
+        pages.append(page)
+        return page
+
+    yield start
+    for page in pages:
+        keep(page, request.node.name)
+        page.close()
+
+
+def keep(page, name: str) -> None:
+    folder = os.environ.get("DIAGONAL_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def wait(page, condition: str, seconds: float = 10) -> None:
+    """Until `condition` is true in the page. Playwright's own wait would need `eval`, which the page forbids."""
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, f"{condition}: {page.inner_text('#status')}"
+        page.wait_for_timeout(30)
+
+
+def number(page, name: str) -> float:
+    return float(page.locator(f"#{name}").inner_text())
+
+
+def test_a_visit_by_mouse(open_page):
+    page = open_page(viewport={"width": 1280, "height": 900})
+    page.fill("#prompt", "a red circle moves right")
+    page.click("#play")
+    wait(page, "document.querySelectorAll('#strip li').length >= 4")
+    assert number(page, "latency") < 2000
+    page.fill("#prompt", "a blue square moves up")
+    page.click("#say")
+    wait(page, "document.querySelector('#status').textContent.includes('Playing: a blue square')")
+    wait(page, "Math.abs(Number(document.querySelector('#shown-fps').value) - 16) < 2")
+    page.click("#strip li:nth-child(3) button")
+    wait(page, "document.querySelector('#status').textContent.includes('Playing')")
+    page.click("#stop")
+    wait(page, "document.querySelector('#status').textContent === 'Stopped.'")
+    with page.expect_download() as download:
+        page.click("#mp4")
+    assert Path(download.value.path()).stat().st_size > 1000
+    assert not page.problems, page.problems
+
+
+def test_a_visit_by_keyboard_on_a_phone_in_the_dark(open_page):
+    page = open_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 360, "nothing sticks out"
+    page.focus("#prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a green triangle moves left")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "play"
+    page.keyboard.press("Enter")
+    wait(page, "document.querySelectorAll('#strip li').length >= 2")
+    page.focus("#steps-0")
+    before = page.inner_text("#nfe")
+    page.keyboard.press("ArrowLeft")
+    wait(page, f"document.querySelector('#nfe').textContent !== {before!r}")
+    label = page.get_attribute("#screen", "aria-label")
+    assert label == "Video of: a green triangle moves left"
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, input, select, textarea')]"
+        ".filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length"
+    )
+    assert unnamed == 0, "every control has a name"
+    assert not page.problems, page.problems
