@@ -15,15 +15,17 @@ from model.codec import Codec, WanCodec
 from model.offload import SmallSteps
 from model.tiny_decoder import MemoryBlock, TinyDecoder, TinyDecoderCodec
 
-Compiler = Callable[[Callable], Callable]
+Compiler = Callable[..., Callable]  # (function, dynamic=False)
 
 
 def optimise_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -> Codec:
     """Do it in place, and return the codec; one of an unknown kind is left as it is."""
 
-    def compiler(function: Callable) -> Callable:
-        return torch.compile(function, backend=backend, dynamic=False) if compiled else function
+    def compiler(function: Callable, dynamic: bool = False) -> Callable:
+        return torch.compile(function, backend=backend, dynamic=dynamic) if compiled else function
 
+    if compiled:
+        torch.backends.cudnn.benchmark = True  # few shapes, each used for as long as the stream runs
     inner = codec.codec if isinstance(codec, SmallSteps) else codec
     if isinstance(inner, TinyDecoderCodec):
         _tiny(inner.decoder, compiler)
@@ -46,7 +48,7 @@ class NormSilu(nn.Module):
     def __init__(self, norm: nn.Module, compiler: Compiler):
         super().__init__()
         self.norm = norm
-        self._run = compiler(self._plain)
+        self._run = compiler(self._plain, dynamic=True)  # a kernel for each of some 20 sizes would be compiled long
 
     def _plain(self, x: Tensor) -> Tensor:
         return nn.functional.silu(self.norm(x))

@@ -64,7 +64,11 @@ class TemporalGrowth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N stride, C, H, W]; frames stay next to each other."""
-        return self.conv(x).reshape(-1, *x.shape[1:])
+        y = self.conv(x)
+        if self.stride > 1 and y.is_contiguous(memory_format=torch.channels_last):
+            y = y.movedim(1, -1).unflatten(-1, (self.stride, -1)).movedim(-2, 1)  # [N, stride, H, W, C]
+            return y.flatten(0, 1).movedim(-1, 1)  # the one copy that there has to be, still channels last
+        return y.reshape(-1, *x.shape[1:])
 
 
 class TinyDecoder(nn.Module):
@@ -104,11 +108,15 @@ class TinyDecoder(nn.Module):
         after: list[Tensor] = []
         for layer in self.decoder:
             if isinstance(layer, MemoryBlock):
-                frames = x.unflatten(0, (batch, -1))
-                first = frames.new_zeros(frames[:, :1].shape) if memory is None else memory[len(after)]
-                past = torch.cat([first, frames[:, :-1]], dim=1)
-                after.append(frames[:, -1:].clone())  # a copy: a view would keep all frames alive
-                x = layer(x, past.flatten(0, 1))
+                if batch == 1:  # with four dimensions, which keep a layout of channels last
+                    past = torch.cat([torch.zeros_like(x[:1]) if memory is None else memory[len(after)][0], x[:-1]])
+                    after.append(x[-1:].clone()[None])
+                else:
+                    frames = x.unflatten(0, (batch, -1))
+                    first = frames.new_zeros(frames[:, :1].shape) if memory is None else memory[len(after)]
+                    past = torch.cat([first, frames[:, :-1]], dim=1).flatten(0, 1)
+                    after.append(frames[:, -1:].clone())  # a copy: a view would keep all frames alive
+                x = layer(x, past)
             else:
                 x = layer(x)
         return x.unflatten(0, (batch, -1)), after
