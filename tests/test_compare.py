@@ -98,3 +98,11 @@ def test_a_peer_that_does_not_work(theirs, said, tmp_path):
     with pytest.raises(UserError, match=said):
         arguments = ["--ours", "configs/tiny.yaml", "--theirs", theirs, "--prompt", "x"]
         compare.run_theirs(compare.parse_arguments(arguments), "x", 0, tmp_path / "v.mp4")
+
+
+def test_ours_runs_for_real(peer, tiny_assets, tmp_path):
+    out = tmp_path / "real"
+    arguments = ["--ours", str(tiny_assets / "tiny.yaml"), "--theirs", peer, "--out", str(out)]
+    assert compare.main([*arguments, "--prompt", "a red circle", "schedule.steps=1", "video.num_latent_frames=3"]) == 0
+    clip = json.loads((out / "report.json").read_text())["folders"][1]["clips"][0]
+    assert (clip["frames"], clip["prompt"], clip["nfe"]) == (9, "a red circle", 1)
