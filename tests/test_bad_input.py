@@ -24,7 +24,7 @@ ARGUMENTS = {
     "no samples": (["--num_samples", "0"], "inference.num_samples=0"),
     "text for a switch": (["inference.overwrite=maybe"], "inference.overwrite=maybe"),
     "frames in no whole chunks": (["--num_output_frames", "20"], "video.num_latent_frames=20"),
-    "no frames": (["--num_output_frames", "0"], "video.num_latent_frames=0"),
+    "fewer frames than none": (["--num_output_frames", "-3"], "video.num_latent_frames=-3"),
     "height in no whole patches": (["video.height=30"], "video.height=30 is not divisible by 16"),
     "width in no whole patches": (["video.width=100"], "video.width=100 is not divisible by 16"),
     "window in no whole chunks": (["stream.window_frames=10"], "stream.window_frames=10"),
