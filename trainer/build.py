@@ -4,8 +4,7 @@
 which gives a network of those sizes with fresh weights drawn from (seed, name).
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from configs.errors import UserError
 from configs.load import CHECKOUT
@@ -21,7 +19,7 @@ from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import WanCodec
 from model.text import TextEncoder, word_tokenizer
-from model.weights import load_score, load_student, load_text_encoder, load_vae
+from model.weights import load_score, load_student, load_text_encoder, load_vae, new_network
 from utils.seeds import stable_hash
 from utils.tiny_world import VOCABULARY
 
@@ -47,20 +45,19 @@ def seeded(config: Config, name: str) -> Iterator[None]:
         yield
 
 
-def _fresh(config: Config, name: str, path: Path, build: Callable[[dict], nn.Module]) -> nn.Module:
-    """A network with fresh weights, of the sizes in the file `path`."""
+def _fresh(config: Config, name: str, path: Path, *, causal: bool = False) -> nn.Module:
+    """A network with fresh weights, of the sizes in the config.json `path`."""
     if not path.is_file():
         raise UserError(f"training.init.{name}={path} does not exist; give a config.json or a folder of weights")
-    sizes = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("_")}
     with seeded(config, name):
-        return build(sizes)
+        return new_network(path, causal=causal)
 
 
 def score_network(config: Config, name: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """A bidirectional network (teacher, critic) on the CPU; a fresh one is in float32 whatever `dtype` says."""
     path = _source(config, name)
     if path.suffix == ".json":
-        return _fresh(config, name, path, WanTransformer3DModel.from_config)
+        return _fresh(config, name, path)
     return load_score(path, CPU, dtype)
 
 
@@ -68,7 +65,7 @@ def causal_student(config: Config, name: str) -> CausalWanModel:
     """A causal network in float32 on the CPU; any Wan transformer of its sizes can be its start."""
     path = _source(config, name)
     if path.suffix == ".json":
-        return _fresh(config, name, path, CausalWanModel.from_config)
+        return _fresh(config, name, path, causal=True)
     return load_student(path, CPU, torch.float32)
 
 
@@ -77,8 +74,7 @@ def initialise_vae(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     """Start a fresh VAE so that it learns from the first step on.
 
     torch's default shrinks the signal by sqrt(3) in each of the trunk's convolutions, and a posterior of unit variance
-    drowns it in noise: after 500 steps on stills PSNR was 19.3 dB, and with these weights 26.5 dB. Biases stay as they
-    are: RMS norm has no finite gradient at a feature that is exactly zero.
+    drowns it in noise. Biases stay as they are: RMS norm has no finite gradient at a feature that is exactly zero.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -95,14 +91,16 @@ def vae(config: Config) -> AutoencoderKLWan:
     """The VAE to train, in float32 on the CPU."""
     path = _source(config, "vae")
     if path.suffix == ".json":
-        return _fresh(config, "vae", path, lambda sizes: initialise_vae(AutoencoderKLWan.from_config(sizes)))
+        fresh = _fresh(config, "vae", path)
+        with seeded(config, "vae weights"):
+            return initialise_vae(fresh)
     return load_vae(path, CPU, torch.float32)
 
 
 def trained_text_encoder(config: Config) -> TextEncoder:
     """The tiny text encoder to train, with the tiny world's vocabulary."""
     path = _source(config, "text_encoder")
-    encoder = _fresh(config, "text_encoder", path, lambda sizes: UMT5EncoderModel(UMT5Config(**sizes)))
+    encoder = _fresh(config, "text_encoder", path)
     return TextEncoder(encoder, word_tokenizer(VOCABULARY), config.model.text_tokens)
 
 
