@@ -257,8 +257,8 @@ def test_progress_bar_stays_on_its_line(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stderr)
         with progress_bar("a\nprompt " * 50, 3) as bar:
             for _ in range(3):
-                time.sleep(0.11)  # tqdm redraws at most ten times a second
                 bar.update()
+                bar.refresh()  # left to itself, tqdm decides by the clock when to redraw
         shown = os.read(terminal, 100_000).decode()
     os.close(terminal)
     assert "3/3" in shown and "\n" not in shown and shown.count("\r") > 3
