@@ -23,6 +23,7 @@ class Geometry:
     chunk_frames: int = 3  # latent frames
     window_frames: int = 12  # latent frames, sink included
     sink_frames: int = 3  # latent frames
+    position_frames: int = 1024  # latent frames that rotary positions span from the sink on; 0 = no bound
     latent_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)
 
@@ -44,6 +45,7 @@ class Geometry:
             chunk_frames=config.stream.chunk_frames,
             window_frames=config.stream.window_frames,
             sink_frames=config.stream.sink_frames,
+            position_frames=config.stream.position_frames,
             latent_channels=latent_channels,
             patch=patch,
         )

@@ -52,6 +52,7 @@ class StreamConfig:
     chunk_frames: int = 3  # latent frames denoised together
     window_frames: int = 12  # latent frames that attention sees, sink and current chunk included; 0 = all
     sink_frames: int = 3  # first latent frames that are never evicted, inside the window's budget
+    position_frames: int = 1024  # latent frames that rotary positions span from the sink on; then it moves up; 0 = any
     context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
     context_timestep: float = 0.0  # timestep of the extra pass of `renoise`; `clean` always uses 0
     context_by_chunk: dict[int, str] = field(default_factory=dict)  # exceptions, e.g. {0: clean}
@@ -61,7 +62,7 @@ class StreamConfig:
 
     def __post_init__(self):
         at_least(1, "stream", self, "chunk_frames")
-        at_least(0, "stream", self, "window_frames", "sink_frames", "restart_every")
+        at_least(0, "stream", self, "window_frames", "sink_frames", "restart_every", "position_frames")
         at_least(1, "stream", self, "switch_chunks")
         one_of(SWITCHES, "stream", self, "switch")
         between(0, 1000, "stream", self, "context_timestep")
@@ -81,6 +82,11 @@ class StreamConfig:
             raise UserError(
                 f"stream.window_frames={w} leaves no room beside stream.sink_frames={s} for a chunk of {c}; "
                 f"try stream.window_frames={s + 2 * c}"
+            )
+        if w and 0 < self.position_frames < w:
+            raise UserError(
+                f"stream.position_frames={self.position_frames} is less than stream.window_frames={w}, whose frames "
+                f"all need a position; give {w} or more, or 0 for no bound"
             )
 
 

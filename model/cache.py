@@ -18,7 +18,7 @@ evicts. All indices are Python integers: reading one never waits for the GPU.
 and keeps the graph, so that what a forward read stays as it was until its backward has run, recomputation included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,6 +135,14 @@ class StreamCache(_Cursor):
             for i, content in [(i, slots[:, order[i]].clone()) for i in moved]:
                 slots[:, i] = content
 
+    @torch.no_grad()
+    def change_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of the keys of slot `position` in their place, in every layer."""
+        tokens = self.geometry.tokens_per_chunk
+        for buffer in self._keys:
+            own = buffer[:, position * tokens : (position + 1) * tokens]
+            own.copy_(change(own))
+
     def snapshot(self, device: torch.device | str | None = None) -> "CacheState":
         """A copy of what is filled, on `device` (None: where it is)."""
         end = visible(self.geometry, self.last) * self.geometry.tokens_per_chunk if self.last >= 0 else 0
@@ -232,8 +240,21 @@ class GraphCache(_Cursor):
         """A fresh view for one forward of `chunk`; what it reads of other chunks is fixed here."""
         self.advance(chunk)
         own, end = slot(self.geometry, chunk), visible(self.geometry, chunk)
+        return self._view(own, end)
+
+    def rewrite(self, position: int) -> "GraphView":
+        """View that writes slot `position` and sees slots 0 to `position`: the past, made again from its start."""
+        assert 0 <= position < visible(self.geometry, self.last), f"slot {position} is empty"
+        return self._view(position, position + 1)
+
+    def _view(self, own: int, end: int) -> "GraphView":
         tokens = self.geometry.tokens_per_chunk
         return GraphView(self, [_around(slots, own, end, tokens) for slots in self._slots], own)
+
+    def permute(self, order: Sequence[int]) -> None:
+        """Move slots: the new slot i holds what slot `order[i]` held. `order` names each of the first so many once."""
+        assert sorted(order) == list(range(len(order))), f"{order} is no permutation"
+        self._slots = [{i: slots[source] for i, source in enumerate(order)} for slots in self._slots]
 
     def newest(self) -> list[KV]:
         """Keys and values of the newest chunk, a pair a layer."""
@@ -249,6 +270,12 @@ class GraphCache(_Cursor):
         for slots, with_graph in zip(self._slots, other, strict=True):
             k, v = (x.detach() + (y - y.detach()) for x, y in zip(slots[own], with_graph, strict=True))
             slots[own] = (k, v)
+
+    def change_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of the keys of slot `position` in their place, in every layer, with its graph."""
+        for slots in self._slots:
+            k, v = slots[position]
+            slots[position] = (change(k), v)
 
     def detach(self) -> None:
         """Cut the graph of what is stored: later chunks send no gradient into earlier ones (context_grad: false)."""

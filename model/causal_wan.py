@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from configs.errors import UserError
 from configs.geometry import Geometry
 from model.cache import KV, LayerView, View
+from model.sequence import SequenceGroup
 
 TextKV = list[KV]  # cross-attention keys and values of each layer, [B, text tokens, heads, head_dim]
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, L, 1, head_dim / 2], float32
@@ -37,6 +38,7 @@ class CausalWanModel(WanTransformer3DModel):
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
     _cp_plan = None  # the base's plan splits tokens, which would tear frames from their modulation
+    sequence: SequenceGroup | None = None  # ranks that the tokens are shared out to; trainer/sequence.py sets it
 
     @functools.wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):
@@ -81,6 +83,9 @@ class CausalWanModel(WanTransformer3DModel):
         temb, modulation = self._embed_time(timestep, x.dtype)
         if isinstance(text, Tensor):
             text = [self._embed_text(text)] * len(self.blocks)
+        if self.sequence is not None:
+            assert modulation.shape[1] == 1, "one timestep a sample: a rank's tokens need not end with a frame"
+            x, *rotation = (self.sequence.split(y) for y in (x, *rotation))
 
         for i, block in enumerate(self.blocks):
             past = None if view is None else view.layer(i)
@@ -94,14 +99,20 @@ class CausalWanModel(WanTransformer3DModel):
 
         shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
         x = _modulate(self.norm_out(x.float()), shift, scale).type_as(x)
-        return rearrange(
-            self.proj_out(x), "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=ph, q=pw
-        )
+        x = self.proj_out(x)
+        if self.sequence is not None:
+            x = self.sequence.gather(x)
+        return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=ph, q=pw)
 
     def text_kv(self, text: Tensor) -> TextKV:
         """Cross-attention keys and values of every layer for a raw embedding [B, text tokens, text_dim]."""
         text = self._embed_text(text)
         return [block.text_kv(text) for block in self.blocks]
+
+    def moved_keys(self, keys: Tensor, frames: int) -> Tensor:
+        """Self-attention keys [B, L, heads, head_dim], rotated already, of the same tokens `frames` later."""
+        later = torch.full((1,), frames, device=keys.device)  # filled there: no wait
+        return _rotate(keys, self.rope(later, 1, 1)).type_as(keys)
 
     def _embed_text(self, text: Tensor) -> Tensor:
         """[B, text tokens, text_dim] -> [B, text tokens, D]."""
@@ -122,6 +133,8 @@ class CausalWanModel(WanTransformer3DModel):
 
 class CausalWanBlock(WanTransformerBlock):
     """Self-attention over the visible chunks, cross-attention to the text, feed-forward."""
+
+    sequence: SequenceGroup | None = None  # as the model's
 
     def forward(
         self,
@@ -159,23 +172,19 @@ class CausalWanBlock(WanTransformerBlock):
     def _attend_past(
         self, x: Tensor, rotation: Rotation, past: LayerView | None, mask: Mask | None
     ) -> tuple[Tensor, KV | None]:
-        attn = self.attn1
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-        q, k = _rotate(q, rotation).type_as(v), _rotate(k, rotation).type_as(v)  # autocast norms in float32
+        q, k, v = project(self.attn1, x, rotation)
+        if self.sequence is not None:
+            q, k, v = self.sequence.to_heads(q, k, v)
         kept = None
         if past is not None:
             (k, v), kept = past.put(k, v)
-        return _attend(attn, q, k, v, mask), kept
+        return attend(self.attn1, q, k, v, mask, self.sequence), kept
 
     def _attend_text(self, x: Tensor, text: KV) -> Tensor:
         attn = self.attn2
         k, v = text
         q = attn.norm_q(attn.to_q(x)).type_as(v).unflatten(2, (attn.heads, -1))
-        return _attend(attn, q, k, v, None)
+        return attend(attn, q, k, v, None)
 
 
 class FrameRotary(nn.Module):
@@ -257,8 +266,23 @@ def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-def _attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
-    """Attention by the backend that was chosen for the model, and the output projection; [B, L, D]."""
+def project(attn: WanAttention, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, of x [B, L, D]; each [B, L, heads, head_dim]."""
+    if attn.fused_projections:
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+    return _rotate(q, rotation).type_as(v), _rotate(k, rotation).type_as(v), v  # autocast norms in float32
+
+
+def attend(
+    attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, sequence: SequenceGroup | None = None
+) -> Tensor:
+    """Attention by the backend that was chosen for the model, and the output projection; [B, L, D].
+
+    sequence: q, k and v are of this rank's heads, and the result is of its tokens.
+    """
     if isinstance(mask, BlockMask):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
@@ -266,6 +290,8 @@ def _attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | No
         out = dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others refuse a mask
     else:
         out = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+    if sequence is not None:
+        out = sequence.to_tokens(out)
     return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
 

@@ -245,7 +245,10 @@ class FastStudent(Student):
         """x0 = x_t - sigma v."""
         if torch.is_grad_enabled() or not isinstance(view, StreamView) or isinstance(text, Tensor):
             return super().x0(x_t, t, text, view, start_frame, mask=mask, frame_ids=frame_ids)
-        x_t, t = x_t.contiguous(), as_timestep(t, x_t)  # other strides would be other kernels
+        t = as_timestep(t, x_t)
+        if t.ndim == 2:  # a chunk that begins with given frames: a few passes a stream, not worth kernels of their own
+            return super().x0(x_t, t, text, view, start_frame, frame_ids=frame_ids)
+        x_t = x_t.contiguous()  # other strides would be other kernels
         layers = [view.layer(i) for i in range(len(self.model.blocks))]
         rotation = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:

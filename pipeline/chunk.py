@@ -5,10 +5,18 @@ timestep, predict again. Each prediction writes the chunk's keys and values over
 is left with those of the *noisy* input at the row's last timestep, and that is what the next chunk sees
 (diagonal forcing; `context: last_step`). The other context policies make one more pass.
 
+What a stream starts from (an image, a clip) is *given*: its latents are not made. A chunk that is given whole makes one
+pass, `leave_context` at the level at which later chunks see it. In a chunk of which only the first frames are given
+they are shown, in every step, as later chunks see the past: at the context's level, each frame with its own timestep;
+the other frames walk the row. So an image is latent frame 0 of chunk 0, which is one pixel frame, and frames 1 and 2
+are made in one chunk with it. (A still repeated to fill the chunk would begin every video with half a second of
+standstill, which no clip that the student has seen does.)
+
 Legend: B streams, f latent frames a chunk; latents are `[B, f, C, H, W]`; timesteps lie in [0, 1000].
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +25,33 @@ from model.cache import GraphCache, StreamCache
 from model.causal_wan import TextKV
 from model.denoiser import Student, as_timestep
 from model.flow import add_noise
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The first g < f frames of a chunk, as they are and as they are shown."""
+
+    latents: Tensor  # clean, [B, g, C, H, W]
+    shown: Tensor  # at `level`
+    level: float  # timestep
+
+    @classmethod
+    def at_level(cls, latents: Tensor, level: float, eps: Callable[[], Tensor]) -> "Given":
+        """Frames as the context shows them. eps: gives noise [B, f, C, H, W] of the chunk's context."""
+        frames = latents.shape[1]
+        shown = add_noise(latents, eps()[:, :frames], as_timestep(level, latents)) if level > 0 else latents
+        return cls(latents, shown, level)
+
+    def show(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Input [B, f, C, H, W] of a step at t [B] with these frames in their place, and its timesteps [B, f]."""
+        g = self.latents.shape[1]
+        times = t[:, None].repeat(1, x_t.shape[1])
+        times[:, :g] = self.level
+        return torch.cat([self.shown, x_t[:, g:]], dim=1), times
+
+    def keep(self, x0: Tensor) -> Tensor:
+        """`x0` with these frames in their place."""
+        return torch.cat([self.latents, x0[:, self.latents.shape[1] :]], dim=1)
 
 
 def denoise_chunk(
@@ -28,20 +63,26 @@ def denoise_chunk(
     chunk: int,
     text: TextKV | Tensor,
     renoise: Callable[[int], Tensor],
+    given: Given | None = None,
     exit_at: int | None = None,
     grad: bool = False,
 ) -> Tensor:
     """Clean latents `[B, f, C, H, W]` of chunk `chunk`, from its `noise` along `row` = (t_1 > ... > t_n).
 
     renoise: gives the fresh noise of step i (0-based, i >= 1).
+    given: the chunk's first frames, where they are not to be made; no gradient reaches them.
     exit_at: index of the last step that runs; None = the row's last, which is all that inference does.
     grad: record a graph for the step at `exit_at`; the steps before it never have one.
     """
     last = len(row) - 1 if exit_at is None else exit_at
     x_t = noise
     for step in range(last + 1):
+        t = as_timestep(row[step], noise)
+        if given is not None:
+            x_t, t = given.show(x_t, t)
         with torch.set_grad_enabled(grad and step == last):
-            x0 = student.x0(x_t, as_timestep(row[step], noise), text, cache.begin(chunk), chunk * noise.shape[1])
+            x0 = student.x0(x_t, t, text, cache.begin(chunk), chunk * noise.shape[1])
+            x0 = x0 if given is None else given.keep(x0)
         if step < last:
             x_t = add_noise(x0, renoise(step + 1), as_timestep(row[step + 1], noise))
     return x0

@@ -29,7 +29,8 @@ from model.causal_wan import TextKV
 from model.denoiser import Student, as_timestep
 from model.flow import add_noise
 from model.schedule import Schedule
-from pipeline.chunk import denoise_chunk, leave_context
+from pipeline.chunk import Given, denoise_chunk, leave_context
+from pipeline.switch import Pass, Recall, Remembering
 
 
 class Noise(Protocol):
@@ -110,17 +111,28 @@ def rollout(
     first_grad: int = 0,
     context_grad: bool = True,
     context: str = "inference",
+    start: Tensor | None = None,
+    recache_at: int | None = None,
 ) -> Tensor:
     """Latents [B, chunks x f, C, H, W] of as many chunks as `exits` has entries.
 
     text: of each chunk, so that a prompt can change on the way.
     cache: empty; afterwards it holds the end of the rollout.
     grad: record graphs, from chunk `first_grad` on; chunks before it are made without.
+    recache_at: chunk before which the window is made again under its text, as inference does where a prompt changes
+        (pipeline/switch.py); without a graph, so that later chunks send no gradient to earlier ones.
+    start: clean latents [B, g, C, H, W] that it begins with, fewer than a chunk has (pipeline/chunk.py: Given).
     """
-    out = []
+    out, recall, student = [], Recall(cache.geometry), Remembering(student)
     for chunk, exit_at in enumerate(exits):
+        if chunk and chunk == recache_at:
+            recall.recache(student, cache, text(chunk))
         place = {"cache": cache, "chunk": chunk, "text": text(chunk)}
+        if start is not None and chunk == 0:
+            level = schedule.context_level(chunk)
+            place["given"] = Given.at_level(start, level, lambda: noise.context(0))
         record = grad and chunk >= first_grad
+        recall.move_sink(student.model, cache, chunk)
         x0 = denoise_chunk(
             student,
             noise.initial(chunk),
@@ -133,14 +145,24 @@ def rollout(
         out.append(x0)
         if chunk + 1 < len(exits):  # nobody reads the last chunk's
             _leave(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad, context)
+            recall.keep(Pass(chunk, *student.last))
+            recall.renew_sink(cache, schedule, chunk)
     return torch.cat(out, dim=1)
 
 
 def _leave(
-    student: Student, schedule: Schedule, noise: Noise, x0: Tensor, exit_at: int, place: dict, graph: bool, context: str
+    student: Remembering,
+    schedule: Schedule,
+    noise: Noise,
+    x0: Tensor,
+    exit_at: int,
+    place: dict,
+    graph: bool,
+    context: str,
 ) -> None:
     """Put into the cache what later chunks see, given the exit's x0 without its graph."""
     cache, chunk = place["cache"], place["chunk"]
+    readers = {name: value for name, value in place.items() if name != "given"}
     exits_own = cache.newest() if graph else []
     with torch.no_grad():
         if context == "release":
@@ -148,7 +170,7 @@ def _leave(
         else:
             level = schedule.context_timestep(chunk)
             x0 = _finish(student, schedule.row(chunk), noise, x0, exit_at, place)
-        leave_context(student, x0, level=level, eps=lambda: noise.context(chunk), **place)
+        leave_context(student, x0, level=level, eps=lambda: noise.context(chunk), **readers)
         if not graph:
             cache.detach()
     if graph and any(ours is not exits for ours, exits in zip(cache.newest(), exits_own, strict=True)):
@@ -156,7 +178,7 @@ def _leave(
 
 
 def _finish(
-    student: Student, row: Sequence[float], noise: Noise, x0: Tensor, exit_at: int, place: dict
+    student: Remembering, row: Sequence[float], noise: Noise, x0: Tensor, exit_at: int, place: dict
 ) -> Tensor:
     """Walk the rest of a row from the x0 of step `exit_at`; returns the last x0."""
     start = exit_at + 1

@@ -21,17 +21,24 @@ import torch
 from torch import Tensor
 
 from configs.geometry import Geometry
-from model.cache import StreamCache, slot
+from model.cache import StreamCache
 from model.codec import Codec
 from model.denoiser import Student
 from model.schedule import Schedule
 from model.text import TextEncoder
-from pipeline.chunk import denoise_chunk, leave_context
+from pipeline.chunk import Given, denoise_chunk, leave_context
 from pipeline.delivery import Delivery
 from pipeline.noise import NoiseSource
 from pipeline.snapshot import Snapshot, identity
-from pipeline.switch import Pass, PromptTrack, Recall
+from pipeline.switch import Pass, PromptTrack, Recall, Remembering
 from utils.timers import SpanTimer
+
+Length = int | None | Sequence[int | None]  # chunks; None = without end; one for all streams, or one each
+
+
+def longest(lengths: Sequence[int | None]) -> int | None:
+    """Chunks until the last stream ends."""
+    return None if None in lengths else max(lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,7 @@ class ChunkResult:
     frames: Tensor  # uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f
     timer: SpanTimer
     prompts: tuple[str, ...] = ()  # what the chunk was made under
+    alive: tuple[bool, ...] = ()  # streams that last up to here; what the others' rows hold is for nobody
 
     def wait(self) -> "ChunkResult":
         self.timer.wait()
@@ -58,18 +66,17 @@ class Cancelled(Exception):
     """`StreamSession.cancel` was called: no further step is run."""
 
 
-class _Watched:
+class _Watched(Remembering):
     """The student as one chunk uses it: it stops before a step once cancelled, and its last input is remembered."""
 
     def __init__(self, student: Student, cancelled: threading.Event):
-        self._student, self._cancelled = student, cancelled
-        self.last: tuple[Tensor, Tensor] | None = None  # input and timestep of the newest pass
+        super().__init__(student)
+        self._cancelled = cancelled
 
     def x0(self, x_t: Tensor, t: Tensor, *place) -> Tensor:
         if self._cancelled.is_set():
             raise Cancelled
-        self.last = (x_t, t)
-        return self._student.x0(x_t, t, *place)
+        return super().x0(x_t, t, *place)
 
 
 class StreamSession:
@@ -97,16 +104,28 @@ class StreamSession:
         self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
         self._cache_batch = 0
+        self._start_latents: Tensor | None = None  # what is given of the stream, until it is played
         self._playing: object | None = None  # stands for the newest play()
         self._cancelled = threading.Event()
         self._track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.model.text_kv)
 
     def play(
-        self, prompts: str | Sequence[str], seeds: int | Sequence[int] = 0, num_chunks: int | None = None
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        num_chunks: Length = None,
+        start: Tensor | None = None,
     ) -> Iterator[ChunkResult]:
         """Make `num_chunks` chunks (None: for ever) of one video a prompt, each from its own seed.
 
-        A single seed serves all prompts. One session plays one batch at a time: a new `play` ends the one before.
+        A single seed serves all prompts, and so does a single number of chunks; of several, `ChunkResult.alive` says
+        whose have been reached. The batch keeps its size, so that nothing is compiled or captured anew; no stream
+        depends on another's length, bit by bit. (Against playing it alone: kernels for another batch size sum in
+        another order, which in float32 is 1e-4 at most on the tiny model; tests/test_session.py.)
+        start: clean latents [B or 1, g, C, h, w] that the videos begin with (pipeline/chunk.py). They count as chunks
+        and are decoded like them, by the same decoder: the first frames are the given ones, none lost or repeated.
+
+        One session plays one batch at a time: a new `play` ends the one before.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
@@ -114,16 +133,17 @@ class StreamSession:
         self._cancelled.clear()
         self._playing = playing = object()
         timer = SpanTimer(self.device)
-        self._start(prompts, seeds, num_chunks)
+        lengths = self._lengths(num_chunks, len(prompts))
+        self._start(prompts, seeds, longest(lengths), start)
         timer.mark("text")
-        yield from self._run(playing, num_chunks, timer)
+        yield from self._run(playing, lengths, timer)
 
-    def resume(self, num_chunks: int | None = None) -> Iterator[ChunkResult]:
+    def resume(self, num_chunks: Length = None) -> Iterator[ChunkResult]:
         """Go on from where the stream stands: after `restore`, `cancel`, or the end of `play`."""
         assert self._cache is not None, "nothing has been played"
         self._cancelled.clear()
         self._playing = playing = object()
-        yield from self._run(playing, num_chunks, SpanTimer(self.device))
+        yield from self._run(playing, self._lengths(num_chunks, len(self._noise.seeds)), SpanTimer(self.device))
 
     def say(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
         """Change the prompt from the next chunk on: one for all streams, or one each (None: as it was).
@@ -161,6 +181,7 @@ class StreamSession:
             cache=self._cache.snapshot(device),
             passes=dict(self._recall.slots),
             decoder=self._decoder.snapshot(),
+            start=self._start_latents,
         )
 
     @torch.no_grad()
@@ -184,22 +205,31 @@ class StreamSession:
         self._track.forget()
         self._track.state = snapshot.text
         self.chunk, self._blended = snapshot.chunk, -1
+        self._start_latents = snapshot.start
 
-    def _run(self, playing: object, num_chunks: int | None, timer: SpanTimer) -> Iterator[ChunkResult]:
-        """Chunks from where the stream stands, until the count is reached or `cancel` is called."""
-        for _ in count() if num_chunks is None else range(num_chunks):
+    def _lengths(self, num_chunks: Length, streams: int) -> list[int | None]:
+        """Chunks of each stream from here on."""
+        lengths = [num_chunks] * streams if num_chunks is None or isinstance(num_chunks, int) else list(num_chunks)
+        assert len(lengths) == streams, f"{len(lengths)} lengths for {streams} streams"
+        return lengths
+
+    def _run(self, playing: object, lengths: list[int | None], timer: SpanTimer) -> Iterator[ChunkResult]:
+        """Chunks from where the stream stands, until the longest count is reached or `cancel` is called."""
+        last = longest(lengths)
+        for done in count() if last is None else range(last):
             if self._playing is not playing:
                 raise RuntimeError("a newer stream of this session has begun; play one at a time, or a list as a batch")
             try:
-                result = self._next(timer)
+                result = self._next(timer, tuple(length is None or done < length for length in lengths))
             except Cancelled:
                 return
             yield result
             timer = SpanTimer(self.device)
 
     @torch.no_grad()
-    def _start(self, prompts: list[str], seeds: list[int], num_chunks: int | None) -> None:
+    def _start(self, prompts: list[str], seeds: list[int], num_chunks: int | None, start: Tensor | None) -> None:
         self.chunk, self._blended = 0, -1
+        self._start_latents = None if start is None else self._checked(start, len(prompts))
         self._track.start(prompts)
         # latents stay float32 between steps, whatever the network computes in
         self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
@@ -228,29 +258,53 @@ class StreamSession:
         self._cache_batch = batch
 
     @torch.no_grad()
-    def _next(self, timer: SpanTimer) -> ChunkResult:
+    def _next(self, timer: SpanTimer, alive: tuple[bool, ...]) -> ChunkResult:
         """Denoise, leave the context, decode: everything is queued, nothing is waited for."""
         chunk, row = self.chunk, self.schedule.row(self.chunk)
         student = _Watched(self.student, self._cancelled)
         text = self._text_of_next(student, timer)
+        self._recall.move_sink(student.model, self._cache, chunk)
 
         def renoise(step: int) -> Tensor:
             timer.mark(f"step {step - 1}")
             return self._noise.renoise(chunk, step)
 
         place = {"cache": self._cache, "chunk": chunk, "text": text}
-        latents = denoise_chunk(student, self._noise.initial(chunk), row, renoise=renoise, **place)
-        timer.mark(f"step {len(row) - 1}")
-        level = self.schedule.context_timestep(chunk)
+        latents, given = self._given(chunk)
+        if latents is None:
+            noise = self._noise.initial(chunk)
+            latents = denoise_chunk(student, noise, row, renoise=renoise, given=given, **place)
+            timer.mark(f"step {len(row) - 1}")
+            level = self.schedule.context_timestep(chunk)
+        else:
+            level = self.schedule.context_level(chunk)
         if level is not None:
             leave_context(student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
             timer.mark("context")
         self._recall.keep(Pass(chunk, *student.last))
-        self._renew_sink(chunk)
+        self._recall.renew_sink(self._cache, self.schedule, chunk)
         frames = self.delivery.deliver(self._decoder, latents, timer)
         self._noise.draw_ahead(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1
-        return ChunkResult(chunk, latents, frames, timer, self._track.state.prompts)
+        if self._start_latents is not None and self._start_latents.shape[1] <= self.chunk * self.geometry.chunk_frames:
+            self._start_latents = None
+        return ChunkResult(chunk, latents, frames, timer, self._track.state.prompts, alive)
+
+    def _checked(self, start: Tensor, batch: int) -> Tensor:
+        """Latents that the streams begin with, as [batch, g, C, h, w] on the device."""
+        shape = self.geometry.latent_shape(len(start), start.shape[1])
+        assert start.shape == shape and len(start) in (1, batch), f"start {tuple(start.shape)} for {shape}, {batch}"
+        return start.to(self.device, torch.float32).expand(batch, *shape[1:])
+
+    def _given(self, chunk: int) -> tuple[Tensor | None, Given | None]:
+        """What is given of `chunk`: all of its latents, or its first frames; and neither once the start is played."""
+        if self._start_latents is None:
+            return None, None
+        part = self._start_latents[:, self.geometry.chunk(chunk)]
+        if part.shape[1] == self.geometry.chunk_frames:
+            return part, None
+        level = self.schedule.context_level(chunk)
+        return None, Given.at_level(part, level, lambda: self._noise.context(chunk))
 
     def _text_of_next(self, student: _Watched, timer: SpanTimer):
         """Keys of the text that the next chunk is made under; the past is made to fit it where that is due."""
@@ -263,9 +317,3 @@ class StreamSession:
         if state is not before:
             timer.mark("text")
         return state.kv
-
-    def _renew_sink(self, chunk: int) -> None:
-        """Where the schedule has started again, its first chunks become the sink, and the old sink joins the ring."""
-        phase = self.schedule.phase(chunk)
-        if phase < self.geometry.sink_chunks and chunk >= max(self.geometry.sink_chunks, self.schedule.restart_every):
-            self._recall.swap(self._cache, phase, slot(self.geometry, chunk))

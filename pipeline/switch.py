@@ -16,7 +16,7 @@ Legend: B streams, f latent frames a chunk; inputs `[B, f, C, H, W]`; text `[B, 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,9 +25,11 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import SWITCHES
-from model.cache import StreamCache, slot
-from model.causal_wan import TextKV
+from model.cache import GraphCache, StreamCache, slot
+from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student
+from model.schedule import Schedule
+from pipeline.positions import move_slot, sink_moved
 from utils.prompts import check_prompt
 
 
@@ -37,7 +39,21 @@ class Pass:
 
     chunk: int
     x_t: Tensor  # [B, f, C, H, W]
-    t: Tensor  # [B]
+    t: Tensor  # [B], or [B, f] where the chunk began with given frames
+    moved: int = 0  # latent frames by which its keys have been moved since
+
+
+class Remembering:
+    """A student that knows the input and the timestep of its newest pass."""
+
+    def __init__(self, student: Student):
+        self.model = student.model
+        self._student = student
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def x0(self, x_t: Tensor, t: Tensor, *place) -> Tensor:
+        self.last = (x_t, t)
+        return self._student.x0(x_t, t, *place)
 
 
 class Recall:
@@ -52,21 +68,53 @@ class Recall:
         self.slots[slot(self.geometry, done.chunk)] = done
 
     @torch.no_grad()
-    def recache(self, student: Student, cache: StreamCache, text: TextKV) -> None:
-        """Write all slots again under `text`, oldest chunk first. If it is broken off, call it again."""
+    def recache(self, student: Student, cache: StreamCache | GraphCache, text: TextKV | Tensor) -> None:
+        """Write all slots again under `text`, oldest first, without a graph. If it is broken off, call it again."""
         order = sorted(self.slots, key=lambda i: self.slots[i].chunk)
         for position, i in enumerate(order):  # a chunk sees a prefix of the slots, so they are filled from the left
             done = self.slots[i]
-            start_frame = done.chunk * self.geometry.chunk_frames
+            start_frame = done.chunk * self.geometry.chunk_frames + done.moved
             student.x0(done.x_t, done.t, text, cache.rewrite(position), start_frame)
         cache.permute([order.index(i) for i in range(len(order))])
 
-    def swap(self, cache: StreamCache, a: int, b: int) -> None:
+    def renew_sink(self, cache: StreamCache | GraphCache, schedule: Schedule, chunk: int) -> None:
+        """Where the schedule has started again, its first chunks become the sink, and the old sink joins the ring."""
+        phase, sink = schedule.phase(chunk), self.geometry.sink_chunks
+        if phase < sink and chunk >= max(sink, schedule.restart_every):
+            self.swap(cache, phase, slot(self.geometry, chunk))
+
+    def move_sink(self, model: CausalWanModel, cache: StreamCache | GraphCache, chunk: int) -> None:
+        """Before `chunk` is made: slots of the sink that would be out of reach move up (pipeline/positions.py)."""
+        for i in range(self.geometry.sink_chunks):
+            done = self.slots.get(i)
+            due = 0 if done is None else sink_moved(self.geometry, chunk - (done.chunk - i))
+            if due and due > done.moved:
+                move_slot(model, cache, i, due - done.moved)
+                self.slots[i] = replace(done, moved=due)
+
+    def swap(self, cache: StreamCache | GraphCache, a: int, b: int) -> None:
         """Exchange two slots."""
         order = list(range(len(self.slots)))
         order[a], order[b] = b, a
         cache.permute(order)
         self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
+
+
+def blended(raw: Tensor, target: Tensor, left: int) -> Tensor:
+    """The embedding of the next chunk of a blend that has `left` >= 1 chunks to go from `raw` to `target`."""
+    return torch.lerp(raw, target, 1.0 / left) if left > 1 else target
+
+
+def switched(raw: Tensor, target: Tensor, switch: str, chunks: int) -> Iterator[Tensor]:
+    """Embeddings of a chunk and of those after it, without end, where `target` is said before it: what a track gives.
+
+    switch, chunks: as in `PromptTrack.say`.
+    """
+    for left in range(chunks if switch == "blend" else 0, 0, -1):
+        raw = blended(raw, target, left)
+        yield raw
+    while True:
+        yield target
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +167,7 @@ class PromptTrack:
             self._take_in(new, switch, chunks)
         state = self.state
         if state.left and blend:
-            raw = torch.lerp(state.raw, state.target, 1.0 / state.left) if state.left > 1 else state.target
+            raw = blended(state.raw, state.target, state.left)
             self.state = replace(state, raw=raw, kv=self._text_kv(raw), left=state.left - 1)
         return self.state
 

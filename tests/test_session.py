@@ -269,3 +269,17 @@ def test_positions_are_the_base_tables_where_it_has_them():
     ours = FrameRotary(128)(torch.arange(1024), 2, 2)
     for mine, base in zip(ours, (cos, sin), strict=True):
         assert torch.allclose(mine, base[..., ::2], atol=1e-6)
+
+
+def test_streams_of_a_batch_have_their_own_lengths(make):
+    prompts, seeds, lengths = [PROMPT, OTHER, THIRD], [1, 2, 3], [2, 6, 4]
+    whole = list(make().play(prompts, seeds, 6))
+    ours = list(make().play(prompts, seeds, lengths))
+    assert same(whole, ours), "no stream depends on another's length, bit by bit"
+    assert [r.alive for r in ours] == [(True,) * 3] * 2 + [(False, True, True)] * 2 + [(False, True, False)] * 2
+    for i, (prompt, seed, length) in enumerate(zip(prompts, seeds, lengths, strict=True)):
+        alone = torch.cat([r.latents for r in make().play(prompt, seed, length)], 1)[0]
+        batched = torch.cat([r.latents for r in ours if r.alive[i]], 1)[i]
+        torch.testing.assert_close(batched, alone, atol=1e-4, rtol=0)
+    endless = make().play(prompts[:2], seeds[:2], [1, None])
+    assert [r.alive for r in islice(endless, 3)] == [(True, True)] + [(False, True)] * 2
