@@ -1,0 +1,80 @@
+"""Sequence parallelism: the tokens of one sample shared out over n ranks (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    outside attention   [B, L / n, heads, head_dim]   each rank has a run of tokens and all heads
+    inside attention    [B, L, heads / n, head_dim]   each rank has all tokens and a run of heads, its cache likewise
+
+What goes into a network and what comes out is whole, and equal, on every rank of a group, and so is the loss. The
+backward pass is that of the *sum* of the n equal losses, so that the mean of a parameter's gradients over the ranks is
+the gradient of one: the mean that data parallelism takes anyway, and nothing that averages has to know of the group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class SequenceGroup:
+    """The ranks that share one sample's tokens, `rank` of `size`. Without a process group: this one alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self._on = self.size > 1
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """For as long as the block runs, this rank computes whole sequences by itself and waits for no other."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
+
+    def split(self, x: Tensor) -> Tensor:
+        """This rank's tokens of x [B, L, ...]."""
+        if not self._on:
+            return x
+        assert x.shape[1] % self.size == 0, f"{x.shape[1]} tokens on {self.size} ranks"
+        return x.chunk(self.size, dim=1)[self.rank]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All tokens [B, L, ...], on every rank, from each one's [B, L / n, ...]."""
+        if not self._on:
+            return x
+        return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
+
+    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """All tokens, own heads [B, L, heads / n, head_dim], from [B, L / n, heads, head_dim]; one message."""
+        if not self._on:
+            return tensors
+        assert tensors[0].shape[2] % self.size == 0, f"{tensors[0].shape[2]} heads on {self.size} ranks"
+        by_rank = [x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4) for x in tensors]
+        out = _Exchange.apply(torch.stack(by_rank, dim=1), self.group)  # [n, tensors, B, L / n, heads / n, head_dim]
+        return tuple(x.movedim(0, 1).flatten(1, 2) for x in out.unbind(1))  # copies: a cache keeps none of the others
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Inverse of `to_heads`: this rank's tokens with all heads [B, L / n, heads, head_dim]."""
+        if not self._on:
+            return x
+        out = _Exchange.apply(x.unflatten(1, (self.size, -1)).movedim(1, 0), self.group)
+        return out.permute(1, 2, 0, 3, 4).flatten(2, 3)  # heads of rank 0 first
+
+
+class _Exchange(torch.autograd.Function):
+    """x [n, ...]: part i goes to rank i, and part i of the result came from there. Its own transpose."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _Exchange.apply(grad, ctx.group), None

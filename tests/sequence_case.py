@@ -1,0 +1,83 @@
+"""What two processes run for tests/test_sequence.py: each network whole by itself, then with its tokens shared out.
+
+Prints nothing and fails with an AssertionError if outputs or gradients differ.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from small_wan import build, inputs, sizes
+from torch import Tensor, nn
+
+from model.cache import GraphCache
+from model.causal_wan import chunk_causal_mask
+from model.denoiser import Score, Student
+from model.schedule import Schedule
+from model.sequence import SequenceGroup
+from pipeline.rollout import DrawnNoise, rollout
+from trainer.parallel import average_gradients, shard, whole
+from trainer.sequence import parallelize, sequence_group
+from utils.distributed import Ranks, process_group
+
+CPU = torch.device("cpu")
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+GEOMETRY = sizes(window=3, sink=1)
+
+
+def outcome(network: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Output of `run`, and the gradient that a loss of it sends to each parameter, averaged over ranks."""
+    out = run()
+    network.zero_grad()
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    (out * weights).mean().backward()
+    parameters = dict(network.named_parameters())
+    average_gradients(parameters.values())
+    gradients = {name: whole(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+    return {"output": out.detach()} | gradients
+
+
+def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[nn.Module], Tensor]) -> None:
+    """`run` of the network, of a copy on the group, of that with recomputation, and of that sharded."""
+    expected = outcome(network, lambda: run(network))
+    parts = copy.deepcopy(network)
+    parallelize(parts, group, name)
+    checks = {"shared out": lambda: None, "recomputed": parts.enable_gradient_checkpointing}
+    checks["sharded"] = lambda: shard(parts, CPU)
+    for how, change in checks.items():
+        change()
+        found = outcome(parts, lambda: run(parts))
+        assert found.keys() == expected.keys(), f"{name} {how}"
+        for key, value in expected.items():
+            where = f"{name} {how} {key}"
+            torch.testing.assert_close(found[key], value, **CLOSE, msg=lambda m, where=where: f"{where}: {m}")
+    with group.off(), torch.no_grad():
+        torch.testing.assert_close(run(parts), expected["output"], **CLOSE)
+
+
+def rolled(student: nn.Module, text: Tensor) -> Tensor:
+    """Five chunks, over the end of the window, with a gradient at each one's last step but one or last."""
+    schedule = Schedule(rows=((1000.0, 800.0, 400.0), (1000.0, 400.0)))
+    shape = DrawnNoise.shape(len(text), 5, schedule, GEOMETRY)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    cache = GraphCache(GEOMETRY, student.config.num_layers)
+    exits = (1, 1, 0, 1, 1)
+    return rollout(Student(student), schedule, DrawnNoise(noise, schedule), lambda k: text, cache=cache, exits=exits)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks.from_env()
+    with process_group(ranks, CPU, timeout_s=60):
+        group = sequence_group(2, ranks, CPU)
+        assert group.size == 2 and group.rank == ranks.rank
+        student, score = build(num_attention_heads=4, attention_head_dim=12)
+        latents, t, text = inputs(GEOMETRY, 6)
+        compare("score", score, group, lambda m: Score(m).v(latents, t[:, 0], text))
+        compare("student", student, group, lambda m: rolled(m, text))
+        mask = chunk_causal_mask(GEOMETRY, 6, CPU)
+        compare("whole clip", student, group, lambda m: m(latents, t[:, 0], text, mask=mask))
+
+
+if __name__ == "__main__":
+    main()
