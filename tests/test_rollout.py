@@ -1,8 +1,11 @@
 """Training rollout against inference, whom its gradient reaches, and what recomputation must not change."""
 
+from itertools import islice
+
 import pytest
 import torch
 from conftest import random_student
+from distill_case import distill_stage
 from torch.utils.checkpoint import checkpoint
 
 from configs.geometry import Geometry
@@ -13,6 +16,7 @@ from model.schedule import Schedule
 from pipeline.noise import NoiseSource
 from pipeline.rollout import DrawnNoise, exit_patterns, exit_steps, last_steps, rollout
 from pipeline.stream import StreamSession
+from pipeline.switch import switched
 
 ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
 POLICIES = {
@@ -200,6 +204,66 @@ def test_drawn_noise_gives_every_use_its_own():
         steps = range(1, len(schedule.row(k)))
         uses += [noise.initial(k), *(noise.renoise(k, i) for i in steps), noise.context(k)]
     assert torch.equal(torch.stack(uses, 1), drawn)
+
+
+@pytest.mark.parametrize(
+    ("policy", "switch", "at"),  # 2: while the window fills; 5: when the ring has rolled
+    [*((policy, "recache", 5) for policy in POLICIES), *(("last_step", how, 2) for how in ("recache", "blend", "cut"))],
+)
+def test_a_switch_of_prompt_is_bit_identical_to_what_is_said_to_a_session(
+    tiny_student, tiny_vae, tiny_text_encoder, policy, switch, at
+):
+    """Gradients are on, and only from the switch on, as in long tuning."""
+    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    prompts, others = ["a red circle moves right", "a blue square"], ["a green triangle", "a red square moves up"]
+    options = {"switch": switch, "switch_chunks": 2}
+    session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY, **options)
+    playing = session.play(prompts, [3, 4], 8)
+    played = [next(playing).latents for _ in range(at)]
+    session.say(others)
+    played = torch.cat([*played, *(result.latents for result in playing)], dim=1)
+    a, b = tiny_text_encoder(prompts), tiny_text_encoder(others)
+    texts = [*[a] * at, *islice(switched(a, b, switch, 2), 8 - at)]
+    rest = {"first_grad": at, "chunks": 8, "text_of": texts.__getitem__, "recache_at": None}
+    ours = {}
+    for recache_at in (at, None):
+        ours[recache_at] = run(tiny_student, schedule, last_steps(schedule, 8), **rest | {"recache_at": recache_at})
+    assert torch.equal(ours[at if switch == "recache" else None], played)
+    assert not torch.equal(ours[at][:, 3 * at :], ours[None][:, 3 * at :]), "recaching makes a difference"
+
+
+def test_a_schedule_that_starts_again_renews_the_sink_as_inference_does(tiny_student, tiny_vae, tiny_text_encoder):
+    schedule = Schedule(rows=ROWS, restart_every=4)
+    session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY)
+    played = torch.cat([r.latents for r in session.play(["a red circle", "a blue square"], [3, 4], 8)], dim=1)
+    text = tiny_text_encoder(["a red circle", "a blue square"])
+    assert torch.equal(run(tiny_student, schedule, last_steps(schedule, 8), text=text, chunks=8), played)
+
+
+@pytest.mark.parametrize("switch", ["recache", "blend", "cut"])
+def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypatch, switch):
+    """The rollout of the stage itself, on its own noise, against a session that is given that noise."""
+    long = "training.distill.long={max_frames: 24, min_frames: 24, switch_share: 1.0, reencode_first: false}"
+    extra = [long, "training.distill.exit=last", f"stream.switch={switch}", "stream.switch_chunks=2"]
+    stage = distill_stage(tiny_assets, *extra)
+    plan = stage.planner.draw("generator", 0)
+    batch = stage._draw("generator", 0, 0, plan)
+    ours = stage._sample(plan, batch["text"], batch["noise"], batch["text_after"], grad=True)
+
+    monkeypatch.setattr("pipeline.stream.NoiseSource", lambda *_: _Given(batch["noise"], stage.schedule))
+    texts = {"before": batch["text"], "after": batch["text_after"]}
+    session = StreamSession(stage.student, stage.codec, lambda prompts: texts[prompts[0]], stage.schedule,
+                            stage.geometry, switch=switch, switch_chunks=2)  # fmt: skip
+    playing = session.play(["before"] * 2, 0, 8)
+    played = [next(playing).latents for _ in range(plan.switch)]
+    session.say("after")
+    played += [result.latents for result in playing]
+    assert 1 <= plan.switch <= 4 and torch.equal(ours, torch.cat(played, dim=1)[:, -12:])
+
+
+class _Given(DrawnNoise):
+    def draw_ahead(self, chunk: int) -> None:
+        """Nothing to draw."""
 
 
 def test_the_prompt_can_change_on_the_way(tiny_student, text):

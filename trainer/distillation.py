@@ -11,6 +11,7 @@ of a step over all ranks, so that N ranks see what one rank with N times the acc
 """
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.weights import save_student
 from pipeline.rollout import DrawnNoise, rollout
+from pipeline.switch import switched
 from trainer.audit import Audit, gradient_audit
 from trainer.backward import BackwardFamily
 from trainer.build import frozen_codec, frozen_text_encoder
@@ -155,24 +157,32 @@ class Distill(Stage):
 
     # --- the losses ---------------------------------------------------------------------------------------------------
 
+    def _texts(self, plan: Plan, text: Tensor, text_after: Tensor | None) -> list[Tensor]:
+        """Embedding of each chunk; where the prompt changes, as inference changes it."""
+        before, stream = len(plan.exits) if plan.switch is None else plan.switch, self.config.stream
+        after = islice(switched(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before)
+        return [text] * before + list(after)
+
     def _sample(self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool) -> Tensor:
         """The window [B, F, C, H, W] of a rollout that the loss looks at."""
         d, model = self.settings, self.student.model
-        texts = [text, text_after]
-        if not self.sharded:  # text keys once a rollout; a sharded block makes its own, with its weights at hand
+        how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
+        if not self.sharded:  # text keys once a text; a sharded block makes its own, with its weights at hand
             with torch.set_grad_enabled(grad):
-                texts = [x if x is None else model.text_kv(x) for x in texts]
+                made = {id(x): model.text_kv(x) for x in texts}
+            texts = [made[id(x)] for x in texts]
         x = rollout(
             self.student,
             self.schedule,
             DrawnNoise(noise, self.schedule),
-            lambda chunk: texts[plan.switch is not None and chunk >= plan.switch],
+            texts.__getitem__,
             cache=GraphCache(self.geometry, model.config.num_layers),
             exits=plan.exits,
             grad=grad,
             first_grad=plan.first_grad,
             context_grad=d.context_grad,
             context=d.rollout_context,
+            recache_at=plan.switch if how == "recache" else None,
         )
         long, frames = d.long, self.config.video.num_latent_frames
         return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
