@@ -94,6 +94,7 @@ class DistillConfig:
     # what it is fed and what is looked at
     prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
     encode_ahead: bool = True  # embed all prompts before the first step and keep them on the device
+    encoded_prompts: str | None = None  # folder of scripts/encode_prompts.py; no text encoder is loaded then
     video_clips: int = 4  # validation clips written as a video, the teacher's beside them
 
     def __post_init__(self):

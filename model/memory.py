@@ -221,7 +221,7 @@ def distill_plan(
         "student, gradients, AdamW, average": trained(student, lora.student_rank, True),
         "critic, gradients, AdamW": trained(critic, lora.critic_rank, False),
         "teacher": 2 * teacher.parameters / shards,
-        "text encoder": 0 if t.distill.encode_ahead else T5_WEIGHTS / shards,
+        "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,
     }
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)

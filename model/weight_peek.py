@@ -142,8 +142,10 @@ def wanted(config: Config, *, training: bool = False) -> list[tuple[str, str, st
     init = config.training.init
     roles = [role for role in ("student", "teacher", "critic") if role in init]
     networks = [(role, init[role], f"training.init.{role}") for role in roles]
-    trained = {role for role in ("vae", "text_encoder") if role in init}
+    unread = {role for role in ("vae", "text_encoder") if role in init}
+    if config.training.distill.encoded_prompts is not None:
+        unread |= {"text_encoder", "tokenizer"}
     return [
         *((role, path, field) for role, path, field in networks if not path.endswith(".json")),
-        *(entry for entry in found if entry[0] not in trained and config.training.stage not in ("text", "codec")),
+        *(entry for entry in found if entry[0] not in unread and config.training.stage not in ("text", "codec")),
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
+from model.encoded_manifest import read_manifest
 from model.memory import CARDS, GIB, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
 from model.schedule import Schedule
 from model.weight_files import read_json, resolve
@@ -115,7 +116,10 @@ def _prompts(report: Report, config: Config, training: bool) -> None:
     path, name = config.inference.prompts, "inference.prompts"
     if training:
         path, name = config.training.distill.prompts, "training.distill.prompts"
-        if path is None or config.training.stage != "distill":
+        if config.training.stage != "distill":
+            return
+        _encoded(report, config)
+        if path is None:
             return
     try:
         prompts = read_prompts(resolve(path), name)
@@ -123,6 +127,17 @@ def _prompts(report: Report, config: Config, training: bool) -> None:
     except UserError as error:
         fetch = ", such as that of `python scripts/download.py prompts`" if training else ""
         report.fail("prompts", f"{error}{fetch}")
+
+
+def _encoded(report: Report, config: Config) -> None:
+    path = config.training.distill.encoded_prompts
+    if path is None:
+        return
+    try:
+        _, manifest = read_manifest(path, text_tokens=config.model.text_tokens)
+        report.say("encoded", f"{sum(manifest.counts):,} prompts in {path}, {sum(manifest.sizes) / 1e9:.2f} GB")
+    except UserError as error:
+        report.fail("encoded", str(error))
 
 
 def _schedule(report: Report, config: Config) -> None:
@@ -218,12 +233,13 @@ def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
 
 
 def largest_training(config: Config, peeks: dict[str, Peek], card: int) -> str:
-    """How few cards of so many GB hold the run, sharded."""
-    sharded = replace(config, training=replace(config.training, sharding="full"))
+    """How few cards of so many GB hold the run, sharded, with its prompts encoded ahead."""
+    distill = replace(config.training.distill, encoded_prompts="ahead")
+    sharded = replace(config, training=replace(config.training, sharding="full", distill=distill))
     for count in GPU_COUNTS:
         plan = memory_plan(sharded, peeks, training=True, world=count)
         if plan.fits(card):
-            return f"{count} or more, training.sharding=full ({plan.peak.total / GIB:.1f} GiB)"
+            return f"{count} or more, training.sharding=full, prompts encoded ahead ({plan.peak.total / GIB:.1f} GiB)"
     return f"not even {GPU_COUNTS[-1]} hold it"
 
 

@@ -31,7 +31,7 @@ from pipeline.rollout import DrawnNoise, rollout
 from pipeline.switch import switched
 from trainer.audit import Audit, gradient_audit
 from trainer.backward import BackwardFamily
-from trainer.build import frozen_codec, frozen_text_encoder
+from trainer.build import frozen_codec
 from trainer.flow_heads import build_head
 from trainer.health import SIGNS, vital_signs, warnings
 from trainer.long_tuning import Plan, Planner, window_of
@@ -39,7 +39,7 @@ from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion, re
 from trainer.optim import Average, Player
 from trainer.pairs import Pairs, open_pairs
 from trainer.players import critic_player, frozen_teacher, merged, student_player
-from trainer.prompt_bank import PromptBank, training_prompts
+from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.stage import Stage, accumulation
 from trainer.validation import Validator
 from utils.device import pick_dtype
@@ -68,7 +68,9 @@ class Distill(Stage):
         self.geometry = Geometry.from_config(config)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         self.planner = Planner(config, self.schedule, self.geometry)
-        self.codec, self.encoder = frozen_codec(config, device), frozen_text_encoder(config, device)
+        looks = t.validation_clips or self.planner.longest > self.planner.window
+        self.codec = frozen_codec(config, device) if looks else None  # the loss itself needs latents only
+        self.encoder = text_source(config, device)
         self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
         self.null = self.encoder([self.settings.negative_prompt])
         self.pairs, self.pair_prompts = self._open_pairs()
@@ -76,6 +78,7 @@ class Distill(Stage):
         self.teacher = Score(frozen_teacher(config, device))
         self._players = {"generator": student_player(config, device), "critic": critic_player(config, device)}
         self.student = Student(self._players["generator"].module)
+        check_text_dim(self.encoder, self.student.model.config.text_dim)
         self.critic = Score(self._players["critic"].module)
         self.head = self._flow_head()
 
@@ -200,6 +203,11 @@ class Distill(Stage):
             return real, self.critic.guided_x0(x_t, t, text, null, d.fake_guidance)
         return real, self.critic.x0(x_t, t, text)
 
+    def _flow_loss(self, plan: Plan, x: Tensor, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        f = self.settings.flow
+        options = {"frame_weights": f.frame_weights, "gradient_cut": f.gradient_cut, "frames": plan.frames}
+        return flow_matching_loss(x, real, fake, self.head, **options)
+
     def _generator_terms(
         self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
         target: Tensor | None = None,
@@ -214,10 +222,8 @@ class Distill(Stage):
                 loss, seen = dmd_loss(x, real, fake, frames=plan.frames)
                 terms["spatial"], logs = d.spatial_weight * loss, logs | seen
             if d.gamma * d.flow.weight:
-                f = d.flow
-                options = {"frame_weights": f.frame_weights, "gradient_cut": f.gradient_cut, "frames": plan.frames}
-                loss, seen = flow_matching_loss(x, real, fake, self.head, **options)
-                terms["flow"], logs = d.gamma * f.weight * loss, logs | seen
+                loss, seen = self._flow_loss(plan, x, real, fake)
+                terms["flow"], logs = d.gamma * d.flow.weight * loss, logs | seen
             if target is not None and d.regression_weight:
                 space, flow = regression_losses(x, target, self.head)
                 terms["regression"] = d.regression_weight * space

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.errors import UserError
 from configs.schema import Config
+from model.encoded_text import EncodedText
 from model.text import TextEncoder
 from model.weight_files import resolve
+from trainer.build import frozen_text_encoder
+from trainer.pairs import open_pairs
 from utils.prompts import read_prompts
 from utils.seeds import stable_hash
 from utils.tiny_world import TinyWorld, training_caption
@@ -25,10 +29,44 @@ def training_prompts(config: Config) -> list[str]:
     return [training_caption(scene) for scene in scenes]
 
 
+def validation_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
+    """What validation clips are made of: the first of the run's own prompts, or unseen ones of the tiny world."""
+    count = config.training.validation_clips
+    if config.training.distill.prompts is not None:
+        return list(prompts[:count])
+    return TinyWorld(config.video.height, config.video.width).prompts(config.seed + 1, count)
+
+
+def prompt_groups(config: Config) -> list[list[str]]:
+    """Every prompt that a run embeds, by what for: training, its pairs, no prompt at all (two of them), validation."""
+    d, prompts = config.training.distill, training_prompts(config)
+    pairs = [] if d.pairs is None else open_pairs("training.distill.pairs", d.pairs).prompts
+    return [prompts, pairs, [d.negative_prompt], [""], validation_prompts(config, prompts)]
+
+
+def text_source(config: Config, device: torch.device) -> TextEncoder | EncodedText:
+    """The frozen text encoder; with `training.distill.encoded_prompts` what it has made ahead, and no encoder."""
+    path = config.training.distill.encoded_prompts
+    if path is None:
+        return frozen_text_encoder(config, device)
+    encoded = EncodedText(path, config.model, device)
+    encoded.require(prompt for group in prompt_groups(config) for prompt in group)
+    return encoded
+
+
+def check_text_dim(text: TextEncoder | EncodedText, wanted: int) -> None:
+    """Refuse embeddings of another width than the networks take."""
+    if text.dim != wanted:
+        raise UserError(
+            f"model.text_encoder gives embeddings of width {text.dim} and training.init.student takes {wanted}; "
+            f"name the text encoder (or the training.distill.encoded_prompts) that belongs to it"
+        )
+
+
 class PromptBank:
     """Embeddings [B, L, D] of prompts by index. `ahead`: made once and kept on the encoder's device."""
 
-    def __init__(self, prompts: Sequence[str], encoder: TextEncoder, *, ahead: bool):
+    def __init__(self, prompts: Sequence[str], encoder: TextEncoder | EncodedText, *, ahead: bool):
         self.prompts, self.encoder = list(prompts), encoder
         self.text = self._encode_all() if ahead else None
 

@@ -20,9 +20,10 @@ from pipeline.delivery import to_frames
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
 from trainer.data import LatentBank
+from trainer.prompt_bank import validation_prompts
 from utils.seeds import generator, sample_seed
 from utils.tiny_measures import score as score_clips
-from utils.tiny_world import ATTRIBUTES, TinyWorld, caption, flip_attribute
+from utils.tiny_world import ATTRIBUTES, caption, flip_attribute
 from utils.video import VideoWriter, contact_sheet
 
 
@@ -105,10 +106,8 @@ class Validator:
     ):  # fmt: skip
         self.config, self.text, self.codec = config, text, codec
         self.geometry, self.schedule = geometry, schedule
-        count, d = config.training.validation_clips, config.training.distill
-        self.scored = d.prompts is None
-        world = TinyWorld(config.video.height, config.video.width)
-        self.prompts = world.prompts(config.seed + 1, count) if self.scored else prompts[:count]
+        d = config.training.distill
+        self.scored, self.prompts = d.prompts is None, validation_prompts(config, prompts)
         self.shown = min(d.video_clips, len(self.prompts))
         self._teachers: Tensor | None = None
 

@@ -1,0 +1,89 @@
+"""Prompts encoded ahead of time: what a folder of them holds, and whether it is whole. Needs no torch.
+
+    manifest.json                 what this file describes; written last, so a folder without it is not finished
+    prompts.json                  the prompts, in the order of their embeddings
+    text_00000.safetensors ...    of some hundred prompts each: `text` [rows, dim], and `ends` [prompts + 1], so that
+                                  prompt i of the file has rows ends[i] to ends[i + 1]; the zeros after a prompt's end,
+                                  which are most of [text_tokens, dim], are left out
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from model.weight_files import read_json, resolve
+from utils.files import write_json_atomic
+
+MANIFEST, PROMPTS = "manifest.json", "prompts.json"
+FIELD = "training.distill.encoded_prompts"
+AGAIN = "make it again with scripts/encode_prompts.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What was encoded, by what, into which files."""
+
+    text_tokens: int
+    dim: int
+    dtype: str  # of the numbers on disk
+    encoder: str  # hash of the files of text encoder and tokenizer
+    encoder_path: str
+    prompts_file: str | None  # None: prompts of the tiny world
+    prompts_file_sha256: str | None
+    prompts_sha256: str  # of prompts.json
+    counts: list[int]  # prompts in each file
+    sizes: list[int]  # bytes of each file
+
+    def write(self, folder: Path) -> None:
+        write_json_atomic(folder / MANIFEST, asdict(self))
+
+
+def file_name(index: int) -> str:
+    return f"text_{index:05d}.safetensors"
+
+
+def prompts_hash(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts in their order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest]:
+    """The folder and its manifest.
+
+    Raises:
+        UserError: it is missing, not finished, cut short, or was made for another number of text tokens.
+    """
+    folder = resolve(path)
+    if not folder.is_dir():
+        raise UserError(f"{FIELD}={path} does not exist; make it with scripts/encode_prompts.py --output_folder {path}")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{FIELD}={path} is not finished; start scripts/encode_prompts.py again, which goes on")
+    try:
+        manifest = Manifest(**read_json(FIELD, folder / MANIFEST))
+    except TypeError as error:
+        raise UserError(f"{FIELD}={path} has a {MANIFEST} of another version; {AGAIN}") from error
+    for index, size in enumerate(manifest.sizes):
+        file = folder / file_name(index)
+        if not file.is_file() or file.stat().st_size != size:
+            state = "is cut short or was changed" if file.is_file() else "is missing"
+            raise UserError(f"{FIELD}={path}: {file.name} {state}; start scripts/encode_prompts.py again")
+    if manifest.text_tokens != text_tokens:
+        raise UserError(
+            f"{FIELD}={path} was made with {manifest.text_tokens} text tokens and model.text_tokens={text_tokens}; "
+            f"set model.text_tokens={manifest.text_tokens}, or {AGAIN}"
+        )
+    return folder, manifest
+
+
+def read_list(folder: Path, manifest: Manifest) -> list[str]:
+    """The prompts, in the order of their embeddings."""
+    try:
+        prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{FIELD}={folder}: {PROMPTS} cannot be read ({error}); {AGAIN}") from error
+    if prompts_hash(prompts) != manifest.prompts_sha256:
+        raise UserError(f"{FIELD}={folder}: {PROMPTS} is not the list that was encoded; {AGAIN}")
+    return prompts

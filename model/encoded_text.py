@@ -1,0 +1,160 @@
+"""Prompts encoded ahead of time, written and read: a training run on them needs no text encoder.
+
+Layout: model/encoded_manifest.py. Any number of processes can write one folder: each takes its share of the files, a
+file appears when it is whole, one that is there and belongs to the job is left alone, and whoever finds all of them
+there writes the manifest.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import ModelConfig
+from model.encoded_manifest import (
+    AGAIN,
+    FIELD,
+    PROMPTS,
+    Manifest,
+    file_name,
+    prompts_hash,
+    read_list,
+    read_manifest,
+)
+from model.text import TextEncoder
+from model.weight_files import TOKENIZER_FILES, find_tokenizer, resolve
+from model.weight_plans import plan_text_encoder
+from utils.device import DTYPES
+from utils.files import atomic_path, sampled_hash, sha256_of, write_json_atomic
+
+BATCH = 64  # prompts encoded at once, as a run that encodes them itself does, so that the bits are the same
+BATCHES = 4  # in a file
+Encode = Callable[[Sequence[str]], list[Tensor]]  # embeddings [rows of each prompt, dim]
+
+
+def encoder_hash(model: ModelConfig) -> str:
+    """Of the files that `model.text_encoder` and `model.tokenizer` name; weights by samples of their bytes."""
+    hashes = [sampled_hash(file) for file in sorted(plan_text_encoder(model.text_encoder).tensors.files)]
+    folder = find_tokenizer(model.tokenizer)
+    hashes += [sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def rows_of(encoder: TextEncoder, prompts: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+    """Embeddings on the CPU without the zeros after each prompt's end."""
+    _, mask = encoder.tokenize(prompts)
+    text, lengths = encoder(prompts).to(dtype).cpu(), mask.sum(1).tolist()
+    return [row[:length].clone() for row, length in zip(text, lengths, strict=True)]
+
+
+class EncodingJob:
+    """Groups of prompts on their way into a folder; a group is cut into batches by itself.
+
+    Args:
+        about: the manifest's `encoder`, `encoder_path`, `prompts_file`, `prompts_file_sha256`.
+    """
+
+    def __init__(
+        self, folder: Path, groups: Iterable[Sequence[str]], *, text_tokens: int, dim: int, dtype: str, about: dict
+    ):
+        self.folder, self.dtype = folder, dtype
+        seen: set[str] = set()
+        batches: list[list[str]] = []
+        for group in groups:
+            new = [prompt for prompt in group if prompt not in seen]
+            seen |= set(new)
+            batches += [new[i : i + BATCH] for i in range(0, len(new), BATCH)]
+        self.files = [batches[i : i + BATCHES] for i in range(0, len(batches), BATCHES)]
+        self.prompts = [prompt for batch in batches for prompt in batch]
+        self.facts = {"text_tokens": text_tokens, "dim": dim, "dtype": dtype} | about
+
+    def key(self, index: int) -> str:
+        """What a file must have been made of to belong to this job."""
+        made_of = [self.facts[name] for name in ("text_tokens", "dim", "dtype", "encoder")]
+        return hashlib.sha256(json.dumps([made_of, self.files[index]]).encode()).hexdigest()
+
+    def done(self, index: int) -> bool:
+        """Whether the file is there, whole, and of this job."""
+        path = self.folder / file_name(index)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, "pt") as file:  # refuses a file that is shorter than its header says
+                return (file.metadata() or {}).get("key") == self.key(index)
+        except SafetensorError:
+            return False
+
+    def todo(self) -> list[int]:
+        return [index for index in range(len(self.files)) if not self.done(index)]
+
+    def write(self, index: int, encode: Encode) -> None:
+        """Encode the prompts of one file."""
+        rows = [row for batch in self.files[index] for row in encode(batch)]
+        ends = torch.tensor([0, *accumulate(len(row) for row in rows)])
+        with atomic_path(self.folder / file_name(index)) as path:
+            save_file({"text": torch.cat(rows), "ends": ends}, path, metadata={"key": self.key(index)})
+
+    def finish(self) -> bool:
+        """Write the manifest if every file is there; whether it is."""
+        if self.todo():
+            return False
+        write_json_atomic(self.folder / PROMPTS, self.prompts)
+        sizes = [(self.folder / file_name(i)).stat().st_size for i in range(len(self.files))]
+        counts = [sum(map(len, batches)) for batches in self.files]
+        manifest = Manifest(prompts_sha256=prompts_hash(self.prompts), counts=counts, sizes=sizes, **self.facts)
+        manifest.write(self.folder)
+        return True
+
+
+class EncodedText:
+    """Stands in for a text encoder: looks prompts up in a folder that was made ahead.
+
+    Gives what the encoder would: float32, because that is what a run's own encoder computes in.
+    """
+
+    def __init__(self, path: str | Path, model: ModelConfig, device: torch.device):
+        self.folder, self.manifest = read_manifest(path, text_tokens=model.text_tokens)
+        if resolve(model.text_encoder).exists() and encoder_hash(model) != self.manifest.encoder:
+            raise UserError(
+                f"{FIELD}={path} was made by another text encoder ({self.manifest.encoder_path}) than "
+                f"model.text_encoder={model.text_encoder}; name that one, or {AGAIN}"
+            )
+        self.device, self.text_tokens, self.dim = device, self.manifest.text_tokens, self.manifest.dim
+        listed = read_list(self.folder, self.manifest)
+        self.index = {prompt: i for i, prompt in reversed(list(enumerate(listed)))}  # the first of equal ones
+        self.starts = [0, *accumulate(self.manifest.counts)]
+
+    def require(self, prompts: Iterable[str]) -> None:
+        """Refuse, before the first step, what would be missing at a later one."""
+        absent = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.index))
+        if absent:
+            raise UserError(
+                f"{FIELD}={self.folder} lacks {len(absent):,} of the run's prompts, such as {absent[0][:60]!r}; start "
+                f"scripts/encode_prompts.py again with this configuration, which adds them"
+            )
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, text_tokens, dim] float32 on the device, zeros after each prompt's end."""
+        self.require(prompts)
+        shape, dtype = (len(prompts), self.text_tokens, self.dim), DTYPES[self.manifest.dtype]
+        host = torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        for row, prompt in zip(host, prompts, strict=True):
+            found = self._read(self.index[prompt])
+            row[: len(found)] = found
+        return host.to(self.device, non_blocking=True).float()
+
+    def _read(self, index: int) -> Tensor:
+        """[rows of the prompt, dim]; only these bytes of the file are read."""
+        number = bisect_right(self.starts, index) - 1
+        at = index - self.starts[number]
+        with safe_open(self.folder / file_name(number), "pt") as file:
+            begin, end = file.get_slice("ends")[at : at + 2].tolist()
+            return file.get_slice("text")[begin:end]

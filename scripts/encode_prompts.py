@@ -1,0 +1,80 @@
+"""Encode a run's prompts ahead of time, so that training needs no text encoder and its steps pay nothing for text.
+
+    python scripts/encode_prompts.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --output_folder prompts/encoded
+    torchrun --nproc_per_node 8 scripts/encode_prompts.py --config_path ... --output_folder prompts/encoded
+    bash training.sh --config_path configs/train_wan2.1_t2v_1.3b.yaml training.distill.encoded_prompts=prompts/encoded
+
+Everything that the run will look at is encoded: its prompts, the negative prompt, those of its validation and of its
+pairs. Files that are there are left alone, so a run can be stopped and started again, by other numbers of processes
+and on several machines that share a file system too. A prompt takes 2 x 4096 bytes a token in bfloat16, without the
+zeros after its end: a quarter of a million prompts of 150 tokens take 300 GB. Layout: model/encoded_manifest.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", help="of the run (%(default)s)")
+    parser.add_argument("--output_folder", required=True)
+    parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="on disk; auto is what training.precision computes in, which loses nothing")  # fmt: skip
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32",
+                        help="of the encoder; float32 is what training would do itself (23 GB, UMT5-XXL)")  # fmt: skip
+    parser.add_argument("--stream", action="store_true", help="keep the encoder on the host, a block at a time on GPU")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for the run")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+
+    import torch
+    from tqdm import tqdm
+
+    from configs.load import load_config
+    from model.encoded_text import EncodingJob, encoder_hash, rows_of
+    from model.offload import HostTextEncoder
+    from model.weight_files import resolve
+    from model.weights import load_text_encoder
+    from trainer.prompt_bank import prompt_groups
+    from utils.device import DTYPES, pick_device, pick_dtype
+    from utils.distributed import Ranks
+    from utils.files import check_writable, sha256_of
+
+    extra = [] if args.caption_path is None else [f"training.distill.prompts={json.dumps(args.caption_path)}"]
+    config, ranks = load_config(args.config_path, [*extra, *args.settings]), Ranks.from_env()
+    folder = check_writable(args.output_folder, "--output_folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    device, model = pick_device(config.device, ranks.local_rank), config.model
+    torch.set_float32_matmul_precision("high")  # as in training
+    wide = pick_dtype(config.training.precision, device) == torch.float32
+    dtype = ("float32" if wide else "bfloat16") if args.dtype == "auto" else args.dtype
+
+    home = torch.device("cpu") if args.stream else device
+    encoder = load_text_encoder(model.text_encoder, model.tokenizer, model.text_tokens, home, DTYPES[args.compute])
+    encoder.encoder.requires_grad_(False)
+    file = config.training.distill.prompts
+    about = {"encoder": encoder_hash(model), "encoder_path": model.text_encoder, "prompts_file": file}
+    about["prompts_file_sha256"] = None if file is None else sha256_of(resolve(file))
+    sizes = {"text_tokens": model.text_tokens, "dim": encoder.dim, "dtype": dtype}
+    job = EncodingJob(folder, prompt_groups(config), **sizes, about=about)
+    encode = HostTextEncoder(encoder, device, stream=True) if args.stream else encoder
+    mine = [index for index in ranks.share(range(len(job.files))) if not job.done(index)]
+    for index in tqdm(mine, desc="encoding prompts", disable=not ranks.first):
+        job.write(index, lambda prompts: rows_of(encode, prompts, DTYPES[dtype]))
+    if job.finish():
+        print(f"{len(job.prompts):,} prompts in {folder}; train with training.distill.encoded_prompts={folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    from utils import exits
+
+    exits.run(main)
