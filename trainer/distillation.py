@@ -30,7 +30,7 @@ from model.weights import save_student
 from pipeline.rollout import DrawnNoise, rollout
 from pipeline.switch import switched
 from trainer.audit import Audit, gradient_audit
-from trainer.backward import BackwardFamily
+from trainer.backward import Backward
 from trainer.build import frozen_codec
 from trainer.flow_heads import build_head
 from trainer.health import SIGNS, vital_signs, warnings
@@ -114,9 +114,9 @@ class Distill(Stage):
         self._players["head"] = player
         return player.average.module
 
-    def _family(self, loss, parameters) -> BackwardFamily:
+    def _family(self, loss, parameters) -> Backward:
         graphed = self.config.training.cuda_graphs
-        return BackwardFamily(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
+        return Backward(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
 
     @property
     def players(self) -> dict[str, Player]:

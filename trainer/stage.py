@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Config
 from configs.train_schema import TrainingConfig
-from trainer.backward import Backward, GraphedBackward
+from trainer.backward import Backward
 from trainer.optim import Player
 from utils.device import pick_dtype
 from utils.distributed import Ranks
@@ -94,9 +94,10 @@ class Supervised(Stage):
         if t.compile:  # after the average was copied: it is compiled by nobody
             self.module.compile_repeated_blocks(fullgraph=True)
         dtype = pick_dtype(t.precision, device)
-        graphed = t.cuda_graphs and device.type == "cuda" and self.micro_batches == 1
-        runner = GraphedBackward if graphed else Backward
-        self.backward = runner(self.loss, self.player.parameters, autocast=dtype, device=device)
+        self.backward = Backward(
+            lambda plan, **batch: self.loss(**batch), self.player.parameters,
+            autocast=dtype, device=device, graphed=t.cuda_graphs,
+        )  # fmt: skip
 
     @abstractmethod
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
@@ -115,5 +116,5 @@ class Supervised(Stage):
         return self.player.average.module
 
     def update(self, step: int) -> dict[str, Tensor]:
-        logs = self.backward.run([self.batch(step, micro) for micro in range(self.micro_batches)])
+        logs = self.backward.run((), [self.batch(step, micro) for micro in range(self.micro_batches)])
         return logs | {"gradient_norm": self.player.step(step)}
