@@ -33,7 +33,7 @@ def main() -> int:
 
     live = plan_live(config, args.prompt, args.endless, args.output, args.format)
     prompts = args.prompt if live is None else [job.story.prompts[0] for job in live]
-    plan = make_plan(config, prompts, ranks)
+    plan = make_plan(config, prompts, ranks, endless=args.endless)
     if args.dry_run:
         print(f"{plan.describe()}\n\n{schedule}")
         return 0
@@ -41,8 +41,9 @@ def main() -> int:
     if live is not None:
         set_threads(config.inference.cpu_threads)
         pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
+        start = None if plan.start is None else pipe.encode(plan.start)
         for job in ranks.share(live):
-            frames = run_live(pipe, job, None if args.endless else num_chunks)
+            frames = run_live(pipe, job, None if args.endless else num_chunks, start)
             print(f"{job.target}  {frames} frames", file=sys.stderr)
         return 0
     if ranks.first:
@@ -51,9 +52,9 @@ def main() -> int:
         return 0
     set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
-    clips = []
+    start, clips = None if plan.start is None else pipe.encode(plan.start), []
     for job in plan.jobs:
-        clips.append(render(pipe, job, plan.weights, position=ranks.local_rank))
+        clips.append(render(pipe, job, plan.weights, position=ranks.local_rank, start=start))
         print(clips[-1].line())
     if config.inference.profile:
         print(profile_table(clips))

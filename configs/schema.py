@@ -16,6 +16,7 @@ CONTEXTS = ("last_step", "clean", "renoise")
 SWITCHES = ("recache", "blend", "cut")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
+STUDENT_PLACES = ("keep", "stream")
 PRECISION = ("auto", "float32", "bfloat16", "float16", "fp8")
 
 
@@ -123,6 +124,9 @@ class InferenceConfig:
     """How `inference.py` runs and where its files go."""
 
     prompts: str = "assets/prompts_tiny.txt"  # one prompt a line; also `--data_path`
+    image: str = ""  # picture that videos begin with; also `--image`
+    video: str = ""  # clip that they go on from; also `--video`
+    video_frames: int = 0  # latent frames of the clip's end that are used; 0 = what fits the window beside a chunk
     switch_frame_indices: str = ""  # of a story's prompts but the first: latent frames, "12, 24"; empty = even shares
     output_folder: str = "videos"
     num_samples: int = 1  # videos of one prompt, each with its own seed
@@ -135,14 +139,17 @@ class InferenceConfig:
     fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
     fused_gelu: bool = False  # GELU inside the feed-forward's first matrix product, on a GPU
     overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
+    student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time
+    text_int8: bool = False  # hold the text encoder's linears in 8 bits: half the bytes, videos differ a little
     decode_frames: int = 0  # latent frames that the VAE decodes at once; 0 = as many as is fastest, 1 = least memory
     profile: bool = False  # print where the time went
     cpu_threads: int = 1  # of one process; 0 = all CPUs. Rounding depends on it: the same number, the same video
 
     def __post_init__(self):
         at_least(1, "inference", self, "num_samples")
-        at_least(0, "inference", self, "cpu_threads", "decode_frames")
+        at_least(0, "inference", self, "cpu_threads", "decode_frames", "video_frames")
+        one_of(STUDENT_PLACES, "inference", self, "student")
         one_of(TEXT_PLACES, "inference", self, "text_encoder")
         one_of(PRECISION, "inference", self, "precision")
         one_of(("auto", "off", "blocks"), "inference", self, "compile")

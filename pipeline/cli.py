@@ -15,6 +15,8 @@ VALUES = {
     "--seed": ("seed", "N", "seed of sample 0 of every prompt"),
     "--num_output_frames": ("video.num_latent_frames", "N", "latent frames of a clip; 21 make 81 frames, 0: no end"),
     "--switch_frame_indices": ("inference.switch_frame_indices", "N,...", "latent frames of a story's later prompts"),
+    "--image": ("inference.image", "FILE", "picture that the video begins with: JPEG, PNG or WebP"),
+    "--video": ("inference.video", "FILE", "clip whose end the video begins with"),
     "--num_samples": ("inference.num_samples", "N", "videos of one prompt, each with its own seed"),
 }
 SWITCHES = {
@@ -23,7 +25,7 @@ SWITCHES = {
     "--overwrite": ("inference.overwrite", "make videos again that are already there"),
     "--profile": ("inference.profile", "print where the time went"),
 }
-LOW_MEMORY = ("inference.text_encoder=stream", "inference.decode_frames=1")
+LOW_MEMORY = ("inference.student=stream", "inference.text_encoder=stream", "inference.decode_frames=1")
 
 
 class _Parser(argparse.ArgumentParser):

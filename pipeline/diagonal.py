@@ -4,6 +4,7 @@
     for frames in pipe.stream("a red circle moves right", seed=0):  # uint8 [T, H, W, 3]: 9 frames, then 12 at a time
         ...
     pipe("a red circle moves right", seed=0).save("circle.mp4")
+    pipe("a red circle moves right", image="first.png")  # or video="before.mp4": what it begins with
     print(pipe.schedule)
 """
 
@@ -15,30 +16,36 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import Geometry, latent_frames, pixel_frames
 from configs.load import load_config
-from configs.schema import Config, ModelConfig
+from configs.schema import Config, InferenceConfig, ModelConfig
+from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
 from model.fast_codec import optimise_codec
 from model.fast_wan import FastPlan, optimise
+from model.int8 import convert
 from model.lora import Loras, plan_lora
-from model.offload import HostTextEncoder, SmallSteps
+from model.offload import BlockStream, HostTextEncoder, SmallSteps
 from model.schedule import Schedule
 from model.text import TextEncoder, clean_prompt
 from model.tiny_decoder import TinyDecoderCodec
 from model.weights import load_student, load_text_encoder, load_tiny_decoder, load_vae
 from pipeline.delivery import ahead
+from pipeline.start import encode_start, read_start, warn_of_start
 from pipeline.stream import StreamSession
 from utils.device import pick_device, pick_dtype
 from utils.logs import get_logger
+from utils.pictures import Clip, Picture
 from utils.prompts import check_prompt
 from utils.video import VideoWriter
 
 log = get_logger(__name__)
 
+Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
 ATTENTION_BACKENDS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # diffusers' names
 
 
@@ -68,6 +75,7 @@ class DiagonalPipeline:
         self.geometry = Geometry.from_config(
             config, latent_channels=network.in_channels, patch=tuple(network.patch_size)
         )
+        self.card: Mapping[str, Any] = {}  # what is known of the student's training
         self.loras = Loras(student.model)  # adapters that are not merged for good
         options = {"switch": config.stream.switch, "switch_chunks": config.stream.switch_chunks}
         options["overlap"] = config.inference.overlap
@@ -86,38 +94,63 @@ class DiagonalPipeline:
             raise ValueError("overrides go with a path; use dataclasses.replace on a Config")
         device = pick_device(config.device, local_rank)
         dtype = pick_dtype(config.inference.precision, device)
-        plan = FastPlan.from_config(config.inference, device)
-        names = config.model
-        student = load_student(names.student, device, dtype, use_ema=names.use_ema)
+        FastPlan.from_config(config.inference, device)  # refuses what cannot be before anything is loaded
+        names, places = config.model, config.inference
+        student = load_student(names.student, home(places.student, device), dtype, use_ema=names.use_ema)
         loras = load_loras(student, names)
-        choose_attention(student, config.inference.attention, device)
-        text_encoder = load_text(config, device, dtype)
+        whole = home("stream" if places.text_int8 else places.text_encoder, device)
+        text = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, whole, dtype)
         codec = load_codec(names, device, dtype)
-        if config.inference.decode_frames:
-            codec = SmallSteps(codec, config.inference.decode_frames)
-        pipe = cls(config, *quick(Student(student), codec, plan), text_encoder)
-        pipe.loras = loras
+        pipe = cls.from_parts(config, student, codec, text, device)
+        pipe.loras, pipe.card = loras, student.card
         warn_of_schedule(pipe.schedule, student.card)
         return pipe
 
+    @classmethod
+    def from_parts(
+        cls, config: Config, student: CausalWanModel, codec: Codec, text: TextEncoder, device: torch.device
+    ) -> "DiagonalPipeline":
+        """A pipeline of loaded networks, each put where `inference` wants it and made as fast as it says."""
+        places, plan = config.inference, FastPlan.from_config(config.inference, device)
+        choose_attention(student, places.attention, device)
+        if places.student == "stream":
+            BlockStream(student, device)
+        if places.decode_frames:
+            codec = SmallSteps(codec, places.decode_frames)
+        return cls(config, *quick(Student(student), codec, plan), place_text(text, places, device))
+
     def stream(
-        self, prompt: str | Sequence[str], seed: int | Sequence[int] = 0, num_frames: int | None = None
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
+        num_frames: Frames = None,
+        *,
+        image: Picture | None = None,
+        video: Clip | None = None,
     ) -> Iterator[np.ndarray | list[np.ndarray]]:
         """Yield each chunk's frames as soon as they are decoded: uint8 `[T, H, W, 3]`, T = 9 and then 12 at a time.
 
-        A list of prompts runs as one batch and yields lists; `seed` is then one for all, or a list.
+        A list of prompts runs as one batch and yields lists; `seed` and `num_frames` are then one for all, or lists,
+        and a video that has ended gives no frames (T = 0).
         num_frames: pixel frames of the clip (81, not 21); None = what the configuration says.
+        image, video: what the video begins with, a file or pixels (pipeline/start.py); its frames count and come first.
         """
         prompts, seeds = as_batch(prompt, seed)
-        for frames, _ in self.chunks(prompts, seeds, num_frames):
+        for frames, _ in self.chunks(prompts, seeds, num_frames, self.start(image, video, num_frames)):
             yield frames[0] if isinstance(prompt, str) else frames
 
     def __call__(
-        self, prompt: str | Sequence[str], seed: int | Sequence[int] = 0, num_frames: int | None = None
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
+        num_frames: Frames = None,
+        *,
+        image: Picture | None = None,
+        video: Clip | None = None,
     ) -> Video | list[Video]:
         """The whole video of `prompt`; a list of them for a list of prompts. Arguments as for `stream`."""
         prompts, seeds = as_batch(prompt, seed)
-        chunks = list(self.chunks(prompts, seeds, num_frames))
+        chunks = list(self.chunks(prompts, seeds, num_frames, self.start(image, video, num_frames)))
         timings = [spans for _, spans in chunks]
         videos = [
             Video(np.concatenate([frames[i] for frames, _ in chunks]), self.config.video.fps, text, one_seed, timings)
@@ -135,17 +168,43 @@ class DiagonalPipeline:
         latents = self.config.video.num_latent_frames if num_frames is None else latent_frames(num_frames)
         return self.geometry.num_chunks(latents)
 
+    def start(
+        self, image: Picture | None = None, video: Clip | None = None, num_frames: Frames = None
+    ) -> Tensor | None:
+        """Latents [1, F, C, h, w] that a video of `num_frames` pixel frames begins with; None without any."""
+        lengths = [self.num_chunks(n) for n in (num_frames if isinstance(num_frames, Sequence) else [num_frames])]
+        pixels = read_start(self.config, image, video, min(lengths) * self.geometry.chunk_frames)
+        return None if pixels is None else self.encode(pixels)
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Latents [1, F, C, h, w] of what `read_start` has read, uint8 [T, H, W, 3]."""
+        warn_of_start(self.card)
+        return encode_start(self.session.codec, pixels, self.geometry, self.session.device)
+
     def chunks(
-        self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_frames: Frames = None,
+        start: Tensor | None = None,
     ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
-        """As `stream`, for a batch: a chunk's frames of each video, and the seconds that its parts took."""
+        """As `stream`, for a batch: a chunk's frames of each video, and the seconds that its parts took.
+
+        start: latents that all of them begin with.
+        """
         for prompt in prompts:
             self._warn_of_length(check_prompt(prompt))
-        results = self.session.play(prompts, seeds, self.num_chunks(num_frames))
+        if isinstance(num_frames, Sequence):
+            if len(num_frames) != len(prompts):
+                raise UserError(f"{len(num_frames)} lengths were given for {len(prompts)} prompts; give one a prompt")
+            lengths = [self.num_chunks(n) for n in num_frames]
+        else:
+            lengths = self.num_chunks(num_frames)
+        results = self.session.play(prompts, seeds, lengths, start)
         beside = self.session.device.type == "cuda" and self.config.inference.overlap
         for result in ahead(results, 1) if beside else results:  # the next chunk is queued before this one is awaited
             frames = result.wait().frames.numpy()
-            yield list(frames), result.timings
+            yield [own if alive else own[:0] for own, alive in zip(frames, result.alive, strict=True)], result.timings
 
     def _warn_of_length(self, prompt: str) -> None:
         encoder = self.session.text_encoder
@@ -179,12 +238,17 @@ def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
     return loras
 
 
-def load_text(config: Config, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder, where `inference.text_encoder` wants it."""
-    names, place = config.model, config.inference.text_encoder
-    home = device if place == "keep" else torch.device("cpu")
-    text = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, home, dtype)
-    return text if place == "keep" else HostTextEncoder(text, device, stream=place == "stream")
+def home(place: str, device: torch.device) -> torch.device:
+    """Where a network is loaded to that has this place."""
+    return device if place == "keep" else torch.device("cpu")
+
+
+def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device) -> TextEncoder:
+    """The text encoder as `config` wants it, where it wants it."""
+    place = config.text_encoder
+    if config.text_int8:
+        convert(text.encoder.encoder, device, home(place, device))
+    return text.to(device) if place == "keep" else HostTextEncoder(text, device, stream=place == "stream")
 
 
 def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from torch import Tensor
+
 from configs.errors import UserError
 from configs.load import to_dict
 from configs.schema import Config
@@ -66,7 +68,8 @@ def plan_live(config: Config, prompts: list[str] | None, endless: bool, output: 
     for story in given:
         for sample in range(names.num_samples):
             seed = sample_seed(config.seed, sample)
-            digest = short_hash(str(story), seed, str(to_dict(config)["schedule"]), str(to_dict(config)["stream"]))
+            settings = (str(to_dict(config)["schedule"]), str(to_dict(config)["stream"]), names.image, names.video)
+            digest = short_hash(str(story), seed, *settings)
             name = f"{safe_name(story.prompts[0])}-{seed}-{digest}.{'mp4' if kind in (None, 'fmp4') else kind}"
             target = output or str(Path(names.output_folder).expanduser() / name)
             jobs.append(LiveJob(story, seed, target, _kind(target, kind)))
@@ -97,21 +100,23 @@ def standard_output() -> Iterator[BinaryIO]:
         os.close(own)
 
 
-def run_live(pipe: DiagonalPipeline, job: LiveJob, num_chunks: int | None) -> int:
+def run_live(pipe: DiagonalPipeline, job: LiveJob, num_chunks: int | None, start: Tensor | None = None) -> int:
     """Play `job` into its target, chunk by chunk; frames written. Ctrl-C and a reader that goes end it well."""
     if job.target == PIPE:
         with standard_output() as out:
-            return _write(pipe, job, out, num_chunks)
+            return _write(pipe, job, out, num_chunks, start)
         return 0  # the reader has gone
-    return _write(pipe, job, job.target, num_chunks)
+    return _write(pipe, job, job.target, num_chunks, start)
 
 
-def _write(pipe: DiagonalPipeline, job: LiveJob, target: str | BinaryIO, num_chunks: int | None) -> int:
+def _write(
+    pipe: DiagonalPipeline, job: LiveJob, target: str | BinaryIO, num_chunks: int | None, start: Tensor | None
+) -> int:
     video = pipe.config.video
     begin, written = time.perf_counter(), 0
     with LiveWriter(target, video.fps, (video.height, video.width), job.kind) as writer:
         try:
-            for result in play_story(pipe.session, job.story, job.seed, num_chunks):
+            for result in play_story(pipe.session, job.story, job.seed, num_chunks, start):
                 writer.write(result.wait().frames[0].numpy())
         except KeyboardInterrupt:
             if num_chunks is not None:

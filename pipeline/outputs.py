@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from configs.load import to_dict
 from model.weights import WeightCheck
@@ -36,9 +37,12 @@ class Clip:
         )
 
 
-def render(pipe: DiagonalPipeline, job: Job, weights: Sequence[WeightCheck], position: int = 0) -> Clip:
+def render(
+    pipe: DiagonalPipeline, job: Job, weights: Sequence[WeightCheck], position: int = 0, start: Tensor | None = None
+) -> Clip:
     """Make one clip: frames are written as they arrive, and files appear only when they are whole.
 
+    start: latents that it begins with.
     position: line of the progress bar, where several processes share a terminal.
     """
     video_config = pipe.config.video
@@ -48,7 +52,7 @@ def render(pipe: DiagonalPipeline, job: Job, weights: Sequence[WeightCheck], pos
         progress_bar(job.prompt, pipe.num_pixel_frames, "frame", position) as bar,
         VideoWriter(job.video, video_config.fps, (video_config.height, video_config.width)) as video,
     ):
-        for (frames,), spans in pipe.chunks([job.prompt], [job.seed]):
+        for (frames,), spans in pipe.chunks([job.prompt], [job.seed], start=start):
             arrived = time.perf_counter()
             first_frames = first_frames or arrived - begin
             borders.append(video.frames_written)

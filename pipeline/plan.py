@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -16,6 +17,7 @@ from model.weights import WeightCheck, check_weights
 from pipeline.diagonal import check_attention
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
+from pipeline.start import read_start
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import check_writable, safe_name, short_hash
@@ -57,6 +59,7 @@ class Plan:
     weights: tuple[WeightCheck, ...]
     device: torch.device
     dtype: torch.dtype
+    start: np.ndarray | None = None  # pixels uint8 [T, H, W, 3] that every video begins with
 
     def summary(self) -> str:
         """One line: how many videos, where, on what."""
@@ -79,9 +82,12 @@ class Plan:
         return "\n".join(parts)
 
 
-def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks | None = None) -> Plan:
+def make_plan(
+    config: Config, prompts: Sequence[str] | None = None, ranks: Ranks | None = None, *, endless: bool = False
+) -> Plan:
     """Check everything that can be checked without loading weights. `prompts`: instead of the configured file.
 
+    endless: of videos without an end, whose length cannot be too short for what they begin with.
     All jobs are shared out before finished ones are left out: processes that start at different times see different
     files, and would otherwise disagree about who makes what.
 
@@ -93,6 +99,8 @@ def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks
         prompts = read_prompts(resolve(config.inference.prompts))
     else:
         prompts = [check_prompt(prompt, "--prompt") for prompt in prompts]
+    names, length = config.inference, None if endless else config.video.num_latent_frames
+    start = read_start(config, *(Path(x).expanduser() if x else None for x in (names.image, names.video)), length)
     folder = check_writable(Path(config.inference.output_folder).expanduser(), "inference.output_folder")
     device = pick_device(config.device, ranks.local_rank)
     check_attention(config.inference.attention, device)
@@ -102,7 +110,7 @@ def make_plan(config: Config, prompts: Sequence[str] | None = None, ranks: Ranks
     check_inference(config, gpu_memory(device))
     jobs = ranks.share(plan_jobs(config, prompts, folder, fingerprint(config, weights)))
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
-    return Plan(config, ranks, [job for job in jobs if job not in finished], finished, weights, device, dtype)
+    return Plan(config, ranks, [job for job in jobs if job not in finished], finished, weights, device, dtype, start)
 
 
 def plan_jobs(config: Config, prompts: Sequence[str], folder: Path, settings: str) -> list[Job]:

@@ -34,9 +34,13 @@ def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
         "lora_scales": config.model.lora_scales,
         "text_tokens": config.model.text_tokens,
         "precision": config.inference.precision,
+        "text_int8": config.inference.text_int8,
         "attention": config.inference.attention,
         "weights": {check.role: _combined(check, sampled_hash) for check in weights},
     }
+    start = config.inference.image or config.inference.video
+    if start:
+        parts["start"] = [sha256_of(Path(start).expanduser()), config.inference.video_frames]
     return json.dumps(parts, sort_keys=True)
 
 

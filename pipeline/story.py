@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from torch import Tensor
+
 from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE
 from pipeline.stream import ChunkResult, StreamSession
@@ -58,10 +60,12 @@ def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, i
     return [_listed(line, where, latent_frames, indices) for line, where in lines]
 
 
-def play_story(session: StreamSession, story: Story, seed: int, num_chunks: int | None) -> Iterator[ChunkResult]:
-    """Chunks of `story`; each prompt comes in as the session's `switch` says."""
+def play_story(
+    session: StreamSession, story: Story, seed: int, num_chunks: int | None, start: Tensor | None = None
+) -> Iterator[ChunkResult]:
+    """Chunks of `story`, which begins with the latents `start`; each prompt comes in as the session's `switch` says."""
     coming = story.chunk_prompts(session.geometry.chunk_frames)
-    playing = session.play(coming.pop(0), seed, num_chunks)
+    playing = session.play(coming.pop(0), seed, num_chunks, start)
     for chunk in count():
         if chunk in coming:
             session.say(coming[chunk])

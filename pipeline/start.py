@@ -1,0 +1,91 @@
+"""What a video begins with: an image or a clip, checked, and encoded to latents.
+
+    image   1 pixel frame = latent frame 0; frames 1 and 2 of its chunk are made in one chunk with it
+    clip    its last 1 + 4 n pixel frames as whole chunks of latents; what is made goes on from its end
+
+A clip is encoded as a clip of its own, so its first latent is that of a single frame, as the decoder wants it.
+`Given` in pipeline/chunk.py says how a student is shown either, and why an image is not a chunk of standstill.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.geometry import Geometry, latent_frames, pixel_frames
+from configs.schema import Config
+from model.codec import Codec
+from utils.logs import get_logger
+from utils.pictures import Clip, Picture, read_clip, read_picture
+
+log = get_logger(__name__)
+
+
+def read_start(
+    config: Config, image: Picture | None, video: Clip | None, num_latent_frames: int | None
+) -> np.ndarray | None:
+    """Pixels uint8 [T, H, W, 3] that a video begins with, T = 1 or 1 + 4 n; None where neither is given.
+
+    num_latent_frames: length of the video, None = without end. Loads no weights.
+    UserError where a file is unreadable, huge or too short, or leaves nothing to be made.
+    """
+    if image is None and video is None:
+        return None
+    if image is not None and video is not None:
+        raise UserError("--image and --video were both given; a video begins with one of them")
+    if config.model.codec == "taehv":
+        raise UserError("model.codec=taehv decodes only, and a start has to be encoded; set model.codec=wan")
+    size = (config.video.height, config.video.width)
+    if image is not None:
+        return read_picture(image, size, "inference.image")[None]
+    chunk, most = config.stream.chunk_frames, _most_latents(config)
+    frames = read_clip(video, size, config.video.fps, pixel_frames(most), "inference.video")
+    if len(frames) < pixel_frames(chunk):
+        raise UserError(
+            f"inference.video has {len(frames)} frames at {config.video.fps} a second, and a chunk needs "
+            f"{pixel_frames(chunk)}; give a longer clip, or one picture of it with --image"
+        )
+    whole = ((len(frames) - 1) // 4 + 1) // chunk * chunk
+    if config.inference.video_frames and whole < config.inference.video_frames:
+        raise UserError(
+            f"inference.video_frames={config.inference.video_frames} latent frames are {pixel_frames(most)} frames at "
+            f"{config.video.fps} a second, and inference.video has {len(frames)}; try inference.video_frames={whole}"
+        )
+    if num_latent_frames is not None and whole >= num_latent_frames:
+        raise UserError(
+            f"inference.video gives {whole} latent frames and the video has {num_latent_frames}, so that nothing is "
+            f"left to be made; give --num_output_frames above {whole}, or a smaller inference.video_frames"
+        )
+    return frames[-pixel_frames(whole) :]
+
+
+def _most_latents(config: Config) -> int:
+    """Latent frames of a clip that are used: as many as are asked for, or as a chunk finds before it in the window."""
+    chunk, asked = config.stream.chunk_frames, config.inference.video_frames
+    if asked % chunk:
+        raise UserError(
+            f"inference.video_frames={asked} is not a whole number of chunks (stream.chunk_frames={chunk}); "
+            f"try {max(1, round(asked / chunk)) * chunk}"
+        )
+    window = config.stream.window_frames or config.video.num_latent_frames
+    return asked or max(chunk, window - chunk)
+
+
+def encode_start(codec: Codec, pixels: np.ndarray, geometry: Geometry, device: torch.device) -> Tensor:
+    """Float32 latents [1, F, C, h, w] of uint8 [T, H, W, 3]."""
+    frames = torch.from_numpy(pixels.copy()).movedim(-1, 1)[None].to(device).float().div(127.5).sub(1)
+    latents = codec.encode(frames).float()
+    assert latents.shape == geometry.latent_shape(1, latent_frames(len(pixels))), latents.shape
+    return latents
+
+
+def warn_of_start(card: Mapping[str, Any]) -> None:
+    """Say so where a student was not trained to begin with what is given."""
+    if not card.get("trained_image_start"):
+        log.warning(
+            "this student was not trained to begin with an image or a clip (its card.json has no trained_image_start); "
+            "what follows may not fit what is given"
+        )
