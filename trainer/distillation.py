@@ -172,7 +172,7 @@ class Distill(Stage):
         how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
         if not self.sharded:  # text keys once a text; a sharded block makes its own, with its weights at hand
             with torch.set_grad_enabled(grad):
-                made = {id(x): model.text_kv(x) for x in texts}
+                made = {key: model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
             texts = [made[id(x)] for x in texts]
         x = rollout(
             self.student,
