@@ -56,11 +56,19 @@ class FastPlan:
 
     @classmethod
     def from_config(cls, config: InferenceConfig, device: torch.device) -> "FastPlan":
-        """The plan that `config` asks for on `device`; `auto` is all of it on a GPU, nothing on a CPU.
+        """The plan that `config` asks for on `device`; `auto` is all of it on a GPU, nothing on a CPU, nor where the
+        student's blocks come and go.
 
         Raises UserError for what cannot be done here.
         """
         gpu = device.type == "cuda"
+        stays = config.student == "keep"
+        for key, value in (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on")):
+            if not stays and vars(config)[key] == value:
+                raise UserError(
+                    f"inference.{key}={value} needs the student on the GPU for good, so it does not go with "
+                    f"inference.student={config.student}; leave one of them out"
+                )
         triton = importlib.util.find_spec("triton") is not None
         if config.precision == "fp8":
             fp8.check_fp8(device)
@@ -72,8 +80,8 @@ class FastPlan:
             kernels=pick_kernels(config.attention, *here(device)),
             fp8=config.fp8_scaling if config.precision == "fp8" else None,
             fused_gelu=config.fused_gelu and gpu,
-            compile=config.compile == "blocks" or (config.compile == "auto" and gpu and triton),
-            cuda_graphs=config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and gpu),
+            compile=config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays),
+            cuda_graphs=config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and gpu and stays),
         )
 
     @property

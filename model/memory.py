@@ -25,6 +25,7 @@ WAN_PIXEL = (4729, 5394)  # VAE of base 96: bytes a pixel of video held between 
 TINY_PIXEL = 1209  # tiny decoder: bytes a pixel of video for each latent frame of a chunk
 WAN_CALL = 2_000_000  # latent cells x base channels that WanCodec decodes at once by itself
 T5_WEIGHTS, T5_BLOCK, T5_EMBEDDING = 11_361_820_672, 386_000_000, 2_100_298_752  # UMT5-XXL's encoder in bfloat16
+T5_SCORES = 8 * 64 * 2  # bytes of its activations for each pair of tokens: position bias and mask of 64 heads
 VAE_WEIGHTS, TINY_WEIGHTS = 253_785_062, 19_700_000  # in bfloat16
 
 
@@ -76,6 +77,11 @@ class Network:
     def inference_bytes(self) -> int:
         """Weights in bfloat16, but for those."""
         return 2 * self.parameters + 2 * self.wide
+
+    @property
+    def streamed_bytes(self) -> int:
+        """The same with the blocks on the host: slots for two of them (model/offload.py), and what is not a block."""
+        return self.inference_bytes - (self.layers - 2) * (2 * self.block + 2 * 8 * self.dim)
 
 
 WAN_1_3B = Network(dim=1536, ffn=8960, layers=30)
@@ -155,6 +161,16 @@ def decode_bytes(config: Config, batch: int = 1) -> int:
     return pixels * (held + each * min(frames, config.stream.chunk_frames))
 
 
+def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, int]:
+    """Weights of the text encoder as they are held, and as much of them as is on the GPU while it works."""
+    block = T5_BLOCK
+    if config.inference.text_int8 and weights > T5_EMBEDDING:  # all but the token embedding is in linears
+        weights, block = (weights + T5_EMBEDDING) // 2, block // 2
+    if config.inference.text_encoder != "stream":
+        return weights, weights
+    return weights, min(weights, T5_EMBEDDING + 2 * block)  # one at work, the next on its way
+
+
 def inference_plan(
     config: Config, student: Network = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
 ) -> MemoryPlan:
@@ -162,12 +178,12 @@ def inference_plan(
     geometry = Geometry.from_config(config, latent_channels=student.channels, patch=student.patch)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
     always = {
-        "student": student.inference_bytes,
+        "student": student.inference_bytes if config.inference.student == "keep" else student.streamed_bytes,
         "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
     }
+    text_weights, encoder = text_encoder_bytes(config, text_weights)
     keep = {"text encoder": text_weights} if config.inference.text_encoder == "keep" else {}
-    stream = config.inference.text_encoder == "stream"
-    encoder = min(text_weights, T5_EMBEDDING + T5_BLOCK) if stream else text_weights
+    encoding = {"text encoder": encoder, "activations": T5_SCORES * batch * config.model.text_tokens**2}
     playing = {
         "KV cache": cache_bytes(student, geometry, chunks, batch),
         "text keys": text_bytes(student, config.model.text_tokens, batch),
@@ -175,7 +191,7 @@ def inference_plan(
     step = step_bytes(student, batch * geometry.tokens_per_chunk)
     return MemoryPlan(
         (
-            Phase("encode prompt", always | {"text encoder": encoder}),
+            Phase("encode prompt", always | encoding),
             Phase("denoise", always | keep | playing | {"activations": step}),
             Phase("decode", always | keep | playing | {"activations": decode_bytes(config, batch)}),
         )

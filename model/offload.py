@@ -1,12 +1,15 @@
-"""Less memory on the GPU, for the same result: a text encoder that lives on the host, a decoder in smaller steps."""
+"""Less memory on the GPU, for the same result: networks that live on the host, a decoder in smaller steps."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor
 
+from model.causal_wan import CausalWanModel
 from model.codec import Codec, DecoderStream
 from model.text import TextEncoder
 
@@ -48,6 +51,93 @@ class HostTextEncoder(TextEncoder):
         finally:
             for tensor, kept in zip(tensors, host, strict=True):
                 tensor.data = kept
+
+
+class BlockStream:
+    """A student whose blocks live on the host: each is on `device` while it works, and the next one comes meanwhile.
+
+    Two slots on the device take the blocks in turn, each copied from pinned memory on a stream of its own; the host
+    waits for nothing. What is not a block is on the device for good. Blocks may be changed between passes (adapters).
+
+    Not diffusers' group offloading, which serves the text encoder: it acts on `forward` alone, and the keys of the text
+    are made beside it (`text_kv`); and it would take the rest of the network back to the host after each pass.
+    """
+
+    def __init__(self, student: CausalWanModel, device: torch.device | str):
+        assert student.device.type == "cpu", "load it on the host first"
+        self.device = torch.device(device)
+        self._gpu = self.device.type == "cuda"
+        self._blocks = [[*block.parameters(), *block.buffers()] for block in student.blocks]
+        blocks = {id(tensor) for block in self._blocks for tensor in block}
+        for tensor in (*student.parameters(), *student.buffers()):
+            if id(tensor) not in blocks:
+                tensor.data = tensor.data.to(self.device)
+            elif self._gpu:
+                tensor.data = tensor.data.pin_memory()
+        size = max(sum(_room(tensor) for tensor in block) for block in self._blocks)
+        self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self._copies = torch.cuda.Stream(self.device) if self._gpu else None
+        self._filled, self._left = ([torch.cuda.Event() for _ in range(2)] if self._gpu else [] for _ in range(2))
+        self._inside: int | None = None  # the block that is on the device
+        self._ahead: tuple[int, list[Tensor]] | None = None  # one that is on its way there
+        for i, block in enumerate(student.blocks):
+            for name in ("forward", "text_kv"):
+                setattr(block, name, self._with_block(i, getattr(block, name)))
+
+    @property
+    def bytes(self) -> int:
+        """Of the slots."""
+        return sum(slot.nbytes for slot in self._slots)
+
+    def _with_block(self, i: int, call: Callable) -> Callable:
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if self._inside == i else self._present(i):
+                return call(*args, **kwargs)
+
+        return run
+
+    @contextmanager
+    def _present(self, i: int) -> Iterator[None]:
+        """Block i is on the device, and block i + 1 on its way."""
+        assert self._inside is None, f"block {i} within block {self._inside}"
+        if self._ahead is None or self._ahead[0] != i:
+            self._fetch(i)
+        here, host = self._ahead[1], [tensor.data for tensor in self._blocks[i]]
+        if self._gpu:
+            torch.cuda.current_stream(self.device).wait_event(self._filled[i % 2])
+        self._inside, self._ahead = i, None
+        try:
+            for tensor, value in zip(self._blocks[i], here, strict=True):
+                tensor.data = value
+            if i + 1 < len(self._blocks):  # not the first one again: it may be changed before the next pass
+                self._fetch(i + 1)
+            yield
+        finally:
+            for tensor, value in zip(self._blocks[i], host, strict=True):
+                tensor.data = value
+            if self._gpu:
+                self._left[i % 2].record(torch.cuda.current_stream(self.device))
+            self._inside = None
+
+    def _fetch(self, i: int) -> None:
+        """Begin to copy block i into its slot, once the block before in there has done its work."""
+        slot, start, there = self._slots[i % 2], 0, []
+        with torch.cuda.stream(self._copies) if self._gpu else nullcontext():
+            if self._gpu:
+                self._copies.wait_event(self._left[i % 2])
+            for tensor in self._blocks[i]:
+                place = slot[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                there.append(place.copy_(tensor.data, non_blocking=True))
+                start += _room(tensor)
+            if self._gpu:
+                self._filled[i % 2].record(self._copies)
+        self._ahead = (i, there)
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes of a tensor in a slot, so that the next one starts where kernels like it."""
+    return -(-tensor.nbytes // 256) * 256
 
 
 class SmallSteps:

@@ -22,6 +22,7 @@ VIDEO_SPACE = 200_000_000  # bytes that must be free where videos go
 ROLES_WITH_EMA = ("student",)
 SIZED = ("student", "text_encoder")  # whose headers say what the plan needs
 
+SMALL = (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"))
 # Settings of inference, each smaller than the one before it, by section and key.
 LADDER: tuple[tuple[tuple[str, str, str | int], ...], ...] = (
     (),
@@ -29,9 +30,10 @@ LADDER: tuple[tuple[tuple[str, str, str | int], ...], ...] = (
     (("inference", "text_encoder", "stream"),),
     (("inference", "text_encoder", "stream"), ("inference", "decode_frames", 2)),
     (("inference", "text_encoder", "stream"), ("inference", "decode_frames", 1)),
-    (("inference", "text_encoder", "stream"), ("model", "codec", "taehv")),
-    (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"), ("stream", "window_frames", 9)),
-    (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"), ("stream", "window_frames", 6)),
+    SMALL,
+    (*SMALL, ("inference", "student", "stream")),
+    (*SMALL, ("inference", "student", "stream"), ("stream", "window_frames", 9)),
+    (*SMALL, ("inference", "student", "stream"), ("stream", "window_frames", 6)),
 )
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 

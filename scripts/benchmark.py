@@ -33,13 +33,14 @@ from configs.schema import Config  # noqa: E402
 from model import fp8  # noqa: E402
 from model.denoiser import Student  # noqa: E402
 from model.fast_wan import FastPlan  # noqa: E402
+from model.offload import BlockStream  # noqa: E402
 from model.random_weights import RandomText, network_of, random_codec, random_student, random_umt5  # noqa: E402
 from model.schedule import Schedule  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weight_files import read_json  # noqa: E402
 from model.weights import check_weights  # noqa: E402
 from pipeline import speed  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, quick  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline, home, quick  # noqa: E402
 from pipeline.speed_tables import comparison, suite_table, table  # noqa: E402
 from pipeline.speed_variants import SUITES, Variant  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
@@ -113,7 +114,9 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
             session = _session(made.student, made.codec, made.text_encoder, config)
             return Bench(session, plan, "as configured", made.text_encoder, {})
     size = args.network or ("tiny" if config.model.student.startswith("assets/tiny") else "1.3B")
-    model = random_student(size, device, dtype)
+    model = random_student(size, home(config.inference.student, device), dtype)
+    if config.inference.student == "stream":
+        BlockStream(model, device)
     errors = layer_errors(model, config) if plan.fp8 else {}
     codec = random_codec(config, size, device, dtype)
     text, encode = None, RandomText(config.model.text_tokens, model.config.text_dim, device)

@@ -174,6 +174,7 @@ def test_what_fits_a_card():
     assert "after_use" in preflight.largest_inference(config, {}, 24)
     assert "decode_frames=1" in preflight.largest_inference(config, {}, 12)
     assert "taehv" in preflight.largest_inference(config, {}, 10)
+    assert "inference.student=stream" in preflight.largest_inference(config, {}, 8)
     assert preflight.largest_inference(config, {}, 2) == "too small"
     train = load_config(TRAIN)
     counts = [int(preflight.largest_training(train, {}, card).split()[0]) for card in (24, 40, 80)]

@@ -6,14 +6,16 @@ import pytest
 import torch
 from count_bytes import counting
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.load import load_config
-from model import memory
+from model import memory, offload
 from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
 from model.codec import WanCodec
+from model.int8 import convert
 from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
 
@@ -63,6 +65,41 @@ def test_denoising_step(monkeypatch, network, batch):
         with counting(monkeypatch) as counter:
             model(latents, t, text, view=cache.begin(0), start_frame=0)
     assert memory.step_bytes(network, batch * geometry.tokens_per_chunk) == pytest.approx(counter.peak, rel=0.1)
+
+
+@torch.no_grad()
+def test_blocks_on_the_host():
+    """Slots of two blocks and what is not a block, counted where they are."""
+    model = build(CausalWanModel, WAN_1_3B, layers=2).to(BF16)
+    for name, value in model.named_parameters():
+        if set(model._keep_in_fp32_modules) & set(name.split(".")):
+            value.data = value.data.float()
+    slots = 2 * sum(offload._room(value) for value in model.blocks[0].parameters())
+    rest = sum(value.nbytes for name, value in model.named_parameters() if not name.startswith("blocks."))
+    assert WAN_1_3B.streamed_bytes == pytest.approx(slots + rest, rel=0.01)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@torch.no_grad()
+def test_text_encoder(monkeypatch, int8):
+    """Two of its blocks, counted, are the plan's; so are the activations of a prompt."""
+    sizes = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 2, "num_heads": 64}
+    with torch.device("meta"):
+        network = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu")).to(BF16).eval()
+        if int8:
+            convert(network.encoder, "meta", "meta")
+        blocks, shared = ([*part.parameters(), *part.buffers()] for part in (network.encoder.block, network.shared))
+        ids = torch.zeros(1, 512, dtype=torch.long)
+        mask = torch.zeros(1, 1, 512, 512, dtype=torch.bool)  # as transformers makes it, which looks at values
+        monkeypatch.setattr("transformers.models.umt5.modeling_umt5.create_bidirectional_mask", lambda **_: mask)
+        with counting(monkeypatch) as counter:
+            network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert memory.T5_SCORES * 512**2 == pytest.approx(counter.peak, rel=0.1)
+    block, embedding = (sum(x.nbytes for x in tensors) for tensors in (blocks, shared))
+    config = load_config(CONFIG, [f"inference.text_int8={int8}", "inference.text_encoder=stream"])
+    held, working = memory.text_encoder_bytes(config)
+    assert working == pytest.approx(embedding + block, rel=0.01)
+    assert held == pytest.approx(embedding + 12 * block, rel=0.01)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
