@@ -18,6 +18,8 @@ class FlowConfig:
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
     context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
+    past_weight: float = 0.5  # teacher_forcing: weight of the loss of a noisy past beside that of the chunks
+    bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
     ode_interval: float = 50.0  # causal_ode: Euler step of the teacher's trajectory, in un-warped time
     ode_clips: int = 4096  # causal_ode: trajectories made ahead and drawn from
     guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for the teacher of causal_ode
@@ -26,22 +28,26 @@ class FlowConfig:
         at_least(1, "training.flow", self, "shift", "ode_clips")
         between(0, 1, "training.flow", self, "text_dropout")
         between(1, 1000, "training.flow", self, "ode_interval")
-        at_least(0, "training.flow", self, "guidance")
+        at_least(0, "training.flow", self, "guidance", "past_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecLossConfig:
-    """Codec training on the tiny world: clip length and the weights of its loss terms."""
+    """Codec training on the tiny world: what is shown, and the weights of the loss terms."""
 
-    clip_frames: int = 17  # pixel frames of one training clip, 1 + 4 n
+    clip_frames: list[int] = field(default_factory=lambda: [17])  # lengths of training clips, each 1 + 4 n; one a step
+    crop: int = 0  # pixels: side of a square around the subject, where there is something to learn; 0 = whole frames
     gradient: float = 0.5  # L1 between spatial finite differences, for sharp edges
     mse: float = 5.0  # squared error beside L1: small coloured subjects count, and PSNR is what is measured
     chroma: float = 20.0  # squared error of the colour alone, which is learnt last: only small subjects have one
     kl: float = 1e-5  # KL to the unit normal, mean over latent values
 
     def __post_init__(self):
-        at_least(5, "training.codec", self, "clip_frames")
-        at_least(0, "training.codec", self, "gradient", "mse", "chroma", "kl")
+        if not self.clip_frames or any(n < 1 or n % 4 != 1 for n in self.clip_frames):
+            raise UserError(f"training.codec.clip_frames={self.clip_frames}: each must be 1 + 4 n; e.g. [1] or [17, 49]")
+        if self.crop % 8:
+            raise UserError(f"training.codec.crop={self.crop} is not a multiple of 8; use 48, or 0 for whole frames")
+        at_least(0, "training.codec", self, "crop", "gradient", "mse", "chroma", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class TrainingConfig:
     global_batch: int = 64  # samples a step, over all ranks and accumulated micro-batches
     micro_batch: int = 64  # samples a forward pass on one rank
     bank_clips: int = 4096  # tiny world: clips made ahead and drawn from
+    image_start: float = 0.0  # stage distill: share of rollouts that begin with a given first frame, as --image does
     init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
     ema_decay: float = 0.999
     ema_start_step: int = 200  # before this step the average is the weights themselves
@@ -61,6 +68,7 @@ class TrainingConfig:
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     checkpointing: bool = False  # recompute each block's activations in the backward pass: less memory, more time
     sharding: str = "none"  # over ranks: none (each holds all, gradients averaged), full (FSDP2 by block)
+    sequence_parallel: int = 1  # ranks that share each sample's tokens and heads; the rest of them see other samples
     log_every: int = 20  # steps
     loggers: list[str] = field(default_factory=list)  # beside the JSON lines: wandb, tensorboard
     checkpoint_every: int = 1000  # steps; 0 = only at the end
@@ -81,5 +89,13 @@ class TrainingConfig:
         one_of(("none", "full"), "training", self, "sharding")
         at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
         at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
-        at_least(1, "training", self, "max_checkpoints")
-        between(0, 1, "training", self, "ema_decay")
+        at_least(1, "training", self, "max_checkpoints", "sequence_parallel")
+        if self.sequence_parallel > 1 and self.stage != "distill":
+            n = self.sequence_parallel
+            raise UserError(f"training.sequence_parallel={n} is for stage distill; use 1 for stage {self.stage}")
+        between(0, 1, "training", self, "ema_decay", "image_start")
+        if self.image_start and (self.stage != "distill" or self.sequence_parallel > 1):
+            raise UserError(
+                f"training.image_start={self.image_start} is for stage distill with training.sequence_parallel=1; "
+                f"set it to 0 for stage {self.stage}"
+            )

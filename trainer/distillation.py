@@ -7,7 +7,8 @@
     scores      at x_t = (1 - sigma) x + sigma eps: f = critic's x0, r = teacher's with cond + s (cond - uncond)
 
 No data but prompts. All that is drawn is a function of (seed, name, step, part), where `part` numbers the micro-batches
-of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees.
+of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees. Ranks that share a
+sample's tokens (training.sequence_parallel) draw the same and compute the same losses.
 """
 
 from dataclasses import replace
@@ -27,7 +28,7 @@ from model.denoiser import Score, Student
 from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.weights import save_student
-from pipeline.rollout import DrawnNoise, rollout
+from pipeline.rollout import DrawnNoise, last_steps, rollout
 from pipeline.switch import switched
 from trainer.audit import Audit, gradient_audit
 from trainer.backward import Backward
@@ -40,6 +41,7 @@ from trainer.optim import Average, Player
 from trainer.pairs import Pairs, open_pairs
 from trainer.players import critic_player, frozen_teacher, merged, student_player
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
+from trainer.sequence import check_tokens, data_ranks, sequence_group
 from trainer.stage import Stage, accumulation
 from trainer.validation import Validator
 from utils.device import pick_dtype
@@ -64,8 +66,11 @@ class Distill(Stage):
         super().__init__(config, device, ranks)
         t = config.training
         self.settings, self.sharded = t.distill, t.sharding == "full"
-        self.micro_batches = accumulation(t, ranks)
+        self.data = data_ranks(t.sequence_parallel, ranks)
+        self.micro_batches = accumulation(t, self.data)
         self.geometry = Geometry.from_config(config)
+        check_tokens(t.sequence_parallel, self.geometry)
+        self.sequence = sequence_group(t.sequence_parallel, ranks, device)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         self.planner = Planner(config, self.schedule, self.geometry)
         looks = t.validation_clips or self.planner.longest > self.planner.window
@@ -75,8 +80,9 @@ class Distill(Stage):
         self.null = self.encoder([self.settings.negative_prompt])
         self.pairs, self.pair_prompts = self._open_pairs()
 
-        self.teacher = Score(frozen_teacher(config, device))
-        self._players = {"generator": student_player(config, device), "critic": critic_player(config, device)}
+        self.teacher = Score(frozen_teacher(config, device, self.sequence))
+        student, critic = (make(config, device, self.sequence) for make in (student_player, critic_player))
+        self._players = {"generator": student, "critic": critic}
         self.student = Student(self._players["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
         self.critic = Score(self._players["critic"].module)
@@ -115,7 +121,7 @@ class Distill(Stage):
         return player.average.module
 
     def _family(self, loss, parameters) -> Backward:
-        graphed = self.config.training.cuda_graphs
+        graphed = self.config.training.cuda_graphs and self.sequence.size == 1  # not with messages within a pass
         return Backward(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
 
     @property
@@ -131,7 +137,7 @@ class Distill(Stage):
     def _draw(self, who: str, step: int, micro: int, plan: Plan) -> dict[str, Tensor]:
         """Inputs of one micro-batch of `who` at a step."""
         t, d = self.config.training, self.settings
-        part = micro * self.ranks.world + self.ranks.rank
+        part = micro * self.data.world + self.data.rank
         rng = generator(self.config.seed, "distill", who, step, part, device=self.device)
         host = generator(self.config.seed, "distill prompts", who, step, part)
         size = t.micro_batch
@@ -150,7 +156,24 @@ class Distill(Stage):
             states = self.pairs.read(index.tolist()).to(self.device).float()
             DrawnNoise(batch["noise"], self.schedule).start_from(states[:, 0])
             batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
+        if plan.image:
+            target = batch.get("target")
+            batch["image"] = self._own_image(batch["text"], rng) if target is None else target[:, :1]
         return batch
+
+    @torch.no_grad()
+    def _own_image(self, text: Tensor, rng: torch.Generator) -> Tensor:
+        """A first frame [B, 1, C, H, W] for each text: the student's own, of a chunk made as inference makes it.
+
+        Latent frame 0 is that of a single picture, so that no data and no encoder are needed.
+        """
+        shape = DrawnNoise.shape(len(text), 1, self.schedule, self.geometry)
+        noise = DrawnNoise(torch.randn(shape, generator=rng, device=self.device), self.schedule)
+        cache = GraphCache(self.geometry, self.student.model.config.num_layers)
+        exits = last_steps(self.schedule, 1)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            x = rollout(self.student, self.schedule, noise, lambda _: text, cache=cache, exits=exits, grad=False)
+        return x[:, :1]
 
     def _batches(self, who: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
         plan = self.planner.draw(who, step)
@@ -166,8 +189,11 @@ class Distill(Stage):
         after = islice(switched(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before)
         return [text] * before + list(after)
 
-    def _sample(self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool) -> Tensor:
-        """The window [B, F, C, H, W] of a rollout that the loss looks at."""
+    def _sample(
+        self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool,
+        image: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
         d, model = self.settings, self.student.model
         how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
         if not self.sharded:  # text keys once a text; a sharded block makes its own, with its weights at hand
@@ -186,6 +212,7 @@ class Distill(Stage):
             context_grad=d.context_grad,
             context=d.rollout_context,
             recache_at=plan.switch if how == "recache" else None,
+            start=image,
         )
         long, frames = d.long, self.config.video.num_latent_frames
         return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
@@ -210,11 +237,11 @@ class Distill(Stage):
 
     def _generator_terms(
         self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
-        target: Tensor | None = None,
+        target: Tensor | None = None, image: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Every term with its weight, and what is logged."""
         d = self.settings
-        x = self._sample(plan, text, noise, text_after, grad=True)
+        x = self._sample(plan, text, noise, text_after, grad=True, image=image)
         real, fake = self._scores(x, text if text_after is None else text_after, t, eps)
         terms, logs = {}, vital_signs(x, real, fake, self.geometry.chunk_frames)
         with torch.autocast(self.device.type, enabled=False):
@@ -241,10 +268,11 @@ class Distill(Stage):
         return {"loss": loss, "generator_loss": total.detach()} | named | logs
 
     def _critic_loss(
-        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         with torch.no_grad():
-            x = self._sample(plan, text, noise, text_after, grad=False)
+            x = self._sample(plan, text, noise, text_after, grad=False, image=image)
             x_t = add_noise(x, eps, t)
         v = self.critic.v(x_t, t, text if text_after is None else text_after)
         loss, _ = critic_loss(v, v_target(x, eps), frames=plan.frames)
@@ -312,7 +340,9 @@ class Distill(Stage):
         self.generator_logs = {name: value.to(self.device) for name, value in state["generator_logs"].items()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        return self.validator(self.averaged, self.teacher, folder, f"{self.name}_{step:06d}", write=self.ranks.first)
+        name = f"{self.name}_{step:06d}"
+        with self.sequence.off():  # unless weights are sharded, one rank validates alone
+            return self.validator(self.averaged, self.teacher, folder, name, write=self.ranks.first)
 
     def export(self, folder: Path, step: int) -> None:
         d = self.config.training.distill
@@ -321,6 +351,7 @@ class Distill(Stage):
             "step": step,
             "generator_updates": -(-step // d.dfake_gen_update_ratio),
             "schedule": self.schedule.to_dict(),
+            "trained_image_start": self.config.training.image_start > 0,
         }
         state = self._players["generator"].averaged_state() if self.sharded else None
         if self.ranks.first:

@@ -29,9 +29,10 @@ class Plan(NamedTuple):
     first_grad: int  # chunks before it are made without a graph
     switch: int | None  # from this chunk on the second prompt
     frames: slice | None  # latent frames of the window that the loss counts; None = all
+    image: bool = False  # the rollout begins with a given first frame
 
     def __hash__(self) -> int:  # slices have none before Python 3.12
-        return hash((self.exits, self.first_grad, self.switch, str(self.frames)))
+        return hash((self.exits, self.first_grad, self.switch, str(self.frames), self.image))
 
 
 class Planner:
@@ -55,7 +56,7 @@ class Planner:
         return chunks
 
     def draw(self, name: str, step: int) -> Plan:
-        """Length, exits and switch of the rollout of `name` ("generator", "critic") at a step."""
+        """Length, exits, switch and start of the rollout of `name` ("generator", "critic") at a step."""
         rng = generator(self.config.seed, "plan", name, step)
         share, length, switches, where = torch.rand(4, generator=rng, dtype=torch.float64).tolist()
         chunks = self.shortest + int(length * (self.longest - self.shortest + 1))
@@ -65,7 +66,9 @@ class Planner:
         exits = last if d.exit == "last" else last[:before] + exit_steps(self.schedule, chunks, share)[before:]
         switch = 1 + int(where * before) if before and switches < d.long.switch_share else None
         counted = slice(self.chunk_frames, self.window * self.chunk_frames) if before else None
-        return Plan(exits, before + 1 if before else 0, switch, counted)
+        drawn = torch.rand(1, generator=generator(self.config.seed, "image start", name, step), dtype=torch.float64)
+        image = float(drawn) < self.config.training.image_start
+        return Plan(exits, before + 1 if before else 0, switch, counted, image)
 
 
 def window_of(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
