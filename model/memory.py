@@ -241,15 +241,16 @@ def distill_plan(
         "VAE": VAE_WEIGHTS,
     }
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
-    window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame
-    rolled = t.micro_batch * frames * geometry.tokens_per_frame
+    # of this GPU, where several share a sample: tokens outside attention, and as many of all heads' tokens inside
+    window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame // t.sequence_parallel
+    rolled = t.micro_batch * frames * geometry.tokens_per_frame // t.sequence_parallel
 
     def whole(network: Network, number: int) -> dict[str, float]:
         return {"blocks at work": 2 * network.block * number} if shards > 1 else {}
 
     keys = {"keys of the rollout": 4 * student.layers * rolled * student.dim}
     # each chunk is a forward pass of its own, so that what is recomputed at once is a chunk
-    chunk = t.micro_batch * geometry.tokens_per_chunk
+    chunk = t.micro_batch * geometry.tokens_per_chunk // t.sequence_parallel
     work = graph_held(student, rolled) - graph_held(student, chunk) + graph_bytes(student, chunk, True)
     rollout = keys | {"activations": work if t.checkpointing else graph_bytes(student, rolled, False)}
     kept = {"keys of the rollout": keys["keys of the rollout"], "rollout's graph": graph_held(student, rolled)}

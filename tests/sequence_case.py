@@ -68,7 +68,7 @@ def rolled(student: nn.Module, text: Tensor) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     ranks = Ranks.from_env()
-    with process_group(ranks, CPU, timeout_s=60):
+    with process_group(ranks, CPU, timeout_s=600):
         group = sequence_group(2, ranks, CPU)
         assert group.size == 2 and group.rank == ranks.rank
         student, score = build(num_attention_heads=4, attention_head_dim=12)

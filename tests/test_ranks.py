@@ -1,4 +1,4 @@
-"""Two ranks over gloo do what one rank does with the same global batch: plain data parallel, and sharded."""
+"""Ranks over gloo do what one rank does with the same global batch: data parallel, sharded, sequence parallel."""
 
 import os
 import shutil
@@ -63,6 +63,15 @@ def assert_same(alone: Path, out: Path) -> None:
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_ranks_are_one_with_twice_the_batches(tiny_assets, alone, tmp_path, sharding):
     start(tiny_assets, tmp_path, 2, f"training.sharding={sharding}")
+    assert_same(alone, tmp_path)
+
+
+@pytest.mark.parametrize("ranks, sharding", [(2, "none"), (4, "full")])
+def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, sharding):
+    """Two share each sample's tokens; of four, the others see other samples. The first one also validates."""
+    looks = ["training.validation_clips=2", "training.distill.video_clips=1"] if ranks == 2 else []
+    more = ["training.sequence_parallel=2", f"training.sharding={sharding}", "training.checkpointing=true", *looks]
+    start(tiny_assets, tmp_path, ranks, *more)
     assert_same(alone, tmp_path)
     assert (tmp_path / "export" / "config.json").exists()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from trainer.parallel import local, sum_over_shards
+from trainer.parallel import average_gradients, local, sum_over_shards
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def gradient_audit(
         value = terms()[name]  # again for each: a sharded model's graph cannot be walked twice
         if value.requires_grad:
             value.backward()
+            average_gradients(parameters)
         names.append(name)
         gradients.append([torch.zeros_like(local(p)) if p.grad is None else local(p.grad).clone() for p in parameters])
         for p in parameters:

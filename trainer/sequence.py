@@ -17,6 +17,9 @@ from configs.geometry import Geometry
 from model.causal_wan import CausalWanModel, attend, project
 from model.sequence import SequenceGroup
 from utils.distributed import Ranks
+from utils.logs import get_logger
+
+log = get_logger(__name__)
 
 
 def sequence_group(degree: int, ranks: Ranks, place: device) -> SequenceGroup:
@@ -24,6 +27,7 @@ def sequence_group(degree: int, ranks: Ranks, place: device) -> SequenceGroup:
     data = data_ranks(degree, ranks)
     if degree == 1:
         return SequenceGroup()
+    log.info("%d groups of %d ranks, each of which shares its samples' tokens", data.world, degree)
     mesh = init_device_mesh(place.type, (data.world, degree), mesh_dim_names=("data", "sequence"))
     return SequenceGroup(mesh.get_group("sequence"))
 

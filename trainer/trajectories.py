@@ -7,6 +7,7 @@ from configs.geometry import Geometry
 from configs.schema import Config
 from model.denoiser import Score
 from model.schedule import Schedule
+from model.sequence import SequenceGroup
 from pipeline.noise import NoiseSource
 from trainer.build import frozen_text_encoder
 from trainer.causal_ode import trajectory_grid
@@ -34,7 +35,7 @@ class TrajectoryMaker:
         self.prompts = training_prompts(config)
         self.encoder = frozen_text_encoder(config, device)
         self.null = self.encoder([config.training.distill.negative_prompt])
-        self.teacher = Score(frozen_teacher(config, device))
+        self.teacher = Score(frozen_teacher(config, device, SequenceGroup()))
         self.dtype = pick_dtype(config.training.precision, device)
 
     @torch.no_grad()
