@@ -1,4 +1,7 @@
-"""The demo's server: a page, a WebSocket, and two downloads; no path, address or file of a visitor is ever opened."""
+"""The demo's server: a page, a WebSocket, two downloads and one upload.
+
+No path or address that a visitor names is ever opened; a picture that one sends is decoded in memory, within limits.
+"""
 
 import asyncio
 import hmac
@@ -20,6 +23,7 @@ from pipeline.diagonal import DiagonalPipeline
 from server.messages import MAX_PROMPT, MAX_ROWS, MAX_SEED, MAX_STEPS
 from server.player import Costs, Player, worker
 from server.visit import POLICY, Visit
+from utils.pictures import read_picture
 from utils.prompts import read_prompts
 
 STATIC = Path(__file__).parent / "static"
@@ -32,6 +36,8 @@ HEADERS = {
 }
 MEDIA = {"mp4": "video/mp4", "json": "application/json"}
 TRY_LATER = 1013  # close code
+MAX_UPLOAD = 8 * 2**20  # bytes of a picture
+UPLOAD_SECONDS = 30.0  # that one may take to arrive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,7 @@ def make_app(
     limits, costs, pool, door = limits or Limits(), Costs(), worker(), Door(token, local)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     players: dict[str, Player] = {}
+    decoding = asyncio.Lock()  # one picture at a time is unpacked
     app.state.players = players
 
     @app.middleware("http")
@@ -122,6 +129,19 @@ def make_app(
         if visitor not in players or kind not in MEDIA:
             raise HTTPException(404, "there is no such clip; it lasts as long as its page is open")
         return await download(players[visitor], kind)
+
+    @app.post("/image/{visitor}")
+    async def image(visitor: str, request: Request) -> Response:
+        if visitor not in players:
+            raise HTTPException(404, "there is no such visitor; reload the page")
+        player, video = players[visitor], pipe.config.video
+        content = await body(request)
+        async with decoding:
+            try:
+                player.image = await asyncio.to_thread(read_picture, content, (video.height, video.width))
+            except UserError as error:
+                raise HTTPException(422, str(error)) from error
+        return Response(status_code=204)
 
     @app.websocket("/stream")
     async def stream(line: WebSocket) -> None:
@@ -143,6 +163,20 @@ def make_app(
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
+
+
+async def body(request: Request) -> bytes:
+    """What was sent; refused as soon as it is too much or takes too long."""
+    content = bytearray()
+    try:
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            async for part in request.stream():
+                content += part
+                if len(content) > MAX_UPLOAD:
+                    raise HTTPException(413, f"image has more than {MAX_UPLOAD:,} bytes; make it smaller")
+    except TimeoutError as error:
+        raise HTTPException(408, f"image took more than {UPLOAD_SECONDS:g} s to arrive; make it smaller") from error
+    return bytes(content)
 
 
 async def download(player: Player, kind: str) -> Response:
@@ -180,6 +214,9 @@ def hello(pipe: DiagonalPipeline, name: str, limits: Limits) -> dict:
         "max_seed": MAX_SEED,
         "max_prompt": MAX_PROMPT,
         "max_seconds": limits.max_seconds,
+        "max_upload": MAX_UPLOAD,
+        "image": config.model.codec != "taehv",
+        "trained_image_start": bool(pipe.card.get("trained_image_start")),
         "examples": _examples(config.inference.prompts),
     }
 

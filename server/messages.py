@@ -1,6 +1,7 @@
 """What a browser may say, checked: JSON objects with a `type` and few fields, all bounded; none names a file.
 
 {"type": "play", "prompt": "...", "seed": 0, "steps": [4, 3, 2], "context": "last_step", "seconds": 60}
+    and "image": true, to begin with the picture that was uploaded
 {"type": "say", "prompt": "...", "switch": "recache"}       {"type": "stop"}
 {"type": "rewind", "chunk": 3, "prompt": "...", "seed": 1}  {"type": "shown", "frames": 120}
 {"type": "schedule", "steps": [4, 3, 2], "context": "clean"}
@@ -27,6 +28,7 @@ class Play:
     seed: int
     schedule: Schedule
     seconds: float
+    image: bool = False  # begin with the picture that was uploaded
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def read_message(text: str, stream: StreamConfig, max_seconds: float) -> Message
     match values.get("type"):
         case "play":
             seconds = _number(values, "seconds", 0.1, max_seconds, max_seconds)
-            return Play(_prompt(values), _whole(values, "seed", 0, MAX_SEED, 0), _schedule(values, stream), seconds)
+            seed, image = _whole(values, "seed", 0, MAX_SEED, 0), values.get("image", False)
+            if not isinstance(image, bool):
+                raise UserError(f"image={str(image)[:40]} is neither true nor false; upload a picture and give true")
+            return Play(_prompt(values), seed, _schedule(values, stream), seconds, image)
         case "say":
             return Say(_prompt(values), _choice(values, "switch", SWITCHES, stream.switch))
         case "rewind":

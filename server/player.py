@@ -11,15 +11,18 @@ import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from configs.errors import UserError
 from model.schedule import Schedule
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.provenance import versions
 from pipeline.snapshot import Snapshot
+from pipeline.start import encode_start
 from pipeline.stream import StreamSession
 from server.messages import Play, Rewind, Say
 from utils.video_live import LiveWriter
@@ -87,17 +90,26 @@ class Player:
         self.snapshots: OrderedDict[int, Snapshot] = OrderedDict()  # by the chunk that comes next
         self.made: list[MadeChunk] = []
         self.seed, self.prompt = 0, ""
+        self.image: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
+        self.begun_with: np.ndarray | None = None  # of the present video
         self._chunks = iter(())
         self._lock = threading.Lock()  # over `made`, which a download reads from another thread
 
     def play(self, message: Play) -> None:
         """Start a new video."""
+        if message.image and self.image is None:
+            raise UserError("image=true, but no picture was uploaded; choose one first")
+        self.begun_with = self.image if message.image else None
+        start = None if self.begun_with is None else self._encode(self.begun_with)
         self.session.schedule = message.schedule
         self.seed, self.prompt = message.seed, message.prompt
         self.snapshots.clear()
         with self._lock:
             self.made = []
-        self._chunks = self.session.play(message.prompt, message.seed)
+        self._chunks = self.session.play(message.prompt, message.seed, None, start)
+
+    def _encode(self, image: np.ndarray) -> Tensor:
+        return encode_start(self.session.codec, image[None], self.pipe.geometry, self.session.device)
 
     def rewind(self, message: Rewind) -> None:
         """Go on from before chunk `message.chunk`, by another prompt or seed where one is given."""
@@ -172,6 +184,7 @@ class Player:
         return {
             "chunks": [{"chunk": m.chunk, "prompt": m.prompt, "seed": m.seed, "timings_s": m.timings} for m in made],
             "schedule": self.session.schedule.to_dict(),
+            "image_sha256": None if self.begun_with is None else sha256(self.begun_with.tobytes()).hexdigest(),
             "switch": self.session.switch,
             "fps": self.pipe.config.video.fps,
             "versions": versions(),

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_demo import pipe, serve  # noqa: F401  (fixtures)
+from test_demo import PROMPT, pipe, serve  # noqa: F401  (fixtures)
+from test_demo_image import RED
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -107,4 +108,23 @@ def test_a_visit_by_keyboard_on_a_phone_in_the_dark(open_page):
         ".filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length"
     )
     assert unnamed == 0, "every control has a name"
+    assert not page.problems, page.problems
+
+
+def test_the_page_begins_with_a_picture(open_page):
+    page = open_page(viewport={"width": 1280, "height": 900})
+    assert "not trained" in page.inner_text("#image-hint")
+    page.set_input_files("#image", {"name": "x.txt", "mimeType": "image/png", "buffer": b"no picture"})
+    wait(page, "document.querySelector('#status').textContent.includes('cannot be read')")
+    assert page.is_hidden("#preview")
+    page.problems.clear()  # the browser reports the refusal, too
+    page.set_input_files("#image", {"name": "red.png", "mimeType": "image/png", "buffer": RED})
+    wait(page, "document.querySelector('#status').textContent.includes('begins with this picture')")
+    wait(page, "document.querySelector('#preview').naturalWidth === 300")
+    page.fill("#prompt", PROMPT)
+    page.click("#play")
+    wait(page, "document.querySelectorAll('#strip li').length >= 2")
+    assert number(page, "latency") < 5000
+    page.click("#no-image")
+    assert page.is_hidden("#preview") and "without" in page.inner_text("#status")
     assert not page.problems, page.problems

@@ -4,7 +4,7 @@ import { JitterBuffer } from "./buffer.js";
 const $ = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
 const screen = $("screen"), brush = screen.getContext("2d");
-let socket, hello, buffer, take = 0, pressed = 0, first = true, playing = false, lastAck = 0, arrivals = [];
+let socket, hello, buffer, take = 0, pressed = 0, first = true, playing = false, lastAck = 0, arrivals = [], picture = false;
 
 function connect() {
   const scheme = location.protocol === "https:" ? "wss" : "ws";
@@ -61,6 +61,8 @@ function begin(message) {
   for (const name of hello.switches) $("switch").append(new Option(name, name, false, name === hello.switch));
   hello.steps.forEach(addSlider);
   const token = query.get("token") ? `?token=${encodeURIComponent(query.get("token"))}` : "";
+  $("start").hidden = !hello.image;
+  if (!hello.trained_image_start) $("image-hint").textContent += "; this model was not trained for it";
   for (const kind of ["mp4", "json"]) $(kind).dataset.href = `clip/${hello.visitor}.${kind}${token}`;
   ask();
   say("Write a prompt and press Play.");
@@ -178,9 +180,40 @@ $("form").onsubmit = (event) => {
   first = true;
   buffer.stalls = 0;
   [...$("strip").children].forEach(drop);
-  send({ type: "play", prompt: $("prompt").value, seed: Number($("seed").value), steps: steps(), context: $("context").value });
+  send({ type: "play", prompt: $("prompt").value, seed: Number($("seed").value), steps: steps(), context: $("context").value, image: picture });
   say("Making the first frames …");
 };
+function usePicture(blob) {
+  picture = Boolean(blob);
+  if ($("preview").src) URL.revokeObjectURL($("preview").src);
+  $("preview").hidden = $("no-image").hidden = !picture;
+  if (picture) $("preview").src = URL.createObjectURL(blob);
+  else { $("preview").removeAttribute("src"); $("image").value = ""; }
+}
+
+async function upload(file) {
+  if (file.size > hello.max_upload) throw new Error(`The picture has more than ${hello.max_upload / 2 ** 20} MiB; make it smaller.`);
+  const token = query.get("token") ? `?token=${encodeURIComponent(query.get("token"))}` : "";
+  const answer = await fetch(`image/${hello.visitor}${token}`, { method: "POST", body: file });
+  if (!answer.ok) {
+    const { detail } = await answer.json().catch(() => ({}));
+    throw new Error(detail || `The picture was not taken (${answer.status}).`);
+  }
+}
+
+$("image").onchange = async () => {
+  const [file] = $("image").files;
+  if (!file) return;
+  try {
+    await upload(file);
+    usePicture(file);
+    say("The next video begins with this picture. Press Play.");
+  } catch (error) {
+    usePicture(null);
+    say(error.message, true);
+  }
+};
+$("no-image").onclick = () => { usePicture(null); say("The next video begins without a picture."); $("image").focus(); };
 $("say").onclick = () => send({ type: "say", prompt: $("prompt").value, switch: $("switch").value });
 $("stop").onclick = () => send({ type: "stop" });
 $("context").onchange = ask;
