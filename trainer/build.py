@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock
 from torch import nn
 
 from configs.errors import UserError
@@ -71,17 +71,27 @@ def causal_student(config: Config, name: str) -> CausalWanModel:
 
 @torch.no_grad()
 def initialise_vae(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Start a fresh VAE so that it learns from the first step on.
+    """Start a fresh VAE so that it learns from the first step on, and stills before clips.
 
-    torch's default shrinks the signal by sqrt(3) in each of the trunk's convolutions, and a posterior of unit variance
-    drowns it in noise. Biases stay as they are: RMS norm has no finite gradient at a feature that is exactly zero.
+    It begins as a codec of single frames: kernels look at the present frame alone, time is down-sampled by taking the
+    newest frame and up-sampled by repeating. Residual branches begin small and the posterior sharp: torch's defaults
+    shrink the signal by sqrt(3) in each convolution of the trunk, and a unit variance drowns it in noise. Biases stay
+    as they are.
     """
     for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        elif isinstance(module, nn.Conv3d):
+            present = torch.empty_like(module.weight[:, :, -1])
+            nn.init.kaiming_normal_(present, nonlinearity="linear")
+            module.weight.zero_()[:, :, -1] = present
     for module in vae.modules():
         if isinstance(module, WanResidualBlock):
             module.conv2.weight.mul_(0.1)
+        elif isinstance(module, WanResample) and module.mode in ("downsample3d", "upsample3d"):
+            time_conv = module.time_conv
+            time_conv.weight.zero_()[:, :, -1, 0, 0] = torch.eye(module.dim).repeat(time_conv.out_channels // module.dim, 1)
+            time_conv.bias.zero_()
     vae.quant_conv.weight[vae.config.z_dim :].mul_(0.1)
     vae.quant_conv.bias[vae.config.z_dim :].fill_(-6.0)  # log variance
     return vae

@@ -82,7 +82,7 @@ class CausalODE(TeacherForcing):
         rng = self._rng(step, micro)
         index = self._index(step, micro, len(self.states))
         x0, text = self.bank.batch(index)
-        past, past_t = self._context(x0, rng)
+        past, past_t, _ = self._context(x0, rng)
         share = torch.rand(len(index), self.chunks, generator=rng, device=self.device)
         column = (share * self.row_lengths).long()
         chunks = torch.arange(self.chunks, device=self.device)

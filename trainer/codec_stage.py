@@ -12,7 +12,7 @@ from configs.train_schema import CodecLossConfig
 from model.codec import WanCodec
 from model.weights import save_network
 from trainer.build import vae
-from trainer.data import draw, pixel_bank
+from trainer.data import PixelBank, draw
 from trainer.stage import Supervised
 from utils.distributed import Ranks
 from utils.seeds import generator, stable_hash
@@ -52,17 +52,20 @@ class CodecStage(Supervised):
         self.codec = WanCodec(self.module)
         self.world = TinyWorld(config.video.height, config.video.width)
         t = config.training
-        self.bank = pixel_bank(self.world, t.bank_clips, t.codec.clip_frames, config.seed, device)
+        self.bank = PixelBank(self.world, t.bank_clips, max(t.codec.clip_frames), config.seed, device)
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
-        size = self.config.training.micro_batch
+        """`micro_batch` clips of the shortest length, or as many longer ones as have no more frames."""
+        knobs = self.config.training.codec
         name = step * self.micro_batches + micro
-        index = draw(len(self.bank), size, self.config.seed, name, self.ranks.rank, self.device)
-        pixels = self.bank[index].float() / 127.5 - 1
-        rng = generator(self.config.seed, "posterior", name, self.ranks.rank, device=self.device)
-        latent_frames = 1 + (pixels.shape[1] - 1) // 4
-        shape = (size, latent_frames, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
-        return {"pixels": pixels, "eps": torch.randn(shape, generator=rng, device=self.device)}
+        rng = generator(self.config.seed, "clips", name, self.ranks.rank)
+        frames = knobs.clip_frames[int(torch.randint(len(knobs.clip_frames), (), generator=rng))]
+        size = max(1, self.config.training.micro_batch * min(knobs.clip_frames) // frames)
+        index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, self.device)
+        pixels = self.bank.batch(index, frames, knobs.crop, rng)
+        shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
+        noise = generator(self.config.seed, "posterior", name, self.ranks.rank, device=self.device)
+        return {"pixels": pixels, "eps": torch.randn(shape, generator=noise, device=self.device)}
 
     def loss(self, pixels: Tensor, eps: Tensor) -> dict[str, Tensor]:
         posterior = self.codec.posterior(pixels)
@@ -93,11 +96,11 @@ class CodecStage(Supervised):
 
     @torch.no_grad()
     def export(self, folder: Path, step: int) -> None:
-        """Write the VAE with the mean and standard deviation of each latent channel, over at most 256 clips."""
+        """Write the VAE with the mean and standard deviation of each latent channel, over 32 whole clips."""
         module: AutoencoderKLWan = self.averaged
         codec = WanCodec(module)
-        clips = self._whole_clips(min(256, len(self.bank)))
-        z = torch.cat([codec.posterior(pixels).mean for pixels in clips.split(16)])
+        clips = self._whole_clips(32)
+        z = torch.cat([codec.posterior(pixels).mean for pixels in clips.split(8)])
         channels = z.transpose(1, 2).transpose(0, 1).flatten(1).double()
         module.register_to_config(
             latents_mean=[round(v, 5) for v in channels.mean(1).tolist()],

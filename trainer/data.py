@@ -1,11 +1,17 @@
 """What the stages are fed: clips of the tiny world, made ahead on the training device and drawn at random."""
 
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from model.codec import WanCodec
 from model.text import TextEncoder
+from utils.files import atomic_path
 from utils.seeds import generator, stable_hash
 from utils.tiny_world import TinyScene, TinyWorld, training_caption
 
@@ -16,44 +22,99 @@ def draw(clips: int, count: int, seed: int, step: int, rank: int, device: torch.
     return torch.randint(clips, (count,), generator=rng).to(device, non_blocking=True)
 
 
-def pixel_bank(world: TinyWorld, clips: int, frames: int, seed: int, device: torch.device) -> Tensor:
-    """uint8 [N, T, 3, H, W] clips that start anywhere in their scene's life, so that edges are crossed too."""
-    bank = torch.empty(clips, frames, 3, world.height, world.width, dtype=torch.uint8, device=device)
-    starts = torch.randint(0, 400, (clips,), generator=generator(seed, "clip start")).tolist()
-    drawn = world.scenes(stable_hash(seed, "codec scenes"), clips)
-    scenes = [world.continued(scene, start) for scene, start in zip(drawn, starts, strict=True)]
-    for i in tqdm(range(0, clips, 128), desc="rendering", leave=False):
-        pixels = world.render(scenes[i : i + 128], frames, device=device)
-        bank[i : i + 128] = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return bank
+class PixelBank:
+    """Clips as uint8, which start anywhere in their scene's life, so that edges are crossed too.
+
+    `pixels` [N, T, 3, H, W] on the training device; `scenes` as they are at frame 0.
+    """
+
+    def __init__(self, world: TinyWorld, clips: int, frames: int, seed: int, device: torch.device):
+        self.world = world
+        starts = torch.randint(0, 400, (clips,), generator=generator(seed, "clip start")).tolist()
+        drawn = world.scenes(stable_hash(seed, "codec scenes"), clips)
+        self.scenes = [world.continued(scene, start) for scene, start in zip(drawn, starts, strict=True)]
+        self.pixels = torch.empty(clips, frames, 3, world.height, world.width, dtype=torch.uint8, device=device)
+        for i in tqdm(range(0, clips, 32), desc="rendering", leave=False):
+            rendered = world.render(self.scenes[i : i + 32], frames, device=device)
+            self.pixels[i : i + 32] = ((rendered + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def batch(self, index: Tensor, frames: int, crop: int, rng: torch.Generator) -> Tensor:
+        """[B, frames, 3, h, w] in [-1, 1] of these clips: some frames in a row of each.
+
+        crop: side of the square that is cut out near the subject, on the VAE's grid of 8 pixels; 0 = whole frames.
+        rng: a generator on the CPU.
+        """
+        first = int(torch.randint(self.pixels.shape[1] - frames + 1, (), generator=rng))
+        shown = self.pixels[:, first : first + frames]
+        if not crop:
+            return shown[index].float() / 127.5 - 1
+        off = (torch.rand(len(index), 2, generator=rng) - 0.5) * 0.6 * crop
+        parts = []
+        for i, (dx, dy) in zip(index.tolist(), off.tolist(), strict=True):
+            x, y = self.world.position(self.scenes[i], first + frames // 2)
+            left = _on_grid(x + dx - crop / 2, self.world.width - crop)
+            top = _on_grid(y + dy - crop / 2, self.world.height - crop)
+            parts.append(shown[i, :, :, top : top + crop, left : left + crop])
+        return torch.stack(parts).float() / 127.5 - 1
+
+
+def _on_grid(position: float, most: int) -> int:
+    """The multiple of 8 next to `position` in 0..most."""
+    return min(max(round(position / 8) * 8, 0), most // 8 * 8)
 
 
 class LatentBank:
     """Encoded clips with the embeddings of their captions, in memory.
 
     `latents` [N, F, C, h, w] and `text` [N, L, D] on the training device; `scenes` says what each clip shows.
+    cache: folder in which latents are kept for later runs that want the same clips through the same VAE.
     """
 
-    def __init__(self, world: TinyWorld, codec: WanCodec, text: TextEncoder, *, clips: int, frames: int, seed: int):
+    def __init__(
+        self, world: TinyWorld, codec: WanCodec, text: TextEncoder, *, clips: int, frames: int, seed: int,
+        dtype: torch.dtype = torch.float32, cache: Path | None = None,
+    ):  # fmt: skip
         device = next(codec.vae.parameters()).device
         self.scenes = world.scenes(stable_hash(seed, "bank"), clips)
-        self.captions = [training_caption(scene) for scene in self.scenes]
+        captions = [training_caption(scene) for scene in self.scenes]
         self.null = text([""])
-        self.latents, self.text = None, torch.empty(clips, *self.null.shape[1:], dtype=self.null.dtype, device=device)
-        for i in tqdm(range(0, clips, 64), desc="encoding clips", leave=False):
-            z = self._encode(world, codec, self.scenes[i : i + 64], frames, device)
-            if self.latents is None:
-                self.latents = torch.empty(clips, *z.shape[1:], dtype=torch.float16, device=device)
-            self.latents[i : i + 64] = z
-            self.text[i : i + 64] = text(self.captions[i : i + 64])
+        self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
 
-    @staticmethod
-    @torch.no_grad()
-    def _encode(world: TinyWorld, codec: WanCodec, scenes: list[TinyScene], frames: int, device) -> Tensor:
-        pixels = world.render(scenes, frames, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return codec.encode(pixels)
+        def encode() -> Tensor:
+            return torch.cat([
+                _encode(world, codec, self.scenes[i : i + 32], frames, device, dtype).half()
+                for i in tqdm(range(0, clips, 32), desc="encoding clips", leave=False)
+            ])  # fmt: skip
+
+        self.latents = encode() if cache is None else _kept(cache, world, codec, self.scenes, frames, encode).to(device)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] float32 and text [B, L, D] of these clips."""
         return self.latents[index].float(), self.text[index]
+
+
+@torch.no_grad()
+def _encode(
+    world: TinyWorld, codec: WanCodec, scenes: list[TinyScene], frames: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    pixels = world.render(scenes, frames, device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return codec.encode(pixels)
+
+
+def _kept(
+    folder: Path, world: TinyWorld, codec: WanCodec, scenes: list[TinyScene], frames: int, make: Callable[[], Tensor]
+) -> Tensor:
+    """What `make` gives, read from `folder` if it was made before of these scenes, this renderer and this VAE."""
+    shown = world.render(scenes[:2], 5)
+    digest = hashlib.sha256(repr((scenes, frames)).encode() + shown.numpy().tobytes())
+    for name, value in sorted(codec.vae.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    path = folder / f"latents_{digest.hexdigest()[:16]}.safetensors"
+    if path.exists():
+        return load_file(path)["latents"]
+    latents = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as aside:
+        save_file({"latents": latents.cpu()}, aside)
+    return latents

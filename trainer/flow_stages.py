@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.geometry import Geometry
+from configs.load import CHECKOUT
 from configs.schema import Config
 from model.causal_wan import chunk_causal_mask
 from model.denoiser import Score
@@ -20,6 +21,7 @@ from trainer.build import causal_student, frozen_codec, frozen_text_encoder, sco
 from trainer.data import LatentBank, draw
 from trainer.stage import Supervised
 from trainer.validation import caption_gaps, causal_clips, judge, teacher_clips
+from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 from utils.tiny_world import TinyWorld
@@ -39,7 +41,11 @@ class FlowStage(Supervised):
     def _bank(self) -> LatentBank:
         c = self.config
         clips, frames = c.training.bank_clips, 4 * c.video.num_latent_frames - 3
-        return LatentBank(self.world, self.codec, self.text, clips=clips, frames=frames, seed=c.seed)
+        return LatentBank(
+            self.world, self.codec, self.text, clips=clips, frames=frames, seed=c.seed,
+            dtype=pick_dtype(c.training.precision, self.device),
+            cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache,
+        )  # fmt: skip
 
     def _rng(self, step: int, micro: int) -> torch.Generator:
         name = step * self.micro_batches + micro
@@ -113,32 +119,44 @@ class TeacherForcing(FlowStage):
         self.frame_ids = torch.arange(frames, device=device).repeat(2)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
 
-    def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The past as it is shown, and its timesteps [B, F]."""
+    def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The past as it is shown, its timesteps [B, F], and v of it."""
         levels = torch.tensor(self.config.training.flow.context_timesteps, device=self.device)
         drawn = torch.randint(len(levels), (len(x0), 1), generator=rng, device=self.device)
         t = levels[drawn].expand(-1, x0.shape[1])
-        return add_noise(x0, self._noise(x0, rng), t), t
+        eps = self._noise(x0, rng)
+        return add_noise(x0, eps, t), t, v_target(x0, eps)
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)
         x0, text = self.bank.batch(self._index(step, micro, len(self.bank.latents)))
         t = self._timesteps((len(x0), self.chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
-        past, past_t = self._context(x0, rng)
+        past, past_t, past_target = self._context(x0, rng)
         eps = self._noise(x0, rng)
         return {
-            "past": past, "past_t": past_t, "x_t": add_noise(x0, eps, t), "t": t,
+            "past": past, "past_t": past_t, "past_target": past_target, "x_t": add_noise(x0, eps, t), "t": t,
             "target": v_target(x0, eps), "text": self._drop(text, rng),
         }  # fmt: skip
 
-    def _v(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """v [B, F, C, h, w] of every chunk, given the past of each."""
+    def _both(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor):
+        """v [B, F, C, h, w] of the past and of every chunk, each given the past before it."""
         both, times = torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1)
-        return module(both, times, text, mask=self.mask, frame_ids=self.frame_ids)[:, x_t.shape[1] :]
+        return module(both, times, text, mask=self.mask, frame_ids=self.frame_ids).chunk(2, dim=1)
 
-    def loss(self, past, past_t, x_t, t, target, text) -> dict[str, Tensor]:
-        v = self._v(self.module, past, past_t, x_t, t, text)
-        return {"loss": F.mse_loss(v.float(), target)}
+    def _v(self, *args) -> Tensor:
+        return self._both(*args)[1]
+
+    def loss(self, past, past_t, past_target, x_t, t, target, text) -> dict[str, Tensor]:
+        """A noisy past is itself a chunk in its row's last step, so its own error counts too."""
+        v_past, v = self._both(self.module, past, past_t, x_t, t, text)
+        noisy = (past_t > 0).float()
+        past_error = (v_past.float() - past_target).square().mean((2, 3, 4))
+        past_loss = (past_error * noisy).sum() / noisy.sum().clamp_min(1)
+        loss = F.mse_loss(v.float(), target)
+        return {
+            "loss": loss + self.config.training.flow.past_weight * past_loss,
+            "chunk_loss": loss, "past_loss": past_loss,
+        }  # fmt: skip
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:

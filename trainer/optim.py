@@ -1,4 +1,4 @@
-"""How trained weights move: AdamW, learning rate, clipping, and the moving average."""
+"""How trained weights move: optimiser, learning rate, clipping, and the moving average."""
 
 import copy
 import math
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from configs.optimizer_schema import OptimizerConfig
 from configs.train_schema import TrainingConfig
+from trainer.muon import MuonAdamW, grouped
 from trainer.parallel import (
     average_gradients,
     load_module_state,
@@ -66,15 +67,12 @@ class Player:
         self.module = module
         self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
         device = next(module.parameters()).device
-        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": group} for group in (matrices, vectors) if group]
-        if vectors:
-            groups[-1]["weight_decay"] = 0.0
         o = self.knobs
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=device.type == "cuda"
-        )
+        kind = MuonAdamW if o.muon_lr else torch.optim.AdamW
+        self.optimizer = kind(
+            grouped(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
+            fused=device.type == "cuda",
+        )  # fmt: skip
         self.average = Average(module, config.ema_decay, config.ema_start_step, twin) if averaged else None
 
     @property
@@ -86,7 +84,7 @@ class Player:
         average_gradients(self.parameters)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.knobs, step, self.steps)
+            group["lr"] = group.get("lr_share", 1.0) * learning_rate(self.knobs, step, self.steps)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.module, step)

@@ -212,6 +212,16 @@ class TinyWorld:
         vx, vy = velocity(scene.direction, scene.speed)
         return replace(scene, x=scene.x + vx * frame, y=scene.y + vy * frame)
 
+    def position(self, scene: TinyScene, frame: int) -> tuple[float, float]:
+        """Where the subject's centre is in a frame, in pixels; a radius beyond the edge while it crosses it."""
+        motion = velocity(scene.direction, scene.speed)
+        place = []
+        for start, v, length, extent in zip((scene.x, scene.y), motion, (self.width, self.height),
+                                            EXTENT[scene.shape], strict=True):  # fmt: skip
+            margin = extent * scene.size + 0.5
+            place.append((start + v * frame + margin) % (length + 2 * margin) - margin)
+        return tuple(place)
+
     def render(
         self,
         scenes: Sequence[TinyScene],

@@ -1,0 +1,86 @@
+"""What the tiny world's stages are fed: clips, crops around the subject, and latents that outlive a process."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from configs.errors import UserError
+from configs.train_schema import CodecLossConfig
+from model.codec import WanCodec
+from trainer.build import initialise_vae
+from trainer.data import LatentBank, PixelBank
+from utils.seeds import generator
+from utils.tiny_world import TinyWorld, background_image
+
+WORLD = TinyWorld(64, 96)
+CPU = torch.device("cpu")
+
+
+def small_vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
+
+
+@pytest.mark.parametrize("frame", [0, 33, 500])
+def test_position_is_where_the_colour_is(frame):
+    """Independent: the centre of mass of the pixels that differ from the background, for subjects wholly in view."""
+    seen = 0
+    for scene in WORLD.scenes(3, 24):
+        x, y = WORLD.position(scene, frame)
+        if not (18 < x < 78 and 18 < y < 46):
+            continue
+        picture = WORLD.render([scene], 1, start_frame=frame)[0, 0]
+        grey = picture.amax(0) - picture.amin(0) > 0.6 * (picture.amax(0) - picture.amin(0)).max()  # not the trail
+        rows, columns = grey.nonzero(as_tuple=True)
+        assert abs(columns.float().mean() + 0.5 - x) < 6 and abs(rows.float().mean() + 0.5 - y) < 6
+        seen += 1
+    assert seen >= 3
+
+
+def test_crops_show_the_subject_and_lie_on_the_grid_of_latents():
+    bank = PixelBank(WORLD, 16, 9, seed=0, device=CPU)
+    crops = bank.batch(torch.arange(16), 5, 48, generator(0, "crop"))
+    assert crops.shape == (16, 5, 3, 48, 48)
+    coloured = (crops.amax(2) - crops.amin(2)).flatten(1).amax(1) > 0.5
+    assert coloured.sum() >= 14  # a subject that crosses an edge may hide behind it
+    striped = next(i for i, scene in enumerate(bank.scenes) if scene.background == "striped")
+    left = background_image("striped", 64, 96)[0, :48] * 2 - 1
+    columns = crops[striped, 0, 0].mode(0).values  # most pixels of a column show the background
+    shifted = [torch.allclose(columns, left.roll(s), atol=0.02) for s in (0, 8)]
+    assert any(shifted)
+    assert bank.batch(torch.arange(2), 9, 0, generator(0, "crop")).shape == (2, 9, 3, 64, 96)
+
+
+def test_a_fresh_vae_sees_no_past():
+    """So that stills can be learnt first: each frame of a clip is coded as if it were the only one."""
+    codec = WanCodec(initialise_vae(small_vae()))
+    clip = WORLD.render(WORLD.scenes(1, 1), 9)
+    whole = codec.decode(codec.encode(clip))
+    for latent, newest in enumerate((0, 4, 8)):
+        alone = codec.decode(codec.encode(clip[:, newest : newest + 1]))
+        torch.testing.assert_close(whole[:, newest : newest + 1], alone, atol=1e-4, rtol=0)
+        torch.testing.assert_close(whole[:, max(0, newest - 3) : newest + 1], alone.expand(-1, min(latent, 1) * 3 + 1, -1, -1, -1),
+                                   atol=1e-4, rtol=0)  # fmt: skip
+
+
+def test_latents_are_encoded_once(tmp_path, tiny_text_encoder, monkeypatch):
+    codec = WanCodec(small_vae())
+
+    def bank(clips=3):
+        return LatentBank(WORLD, codec, tiny_text_encoder, clips=clips, frames=9, seed=0, cache=tmp_path)
+
+    first = bank()
+    with monkeypatch.context() as patch:
+        patch.setattr(WanCodec, "encode", lambda *_: pytest.fail("encoded again"))
+        assert torch.equal(bank().latents, first.latents)
+    bank(4)
+    with torch.no_grad():
+        codec.vae.quant_conv.bias += 1
+    assert not torch.equal(bank().latents, first.latents)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"clip_frames": []}, {"clip_frames": [17, 16]}, {"crop": 20}])
+def test_what_cannot_be_cut_is_refused(wrong):
+    with pytest.raises(UserError, match="training.codec"):
+        CodecLossConfig(**wrong)
