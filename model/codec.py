@@ -23,8 +23,9 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE, latent_frames
 
-# Latent cells x base channels that one call of encoder or decoder may hold: 3 latent frames of 480x832 at base 96.
-WORK_PER_CALL = 2_000_000
+# Latent cells x base channels that one call of encoder or decoder may hold: on a GPU 3 latent frames of 480x832 at base
+# 96; on a CPU what stays in its cache, which doubled the speed on one with 1 MiB a core.
+WORK_PER_CALL = {"cuda": 2_000_000, "cpu": 10_000}
 
 
 class DecoderStream(Protocol):
@@ -163,7 +164,7 @@ class WanCodec:
         cells = x.shape[0] * (x.shape[3] // 8) * (x.shape[4] // 8) * self.vae.config.base_dim
         parts = [
             self.vae.encoder(x[:, :, frames], feat_cache=cache, feat_idx=[0])
-            for frames in _calls(x.shape[2], TEMPORAL_STRIDE, cells)
+            for frames in _calls(x.shape[2], TEMPORAL_STRIDE, cells, x.device.type)
         ]
         mean, logvar = self.vae.quant_conv(torch.cat(parts, dim=2)).transpose(1, 2).chunk(2, dim=2)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
@@ -178,21 +179,21 @@ class WanCodec:
         cells = x.shape[0] * x.shape[3] * x.shape[4] * (self.vae.config.decoder_base_dim or self.vae.config.base_dim)
         parts = [
             self.vae.decoder(x[:, :, frames], feat_cache=cache, feat_idx=[0])
-            for frames in _calls(x.shape[2], 1, cells, first=first)
+            for frames in _calls(x.shape[2], 1, cells, x.device.type, first=first)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _calls(frames: int, stride: int, cells: int, first: bool = True) -> Iterator[slice]:
+def _calls(frames: int, stride: int, cells: int, device: str, first: bool = True) -> Iterator[slice]:
     """Cut `frames` into calls: the clip's first frame alone, then as many groups of `stride` as the budget holds.
 
-    A function of shapes alone, so that a clip is always cut the same way.
+    A function of shapes and kind of device alone, so that a clip is always cut the same way.
     """
     start = 0
     if first:
         yield slice(0, 1)
         start = 1
-    step = stride * max(1, WORK_PER_CALL // cells)
+    step = stride * max(1, WORK_PER_CALL.get(device, WORK_PER_CALL["cuda"]) // cells)
     for begin in range(start, frames, step):
         yield slice(begin, min(begin + step, frames))
 
