@@ -14,7 +14,7 @@ from configs.load import load_config
 from model import memory, offload
 from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
-from model.codec import WanCodec
+from model.codec import WORK_PER_CALL, WanCodec
 from model.int8 import convert
 from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
@@ -109,7 +109,7 @@ def test_decoding_with_the_vae(monkeypatch, frames, size):
     height, width = size
     changes = [f"video.height={height}", f"video.width={width}", f"inference.decode_frames={frames}"]
     config = load_config(CONFIG, changes)
-    monkeypatch.setattr("model.codec.WORK_PER_CALL", frames * height * width // 64 * 96)
+    monkeypatch.setitem(WORK_PER_CALL, "cuda", frames * height * width // 64 * 96)
     with torch.device("meta"):
         stream = WanCodec(AutoencoderKLWan().to(BF16).eval()).stream()
         latents = torch.empty(Geometry.from_config(config).latent_shape(1, 3))
