@@ -1,0 +1,131 @@
+"""What each part of the method does, on the tiny world: every row trained from one start, measured, and set in a table.
+
+    bash scripts/ablate_tiny.sh --output logs/ablation                 # one GPU, or a CPU
+    bash scripts/ablate_tiny.sh --rows teacher 4322222 no_flow --steps 300 --num_prompts 256 training.micro_batch=32
+
+A row that is finished is not made again; its training alone is not when only the prompts changed. The table is written
+after each row: table.md, table.json; rows/<row>.json holds a row, runs/<row>-<settings>/ its training.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from configs.schema import Config  # noqa: E402
+from model.schedule import Schedule  # noqa: E402
+from pipeline.preflight import check_training  # noqa: E402
+from trainer import ablation  # noqa: E402
+from trainer.ablation_table import goals, markdown  # noqa: E402
+from trainer.bench import TEACHER_STEPS, Bench, System, cpu_seconds  # noqa: E402
+from utils import exits  # noqa: E402
+from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
+from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
+from utils.logs import console  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/train_tiny_ablation.yaml", help="the base (%(default)s)")
+    parser.add_argument("--output", default="logs/ablation", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {' '.join(row.name for row in ablation.ROWS)}")
+    parser.add_argument("--steps", type=int, help="critic updates of each training (training.steps)")
+    parser.add_argument("--num_prompts", type=int, default=256, help="clips a row of 81 frames (%(default)s)")
+    parser.add_argument("--long_prompts", type=int, help="clips a row that go on (as num_prompts); 0 = none")
+    parser.add_argument("--long_frames", type=int, default=81, help="latent frames of those; 81 are 321 frames")
+    parser.add_argument("--eval_batch", type=int, default=64, help="clips made together (%(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="of prompts and noise (%(default)s)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for every row, below what a row changes")
+    args = parser.parse_intermixed_args(arguments)
+    args.long_prompts = args.num_prompts if args.long_prompts is None else args.long_prompts
+    for name, least in (("num_prompts", 2), ("long_prompts", 0), ("long_frames", 1), ("eval_batch", 1), ("seed", 0)):
+        if vars(args)[name] < least:
+            raise UserError(f"--{name} {vars(args)[name]} is too few; give at least {least}")
+    if args.steps is not None:
+        args.settings = [*args.settings, f"training.steps={args.steps}"]
+    return args
+
+
+def measured(row: ablation.Row, config: Config, weights: Path, system: System, bench: Bench, seconds: float | None):
+    """What the table says of a row, as its JSON; `seconds` of CPU a clip, if they are known."""
+    begin, teacher = time.perf_counter(), row.start == "teacher"
+    schedule = Schedule.from_config(config.schedule, config.stream)
+    make = system.teacher(weights) if teacher else system.student(weights, schedule)
+    columns = {name: value.to_dict() for name, value in bench.columns(make, endless=not teacher).items()}
+    took = time.perf_counter() - begin
+    if seconds is None:
+        at_home = System.load(config, CPU)
+        home = at_home.teacher(weights) if teacher else at_home.student(weights, schedule)
+        seconds = cpu_seconds(home, bench.prompts[0], bench.frames)
+    passes = TEACHER_STEPS * (2 if config.training.flow.guidance else 1)
+    nfe = passes if teacher else schedule.nfe(bench.frames // config.stream.chunk_frames)
+    cost = {"nfe": nfe, "cpu_seconds": seconds, "cost_of": cost_of(row, config)}
+    return {"name": row.name, "title": row.title, **cost, "columns": columns, "evaluation_seconds": took}
+
+
+def cost_of(row: ablation.Row, config: Config) -> str:
+    """Rows with the same words here take the same time."""
+    which = "teacher" if row.start == "teacher" else str(Schedule.from_config(config.schedule, config.stream))
+    return short_hash(which, config.video.num_latent_frames)
+
+
+def read_rows(folder: Path, rows: list[ablation.Row]) -> dict[str, dict]:
+    """Finished rows, in the table's order."""
+    files = {row.name: folder / f"{row.name}.json" for row in rows}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def write_tables(out: Path, args: argparse.Namespace) -> str:
+    found = list(read_rows(out / "rows", list(ablation.ROWS)).values())
+    text = markdown(found) + "\n" + goals({row["name"]: row for row in found})
+    (out / "table.md").write_text(text, encoding="utf-8")
+    write_json_atomic(out / "table.json", {"settings": args.settings, "rows": found})
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    console()
+    rows, out = ablation.chosen(args.rows), check_writable(args.output, "--output")
+    configs = {row.name: ablation.row_config(args.config_path, row, args.settings) for row in rows}
+    first = next(iter(configs.values()))
+    device = pick_device(first.device)
+    for config in configs.values():
+        check_training(config, 1, gpu_memory(device))
+    torch.set_float32_matmul_precision("high")
+    if "OMP_NUM_THREADS" not in os.environ:
+        set_threads(0)
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    sizes = {"clips": args.num_prompts, "long_clips": args.long_prompts, "long_frames": args.long_frames}
+    system, bench = System.load(first, device), Bench(first, device, **sizes, batch=args.eval_batch, seed=args.seed)
+    for row in rows:
+        config, file = configs[row.name], out / "rows" / f"{row.name}.json"
+        settings = ablation.fingerprint(config)
+        asked = {"settings": settings, "seed": args.seed, **sizes}
+        known = read_rows(out / "rows", list(ablation.ROWS))
+        if row.name in known and known[row.name]["asked"] == asked:
+            continue
+        begin = time.perf_counter()
+        weights = ablation.trained(row, config, out / "runs" / f"{row.name}-{settings}", device)
+        if weights is None:
+            return 0  # stopped by a signal; the same command goes on
+        training = {"training_seconds": time.perf_counter() - begin, "steps": config.training.steps, "asked": asked}
+        seconds = {r["cost_of"]: r["cpu_seconds"] for r in known.values()}.get(cost_of(row, config))
+        write_json_atomic(file, measured(row, config, weights, system, bench, seconds) | training)
+        write_tables(out, args)
+        print(f"{row.title}: {time.perf_counter() - begin:.0f} s", flush=True)
+    print(write_tables(out, args))
+    return 0
+
+
+if __name__ == "__main__":
+    exits.run(main)
