@@ -1,16 +1,21 @@
 """Hold the memory plan to a GPU: run at full size with empty weights, phase by phase, planned beside measured.
+Or see what loading takes of the host.
 
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b_12gb.yaml --card 12
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b.yaml --json memory.json
     python scripts/measure_memory.py --network 1.3B                   # one training pass of a network, checkpointed
+    python scripts/measure_memory.py --host 14B                       # loading six shards of 57 GB; --to cpu, cuda
 
 No file is needed: all weights are zeros in the published sizes, which take the memory that others take. --card caps
 torch's allocator at that many GiB less the driver's share, so that a run that would not fit there fails here. Exits
-with 1 where a phase is more than a tenth off the plan.
+with 1 where a phase is more than a tenth off the plan, or loading takes 1.3 times the files of the host's memory. The
+files of --host are sparse: they have the published length and names, and take no room on most disks.
 """
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,22 +31,24 @@ from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model.causal_wan import CausalWanModel  # noqa: E402
 from model.codec import WanCodec  # noqa: E402
-from model.denoiser import Student  # noqa: E402
 from model.memory import CONTEXT, GIB, WAN_1_3B, WAN_14B, Network, graph_bytes, inference_plan  # noqa: E402
-from model.offload import HostTextEncoder, SmallSteps  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec  # noqa: E402
 from model.weight_files import Tensors  # noqa: E402
+from model.weight_names import original_config, original_name  # noqa: E402
 from model.weight_plans import Plan, stored  # noqa: E402
-from model.weights import fill  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline  # noqa: E402
+from model.weights import fill, load_score  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline, home  # noqa: E402
 from utils import exits  # noqa: E402
+from utils.device import pick_device  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
+from utils.host_peak import HostPeak  # noqa: E402
 
 NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 PROMPT = "a red circle moves right"
 TOLERANCE = 0.1
+HOST_LIMIT = 1.3  # times the files
 Probe = Callable[[], int]  # most bytes allocated since it was last asked
 
 
@@ -52,6 +59,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=6, help="to play; the window is full after four")
     parser.add_argument("--card", type=float, metavar="GIB", help="cap the allocator as on a card of so many GB")
     parser.add_argument("--network", choices=NETWORKS, help="instead: forward and backward of one network, one clip")
+    parser.add_argument("--host", choices=NETWORKS, help="instead: host memory while such a network is loaded")
+    parser.add_argument("--to", choices=("cpu", "cuda"), help="where --host loads it to, in bfloat16 (default: a GPU)")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     return parser.parse_intermixed_args(argv)
@@ -67,24 +76,24 @@ def empty(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torc
 
 def build(config: Config, network: Network, text: dict[str, Any], device: torch.device, dtype: torch.dtype):
     """The pipeline that `DiagonalPipeline.from_config` would make, of zeros."""
-    head = 128 if network.dim % 128 == 0 and network.dim > 128 else 32
-    sizes = {"num_attention_heads": network.dim // head, "attention_head_dim": head, "num_layers": network.layers}
-    sizes |= {"ffn_dim": network.ffn, "text_dim": network.text_dim, "freq_dim": network.freq_dim}
-    student = empty(lambda: CausalWanModel(**sizes), device, dtype)
-    place = config.inference.text_encoder
-    home = device if place == "keep" else torch.device("cpu")
+    places = config.inference
+    student = empty(lambda: CausalWanModel(**sizes_of(network)), home(places.student, device), dtype)
     settings = UMT5Config(**text, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
-    encoder = empty(lambda: UMT5EncoderModel(settings), home, dtype)
+    whole = home("stream" if places.text_int8 else places.text_encoder, device)
+    encoder = empty(lambda: UMT5EncoderModel(settings), whole, dtype)
     encoder = TextEncoder(encoder, word_tokenizer(PROMPT.split()), config.model.text_tokens)
-    if place != "keep":
-        encoder = HostTextEncoder(encoder, device, stream=place == "stream")
     if config.model.codec == "taehv":
         codec = TinyDecoderCodec(empty(TinyDecoder, device, dtype))
     else:
         codec = WanCodec(empty(AutoencoderKLWan, device, dtype))
-    if config.inference.decode_frames:
-        codec = SmallSteps(codec, config.inference.decode_frames)
-    return DiagonalPipeline(config, Student(student), codec, encoder)
+    return DiagonalPipeline.from_parts(config, student, codec, encoder, device)
+
+
+def sizes_of(network: Network) -> dict[str, int]:
+    """As diffusers' Wan transformer takes them."""
+    head = 128 if network.dim % 128 == 0 and network.dim > 128 else 32
+    sizes = {"num_attention_heads": network.dim // head, "attention_head_dim": head, "num_layers": network.layers}
+    return sizes | {"ffn_dim": network.ffn, "text_dim": network.text_dim, "freq_dim": network.freq_dim}
 
 
 def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, int]:
@@ -134,6 +143,51 @@ def run_network(network: Network, frames: int, probe: Probe, device: torch.devic
     return graph_bytes(network, frames * 1560, True), probe() - before
 
 
+def sparse_folder(folder: Path, network: Network, shards: int = 6, kind: str = "F32") -> int:
+    """An original Wan folder of zeros, in files that are all holes; their bytes in all."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**sizes_of(network))
+    shapes = {original_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    (folder / "config.json").write_text(json.dumps(original_config(model.config)), encoding="utf-8")
+    each, total, places = -(-len(shapes) // shards), 0, {}
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        header, end = {}, 0
+        for name in [*shapes][i * each : (i + 1) * each]:
+            size = torch.Size(shapes[name]).numel() * {"F32": 4, "BF16": 2}[kind]
+            header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [end, end := end + size]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+        places |= dict.fromkeys(header, file)
+        total += end
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}), encoding="utf-8")
+    return total
+
+
+def run_host(network: Network, device: torch.device, folder: Path) -> tuple[int, HostPeak]:
+    """Bytes of the files, and what loading them to `device` in bfloat16 takes of the host."""
+    total = sparse_folder(folder, network)
+    torch.zeros(1, device=device)  # CUDA's own memory is not the loader's
+    with HostPeak() as peak:
+        load_score(folder, device, torch.bfloat16)
+    return total, peak
+
+
+def report_host(name: str, device: torch.device, to_json: Path | None) -> int:
+    with tempfile.TemporaryDirectory(prefix="sparse-") as folder:
+        total, peak = run_host(NETWORKS[name], device, Path(folder))
+    print(f"loading {name} to {device}, files of {total / 1e9:.2f} GB")
+    print(f"host memory of its own, at most   {peak.own / 1e9:7.2f} GB  {peak.own / total:.2f} of the files")
+    print(f"pages of the files, at most       {peak.files / 1e9:7.2f} GB  which the kernel may drop")
+    if to_json:
+        write_json_atomic(to_json, {"host": name, "to": str(device), "files": total, "own": peak.own})
+    return int(peak.own > HOST_LIMIT * total)
+
+
 def gpu_probe(device: torch.device) -> Probe:
     def probe() -> int:
         torch.cuda.synchronize(device)
@@ -147,6 +201,8 @@ def gpu_probe(device: torch.device) -> Probe:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     config = load_config(args.config_path, args.settings)
+    if args.host:
+        return report_host(args.host, pick_device(args.to or "auto"), args.json)
     if not torch.cuda.is_available():
         raise UserError("memory is measured on a GPU and there is none; the plan itself is `python scripts/doctor.py`")
     device = torch.device("cuda", 0)

@@ -1,0 +1,65 @@
+"""Loading a set of shards takes the host's memory once: no second copy, and pages of the files are not kept in it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.memory import Network
+from model.weight_files import open_safetensors
+from scripts.measure_memory import sparse_folder
+from utils.host_peak import HostPeak
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = Network(dim=512, ffn=2048, layers=16)  # 270 MB in float32
+MOST = 1.3
+
+LOAD = """
+import json, sys
+import torch
+from model.weights import load_score, load_student
+from utils.host_peak import HostPeak
+torch.set_num_threads(1)
+out = []
+for path, dtype in json.loads(sys.argv[1]):
+    load = load_student if path.endswith(".pt") else load_score
+    with HostPeak() as peak:
+        model = load(path, "cpu", getattr(torch, dtype))
+    assert all(p.dtype in (torch.float32, getattr(torch, dtype)) for p in model.parameters())
+    del model
+    out.append((peak.own, peak.files))
+print(json.dumps(out))
+"""
+
+
+def test_peak_is_seen():
+    with HostPeak() as peak:
+        block = torch.ones(50_000_000, dtype=torch.uint8)
+        del block
+    assert 45e6 < peak.own < 70e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_loading_takes_no_second_copy(tmp_path):
+    cases, sizes = [], []
+    for kind, dtype in (("F32", "bfloat16"), ("BF16", "bfloat16"), ("BF16", "float32")):
+        folder = tmp_path / f"{kind}-{dtype}"
+        folder.mkdir()
+        sizes.append(sparse_folder(folder, NETWORK, 3, kind))
+        cases.append((str(folder), dtype))
+    state = open_safetensors("", *sorted(Path(cases[1][0]).glob("*.safetensors")))
+    torch.save({"generator": {f"model.{name}": state.read(name) for name in state.shapes}}, tmp_path / "sf.pt")
+    cases.append((str(tmp_path / "sf.pt"), "bfloat16"))
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(cases)], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    narrowed, mapped, widened, pickled = json.loads(run.stdout.splitlines()[-1])
+    assert narrowed[0] < MOST * sizes[0] / 2, "float32 files, bfloat16 network: half the files"
+    assert mapped[0] < 0.3 * sizes[1], "the network's tensors are the map itself"
+    assert sum(mapped) < MOST * sizes[1]
+    assert widened[0] < MOST * sizes[2] * 2, "twice the files, because the network is"
+    assert pickled[0] < 0.3 * sizes[1], "a .pt is mapped, too"
