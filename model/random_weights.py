@@ -5,12 +5,14 @@ The numbers are such that activations stay of order one; the same seed gives the
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from configs.errors import UserError
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
@@ -45,13 +47,30 @@ def random_network(make: Callable[[], nn.Module], device: torch.device, dtype: t
 
 def random_student(size: str, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
     """size: tiny, 1.3B, 14B."""
-    if size == "tiny":
-        sizes = read_json("network", resolve(TINY.format("transformer")))
-        return random_network(lambda: CausalWanModel.from_config(sizes), device, dtype)
-    n = NETWORKS[size]
-    sizes = {"num_attention_heads": n.dim // HEAD, "attention_head_dim": HEAD, "num_layers": n.layers}
-    sizes |= {"ffn_dim": n.ffn, "text_dim": n.text_dim, "freq_dim": n.freq_dim}
-    return random_network(lambda: CausalWanModel(**sizes), device, dtype)
+    return random_transformer(size, device, dtype, causal=True)
+
+
+def random_transformer(
+    size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0
+) -> WanTransformer3DModel:
+    """A student (causal) or a score network of `size`; `14B/2` is two layers of full width."""
+    sizes = transformer_sizes(size)
+    kind = CausalWanModel if causal else WanTransformer3DModel
+    return random_network(lambda: kind.from_config(sizes), device, dtype, seed)
+
+
+def transformer_sizes(size: str) -> dict[str, Any]:
+    """The config.json of tiny, 1.3B, 14B, or of fewer layers of one of them."""
+    name, _, layers = size.partition("/")
+    if name not in ("tiny", *NETWORKS) or not (layers.isdecimal() or layers == ""):
+        raise UserError(f"network size {size} is unknown; use tiny, {', '.join(NETWORKS)}, or 14B/2 for two layers")
+    if name == "tiny":
+        sizes = dict(read_json("network", resolve(TINY.format("transformer"))))
+    else:
+        n = NETWORKS[name]
+        sizes = {"num_attention_heads": n.dim // HEAD, "attention_head_dim": HEAD, "num_layers": n.layers}
+        sizes |= {"ffn_dim": n.ffn, "text_dim": n.text_dim, "freq_dim": n.freq_dim}
+    return sizes | ({"num_layers": int(layers)} if layers else {})
 
 
 def random_codec(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> Codec:

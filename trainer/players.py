@@ -10,7 +10,7 @@ from torch import nn
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.sequence import SequenceGroup
-from trainer.build import causal_student, score_network
+from trainer.networks import start_network
 from trainer.optim import Player
 from trainer.parallel import shard
 from trainer.sequence import parallelize
@@ -22,7 +22,7 @@ ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  #
 
 def frozen_teacher(config: Config, device: torch.device, sequence: SequenceGroup) -> WanTransformer3DModel:
     """The teacher, in the precision of activations."""
-    teacher = score_network(config, "teacher", pick_dtype(config.training.precision, device))
+    teacher = start_network(config, "teacher", device, pick_dtype(config.training.precision, device))
     parallelize(teacher, sequence, "teacher")
     return _placed(teacher.eval().requires_grad_(False), config, device)
 
@@ -30,7 +30,7 @@ def frozen_teacher(config: Config, device: torch.device, sequence: SequenceGroup
 def student_player(config: Config, device: torch.device, sequence: SequenceGroup) -> Player:
     """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
     t = config.training
-    student = causal_student(config, "student")
+    student = start_network(config, "student", device, causal=True)
     _prepare(student, config, t.distill.lora.student_rank)
     twin = _placed(copy.deepcopy(student), config, device, streams=True)  # before sharding, which forbids copies
     parallelize(student, sequence, "student")
@@ -41,7 +41,7 @@ def student_player(config: Config, device: torch.device, sequence: SequenceGroup
 def critic_player(config: Config, device: torch.device, sequence: SequenceGroup) -> Player:
     """The critic with its optimiser; it starts from the teacher unless `training.init` names its own weights."""
     t = config.training
-    critic = score_network(config, "critic" if "critic" in t.init else "teacher")
+    critic = start_network(config, "critic" if "critic" in t.init else "teacher", device)
     _prepare(critic, config, t.distill.lora.critic_rank)
     parallelize(critic, sequence, "critic")
     return Player(_placed(critic, config, device), t, optimizer=t.distill.critic_optimizer, averaged=False)

@@ -1,6 +1,9 @@
 """Where the time goes, measured without making the GPU wait."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from itertools import pairwise
 
 import torch
@@ -42,3 +45,55 @@ class SpanTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Phases:
+    """Time and peak memory by phase, where phases lie within each other: what is inside counts for the inner one alone.
+
+    A phase is a `with phases.of(name)`, or a method that `wrap` has put into one.
+    """
+
+    OUTSIDE = "outside"
+
+    def __init__(self, device: torch.device):
+        self.device, self._open = device, [self.OUTSIDE]
+        self._cuda = device.type == "cuda"
+        self.peaks: dict[str, int] = {}  # bytes that the allocator had in use, at most; GPUs only
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all times so far."""
+        self._timer = SpanTimer(self.device)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        self._mark()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._mark()
+            self._open.pop()
+
+    def wrap(self, owner: object, method: str, name: Callable[[], str]) -> None:
+        """Put a method of this one object into the phase that `name` gives at each call."""
+        inner = getattr(owner, method)
+
+        @wraps(inner)
+        def timed(*args, **kwargs):
+            with self.of(name()):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+    def spans(self) -> dict[str, float]:
+        """Seconds by phase, in the order in which they first ended. Waits for the device."""
+        self._mark()
+        return self._timer.spans()
+
+    def _mark(self) -> None:
+        name = self._open[-1]
+        self._timer.mark(name)
+        if self._cuda:
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,0 +1,321 @@
+"""Time the distillation cycle (a generator update, dfake_gen_update_ratio critic updates) by phase, layout by layout.
+
+    python scripts/benchmark_training.py --layouts none:1 full:2 sequence:2 device=cpu              # tiny, on a CPU too
+    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --fake_ranks 64
+
+Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the baseline that one cannot hold, in under
+9 minutes; on 4 GPUs; and what one GPU of 80 GB can do:
+
+    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
+      --json two.json --budget 520 --check --layouts full:2 sequence:2 none:1,card=140 none:1,teacher=1.3B
+    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
+      --json four.json --budget 520 --check --layouts full:4 sequence:4 sequence2:4 hybrid:4 full:2 none:1,card=140
+    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
+      --json one.json --budget 520 --layouts none:1,teacher=1.3B
+
+Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
+are written as trainer/layouts.py says, run one after another in processes of their own, and those that do not work here
+are named with a sentence. --budget seconds are not exceeded by more than a few: the table always comes. MFU: operations
+of the model (model/training_cost.py), without what checkpointing computes again, to the measured matrix peak.
+
+--check trains networks of two layers and full width for three updates of both networks, on N ranks and on one with the
+same global batch. Bounds in bfloat16: a number is rounded by up to 2^-9, and sums over other shards or in another order
+differ by a few of these, so losses may differ by 2% and gradient norms by 5%. AdamW without momentum moves each weight
+by lr x sign(gradient) at first: where noise of a share e of the gradient's size turns a sign, which it does for e / pi
+of the weights, the change differs by twice its length, so that the changes differ by 2 sqrt(e / pi); the bound 0.3 is
+e = 7%. In float32 the same three are 1e-4, 1e-3 and 2e-2.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+START = time.time()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from configs.load import load_config  # noqa: E402
+from model.encoded_text import EncodingJob  # noqa: E402
+from model.memory import Network  # noqa: E402
+from model.random_weights import transformer_sizes  # noqa: E402
+from trainer import cycle_tables as tables  # noqa: E402
+from trainer.cycle_bench import cap_memory, check, measure  # noqa: E402
+from trainer.fake_ranks import count_shards  # noqa: E402
+from trainer.layouts import ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
+from trainer.prompt_bank import prompt_groups  # noqa: E402
+from utils import exits  # noqa: E402
+from utils.device import pick_device, set_threads  # noqa: E402
+from utils.distributed import Ranks, process_group  # noqa: E402
+from utils.files import write_json_atomic  # noqa: E402
+from utils.logs import console  # noqa: E402
+
+FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
+WORDS = 120  # tokens of a prompt
+LEAST = 20.0  # seconds below which a layout is not begun
+BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not: losses, gradient norms, weights
+LOSSES, NORMS = ("generator_loss", "critic_loss"), ("generator_grad_norm", "critic_grad_norm")
+FIXED = (
+    "training.validation_clips=0", "training.cuda_graphs=false", "training.loggers=[]", "training.distill.pairs=null",
+    "training.distill.encode_ahead=false", "training.export=null",
+)  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
+    parser.add_argument("--layouts", nargs="+", default=[], metavar="KIND:GPUS", help="see trainer/layouts.py")
+    for role in ROLES:
+        parser.add_argument(f"--{role}", metavar="SIZE", help="tiny, 1.3B, 14B; 14B/2 for two layers of it")
+    parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")
+    parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
+    parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
+    parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
+    parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
+    parser.add_argument("--iterations", type=int, default=600, help="critic updates of the projected run (600)")
+    parser.add_argument("--network_gb_s", type=float, default=50, help="between machines, a GPU, assumed (50)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    args = parser.parse_intermixed_args(argv)
+    given = [text for text in args.layouts if "=" in text.partition(",")[0]]  # settings that --layouts has swallowed
+    args.layouts = [Layout.parse(text) for text in args.layouts if text not in given]
+    args.settings = [*args.settings, *given]
+    return args
+
+
+def worker(file: Path) -> int:
+    """One rank of one layout."""
+    spec = json.loads(file.read_text())
+    ranks = Ranks.from_env()
+    console(quiet=True)
+    config = load_config(spec["config_path"], spec["settings"])
+    device = pick_device(config.device, ranks.local_rank)
+    cap_memory(spec["card_gb"], device)
+    torch.set_float32_matmul_precision("high")  # as train.py does
+    torch.backends.cudnn.benchmark = True
+    if "OMP_NUM_THREADS" not in os.environ:
+        set_threads(0)
+    out = Path(spec["out"])
+    with process_group(ranks, device, timeout_s=spec["limit"]):
+        if spec["check"]:
+            check(config, device, ranks, out)
+        else:
+            measure(config, device, ranks, out, spec["deadline"])
+    return 0
+
+
+class Bench:
+    """Runs layouts one after another within the budget."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.folder, self.began = args, folder, 0
+        base = load_config(args.config_path, args.settings)
+        tiny = base.model.student.startswith("assets/tiny")
+        self.sizes = {role: vars(args)[role] or ("tiny" if tiny else FULL[role]) for role in ROLES}
+        self.networks = sizes_of(self.sizes, Network.from_config(transformer_sizes("tiny")))
+        self.micro = base.training.micro_batch
+        self.text = [] if args.fake_ranks else self._encode()
+
+    def _encode(self) -> list[str]:
+        """Prompts with random embeddings, in the format of scripts/encode_prompts.py; the settings that name them."""
+        file, folder = self.folder / "prompts.txt", self.folder / "encoded"
+        file.write_text("\n".join(f"prompt {i}" for i in range(16)) + "\n")
+        given = [*self.args.settings, *FIXED, f"training.distill.prompts={file}", "model.text_encoder=none"]
+        config, dim = load_config(self.args.config_path, given), transformer_sizes(self.sizes["student"])["text_dim"]
+        folder.mkdir()
+        about = {"encoder": "random", "encoder_path": "none", "prompts_file": None, "prompts_file_sha256": None}
+        tokens = config.model.text_tokens
+        job = EncodingJob(folder, prompt_groups(config), text_tokens=tokens, dim=dim, dtype="bfloat16", about=about)
+        g = torch.Generator().manual_seed(0)
+        for index in job.todo():
+            job.write(index, lambda prompts: [
+                torch.randn(min(WORDS, tokens), dim, generator=g).bfloat16() for _ in prompts
+            ])  # fmt: skip
+        job.finish()
+        return [*given[len(self.args.settings) :], f"training.distill.encoded_prompts={folder}"]
+
+    @property
+    def left(self) -> float:
+        return self.args.budget - (time.time() - START)
+
+    def run(self, layout: Layout, jobs: int, *, batch: int | None = None, layers: int = 0) -> dict[str, Any]:
+        """What a layout's processes found, or `why` they found nothing. jobs: that are still to run, this one counted.
+
+        batch: the global batch. layers: run the check on networks of so many layers.
+        """
+        self.began += 1
+        sizes = {**self.sizes, **layout.sizes}
+        sizes = {role: f"{name.partition('/')[0]}/{layers}" for role, name in sizes.items()} if layers else sizes
+        init = ", ".join(f"{role}: random:{name}" for role, name in sizes.items())
+        steps = ["training.distill.dfake_gen_update_ratio=1"] if layers else []
+        settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
+        settings += layout.overrides(self.micro, batch)
+        found: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
+        try:
+            config = load_config(self.args.config_path, settings)
+            there = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else layout.gpus
+        except UserError as error:
+            return found | {"why": f"refused: {error}"}
+        if there < layout.gpus:
+            return found | {"why": f"needs {layout.gpus} GPUs and there are {there}"}
+        if self.left < LEAST:
+            return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
+        share = self.left / jobs
+        limit = min(self.left - 5, 2 * share + 20)
+        out, card = self.folder / f"{self.began}.json", layout.card_gb
+        spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
+        spec |= {"check": bool(layers), "card_gb": self.args.card_gb if card is None else card}
+        spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
+        why = self._start(layout.gpus, spec, limit)
+        if out.exists():
+            return found | json.loads(out.read_text()) | {"whole": why is None, "file": str(out)}
+        return found | {"why": why or "ended without a result"}
+
+    def _start(self, gpus: int, spec: dict[str, Any], limit: float) -> str | None:
+        """Run the processes; None if all went well, else what went wrong."""
+        file, log = self.folder / f"{self.began}.spec", self.folder / f"{self.began}.log"
+        file.write_text(json.dumps(spec))
+        program = [str(Path(__file__).resolve()), "--worker", str(file)]
+        if gpus > 1:
+            program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *program]
+        with log.open("wb") as stream:
+            process = subprocess.Popen([sys.executable, *program], stdout=stream, stderr=stream, start_new_session=True)
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:  # Ctrl-C included
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if code == 0:
+            return None
+        return f"cut off after {limit:.0f} s" if code is None else reason(log.read_text(errors="replace"))
+
+
+def reason(log: str) -> str:
+    """The line of a log that says why."""
+    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in log.splitlines()]
+    said = [line for line in lines if line.startswith("error: ")]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailed" not in line]
+    if said:
+        return "refused: " + said[0].removeprefix("error: ")
+    return raised[0][:300] if raised else (lines[-1][:300] if lines else "ended without a word")
+
+
+def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
+    """Largest relative differences, each with its bound."""
+    for one in (ours, alone):
+        if "why" in one or not one["whole"]:
+            return {"layout": ours["layout"], "why": one.get("why", "cut off"), "passed": False}
+
+    def worst(names: Sequence[str]) -> float:
+        pairs = [(a[n], b[n]) for a, b in zip(ours["logs"], alone["logs"], strict=True) for n in names]
+        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+
+    a, b = (load_file(Path(one["file"]).with_suffix(".safetensors")) for one in (ours, alone))
+    sums: dict[str, list[float]] = {}
+    for name in (key.removeprefix("after.") for key in b if key.startswith("after.")):
+        both = sums.setdefault(name.partition(".")[0], [0.0, 0.0])
+        both[0] += float((a[f"after.{name}"] - b[f"after.{name}"]).double().square().sum())
+        both[1] += float((b[f"after.{name}"] - b[f"before.{name}"]).double().square().sum())
+    weights = max((difference / change) ** 0.5 if change else 1.0 for difference, change in sums.values())
+    found = dict(zip(("losses", "norms", "weights"), (worst(LOSSES), worst(NORMS), weights), strict=True))
+    bounds = dict(zip(found, BOUNDS[alone["bfloat16"]], strict=True))
+    passed = all(found[name] <= bounds[name] for name in found)
+    return {"layout": ours["layout"], **{name: [found[name], bounds[name]] for name in found}, "passed": passed}
+
+
+def check_all(bench: Bench, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
+    """Each layout of several ranks against one rank, with two layers."""
+    rows, alone = [], {}
+    several = [layout for layout in layouts if layout.gpus > 1]
+    batches = [bench.micro * layout.gpus // layout.sequence * layout.accumulate for layout in several]
+    jobs = len(several) + len(set(batches))
+    for layout, batch in zip(several, batches, strict=True):
+        key = (batch, layout.settings, tuple(layout.sizes.items()))
+        if key not in alone:
+            one = Layout.parse(",".join(["none:1", *layout.text.split(",")[1:]]))
+            alone[key], jobs = bench.run(one, jobs, batch=batch, layers=2), jobs - 1
+        found, jobs = bench.run(layout, jobs, batch=batch, layers=2), jobs - 1
+        rows.append(compare(found, alone[key]))
+    return rows
+
+
+def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], trained: int) -> list[dict[str, Any]]:
+    """Of every layout that ran in the sizes of the call and used its own number of GPUs or more."""
+    settings = {"global_batch": args.global_batch, "steps": args.iterations, "network_gb_s": args.network_gb_s}
+    rows = []
+    for one, layout in zip(results, args.layouts, strict=True):
+        if "updates" not in one:
+            continue
+        for gpus in sorted({layout.gpus, *args.gpus}):
+            if gpus >= layout.gpus and gpus % layout.sequence == 0:
+                rows.append(project(one, gpus, sequence=layout.sequence, trained=trained, **settings))
+    return [row for row in rows if row is not None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.worker:
+        return worker(args.worker)
+    if not args.layouts and not args.fake_ranks:
+        raise UserError("--layouts is empty; give some, such as --layouts none:1 full:2, or --fake_ranks 64")
+    console(quiet=True)
+    found: dict[str, Any] = {"config": str(args.config_path), "settings": args.settings, "card_gb": args.card_gb}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        found["sizes"] = bench.sizes
+        where = (args.config_path, args.settings, bench.networks)
+        if args.fake_ranks:
+            world = args.fake_ranks
+            found["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
+            found["counted"] = count_shards(bench.sizes, world) if world > 1 else None
+            print(tables.plan_text(found["plan"], world, args.card_gb, found["counted"]))
+        results = found["layouts"] = []
+        for i, layout in enumerate(args.layouts):
+            several = sum(one.gpus > 1 for one in args.layouts) if args.check else 0
+            results.append(bench.run(layout, len(args.layouts) - i + 2 * several))
+            newest = results[-1]
+            print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)
+            if args.json:
+                write_json_atomic(args.json, found)
+        found["check"] = check_all(bench, args.layouts) if args.check else []
+        small = {gpus: advice(*where, gpus, args.card_gb) for gpus in (1, 2, 4)}
+        found["advice"] = [(gpus, best and best[0], best[1].peak.total if best else 0) for gpus, best in small.items()]
+        trained = max(bench.networks[role].parameters for role in ("student", "critic"))
+        found["projection"] = projections(args, results, trained)
+    if args.json:
+        write_json_atomic(args.json, found)
+    show(args, found)
+    return int(bool(results) and all("why" in one for one in results) or any(not c["passed"] for c in found["check"]))
+
+
+def show(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Everything that is not shown yet."""
+    if found["layouts"]:
+        print("\n" + tables.overview(found["layouts"], args.card_gb))
+        print("\n" + tables.scaling(found["layouts"]))
+    if found["check"]:
+        print("\n" + tables.check_text(found["check"]))
+    if found["projection"]:
+        run = (args.iterations, args.global_batch, args.network_gb_s)
+        print("\n" + tables.projection_table(found["projection"], *run))
+    print("\n" + tables.advice_text(found["advice"], args.card_gb))
+
+
+if __name__ == "__main__":
+    exits.run(main)

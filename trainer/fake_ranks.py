@@ -1,0 +1,37 @@
+"""What one of many ranks holds of the weights, counted with the real sharding on no device and with no others."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from model.random_weights import transformer_sizes
+from trainer.parallel import local, shard
+
+BYTES = {"student": 20, "teacher": 2, "critic": 16}  # a parameter: float32, gradient, AdamW (two), average; bfloat16
+NAMES = {"student": "student, gradients, AdamW, average", "teacher": "teacher", "critic": "critic, gradients, AdamW"}
+
+
+@contextmanager
+def fake_group(world: int) -> Iterator[None]:
+    """A process group of `world` ranks, this one the first, whose messages go nowhere."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def count_shards(sizes: Mapping[str, str], world: int) -> dict[str, int]:
+    """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full."""
+    found = {}
+    with fake_group(world):
+        for role, size in sizes.items():
+            with torch.device("meta"):
+                network = WanTransformer3DModel.from_config(transformer_sizes(size))
+            shard(network, torch.device("cpu"))
+            found[NAMES[role]] = BYTES[role] * sum(local(p).numel() for p in network.parameters())
+    return found
