@@ -230,7 +230,7 @@ def distill_plan(
     def trained(network: Network, rank: int, averaged: bool) -> float:
         adapters = network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn)) if rank else 0
         moving = adapters or network.parameters
-        frozen = 4 * network.parameters if rank else 0
+        frozen = (8 if averaged else 4) * network.parameters if rank else 0  # the average is of the whole network
         return (frozen + (20 if averaged else 16) * moving) / shards
 
     always = {
