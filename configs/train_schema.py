@@ -18,6 +18,8 @@ class FlowConfig:
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
     context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
+    first_chunk_share: float = 0.0  # pretrain, teacher_forcing: share of steps on first chunks alone
+    first_chunk_batch: int = 64  # clips in a micro-batch of such a step
     past_weight: float = 0.5  # teacher_forcing: weight of the loss of a noisy past beside that of the chunks
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
     ode_interval: float = 50.0  # causal_ode: Euler step of the teacher's trajectory, in un-warped time
@@ -25,8 +27,8 @@ class FlowConfig:
     guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for the teacher of causal_ode
 
     def __post_init__(self):
-        at_least(1, "training.flow", self, "shift", "ode_clips")
-        between(0, 1, "training.flow", self, "text_dropout")
+        at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch")
+        between(0, 1, "training.flow", self, "text_dropout", "first_chunk_share")
         between(1, 1000, "training.flow", self, "ode_interval")
         at_least(0, "training.flow", self, "guidance", "past_weight")
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from configs.schema import Config
 from model.flow import shift_time, x0_from_v
 from trainer.build import causal_student
-from trainer.flow_stages import TeacherForcing
+from trainer.data import draw
+from trainer.flow_stages import WHOLE, TeacherForcing
 from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
@@ -78,9 +79,13 @@ class CausalODE(TeacherForcing):
                 v = v + guidance * (v - self._v(teacher, past, clean, x, times, null).float())
             x = x + v * ((t_next - t) / 1000)
 
+    def plan(self, step: int) -> str:
+        return WHOLE
+
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)
-        index = self._index(step, micro, len(self.states))
+        name, size = step * self.micro_batches + micro, self.config.training.micro_batch
+        index = draw(len(self.states), size, self.config.seed, name, self.ranks.rank, self.device)
         x0, text = self.bank.batch(index)
         past, past_t, _ = self._context(x0, rng)
         share = torch.rand(len(index), self.chunks, generator=rng, device=self.device)

@@ -54,12 +54,18 @@ class CodecStage(Supervised):
         t = config.training
         self.bank = PixelBank(self.world, t.bank_clips, max(t.codec.clip_frames), config.seed, device)
 
+    def plan(self, step: int) -> int:
+        """Length of the step's clips in frames."""
+        rng = generator(self.config.seed, "clips", step * self.micro_batches, self.ranks.rank)
+        lengths = self.config.training.codec.clip_frames
+        return lengths[int(torch.randint(len(lengths), (), generator=rng))]
+
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """`micro_batch` clips of the shortest length, or as many longer ones as have no more frames."""
-        knobs = self.config.training.codec
+        knobs, frames = self.config.training.codec, self.plan(step)
         name = step * self.micro_batches + micro
         rng = generator(self.config.seed, "clips", name, self.ranks.rank)
-        frames = knobs.clip_frames[int(torch.randint(len(knobs.clip_frames), (), generator=rng))]
+        torch.randint(1, (), generator=rng)  # the length's place
         size = max(1, self.config.training.micro_batch * min(knobs.clip_frames) // frames)
         index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, self.device)
         pixels = self.bank.batch(index, frames, knobs.crop, rng)

@@ -27,6 +27,9 @@ from utils.seeds import generator
 from utils.tiny_world import TinyWorld
 
 
+WHOLE, FIRST = "whole clips", "first chunks"  # kinds of steps
+
+
 class FlowStage(Supervised):
     """What both have in common: a bank of latents, timesteps, noise, dropped prompts."""
 
@@ -51,9 +54,19 @@ class FlowStage(Supervised):
         name = step * self.micro_batches + micro
         return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
 
-    def _index(self, step: int, micro: int, clips: int) -> Tensor:
+    def plan(self, step: int) -> str:
+        """A step on whole clips, or one on many first chunks: what words mean shows there at a fraction of the cost."""
+        rng = generator(self.config.seed, "first chunk", step)
+        return FIRST if float(torch.rand((), generator=rng)) < self.config.training.flow.first_chunk_share else WHOLE
+
+    def _clips(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Latents [B, F, C, h, w] and text [B, L, D] of a micro-batch."""
+        t, first = self.config.training, self.plan(step) == FIRST
+        size = t.flow.first_chunk_batch if first else t.micro_batch
         name = step * self.micro_batches + micro
-        return draw(clips, self.config.training.micro_batch, self.config.seed, name, self.ranks.rank, self.device)
+        index = draw(len(self.bank.latents), size, self.config.seed, name, self.ranks.rank, self.device)
+        x0, text = self.bank.batch(index)
+        return (x0[:, : self.geometry.chunk_frames] if first else x0), text
 
     def _drop(self, text: Tensor, rng: torch.Generator) -> Tensor:
         share = self.config.training.flow.text_dropout
@@ -81,7 +94,7 @@ class Pretrain(FlowStage):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)
-        x0, text = self.bank.batch(self._index(step, micro, len(self.bank.latents)))
+        x0, text = self._clips(step, micro)
         t = self._timesteps((len(x0),), rng)
         return {"x0": x0, "eps": self._noise(x0, rng), "t": t, "text": self._drop(text, rng)}
 
@@ -129,9 +142,10 @@ class TeacherForcing(FlowStage):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)
-        x0, text = self.bank.batch(self._index(step, micro, len(self.bank.latents)))
-        t = self._timesteps((len(x0), self.chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
-        past, past_t, past_target = self._context(x0, rng)
+        x0, text = self._clips(step, micro)
+        chunks = self.geometry.num_chunks(x0.shape[1])
+        t = self._timesteps((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
+        past, past_t, past_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
         eps = self._noise(x0, rng)
         return {
             "past": past, "past_t": past_t, "past_target": past_target, "x_t": add_noise(x0, eps, t), "t": t,
@@ -139,7 +153,9 @@ class TeacherForcing(FlowStage):
         }  # fmt: skip
 
     def _both(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor):
-        """v [B, F, C, h, w] of the past and of every chunk, each given the past before it."""
+        """v [B, F, C, h, w] of the past and of every chunk, each given the past before it. A first chunk has none."""
+        if not past.shape[1]:
+            return past, module(x_t, t, text)
         both, times = torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1)
         return module(both, times, text, mask=self.mask, frame_ids=self.frame_ids).chunk(2, dim=1)
 

@@ -1,6 +1,7 @@
 """What a stage of training is, and the common part of those with one module and one loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,6 +100,10 @@ class Supervised(Stage):
             autocast=dtype, device=device, graphed=t.cuda_graphs,
         )  # fmt: skip
 
+    def plan(self, step: int) -> Hashable:
+        """Which of its kinds of batch a step takes: batches of one kind have one shape."""
+        return ()
+
     @abstractmethod
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """Inputs of `loss` for micro-batch `micro` of a step: `training.micro_batch` samples."""
@@ -116,5 +121,5 @@ class Supervised(Stage):
         return self.player.average.module
 
     def update(self, step: int) -> dict[str, Tensor]:
-        logs = self.backward.run((), [self.batch(step, micro) for micro in range(self.micro_batches)])
+        logs = self.backward.run(self.plan(step), [self.batch(step, micro) for micro in range(self.micro_batches)])
         return logs | {"gradient_norm": self.player.step(step)}
