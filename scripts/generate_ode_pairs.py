@@ -4,6 +4,9 @@
 
 The states kept are those at the timesteps of the configured schedule, and the end. Files that are there are left alone,
 so that a run can be stopped and started again; under torchrun the prompts are shared out. Layout: trainer/pairs.py.
+
+With --causal the teacher is a causal student of many steps, which teacher forcing has made, and rolls them out chunk by
+chunk: `--causal --config_path configs/train_tiny_causal_ode.yaml`. Stage ode_regression sees that they are such.
 """
 
 import argparse
@@ -21,6 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
     parser.add_argument("--guidance_scale", type=float, help="s of cond + s (cond - uncond) (distill.guidance)")
     parser.add_argument("--steps", type=int, default=48, help="Euler steps of un-warped time (%(default)s)")
+    parser.add_argument("--causal", action="store_true", help="training.init.teacher is causal: chunk by chunk")
     parser.add_argument("--count", type=int, help="only so many prompts")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()
@@ -33,7 +37,8 @@ def main() -> int:
     from tqdm import tqdm
 
     from configs.load import load_config
-    from trainer.trajectories import TrajectoryMaker
+    from trainer.pairs import note
+    from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
     from utils.device import pick_device
     from utils.distributed import Ranks
     from utils.files import atomic_path, check_writable
@@ -44,8 +49,10 @@ def main() -> int:
     folder = check_writable(args.output_folder, "--output_folder")
     folder.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device, ranks.local_rank)
-    maker = TrajectoryMaker(config, device, steps=args.steps, guidance=args.guidance_scale)
-    (folder / "timesteps.json").write_text(json.dumps(maker.timesteps))
+    kind = CausalTrajectoryMaker if args.causal else TrajectoryMaker
+    maker = kind(config, device, steps=args.steps, guidance=args.guidance_scale)
+    if ranks.first:
+        note(folder, maker.timesteps, causal=maker.causal)
     todo = [i for i in range(len(maker.prompts[: args.count])) if not (folder / f"{i:05d}.pt").exists()]
     for index in tqdm(ranks.share(todo), desc="trajectories", disable=not ranks.first):
         states = maker.make(index)

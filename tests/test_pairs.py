@@ -10,10 +10,11 @@ from distill_case import CPU, distill_config, distill_stage
 
 from configs.errors import UserError
 from configs.load import to_yaml
+from model.causal_wan import chunk_causal_mask
 from model.flow import v_from_x0
-from trainer.pairs import SELF_FORCING, open_pairs, write_lmdb
+from trainer.pairs import SELF_FORCING, note, open_pairs, write_lmdb
 from trainer.registry import build_stage
-from trainer.trajectories import TrajectoryMaker
+from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
 from utils.distributed import Ranks
 
 
@@ -91,6 +92,56 @@ def test_regression_terms_are_on_where_pairs_are_given(tiny_assets, folder, tmp_
     assert all(sum(row) == 1 for row in matches)
     assert all(torch.equal(batch["target"][b], states[row.index(True), -1]) for b, row in enumerate(matches))
     assert all(value.isfinite() for value in stage.update(0).values())
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_causal_trajectories_are_those_of_all_chunks_at_once_given_their_ends(tiny_assets, guidance):
+    """As stage causal_ode integrates them: one sequence [ends ; noisy] under the mask of teacher forcing, no cache."""
+    config = distill_config(tiny_assets, f"training.init.teacher={tiny_assets / 'student'}")
+    maker = CausalTrajectoryMaker(config, CPU, steps=4, guidance=guidance)
+    states = maker.make(1)
+    assert states.shape[:2] == (len(maker.timesteps), 12) and torch.equal(states, maker.make(1))
+    ends, mask = states[-1:], chunk_causal_mask(maker.geometry, 12, CPU, teacher_forcing=True)
+    x, frame_ids, zeros = states[:1], torch.arange(12).repeat(2), torch.zeros(1, 12)
+    texts = [maker.encoder([maker.prompts[1]]), maker.null]
+    for t, t_next in zip(maker.grid, maker.grid[1:], strict=False):
+        both, times = torch.cat([ends, x], dim=1), torch.cat([zeros, zeros + t], dim=1)
+        with torch.no_grad():
+            v, null = (maker.teacher.model(both, times, y, mask=mask, frame_ids=frame_ids)[:, 12:] for y in texts)
+        x = x + (v + guidance * (v - null)) * (t_next - t) / 1000
+        if t_next in maker.timesteps:
+            torch.testing.assert_close(x[0], states[maker.timesteps.index(t_next)], rtol=1e-3, atol=1e-4)
+
+
+def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
+    """Made by the script, kept as LMDB too; the student sees their ends, noised, and states of each chunk's own row."""
+    teacher = f"training.init.teacher={tiny_assets / 'student'}"
+    (tmp_path / "case.yaml").write_text(to_yaml(distill_config(tiny_assets, teacher)))
+    arguments = ["--config_path", str(tmp_path / "case.yaml"), "--output_folder", str(tmp_path / "pairs")]
+    script("generate_ode_pairs.py", *arguments, "--steps", "2", "--count", "3", "--causal")
+    with pytest.raises(UserError, match="trajectories of another kind"):
+        note(tmp_path / "pairs", [1000.0, 0.0], causal=False)
+    write_lmdb(open_pairs("pairs", tmp_path / "pairs"), tmp_path / "lmdb")
+    stages = []
+    for kept in ("lmdb", "pairs"):
+        extra = ["training.stage=ode_regression", f"training.distill.pairs={tmp_path / kept}"]
+        extra += ["training.optimizer.lr=3e-3", "training.flow.context_timesteps=[0.0, 357.142857]"]
+        stages.append(build_stage(distill_config(tiny_assets, *extra), CPU, Ranks()))
+    one, other = (stage.batch(3, 0) for stage in stages)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows = [torch.tensor(stages[0].schedule.row(chunk)) for chunk in range(4)]
+    batches = [stages[0].batch(step, 0) for step in range(12)]
+    for chunk, row in enumerate(rows):
+        seen = torch.cat([batch["t"][:, 3 * chunk] for batch in batches])
+        assert all((row - t).abs().min() < 0.01 for t in seen) and len(seen.unique()) == len(row)
+    for batch in batches:
+        clean = batch["past_t"][:, 0] == 0
+        same = (batch["past"] == batch["target"]).flatten(1).all(1)
+        assert torch.equal(clean, same) and batch["past_t"].unique().numel() <= 2
+    losses = [stages[0].update(step)["loss"].item() for step in range(30)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    with pytest.raises(UserError, match="lacks states at timesteps"):
+        build_stage(distill_config(tiny_assets, *extra, "schedule.steps=6"), CPU, Ranks())
 
 
 def test_ode_regression_learns(tiny_assets, folder):

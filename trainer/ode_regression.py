@@ -3,7 +3,9 @@ initialisation of Self-Forcing).
 
     L = mean | x0(x_t, t) - x_0 |^2      a state x_t of the trajectory drawn for each chunk, x_0 its end
 
-One forward over the whole clip, in which a chunk sees the chunks before it at their own levels.
+One forward over the whole clip, in which a chunk sees the chunks before it at their own levels. Of trajectories that
+were rolled out causally (scripts/generate_ode_pairs.py --causal) it sees their clean ends instead, at one of
+`training.flow.context_timesteps`, as diagonal forcing will leave them, and states of its own row of the schedule.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.causal_wan import chunk_causal_mask
-from model.flow import x0_from_v
+from model.flow import add_noise, x0_from_v
 from model.schedule import Schedule
 from model.weights import save_student
 from trainer.build import causal_student, frozen_codec, frozen_text_encoder
@@ -45,25 +47,52 @@ class ODERegression(Supervised):
         self.pairs = open_pairs("training.distill.pairs", d.pairs)
         self.prompts = PromptBank(self.pairs.prompts, self.encoder, ahead=d.encode_ahead)
         self.frames = config.video.num_latent_frames
+        self.causal = self.pairs.causal
         kind = "flex" if device.type == "cuda" else "dense"
-        self.mask = chunk_causal_mask(self.geometry, self.frames, device, kind=kind)
+        self.mask = chunk_causal_mask(self.geometry, self.frames, device, teacher_forcing=self.causal, kind=kind)
+        self.frame_ids = torch.arange(self.frames, device=device).repeat(2 if self.causal else 1)
         self.noisy = torch.tensor([t for t in self.pairs.timesteps if t > 0], device=device)
+        self.rows = [self._row(chunk) for chunk in range(self.geometry.num_chunks(self.frames))]
+
+    def _row(self, chunk: int) -> Tensor:
+        """Indices into `noisy` of the states that a chunk learns from."""
+        if not self.causal:
+            return torch.arange(len(self.noisy))
+        row = self.schedule.row(chunk)
+        gaps = (self.noisy.cpu() - torch.tensor(row)[:, None]).abs().min(dim=1)
+        if gaps.values.max() > 0.01:
+            raise UserError(
+                f"training.distill.pairs={self.config.training.distill.pairs} lacks states at timesteps {row} of chunk "
+                f"{chunk}; make them with this schedule"
+            )
+        return gaps.indices
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         size = self.config.training.micro_batch
         part = (micro * self.ranks.world) + self.ranks.rank
         host = generator(self.config.seed, self.name, step, part)
         index = torch.randint(len(self.pairs), (size,), generator=host)
-        chunks = self.geometry.num_chunks(self.frames)
-        state = torch.randint(len(self.noisy), (size, chunks), generator=host).to(self.device)
-        state = state.repeat_interleave(self.geometry.chunk_frames, dim=1)  # [B, F]
+        drawn = [row[torch.randint(len(row), (size,), generator=host)] for row in self.rows]
+        state = torch.stack(drawn, dim=1).to(self.device).repeat_interleave(self.geometry.chunk_frames, dim=1)  # [B, F]
         states = self.pairs.read(index.tolist()).to(self.device).float()
         rows, frames = torch.arange(size, device=self.device)[:, None], torch.arange(self.frames, device=self.device)
         x_t, text = states[rows, state, frames], self.prompts.batch(index)
-        return {"x_t": x_t, "t": self.noisy[state], "target": states[:, -1], "text": text}
+        batch = {"x_t": x_t, "t": self.noisy[state], "target": states[:, -1], "text": text}
+        return batch | self._past(batch["target"], host) if self.causal else batch
 
-    def loss(self, x_t: Tensor, t: Tensor, target: Tensor, text: Tensor) -> dict[str, Tensor]:
-        v = self.module(x_t, t, text, mask=self.mask)
+    def _past(self, ends: Tensor, host: torch.Generator) -> dict[str, Tensor]:
+        """The clean ends [B, F, C, H, W] as later chunks are shown them, and their timesteps [B, F]."""
+        levels = torch.tensor(self.config.training.flow.context_timesteps)
+        t = levels[torch.randint(len(levels), (len(ends), 1), generator=host)].expand(-1, self.frames).to(self.device)
+        eps = torch.randn(ends.shape, generator=host).to(self.device)
+        return {"past": add_noise(ends, eps, t), "past_t": t}
+
+    def loss(
+        self, x_t: Tensor, t: Tensor, target: Tensor, text: Tensor, past: Tensor | None = None,
+        past_t: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        seen, times = (x_t, t) if past is None else (torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1))
+        v = self.module(seen, times, text, mask=self.mask, frame_ids=self.frame_ids)[:, -self.frames :]
         return {"loss": F.mse_loss(x0_from_v(x_t, v.float(), t), target)}
 
     @torch.no_grad()

@@ -6,7 +6,8 @@ Two layouts, both of Self-Forcing, either readable:
     LMDB                latents_{i}_data (raw float16), prompts_{i}_data (UTF-8), latents_shape, prompts_shape (digits)
 
 Neither says at which timesteps the states are. Ours are written down beside them (`timesteps.json`, key `timesteps`);
-of others Self-Forcing's are assumed: 48 Euler steps at shift 8, of which every twelfth was kept.
+of others Self-Forcing's are assumed: 48 Euler steps at shift 8, of which every twelfth was kept. Trajectories that were
+rolled out causally, a chunk after the clean ends of those before it, say so (`causal`).
 """
 
 import json
@@ -27,10 +28,11 @@ SELF_FORCING = tuple(shift_time(t, 8.0) for t in (1000.0, 750.0, 500.0, 250.0, 0
 
 
 class Pairs(Protocol):
-    """`len`, `prompts`, `timesteps` of the S states, and `read`."""
+    """`len`, `prompts`, `timesteps` of the S states, whether they were rolled out causally, and `read`."""
 
     prompts: list[str]
     timesteps: tuple[float, ...]
+    causal: bool
 
     def __len__(self) -> int: ...
 
@@ -59,8 +61,10 @@ class FolderPairs:
         self.files = sorted(path.glob("*.pt"))
         self.prompts = [next(iter(_load(file))) for file in self.files]
         said = path / TIMESTEPS
-        states = self.read([0]).shape[1]
-        self.timesteps = _known(json.loads(said.read_text()) if said.is_file() else None, states, path)
+        told = json.loads(said.read_text()) if said.is_file() else {}
+        told = told if isinstance(told, dict) else {"timesteps": told}
+        self.causal = told.get("causal", False)
+        self.timesteps = _known(told.get("timesteps"), self.read([0]).shape[1], path)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -80,7 +84,7 @@ class LmdbPairs:
         self.shape = tuple(int(n) for n in self._get("latents_shape").decode().split())
         self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
         with self.env.begin() as transaction:
-            said = transaction.get(b"timesteps")
+            said, self.causal = transaction.get(b"timesteps"), transaction.get(b"causal") is not None
         states = self.shape[1] if len(self.shape) == 6 else 1
         self.timesteps = _known(None if said is None else json.loads(said), states, path)
 
@@ -98,6 +102,15 @@ class LmdbPairs:
         rows = [np.frombuffer(self._get(f"latents_{i}_data"), dtype=np.float16) for i in index]
         states = torch.from_numpy(np.stack(rows))
         return states.reshape(len(rows), *((1,) if len(self.shape) == 5 else ()), *self.shape[1:])
+
+
+def note(folder: Path, timesteps: Sequence[float], *, causal: bool) -> None:
+    """Write beside the trajectories in `folder` what they are; UserError where it holds others."""
+    file, said = folder / TIMESTEPS, list(timesteps)
+    told = {"timesteps": said, "causal": True} if causal else said
+    if file.is_file() and json.loads(file.read_text()) != told:
+        raise UserError(f"{folder} holds trajectories of another kind, by its {TIMESTEPS}; choose another folder")
+    file.write_text(json.dumps(told))
 
 
 def write_lmdb(pairs: Pairs, path: Path) -> int:
@@ -118,6 +131,8 @@ def write_lmdb(pairs: Pairs, path: Path) -> int:
         transaction.put(b"latents_shape", numbers.encode())
         transaction.put(b"prompts_shape", str(len(kept)).encode())
         transaction.put(b"timesteps", json.dumps(list(pairs.timesteps)).encode())
+        if pairs.causal:
+            transaction.put(b"causal", b"1")
     env.close()
     return len(kept)
 

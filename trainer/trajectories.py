@@ -5,11 +5,14 @@ from torch import Tensor
 
 from configs.geometry import Geometry
 from configs.schema import Config
-from model.denoiser import Score
+from model.cache import StreamCache
+from model.causal_wan import TextKV
+from model.denoiser import Score, Student
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
+from pipeline.chunk import leave_context
 from pipeline.noise import NoiseSource
-from trainer.build import frozen_text_encoder
+from trainer.build import causal_student, frozen_text_encoder
 from trainer.causal_ode import trajectory_grid
 from trainer.players import frozen_teacher
 from trainer.prompt_bank import training_prompts
@@ -23,6 +26,8 @@ class TrajectoryMaker:
     The grid is even in un-warped time, then shifted by `schedule.shift`, with every timestep of the schedule among it.
     """
 
+    causal = False
+
     def __init__(self, config: Config, device: torch.device, *, steps: int = 48, guidance: float | None = None):
         self.config, self.device = config, device
         self.guidance = config.training.distill.guidance if guidance is None else guidance
@@ -35,15 +40,22 @@ class TrajectoryMaker:
         self.prompts = training_prompts(config)
         self.encoder = frozen_text_encoder(config, device)
         self.null = self.encoder([config.training.distill.negative_prompt])
-        self.teacher = Score(frozen_teacher(config, device, SequenceGroup()))
+        self.teacher = self._load()
         self.dtype = pick_dtype(config.training.precision, device)
+
+    def _load(self) -> Score | Student:
+        return Score(frozen_teacher(self.config, self.device, SequenceGroup()))
+
+    def _noise(self, index: int) -> list[Tensor]:
+        """What each chunk [1, f, C, H, W] of prompt `index` starts from."""
+        seed = stable_hash(self.config.seed, "trajectory", index)
+        noise = NoiseSource([seed], self.geometry, self.device, torch.float32)
+        return [noise.initial(k) for k in range(self.chunks)]
 
     @torch.no_grad()
     def make(self, index: int) -> Tensor:
         """float32 [S, F, C, H, W]: states of prompt `index` at `timesteps`. A function of (seed, index)."""
-        seed = stable_hash(self.config.seed, "trajectory", index)
-        noise = NoiseSource([seed], self.geometry, self.device, torch.float32)
-        x = torch.cat([noise.initial(k) for k in range(self.chunks)], dim=1)
+        x = torch.cat(self._noise(index), dim=1)
         text, kept = self.encoder([self.prompts[index]]), []
         for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
             if t in self.timesteps:
@@ -52,4 +64,42 @@ class TrajectoryMaker:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     x0 = self.teacher.guided_x0(x, t, text, self.null, self.guidance)
                 x = x0 + (x - x0) * (t_next / t)  # x = x0 + sigma v
+        return torch.stack(kept)
+
+
+class CausalTrajectoryMaker(TrajectoryMaker):
+    """Trajectories rolled out causally: chunk after chunk, by a causal teacher of many steps (one that teacher forcing
+    has made) which sees the clean ends of the chunks before. A student that is regressed on them learns from pasts of
+    the kind that its own rollouts have.
+    """
+
+    causal = True
+
+    def _load(self) -> Student:
+        return Student(causal_student(self.config, "teacher").to(self.device).eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def make(self, index: int) -> Tensor:
+        network = self.teacher.model.config
+        both = 2 if self.guidance else 1  # with the prompt, and without: each has keys of its own
+        text = torch.cat([self.encoder([self.prompts[index]]), self.null][:both])
+        sizes = (network.num_layers, both, network.num_attention_heads, network.attention_head_dim)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            text = self.teacher.model.text_kv(text)
+            dtype = text[0][1].dtype
+            cache = StreamCache(*sizes, self.geometry, device=self.device, dtype=dtype, max_chunks=self.chunks)
+            return torch.cat([self._chunk(k, noise, text, cache) for k, noise in enumerate(self._noise(index))], dim=1)
+
+    def _chunk(self, chunk: int, x: Tensor, text: TextKV, cache: StreamCache) -> Tensor:
+        """States [S, f, C, H, W] of one chunk from its noise; leaves the keys of the clean end in the cache."""
+        kept, copies = [], (len(text[0][0]), 1, 1, 1, 1)
+        for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
+            if t in self.timesteps:
+                kept.append(x[0])
+            if t_next is not None:
+                v = self.teacher.v(x.repeat(copies), t, text, cache.begin(chunk), chunk * x.shape[1])
+                v = v[:1] + self.guidance * (v[:1] - v[-1:])
+                x = x + v * ((t_next - t) / 1000)
+        place = {"cache": cache, "chunk": chunk, "text": text}
+        leave_context(self.teacher, x.repeat(copies), level=0.0, eps=lambda: x, **place)
         return torch.stack(kept)
