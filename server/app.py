@@ -134,13 +134,7 @@ def make_app(
     async def image(visitor: str, request: Request) -> Response:
         if visitor not in players:
             raise HTTPException(404, "there is no such visitor; reload the page")
-        player, video = players[visitor], pipe.config.video
-        content = await body(request)
-        async with decoding:
-            try:
-                player.image = await asyncio.to_thread(read_picture, content, (video.height, video.width))
-            except UserError as error:
-                raise HTTPException(422, str(error)) from error
+        await take_picture(players[visitor], request, decoding)
         return Response(status_code=204)
 
     @app.websocket("/stream")
@@ -163,6 +157,16 @@ def make_app(
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
+
+
+async def take_picture(player: Player, request: Request, decoding: asyncio.Lock) -> None:
+    """Keep the picture that was sent for the videos of `player`. decoding: held while one is unpacked."""
+    content, video = await body(request), player.pipe.config.video
+    async with decoding:
+        try:
+            player.image = await asyncio.to_thread(read_picture, content, (video.height, video.width))
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
 
 
 async def body(request: Request) -> bytes:
