@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def worker(file: Path) -> int:
     """One rank of one layout."""
     spec = json.loads(file.read_text())
     ranks = Ranks.from_env()
+    file.with_suffix(f".pid{ranks.rank}").write_text(str(os.getpid()))
     console(quiet=True)
     config = load_config(spec["config_path"], spec["settings"])
     device = pick_device(config.device, ranks.local_rank)
@@ -198,12 +200,25 @@ class Bench:
             except subprocess.TimeoutExpired:
                 code = None
             finally:  # Ctrl-C included
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                end(process, sorted(self.folder.glob(f"{self.began}.pid*")))
         if code == 0:
             return None
         return f"cut off after {limit:.0f} s" if code is None else reason(log.read_text(errors="replace"))
+
+
+def end(process: subprocess.Popen, pids: Sequence[Path]) -> None:
+    """Stop a process that still runs, and its ranks, which torchrun starts in sessions of their own."""
+    if process.poll() is not None:
+        return
+    process.terminate()  # torchrun passes it on, also to ranks that have not said their number yet
+    try:
+        process.wait(4)
+    except subprocess.TimeoutExpired:
+        for file in pids:  # those that wait for a GPU or for each other hear nothing
+            with suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        process.kill()
+        process.wait()
 
 
 def reason(log: str) -> str:

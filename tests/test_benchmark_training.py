@@ -1,20 +1,25 @@
 """The training benchmark: layouts, phases, sums, projection, plan without GPUs, and the check against one rank."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from distill_case import distill_stage
 from safetensors.torch import save_file
+from torch.autograd import DeviceType
 
 from configs.errors import UserError
 from configs.load import load_config
 from model.memory import WAN_1_3B, Network
 from model.random_weights import transformer_sizes
 from scripts import benchmark_training as script
-from trainer.cycle_bench import Watch, covered, summary
+from trainer.cycle_bench import Watch, covered, exposed, summary
 from trainer.fake_ranks import count_shards
 from trainer.layouts import Layout, advice, plan_table, planned, project, sizes_of
 from utils import timers
@@ -152,6 +157,26 @@ def test_projection_by_hand():
     assert project(measured(), 16, **one)["critic_s"] == pytest.approx(4 * (4.0 + 4 / 8 * 2 * 0.5 / 50))
     assert project(measured(), 2, **one)["measured_gpus"] and project(measured(), 128, **one) is None
     assert project(measured(), 128, **one | {"sequence": 2})["accumulated"] == 1
+
+
+def test_communication_that_nothing_hides():
+    def event(name, start, end, kind=DeviceType.CUDA, note=False):
+        times = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, time_range=times, device_type=kind, is_user_annotation=note)
+
+    events = [event("ncclDevKernel_AllGather", 0, 4e6), event("gemm", 1e6, 3e6), event("gemm", 5e6, 6e6)]
+    events += [event("FSDP::all_gather", 0, 9e6, note=True), event("cudaLaunchKernel", 0, 9e6, DeviceType.CPU)]
+    assert exposed(events) == {"kernels_s": 4.0, "exposed_s": 2.0}
+
+
+def test_a_process_that_does_not_end_is_ended(tmp_path):
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    rank, parent = (subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) for _ in range(2))
+    assert rank.stdout.readline() and parent.stdout.readline()
+    file = tmp_path / "1.pid0"
+    file.write_text(str(rank.pid))
+    script.end(parent, [file])
+    assert parent.wait(5) == rank.wait(5) == -signal.SIGKILL
 
 
 def test_sums():

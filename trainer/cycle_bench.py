@@ -6,7 +6,7 @@ waiting, a profile of one step tells (`communication`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Config
@@ -118,9 +120,14 @@ def communication(stage: Distill, step: int, device: torch.device) -> dict[str, 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         stage.update(step)
         torch.cuda.synchronize(device)
-    spans = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events() if e.time_range.elapsed_us() > 0]
-    talk = [(start, end) for name, start, end in spans if "nccl" in name.lower()]
-    work = [(start, end) for name, start, end in spans if "nccl" not in name.lower()]
+    return exposed(seen.events())
+
+
+def exposed(events: Iterable[FunctionEvent]) -> dict[str, float]:
+    """Seconds of communication among what a GPU did (microseconds, as torch's profiler has it), and those by itself."""
+    done = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    spans = [("nccl" in e.name.lower(), (e.time_range.start, e.time_range.end)) for e in done]
+    talk, work = ([span for is_talk, span in spans if is_talk is wanted] for wanted in (True, False))
     return {"kernels_s": covered(talk) / 1e6, "exposed_s": (covered(talk + work) - covered(work)) / 1e6}
 
 
