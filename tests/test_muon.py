@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 
 from configs.optimizer_schema import OptimizerConfig
-from tests.small_wan import build
+from small_wan import build
 from trainer.muon import MuonAdamW, grouped, hidden_matrices
 
 KNOBS = OptimizerConfig(lr=1e-2, muon_lr=3e-2, weight_decay=0.1)
