@@ -8,6 +8,7 @@ from configs.optimizer_schema import OptimizerConfig
 from configs.validate import at_least, between, one_of
 
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode", "ode_regression", "distill")
+SHARDINGS = ("none", "full", "hybrid")
 LOGGERS = ("wandb", "tensorboard")
 
 
@@ -69,7 +70,9 @@ class TrainingConfig:
     compile: bool = False  # torch.compile the repeated blocks
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     checkpointing: bool = False  # recompute each block's activations in the backward pass: less memory, more time
-    sharding: str = "none"  # over ranks: none (each holds all, gradients averaged), full (FSDP2 by block)
+    sharding: str = "none"  # over ranks: none (each holds all), full (FSDP2 by block), hybrid (within groups of ranks)
+    shard_ranks: int = 0  # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
+    timeout_s: float = 900.0  # seconds that a rank waits for the others before it ends the run
     sequence_parallel: int = 1  # ranks that share each sample's tokens and heads; the rest of them see other samples
     log_every: int = 20  # steps
     loggers: list[str] = field(default_factory=list)  # beside the JSON lines: wandb, tensorboard
@@ -77,6 +80,7 @@ class TrainingConfig:
     validate_every: int = 0  # steps; 0 = only at the end
     validation_clips: int = 64
     max_checkpoints: int = 2  # the newest that are kept
+    accept_changes: list[str] = field(default_factory=list)  # settings in which a resumed run may differ all the same
     export: str | None = None  # folder that the trained modules are written to at the end, from the checkout on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -88,10 +92,11 @@ class TrainingConfig:
         for logger in self.loggers:
             if logger not in LOGGERS:
                 raise UserError(f"training.loggers={self.loggers} names {logger}; use any of {', '.join(LOGGERS)}")
-        one_of(("none", "full"), "training", self, "sharding")
+        one_of(SHARDINGS, "training", self, "sharding")
         at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
         at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
-        at_least(1, "training", self, "max_checkpoints", "sequence_parallel")
+        at_least(0, "training", self, "shard_ranks")
+        at_least(1, "training", self, "max_checkpoints", "sequence_parallel", "timeout_s")
         if self.sequence_parallel > 1 and self.stage != "distill":
             n = self.sequence_parallel
             raise UserError(f"training.sequence_parallel={n} is for stage distill; use 1 for stage {self.stage}")

@@ -221,10 +221,11 @@ def distill_plan(
 ) -> MemoryPlan:
     """Memory of stage `distill` on one of `gpus`: float32 weights, gradients and AdamW, an average, bfloat16 compute.
 
-    Sharded (training.sharding=full) each GPU holds its share, and two blocks whole while they are at work.
+    Sharded (training.sharding) each GPU holds its share, and two blocks whole while they are at work; hybrid without
+    shard_ranks is reckoned with machines of eight.
     """
     t, geometry, critic = config.training, Geometry.from_config(config), critic or student
-    shards = gpus if t.sharding == "full" else 1
+    shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]
     lora = t.distill.lora
 
     def trained(network: Network, rank: int, averaged: bool) -> float:

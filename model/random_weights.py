@@ -29,8 +29,8 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "n
 UMT5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False}
 
 
-def random_network(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The network of `make` with weights drawn on `device`; in float32 what its library keeps so."""
+def random_plan(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Plan:
+    """A file that does not exist: its tensors are drawn on `device`, one after the other, as they are read."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in stored(make()).items()}
     g = torch.Generator(device).manual_seed(seed)
@@ -42,7 +42,12 @@ def random_network(make: Callable[[], nn.Module], device: torch.device, dtype: t
         spread = max(1, torch.Size(shape[1:]).numel()) ** -0.5 if len(shape) > 1 else 0.02
         return torch.randn(shape, generator=g, device=device, dtype=dtype).mul_(spread)
 
-    return fill(Plan(path=Path("random"), kind="random", make=make, tensors=Tensors((), shapes, draw)), device, dtype)
+    return Plan(path=Path("random"), kind="random", make=make, tensors=Tensors((), shapes, draw))
+
+
+def random_network(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The network of `make` with weights drawn on `device`; in float32 what its library keeps so."""
+    return fill(random_plan(make, device, dtype, seed), device, dtype)
 
 
 def random_student(size: str, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
@@ -54,9 +59,14 @@ def random_transformer(
     size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0
 ) -> WanTransformer3DModel:
     """A student (causal) or a score network of `size`; `14B/2` is two layers of full width."""
+    return fill(transformer_plan(size, device, dtype, causal=causal, seed=seed), device, dtype)
+
+
+def transformer_plan(size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0) -> Plan:
+    """The same, not drawn yet."""
     sizes = transformer_sizes(size)
     kind = CausalWanModel if causal else WanTransformer3DModel
-    return random_network(lambda: kind.from_config(sizes), device, dtype, seed)
+    return random_plan(lambda: kind.from_config(sizes), device, dtype, seed)
 
 
 def transformer_sizes(size: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     <run>/export/                       what a run of ours made of its averaged weights, in our own format
     <run>/checkpoint_000200/state.pt    its newest state: players, each with weights (module) and averages (average)
                            /manifest.json
+                           /shards/             the same of a sharded run, in the place of state.pt
     <run>/checkpoint_model_000600/model.pt    Self-Forcing's and its forks'
 """
 
@@ -13,37 +14,47 @@ from configs.errors import UserError
 from model import weight_names as names
 from model.weight_files import Tensors, open_file, read_json, resolve
 
-STATE, MANIFEST, MODEL, EXPORT = "state.pt", "manifest.json", "model.pt", "export"
+STATE, MANIFEST, MODEL, EXPORT, SHARDS = "state.pt", "manifest.json", "model.pt", "export", "shards"
 STUDENTS = ("generator", "student", "module")  # what stages call the player that is the student, best first
 CRITICS = ("critic", "fake_score", "module")
 
 
 def find(path: Path, averaged: bool) -> Path:
-    """`path` itself, or what to read in its place where it is a run's folder: a folder of ours, model.pt or state.pt.
+    """`path` itself, or what to read in its place where it is a run's folder: a folder of ours, model.pt, state.pt,
+    or the shards in its place.
 
     averaged: not the export, which no longer tells averages and weights apart.
     """
     if not path.is_dir() or (path / "config.json").is_file():
         return path
-    for file in (MODEL, STATE):
-        if (path / file).is_file():
+    for file in (MODEL, STATE, SHARDS):
+        if (path / file).exists():
             return path / file
     checkpoints = [p for p in path.glob("checkpoint_*") if p.name.rpartition("_")[2].isdecimal()]
     newest = max(checkpoints, key=lambda p: int(p.name.rpartition("_")[2]), default=None)
     export = path / EXPORT
     if not averaged and (export / "config.json").is_file():
         return export
-    found = [newest / file for file in (STATE, MODEL) if newest is not None and (newest / file).is_file()]
+    found = [newest / file for file in (STATE, MODEL, SHARDS) if newest is not None and (newest / file).exists()]
     return found[0] if found else path
 
 
+def open_parts(name: str, path: Path) -> dict[str, Tensors]:
+    """Parts of a state: `generator.module`, `generator.average`, ..."""
+    if path.name != SHARDS:
+        return open_file(name, path)
+    from model.sharded_files import open_sharded  # torch comes with it, which looking for a file does not need
+
+    return open_sharded(name, path)
+
+
 def open_state(name: str, path: Path, critic: bool, averaged: bool) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
-    """Tensors, config.json and card of a network in a `state.pt`.
+    """Tensors, config.json and card of a network in a `state.pt` or in shards.
 
     The state does not say the network's sizes; the run's export or what the run started from does.
     """
     part = "average" if averaged else "module"
-    parts = open_file(name, path)
+    parts = open_parts(name, path)
     found = [player for player in (CRITICS if critic else STUDENTS) if f"{player}.{part}" in parts]
     if not found:
         role = "critic" if critic else "student"

@@ -3,6 +3,7 @@
 `model.weights.check_weights` compares every tensor with the network; this only says what a file seems to be.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,11 @@ def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None
         folder = find_tokenizer(path, name)
         return Peek(role, folder, sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), "tokenizer")
     place = _place(role, path, use_ema)
-    if place.is_dir():
+    if place.name == run_folders.SHARDS:
+        files, form = tuple(sorted(place.iterdir())), "shards"
+        parts = {part: tensors.shapes for part, tensors in run_folders.open_parts(name, place).items()}
+        shapes = _part(name, place, role, use_ema, parts)
+    elif place.is_dir():
         stem = HF_STEM if role == "text_encoder" else EMA_STEM if use_ema else DIFFUSERS_STEM
         if use_ema and not (place / f"{stem}.safetensors").is_file():
             raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
@@ -74,7 +79,7 @@ def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None
         form = "our own" if (place / CARD).exists() else "folder"
     else:
         files, form = (place,), place.suffix
-        shapes = _part(name, place, role, use_ema)
+        shapes = _part(name, place, role, use_ema, shapes_in(name, place))
     shapes = {names.unwrapped(key): shape for key, shape in shapes.items()}
     kind = names.guess(shapes)
     if not kind.startswith(KINDS[role]):
@@ -95,9 +100,8 @@ def _place(role: str, path: Path, use_ema: bool) -> Path:
     return inner if inner.is_file() else path
 
 
-def _part(name: str, path: Path, role: str, use_ema: bool) -> Shapes:
+def _part(name: str, path: Path, role: str, use_ema: bool, parts: Mapping[str, Shapes]) -> Shapes:
     """Shapes of the part of a file that holds `role`."""
-    parts = shapes_in(name, path)
     players = run_folders.CRITICS if role == "critic" else run_folders.STUDENTS
     state = [f"{player}.{'average' if use_ema else 'module'}" for player in players]
     wanted = names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS

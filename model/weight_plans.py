@@ -147,7 +147,7 @@ def _transformer_tensors(
     """Where in `path` the network is; its tensors, config.json, card and format."""
     ema = wanted == names.STUDENT_EMA_PARTS
     path = run_folders.find(path, averaged=ema)
-    if path.name == run_folders.STATE:
+    if path.name in (run_folders.STATE, run_folders.SHARDS):
         critic = wanted == names.SCORE_PARTS
         return path, *run_folders.open_state(name, path, critic, averaged=ema), "training checkpoint"
     if not path.is_dir():
@@ -200,9 +200,9 @@ def plan_transformer(
 def has_average(name: str, path: str | Path) -> bool:
     """Whether `path` holds averaged weights of a student, too."""
     path = run_folders.find(resolve(path), averaged=False)
-    if path.is_dir():
+    if path.is_dir() and path.name != run_folders.SHARDS:
         return (subfolder(path, "transformer") / f"{EMA_STEM}.safetensors").is_file()
-    parts = open_file(name, path)
+    parts = run_folders.open_parts(name, path)
     return any(part in parts for part in (*names.STUDENT_EMA_PARTS, *(f"{p}.average" for p in run_folders.STUDENTS)))
 
 

@@ -11,7 +11,7 @@ device and gives it the tensors one by one, so that there is never a second copy
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,26 +98,36 @@ def check_weights(config: ModelConfig, *, training: bool = False) -> list[Weight
     return [*checks, WeightCheck("tokenizer", folder, size, "transformers", files)]
 
 
-def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one.
+def stored_dtype(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a tensor of a network in `dtype` is kept in.
 
     What the network's own library keeps in float32 stays so (norms and time embedding of Wan; T5's `wo` in float16).
     """
-    with init_empty_weights(include_buffers=False):
-        model = plan.make()
     keep: set[str] = set()
     if isinstance(model, WanTransformer3DModel) or (isinstance(model, UMT5EncoderModel) and dtype == torch.float16):
         keep = set(model._keep_in_fp32_modules or ())
-    state = {}
+    return torch.float32 if dtype in HALF and not keep.isdisjoint(key.split(".")) else dtype
+
+
+def values(
+    plan: Plan, model: nn.Module, device: str | torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `plan` one by one, moved, cast, and looked at."""
     for key in plan.tensors.shapes:
-        wide = dtype in HALF and not keep.isdisjoint(key.split("."))
-        value = plan.tensors.read(key).to(device=device, dtype=torch.float32 if wide else dtype).contiguous()
+        value = plan.tensors.read(key).to(device=device, dtype=stored_dtype(model, key, dtype)).contiguous()
         if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
             raise UserError(
                 f"{plan.path} holds values in {key} that are no numbers, or beyond the range of {dtype}; fetch it "
                 f"again, or set inference.precision=bfloat16"
             )
-        state[key] = value
+        yield key, value
+
+
+def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one."""
+    with init_empty_weights(include_buffers=False):
+        model = plan.make()
+    state = dict(values(plan, model, device, dtype))
     if isinstance(model, UMT5EncoderModel):
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     model.load_state_dict(state, assign=True)

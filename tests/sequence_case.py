@@ -10,13 +10,14 @@ import torch
 from small_wan import build, inputs, sizes
 from torch import Tensor, nn
 
+from configs.train_schema import TrainingConfig
 from model.cache import GraphCache
 from model.causal_wan import chunk_causal_mask
 from model.denoiser import Score, Student
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
 from pipeline.rollout import DrawnNoise, rollout
-from trainer.parallel import average_gradients, shard, whole
+from trainer.parallel import average_gradients, mesh_of, shard, whole
 from trainer.sequence import parallelize, sequence_group
 from utils.distributed import Ranks, process_group
 
@@ -43,7 +44,7 @@ def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[
     parts = copy.deepcopy(network)
     parallelize(parts, group, name)
     checks = {"shared out": lambda: None, "recomputed": parts.enable_gradient_checkpointing}
-    checks["sharded"] = lambda: shard(parts, CPU)
+    checks["sharded"] = lambda: shard(parts, mesh_of(TrainingConfig(sharding="full"), CPU))
     for how, change in checks.items():
         change()
         found = outcome(parts, lambda: run(parts))

@@ -41,7 +41,7 @@ class Audit:
 
 
 def gradient_audit(
-    terms: Callable[[], Mapping[str, Tensor]], parameters: Sequence[Tensor], *, sharded: bool, settings: dict[str, str]
+    terms: Callable[[], Mapping[str, Tensor]], parameters: Sequence[Tensor], *, settings: dict[str, str]
 ) -> Audit:
     """Differentiate the terms one by one; `terms()` computes them all afresh, with their weights, always the same.
 
@@ -59,7 +59,7 @@ def gradient_audit(
         for p in parameters:
             p.grad = None
     products = torch.stack([_dot(x, y) for x in gradients for y in gradients])
-    products = sum_over_shards(products, sharded).view(len(names), len(names)).cpu()
+    products = sum_over_shards(products, parameters[0]).view(len(names), len(names)).cpu()
     norms = products.diagonal().sqrt()
     cosines = products / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
     for name, norm in zip(names, norms.tolist(), strict=True):

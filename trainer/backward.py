@@ -51,13 +51,20 @@ class Backward:
                 p.grad = torch.zeros_like(p)
         torch._foreach_zero_([p.grad for p in self.parameters])
 
-    def run(self, plan: Hashable, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Leave the gradient of the mean loss over the micro-batches; return the means of what the loss returned."""
-        scale = 1 / len(batches)
+    def run(
+        self, plan: Hashable, batches: list[dict[str, Tensor]], between: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
+        """Leave the gradient of the mean loss over the micro-batches; return the means of what the loss returned.
+
+        between: called before each micro-batch; what it raises gives them up.
+        """
+        scale, outs = 1 / len(batches), []
         if self.graphed and plan not in self.graphs:
             self._capture(plan, scale, batches[0])
         self.clear()
-        outs = [self._replay(plan, b) if self.graphed else self.once(plan, scale, b) for b in batches]
+        for batch in batches:
+            between()
+            outs.append(self._replay(plan, batch) if self.graphed else self.once(plan, scale, batch))
         return {name: torch.stack([o[name] for o in outs]).mean(0) for name in outs[0]}
 
     def _capture(self, plan: Hashable, scale: float, batch: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from configs.load import load_config, to_yaml
 from pipeline.preflight import check_training
 from trainer.loop import make_sinks, run
 from trainer.registry import build_stage
+from trainer.resume import check_resumable
 from utils.device import gpu_memory, pick_device, set_threads
 from utils.distributed import Ranks, process_group
 from utils.files import check_writable
@@ -28,7 +29,8 @@ def train(args: Namespace) -> bool:
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
     if "OMP_NUM_THREADS" not in os.environ:
         set_threads(0)
-    with process_group(ranks, device):
+    check_resumable(config, logdir)
+    with process_group(ranks, device, config.training.timeout_s):
         stage = build_stage(config, device, ranks)
         if ranks.first:
             logdir.mkdir(parents=True, exist_ok=True)

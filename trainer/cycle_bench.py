@@ -22,7 +22,8 @@ from configs.schema import Config
 from model.memory import CONTEXT, Network
 from model.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distillation import Distill
-from trainer.parallel import Agreement, mean_over_ranks, module_state
+from trainer.parallel import mean_over_ranks, module_state
+from trainer.team import Team
 from utils.ceilings import matrix_rate, versions
 from utils.distributed import Ranks
 from utils.files import write_json_atomic
@@ -153,7 +154,7 @@ def measure(config: Config, device: torch.device, ranks: Ranks, out: Path, deadl
     """
     peak, began = matrix_peak(device), time.perf_counter()
     stage = Distill(config, device, ranks)
-    watch, late, ratio = Watch(stage, device), Agreement(), config.training.distill.dfake_gen_update_ratio
+    watch, late, ratio = Watch(stage, device), Team(), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
     found: dict[str, Any] = {
         "machine": versions(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,

@@ -39,6 +39,7 @@ from trainer.long_tuning import Plan, Planner, window_of
 from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
 from trainer.optim import Average, Player
 from trainer.pairs import Pairs, open_pairs
+from trainer.parallel import Placing, mean_over_ranks, mesh_of
 from trainer.players import critic_player, frozen_teacher, merged, student_player
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.sequence import check_tokens, data_ranks, sequence_group
@@ -65,7 +66,8 @@ class Distill(Stage):
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks)
         t = config.training
-        self.settings, self.sharded = t.distill, t.sharding == "full"
+        self.settings, self.mesh = t.distill, mesh_of(t, device)
+        self.sharded = self.mesh is not None
         self.data = data_ranks(t.sequence_parallel, ranks)
         self.micro_batches = accumulation(t, self.data)
         self.geometry = Geometry.from_config(config)
@@ -75,13 +77,14 @@ class Distill(Stage):
         self.planner = Planner(config, self.schedule, self.geometry)
         looks = t.validation_clips or self.planner.longest > self.planner.window
         self.codec = frozen_codec(config, device) if looks else None  # the loss itself needs latents only
-        self.encoder = text_source(config, device)
+        place = Placing(t, device, self.mesh, self.sequence)
+        self.encoder = text_source(config, place)
         self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
         self.null = self.encoder([self.settings.negative_prompt])
         self.pairs, self.pair_prompts = self._open_pairs()
 
-        self.teacher = Score(frozen_teacher(config, device, self.sequence))
-        student, critic = (make(config, device, self.sequence) for make in (student_player, critic_player))
+        self.teacher = Score(frozen_teacher(config, place))
+        student, critic = (make(config, place) for make in (student_player, critic_player))
         self._players = {"generator": student, "critic": critic}
         self.student = Student(self._players["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
@@ -90,6 +93,7 @@ class Distill(Stage):
 
         self.dtype = pick_dtype(t.precision, device)
         self.generator_logs: dict[str, Tensor] = {}
+        self.generator_done = -1  # the newest step whose generator update was made
         self.newest: dict[str, Any] = {}
         generator_parameters = [p for name, x in self._players.items() if name != "critic" for p in x.parameters]
         self.generator_backward = self._family(self._generator_loss, generator_parameters)
@@ -282,16 +286,17 @@ class Distill(Stage):
 
     def update(self, step: int) -> dict[str, Tensor]:
         ratio = self.settings.dfake_gen_update_ratio
-        if step % ratio == 0:
+        if step % ratio == 0 and self.generator_done < step:  # or a signal came after it
             self.generator_logs = self._generator_step(step, step // ratio)
+            self.generator_done = step
         plan, batches = self._batches("critic", step)
-        logs = self.critic_backward.run(plan, batches)
+        logs = self.critic_backward.run(plan, batches, self.between)
         norm = self._players["critic"].step(step)
         return self.generator_logs | {"critic_loss": logs["loss"], "critic_grad_norm": norm}
 
     def _generator_step(self, step: int, count: int) -> dict[str, Tensor]:
         plan, batches = self._batches("generator", step)
-        logs = self.generator_backward.run(plan, batches)
+        logs = self.generator_backward.run(plan, batches, self.between)
         del logs["loss"]
         for name in SIGNS & self.generator_logs.keys():  # they depend on the exit, which is another each time
             logs[name] = torch.lerp(self.generator_logs[name], logs[name], 1 / SIGN_UPDATES)
@@ -325,7 +330,7 @@ class Distill(Stage):
         settings |= dict.fromkeys(("regression", "regression_flow"), f"training.distill.pairs={d.pairs}")
         if d.flow.gradient_cut and d.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
-        return gradient_audit(terms, self._players["generator"].parameters, sharded=self.sharded, settings=settings)
+        return gradient_audit(terms, self._players["generator"].parameters, settings=settings)
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
         return warnings(rows)
@@ -334,10 +339,17 @@ class Distill(Stage):
         return self.newest
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator_logs": {name: value.cpu() for name, value in self.generator_logs.items()}}
+        logs = mean_over_ranks(self.generator_logs)  # so that any number of ranks goes on with the same
+        return {
+            "generator_logs": {name: value.cpu() for name, value in logs.items()},
+            "generator_done": torch.tensor(self.generator_done),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator_logs = {name: value.to(self.device) for name, value in state["generator_logs"].items()}
+        logs = state["generator_logs"] if "generator_logs" in state else {}
+        self.generator_logs = {name: value.to(self.device) for name, value in logs.items()}
+        if "generator_done" in state:
+            self.generator_done = int(state["generator_done"])
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         name = f"{self.name}_{step:06d}"

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from configs.train_schema import TrainingConfig
 from model.random_weights import transformer_sizes
-from trainer.parallel import local, shard
+from trainer.parallel import local, mesh_of, shard
 
 BYTES = {"student": 20, "teacher": 2, "critic": 16}  # a parameter: float32, gradient, AdamW (two), average; bfloat16
 NAMES = {"student": "student, gradients, AdamW, average", "teacher": "teacher", "critic": "critic, gradients, AdamW"}
@@ -28,10 +29,12 @@ def fake_group(world: int) -> Iterator[None]:
 def count_shards(sizes: Mapping[str, str], world: int) -> dict[str, int]:
     """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full."""
     found = {}
+    cpu = torch.device("cpu")
     with fake_group(world):
+        mesh = mesh_of(TrainingConfig(sharding="full"), cpu)
         for role, size in sizes.items():
             with torch.device("meta"):
                 network = WanTransformer3DModel.from_config(transformer_sizes(size))
-            shard(network, torch.device("cpu"))
+            shard(network, mesh)
             found[NAMES[role]] = BYTES[role] * sum(local(p).numel() for p in network.parameters())
     return found

@@ -3,19 +3,24 @@
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.load import CHECKOUT, to_dict
 from configs.schema import Config
-from trainer import checkpoint
-from trainer.parallel import Agreement, barrier, mean_over_ranks
+from trainer import checkpoint, sharded_checkpoint
+from trainer.parallel import mean_over_ranks
+from trainer.resume import check_changes
 from trainer.stage import Stage
+from trainer.team import Team, noticing_loss
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
@@ -40,8 +45,42 @@ class _Stop:
             signal.signal(s, handler)
 
 
+_Step = tuple[dict[str, Tensor], int, dict[str, Any]]  # what a step logs, its number, what it was given
+
+
 class NonFiniteLoss(RuntimeError):
     """A logged value is NaN or infinite."""
+
+
+class _Abandoned(Exception):
+    """A signal came in the middle of a step, whose unfinished part is to be thrown away."""
+
+
+class _Watch:
+    """Whether the values of each step are finite, asked without a wait: on a GPU the answer comes one step late."""
+
+    def __init__(self):
+        self.pending: deque[tuple[Tensor, torch.cuda.Event | None, _Step]] = deque()
+        self.judged: _Step | None = None  # the newest step whose answer was looked at, the same on all ranks
+
+    def put(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
+        fine = torch.stack([value.detach().float() for value in values.values()]).isfinite().all()
+        late = fine.device.type == "cuda"
+        answer = torch.empty((), dtype=torch.bool, pin_memory=late).copy_(fine, non_blocking=late)
+        event = torch.cuda.Event() if late else None
+        if event is not None:
+            event.record()
+        self.pending.append((answer, event, (values, step, batch)))
+
+    def bad(self, *, drain: bool = False) -> bool:
+        """Whether `judged` is a step with a value that is not finite. drain: look at all steps, and wait for them."""
+        while self.pending and (drain or len(self.pending) > 1 or self.pending[0][1] is None):
+            answer, event, self.judged = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if not bool(answer):
+                return True
+        return False
 
 
 def history(logdir: Path) -> list[dict]:
@@ -50,26 +89,31 @@ def history(logdir: Path) -> list[dict]:
     return [row for row in read_jsonl(path) if "seconds_per_step" in row] if path.exists() else []
 
 
-def _save(stage: Stage, logdir: Path, step: int) -> None:
-    """Every rank takes part in gathering the state; the first one writes it."""
-    state = {name: player.state_dict() for name, player in stage.players.items()}
-    if stage.ranks.first:
-        manifest = {"stage": stage.name, "config": to_dict(stage.config)}
-        kept = state | {"stage": stage.state_dict()}
-        checkpoint.save(logdir, step, kept, manifest, stage.config.training.max_checkpoints)
+def _save(stage: Stage, logdir: Path, step: int, team: Team) -> None:
+    """Of a sharded stage each rank writes its parts; else the first one writes what all hold."""
+    manifest = {"stage": stage.name, "config": to_dict(stage.config)}
+    kept, players = stage.state_dict(), stage.players
+    if stage.sharded:
+        state = partial(sharded_checkpoint.write, players=players, kept=kept, team=team)
+    else:
+        first = stage.ranks.first  # the others hold the same
+        state = {name: player.state_dict() for name, player in players.items()} | {"stage": kept} if first else {}
+    checkpoint.save(logdir, step, state, manifest, stage.config.training.max_checkpoints, team)
     if stage.export_often and (stage.sharded or stage.ranks.first):
         stage.export(logdir / "export", step)
 
 
-def _resume(stage: Stage, logdir: Path) -> int:
-    found = checkpoint.latest(logdir, stage.name)
+def _resume(stage: Stage, logdir: Path, team: Team) -> int:
+    if team.rank == 0:
+        checkpoint.clear_leftovers(logdir)
+    found = checkpoint.newest(logdir, stage.name, team)
     if found is None:
         return 0
-    state, manifest = found
-    for name, player in stage.players.items():
-        player.load_state_dict(state[name])
-    if "stage" in state:
-        stage.load_state_dict(state["stage"])
+    folder, manifest = found
+    check_changes(manifest["config"] if "config" in manifest else {}, stage.config, logdir)
+    kept = checkpoint.restore(folder, stage.players, team)
+    if kept:
+        stage.load_state_dict(kept)
     log.info("resuming %s at step %d of %d", logdir, manifest["step"], stage.config.training.steps)
     return manifest["step"]
 
@@ -85,8 +129,8 @@ class _Journal:
         self.bar = tqdm(still, stage.name, steps, initial=start, dynamic_ncols=True, disable=quiet)
         self.clock, self.since = time.perf_counter(), start
 
-    def log(self, values: dict[str, torch.Tensor], step: int) -> None:
-        """Read the values of a step, the one host sync; refuse NaN and infinity; write; warn."""
+    def log(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
+        """Read the values of a step, the one host sync; refuse NaN and infinity, keeping `batch`; write; warn."""
         averaged = mean_over_ranks(values)
         row = dict(zip(averaged, torch.stack([v.float() for v in averaged.values()]).tolist(), strict=True))
         now = time.perf_counter()
@@ -100,28 +144,28 @@ class _Journal:
             for warning in self.stage.diagnose(self.rows) if not bad else []:
                 log.warning("step %d: %s", step, warning)
         if bad:
-            self._stop_at(bad, step)
+            self.stop_at(bad, step, batch)
 
     def write(self, step: int, **values: float) -> None:
         for sink in self.sinks:
             sink.write(step, **values)
 
-    def _stop_at(self, bad: list[str], step: int) -> NoReturn:
+    def stop_at(self, bad: list[str], step: int, batch: dict[str, Any]) -> NoReturn:
         kept = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
-        torch.save({"step": step, **self.stage.last_batch()}, kept)
+        torch.save({"step": step, **batch}, kept)
         raise NonFiniteLoss(
             f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and what this step was given "
             f"is in {kept}: lower the learning rate (training.optimizer.lr) and resume"
         )
 
 
-def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal) -> None:
+def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal, team: Team) -> None:
     if stage.sharded or stage.ranks.first:
         figures = stage.validate(step, logdir / "validation")
         if figures and stage.ranks.first:
             journal.write(step, **{f"validation_{name}": value for name, value in figures.items()})
             log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    barrier()
+    team.wait()
 
 
 def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | None = None, *, save: bool = True) -> bool:
@@ -130,18 +174,20 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     sinks: makes the metric sinks, given the step that the run starts from; None = as the configuration says.
     save: write checkpoints and exports.
     """
-    start = _resume(stage, logdir)
-    stage.begin(start, logdir)
-    make = sinks or make_sinks(stage.config, logdir)
-    made = make(start) if stage.ranks.first else []
-    with _Stop() as stop, ExitStack() as stack:
-        journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
-        if not _steps(stage, logdir, journal, stop, save):
-            return False
-        if stage.config.training.validation_clips:
-            _validate(stage, stage.config.training.steps, logdir, journal)
-    if save:
-        _export(stage, logdir)
+    team = Team(stage.config.training.timeout_s)
+    with noticing_loss(f"start the same command again: {logdir} resumes from its newest checkpoint"):
+        start = _resume(stage, logdir, team)
+        stage.begin(start, logdir)
+        make = sinks or make_sinks(stage.config, logdir)
+        made = make(start) if stage.ranks.first else []
+        with _Stop() as stop, ExitStack() as stack:
+            journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
+            if not _steps(stage, logdir, journal, stop, team, save):
+                return False
+            if stage.config.training.validation_clips:
+                _validate(stage, stage.config.training.steps, logdir, journal, team)
+        if save:
+            _export(stage, logdir, team)
     return True
 
 
@@ -162,30 +208,54 @@ def make_sinks(
     return make
 
 
-def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, save: bool) -> bool:
+def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, team: Team, save: bool) -> bool:
     """All steps that are left; whether none is."""
-    t, agreement = stage.config.training, Agreement()
+    t, watch = stage.config.training, _Watch()
+
+    def between() -> None:
+        if team.any(stop.asked):
+            raise _Abandoned
+
+    stage.between = between
     for step in journal.bar:
-        values = stage.update(step)
+        try:
+            values = stage.update(step)
+        except _Abandoned:
+            _leave(stage, logdir, step, journal, watch, team, save)
+            return False
         done = step + 1
-        stopping = agreement.any(stop.asked)
+        watch.put(values, done, stage.last_batch())
+        stopping, failing = team.each(stop.asked, watch.bad())
+        if failing:
+            journal.log(*watch.judged)
         saving = stopping or done == t.steps or (t.checkpoint_every and done % t.checkpoint_every == 0)
         if saving or done % t.log_every == 0:  # nothing is saved that was not looked at
-            journal.log(values, done)
+            journal.log(values, done, stage.last_batch())
         if saving and save:
-            _save(stage, logdir, done)
+            _save(stage, logdir, done, team)
         if stopping:
             log.info("stopped by a signal after step %d; the same command resumes", done)
             return False
         if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
-            _validate(stage, done, logdir, journal)
+            _validate(stage, done, logdir, journal, team)
     return True
 
 
-def _export(stage: Stage, logdir: Path) -> None:
+def _leave(stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Watch, team: Team, save: bool) -> None:
+    """Save what is whole when a signal has come in the middle of step `step` (from 0)."""
+    if team.any(watch.bad(drain=True)):
+        journal.log(*watch.judged)
+    if not all(bool(value.isfinite().all()) for value in sharded_checkpoint.flat(stage.state_dict()).values()):
+        journal.stop_at(["what the first half of the step has logged is"], step + 1, stage.last_batch())
+    if save:
+        _save(stage, logdir, step, team)
+    log.info("stopped by a signal in step %d, which will be done again; the same command resumes", step + 1)
+
+
+def _export(stage: Stage, logdir: Path, team: Team) -> None:
     t = stage.config.training
     folder = CHECKOUT / t.export if t.export else logdir / "export"
     if stage.sharded or stage.ranks.first:
         stage.export(folder, t.steps)
-    barrier()
+    team.wait()
     log.info("trained weights are in %s", folder)

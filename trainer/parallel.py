@@ -1,48 +1,117 @@
-"""Several ranks: sharding applied to a model that knows nothing of it, gradients made equal, state gathered.
+"""Several ranks: models changed from outside, gradients made equal, state told and taken in parts.
 
-Without sharding each rank holds everything and gradients are averaged after the backward pass; with it (FSDP2) they
-are averaged by it. Either way a step of N ranks is the step of one rank that has seen all their samples.
+    none     each rank holds everything; gradients are averaged after the backward pass
+    full     FSDP2: each rank holds a part of every block, of its gradients and of its optimiser's state
+    hybrid   the same inside groups of ranks (a machine), with a copy in each group (HSDP): [replicate, shard]
+
+In each case a step of N ranks is the step of one rank that has seen all their samples.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import UMT5EncoderModel
 
 from configs.errors import UserError
+from configs.train_schema import TrainingConfig
+from model.causal_wan import CausalWanModel
+from model.sequence import SequenceGroup
+from trainer.sequence import parallelize
 
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-SCATTER = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+FLOAT32_PARTS = ("condition_embedder.time_embedder",)  # of a trained network; half a digit there is another timestep
 
 
-def shard(module: nn.Module, device: torch.device, *, streams: bool = False) -> nn.Module:
-    """Shard a Wan transformer over all ranks, a unit for each block and one for the rest.
+def mesh_of(training: TrainingConfig, device: torch.device) -> DeviceMesh | None:
+    """The ranks as `training.sharding` arranges them; None = each holds everything."""
+    if training.sharding == "none":
+        return None
+    if not dist.is_initialized():
+        raise UserError(
+            f"training.sharding={training.sharding} needs several processes; start with torchrun, or use none"
+        )
+    world = dist.get_world_size()
+    if training.sharding == "full":
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    inside = training.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % inside:
+        raise UserError(
+            f"training.shard_ranks={inside} does not divide the {world} ranks of training.sharding=hybrid; "
+            f"use a divisor of {world}"
+        )
+    return init_device_mesh(device.type, (world // inside, inside), mesh_dim_names=("replicate", "shard"))
 
-    Parameters keep their dtype, in which gradients are reduced; inputs are not cast (timesteps are float32).
+
+@dataclass(frozen=True)
+class Placing:
+    """Where the networks of a run go. mesh: None = each rank holds everything."""
+
+    training: TrainingConfig
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    sequence: SequenceGroup = field(default_factory=SequenceGroup)
+
+
+def placed(
+    network: nn.Module,
+    where: Placing,
+    *,
+    dtype: torch.dtype | None = None,
+    role: str | None = None,
+    streams: bool = False,
+) -> nn.Module:
+    """Apply to a network, in this order, what its own code does not know of. Returns it, on the device.
+
+    1. the group that shares tokens (trainer/sequence.py), in the network that a loss calls
+    2. `training.checkpointing`: the backward pass of a trained network computes each block's activations again
+    3. `training.compile`: blocks are compiled, those of a bidirectional network, whose shapes never change
+    4. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still
+
+    dtype: that trained weights are gathered and used in; None = their own, for a frozen network.
+    role: what a sentence about the network calls it; None = it never shares tokens.
     streams: the student of an inference session, whose `text_kv` is called from outside. (Inside a block's forward,
     where training calls it, the weights are there already and gathering them again would drop them too soon.)
     """
-    if not dist.is_initialized():
-        raise UserError("training.sharding=full needs several processes; start with torchrun, or use none")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in module.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
-    for part in (module, *module.blocks) if streams else ():
+    training, wan = where.training, isinstance(network, WanTransformer3DModel)
+    if role is not None:
+        parallelize(network, where.sequence, role)
+    if training.checkpointing and wan and any(p.requires_grad for p in network.parameters()):
+        network.enable_gradient_checkpointing()
+    if training.compile and wan and not isinstance(network, CausalWanModel):
+        network.compile_repeated_blocks(fullgraph=where.sequence.size == 1)
+    if where.mesh is None:
+        return network.to(where.device)
+    shard(network, where.mesh, dtype)
+    for part in (network, *network.blocks) if streams else ():
         register_fsdp_forward_method(part, "text_kv")
-    return module
+    return network
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """Gradients are reduced and kept in float32, as are weights and optimiser; inputs are not cast, for timesteps are
+    float32. FSDP moves what is not on the meta device unit by unit, so that no device holds a network whole."""
+    half = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = network.encoder.block if isinstance(network, UMT5EncoderModel) else network.blocks
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for name in FLOAT32_PARTS if half else ():
+        fully_shard(network.get_submodule(name), mesh=mesh, mp_policy=exact)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+# --- tensors in parts -------------------------------------------------------------------------------------------------
 
 
 def whole(x: Tensor) -> Tensor:
@@ -53,6 +122,15 @@ def whole(x: Tensor) -> Tensor:
 def local(x: Tensor) -> Tensor:
     """This rank's part of `x`."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def part_of(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, the same on all ranks, sharded as `like` is, and this rank's part copied; `x` itself if `like` is whole."""
+    if not isinstance(like, DTensor) or isinstance(x, DTensor):
+        return x
+    part = distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    own = part.to_local().clone()  # or it would keep all of x
+    return DTensor.from_local(own, part.device_mesh, part.placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 @torch.no_grad()
@@ -69,71 +147,70 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-def sum_over_shards(x: Tensor, sharded: bool) -> Tensor:
-    """The sum over ranks of a number that each computed from its own shards."""
-    if sharded and dist.is_initialized():
-        dist.all_reduce(x)
+def sum_over_shards(x: Tensor, like: Tensor) -> Tensor:
+    """The sum of a number that each rank computed from its own part of what is sharded as `like` is."""
+    if isinstance(like, DTensor):
+        for dim, placement in enumerate(like.placements):
+            if placement.is_shard():
+                dist.all_reduce(x, group=like.device_mesh.get_group(dim))
     return x
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Scalars averaged over ranks, in one message."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     both = torch.stack([v.detach().float() for v in values.values()])
     dist.all_reduce(both)
     return dict(zip(values, (both / dist.get_world_size()).unbind(), strict=True))
 
 
-class Agreement:
-    """Whether any rank says yes, asked on the host so that no rank waits for its GPU."""
-
-    def __init__(self):
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several else None
-
-    def any(self, yes: bool) -> bool:
-        if self.group is None:
-            return yes
-        flag = torch.tensor(int(yes))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+# --- state ------------------------------------------------------------------------------------------------------------
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict; of a sharded module whole tensors on the CPU, and nothing on ranks other than the first."""
-    return get_model_state_dict(module, options=GATHER) if _sharded(module) else module.state_dict()
+    return get_model_state_dict(module, options=GATHER) if is_sharded(module) else module.state_dict()
 
 
+@torch.no_grad()
 def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Inverse of `module_state`."""
-    if _sharded(module):
-        set_model_state_dict(module, state, options=SCATTER)
-    else:
+    """Take in whole tensors or parts like the module's own."""
+    if not is_sharded(module):
         module.load_state_dict(state)
+        return
+    own = module.state_dict()
+    if own.keys() != state.keys():
+        raise ValueError(f"{sorted(own.keys() ^ state.keys())[:3]} are not in both the module and its state")
+    for name, target in own.items():
+        local(target).copy_(local(part_of(state[name], target)))
 
 
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimiser's state dict; of a sharded module by parameter name, gathered like `module_state`."""
-    if _sharded(module):
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state dict; of a sharded module by parameter's name, gathered like `module_state`."""
+    if is_sharded(module):
         return get_optimizer_state_dict(module, optimizer, options=GATHER)
     return optimizer.state_dict()
 
 
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Inverse of `optimizer_state`."""
-    if _sharded(module):
-        set_optimizer_state_dict(module, optimizer, state, options=SCATTER)
-    else:
-        optimizer.load_state_dict(state)
+def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take in a state dict, by index or by parameter's name, or {name: {entry: tensor}}; whole tensors or parts.
 
+    Learning rates and the like stay the optimiser's: they are the configuration's.
+    """
+    held, entries = state["state"] if "param_groups" in state else state, {}
+    for i, (name, p) in enumerate(optimized(module, optimizer)):
+        found = held.get(i) or held.get(name)
+        if found:
+            entries[i] = {key: part_of(v, p) if v.shape == p.shape else v for key, v in found.items()}
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Name and parameter, in the optimiser's order."""
+    names = {p: name for name, p in module.named_parameters()}
+    return ((names[p], p) for group in optimizer.param_groups for p in group["params"])

@@ -1,70 +1,96 @@
 """Student, critic and teacher of a distillation: loaded, adapted, sharded."""
 
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor
 
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
-from model.sequence import SequenceGroup
+from model.weight_plans import Plan
 from trainer.networks import start_network
 from trainer.optim import Player
-from trainer.parallel import shard
-from trainer.sequence import parallelize
+from trainer.parallel import Placing, placed
+from trainer.sharded_weights import copy_parts, empty, fill_parts, init_plan
 from utils.device import pick_dtype
-from utils.seeds import stable_hash
+from utils.seeds import generator
 
+FLOAT = torch.float32  # of what is trained, and of its average
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
-def frozen_teacher(config: Config, device: torch.device, sequence: SequenceGroup) -> WanTransformer3DModel:
+def frozen_teacher(config: Config, where: Placing) -> WanTransformer3DModel:
     """The teacher, in the precision of activations."""
-    teacher = start_network(config, "teacher", device, pick_dtype(config.training.precision, device))
-    parallelize(teacher, sequence, "teacher")
-    return _placed(teacher.eval().requires_grad_(False), config, device)
+    dtype = pick_dtype(config.training.precision, where.device)
+    plan = init_plan(config, "teacher", where, dtype)
+    teacher = start_network(config, "teacher", where.device, dtype) if plan is None else empty(plan, dtype)
+    teacher = placed(teacher.eval().requires_grad_(False), where, role="teacher")
+    return teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)
 
 
-def student_player(config: Config, device: torch.device, sequence: SequenceGroup) -> Player:
+def student_player(config: Config, where: Placing) -> Player:
     """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
-    t = config.training
-    student = start_network(config, "student", device, causal=True)
-    _prepare(student, config, t.distill.lora.student_rank)
-    twin = _placed(copy.deepcopy(student), config, device, streams=True)  # before sharding, which forbids copies
-    parallelize(student, sequence, "student")
-    ratio = t.distill.dfake_gen_update_ratio
-    return Player(_placed(student, config, device), t, steps=-(-t.steps // ratio), twin=twin)
+    t, rank = config.training, config.training.distill.lora.student_rank
+    plan = init_plan(config, "student", where, causal=True)
+    student = start_network(config, "student", where.device, causal=True) if plan is None else empty(plan, FLOAT)
+    _prepare(student, config, rank)
+    twin = copy.deepcopy(student).requires_grad_(False)  # before sharding, which forbids copies
+    twin = placed(twin, where, streams=True)
+    student = _trained(student, "student", config, where, plan)
+    if plan is not None:
+        copy_parts(twin, student, where.device)
+    return Player(student, t, steps=-(-t.steps // t.distill.dfake_gen_update_ratio), twin=twin)
 
 
-def critic_player(config: Config, device: torch.device, sequence: SequenceGroup) -> Player:
+def critic_player(config: Config, where: Placing) -> Player:
     """The critic with its optimiser; it starts from the teacher unless `training.init` names its own weights."""
     t = config.training
-    critic = start_network(config, "critic" if "critic" in t.init else "teacher", device)
+    name = "critic" if "critic" in t.init else "teacher"
+    plan = init_plan(config, name, where)
+    critic = start_network(config, name, where.device) if plan is None else empty(plan, FLOAT)
     _prepare(critic, config, t.distill.lora.critic_rank)
-    parallelize(critic, sequence, "critic")
-    return Player(_placed(critic, config, device), t, optimizer=t.distill.critic_optimizer, averaged=False)
+    critic = _trained(critic, "critic", config, where, plan)
+    return Player(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
 
 
 def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
-    """Adapters and activation checkpointing. Evaluation mode all through: there is no dropout to turn on."""
+    """Adapters, and what is trained. Evaluation mode all through: there is no dropout to turn on."""
     lora = config.training.distill.lora
     if rank:
         network.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_hash(config.seed, "lora"))
-            network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.alpha or rank, target_modules=ADAPTED))
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.alpha or rank, target_modules=ADAPTED))
+        draw = _adapter(config)
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                if "lora_" in name and not p.is_meta:
+                    p.copy_(draw(name, p))
     else:
         network.requires_grad_(True)
-    if config.training.checkpointing:
-        network.enable_gradient_checkpointing()
     network.eval()
 
 
-def _placed(network: nn.Module, config: Config, device: torch.device, *, streams: bool = False) -> nn.Module:
-    network = network.to(device)
-    return shard(network, device, streams=streams) if config.training.sharding == "full" else network
+def _adapter(config: Config) -> Callable[[str, Tensor], Tensor]:
+    """Values of an adapter's matrices, distributed as peft's, from (seed, name): the same however they are sharded."""
+
+    def draw(name: str, p: Tensor) -> Tensor:
+        assert "lora_" in name, f"there are no weights for {name}"
+        if "lora_B" in name:
+            return torch.zeros(p.shape)
+        bound = 1 / math.sqrt(p.shape[1])
+        return torch.empty(p.shape).uniform_(-bound, bound, generator=generator(config.seed, "lora", name))
+
+    return draw
+
+
+def _trained(
+    network: WanTransformer3DModel, role: str, config: Config, where: Placing, plan: Plan | None
+) -> WanTransformer3DModel:
+    network = placed(network, where, dtype=pick_dtype(config.training.precision, where.device), role=role)
+    return network if plan is None else fill_parts(network, plan, where.device, FLOAT, rest=_adapter(config))
 
 
 def merged(student: CausalWanModel) -> CausalWanModel:

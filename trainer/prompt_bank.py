@@ -14,6 +14,8 @@ from model.text import TextEncoder
 from model.weight_files import resolve
 from trainer.build import frozen_text_encoder
 from trainer.pairs import open_pairs
+from trainer.parallel import Placing
+from trainer.sharded_weights import sharded_text_encoder
 from utils.prompts import read_prompts
 from utils.seeds import stable_hash
 from utils.tiny_world import TinyWorld, training_caption
@@ -44,12 +46,13 @@ def prompt_groups(config: Config) -> list[list[str]]:
     return [prompts, pairs, [d.negative_prompt], [""], validation_prompts(config, prompts)]
 
 
-def text_source(config: Config, device: torch.device) -> TextEncoder | EncodedText:
-    """The frozen text encoder; with `training.distill.encoded_prompts` what it has made ahead, and no encoder."""
+def text_source(config: Config, where: Placing) -> TextEncoder | EncodedText:
+    """The frozen text encoder, sharded if all is; with `training.distill.encoded_prompts` what it has made ahead."""
     path = config.training.distill.encoded_prompts
     if path is None:
-        return frozen_text_encoder(config, device)
-    encoded = EncodedText(path, config.model, device)
+        sharded = where.mesh is not None
+        return sharded_text_encoder(config, where) if sharded else frozen_text_encoder(config, where.device)
+    encoded = EncodedText(path, config.model, where.device)
     encoded.require(prompt for group in prompt_groups(config) for prompt in group)
     return encoded
 

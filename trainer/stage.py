@@ -1,7 +1,7 @@
 """What a stage of training is, and the common part of those with one module and one loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ class Stage(ABC):
     name: ClassVar[str]
     export_often: ClassVar[bool] = False  # with every checkpoint, into <logdir>/export, and not only at the end
     sharded: bool = False  # every rank is needed for `validate` and `export`
+    between: Callable[[], None] = staticmethod(lambda: None)  # called where an update can be given up; may raise
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         self.config, self.device, self.ranks = config, device, ranks

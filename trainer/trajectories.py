@@ -9,11 +9,11 @@ from model.cache import StreamCache
 from model.causal_wan import TextKV
 from model.denoiser import Score, Student
 from model.schedule import Schedule
-from model.sequence import SequenceGroup
 from pipeline.chunk import leave_context
 from pipeline.noise import NoiseSource
 from trainer.build import causal_student, frozen_text_encoder
 from trainer.causal_ode import trajectory_grid
+from trainer.parallel import Placing
 from trainer.players import frozen_teacher
 from trainer.prompt_bank import training_prompts
 from utils.device import pick_dtype
@@ -44,7 +44,7 @@ class TrajectoryMaker:
         self.dtype = pick_dtype(config.training.precision, device)
 
     def _load(self) -> Score | Student:
-        return Score(frozen_teacher(self.config, self.device, SequenceGroup()))
+        return Score(frozen_teacher(self.config, Placing(self.config.training, self.device)))
 
     def _noise(self, index: int) -> list[Tensor]:
         """What each chunk [1, f, C, H, W] of prompt `index` starts from."""
