@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from configs.errors import UserError
 from model.sharded_files import Shapes, ShardedReader, read_whole, sharded_shapes
 from trainer.optim import Player
 from trainer.parallel import load_optimizer_state, optimized
 from trainer.team import Team
 
 STAGE = "stage"
-WRITERS = 4  # threads of a rank, each with a file of its own
+WRITERS = 1  # threads of a rank; of more, torch (2.11 to 2.13) loses the error of each but the first: a full disk
 
 
 class ShardError(OSError):
@@ -72,7 +73,10 @@ def read(folder: Path, players: dict[str, Player], team: Team) -> dict[str, Any]
             tensors |= {f"{name}.optimizer.{parameter}.{key}": value for key, value in entries.items()}
     lost = sorted(tensors.keys() - shapes.keys())
     if lost:
-        raise ShardError(f"{folder} has no {lost[0]}")
+        raise UserError(
+            f"{folder} has no {lost[0]}, which this run needs; it is of another version or of other networks, so "
+            f"choose another --logdir"
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: it is
