@@ -62,7 +62,7 @@ class TrainingConfig:
     global_batch: int = 64  # samples a step, over all ranks and accumulated micro-batches
     micro_batch: int = 64  # samples a forward pass on one rank
     bank_clips: int = 4096  # tiny world: clips made ahead and drawn from
-    image_start: float = 0.0  # stage distill: share of rollouts that begin with a given first frame, as --image does
+    image_start: float = 0.0  # teacher_forcing, distill: share of clips that begin with a given frame, as --image does
     init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
     ema_decay: float = 0.999
     ema_start_step: int = 200  # before this step the average is the weights themselves
@@ -101,8 +101,8 @@ class TrainingConfig:
             n = self.sequence_parallel
             raise UserError(f"training.sequence_parallel={n} is for stage distill; use 1 for stage {self.stage}")
         between(0, 1, "training", self, "ema_decay", "image_start")
-        if self.image_start and (self.stage != "distill" or self.sequence_parallel > 1):
+        if self.image_start and (self.stage not in ("teacher_forcing", "distill") or self.sequence_parallel > 1):
             raise UserError(
-                f"training.image_start={self.image_start} is for stage distill with training.sequence_parallel=1; "
-                f"set it to 0 for stage {self.stage}"
+                f"training.image_start={self.image_start} is for stages teacher_forcing and distill with "
+                f"training.sequence_parallel=1; set it to 0 for stage {self.stage}"
             )

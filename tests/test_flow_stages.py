@@ -25,7 +25,7 @@ def flow_config(assets, stage: str, **flow):
             f"tokenizer: {assets / 'text_encoder'}}}",
             f"training.init={{student: {assets / 'student'}, transformer: {assets / 'teacher'}, "
             f"teacher: {assets / 'student'}}}",
-            "training={steps: 4, global_batch: 2, micro_batch: 2, bank_clips: 6, compile: false, precision: float32}",
+            "training={steps: 4, global_batch: 2, micro_batch: 2, bank_clips: 6, image_start: 0, compile: false, precision: float32}",
             f"training.flow={json.dumps(flow | {'bank_cache': None})}",
         ],
     )  # fmt: skip
@@ -61,12 +61,28 @@ def test_a_noisy_past_is_graded_and_a_clean_one_is_not(tiny_assets):
     made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing", past_weight=2.0), CPU, Ranks())
     batch = made.batch(0, 0)
     batch["past_t"] = torch.tensor([0.0, 357.0])[:, None].expand(-1, 12).contiguous()
+    batch["counts"] = torch.ones_like(batch["t"])
     with torch.no_grad():
         logs = made.loss(**batch)
         sequence = torch.cat([batch["past"], batch["x_t"]], 1), torch.cat([batch["past_t"], batch["t"]], 1)
         v = CausalWanModel.forward(made.module, *sequence, batch["text"], mask=made.mask, frame_ids=made.frame_ids)
     torch.testing.assert_close(logs["past_loss"], F.mse_loss(v[1, :12], batch["past_target"][1]))
     torch.testing.assert_close(logs["loss"], F.mse_loss(v[:, 12:], batch["target"]) + 2 * logs["past_loss"])
+
+
+def test_a_given_first_frame_is_shown_as_the_context_shows_it_and_not_graded(tiny_assets):
+    made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing", context_timesteps=[0.0]), CPU, Ranks())
+    x0, text = made._clips(0, 0)
+    for share in (0.0, 1.0):
+        object.__setattr__(made.config.training, "image_start", share)
+        batch = made.batch(0, 0)
+        assert torch.equal(batch["x_t"][:, 0], x0[:, 0]) == (share == 1)
+        assert (batch["t"][:, 0] == 0).all() == (share == 1) and (batch["t"][:, 1:] > 0).all()
+        assert (batch["counts"][:, 0] == 1 - share).all() and (batch["counts"][:, 1:] == 1).all()
+        before = made.loss(**batch)["chunk_loss"]
+        batch["target"] = batch["target"].clone()
+        batch["target"][:, 0] += 1
+        assert torch.equal(made.loss(**batch)["chunk_loss"], before) == (share == 1)
 
 
 def test_causal_ode_still_learns_from_whole_trajectories(tiny_assets):

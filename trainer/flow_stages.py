@@ -147,10 +147,20 @@ class TeacherForcing(FlowStage):
         t = self._timesteps((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
         past, past_t, past_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
         eps = self._noise(x0, rng)
+        x_t, t, counts = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
         return {
-            "past": past, "past_t": past_t, "past_target": past_target, "x_t": add_noise(x0, eps, t), "t": t,
+            "past": past, "past_t": past_t, "past_target": past_target, "x_t": x_t, "t": t, "counts": counts,
             "target": v_target(x0, eps), "text": self._drop(text, rng),
         }  # fmt: skip
+
+    def _begin_with_image(self, x0: Tensor, x_t: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """x_t and t with the first frame given in a share of clips, and which frames [B, F] count in the loss."""
+        given = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.image_start
+        shown, level, _ = self._context(x0[:, :1], rng)
+        first = torch.where(given[:, :, None, None, None], shown, x_t[:, :1])
+        times = torch.where(given, level, t[:, :1])
+        counts = torch.cat([(~given).float(), torch.ones_like(t[:, 1:])], dim=1)
+        return torch.cat([first, x_t[:, 1:]], dim=1), torch.cat([times, t[:, 1:]], dim=1), counts
 
     def _both(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor):
         """v [B, F, C, h, w] of the past and of every chunk, each given the past before it. A first chunk has none."""
@@ -162,13 +172,14 @@ class TeacherForcing(FlowStage):
     def _v(self, *args) -> Tensor:
         return self._both(*args)[1]
 
-    def loss(self, past, past_t, past_target, x_t, t, target, text) -> dict[str, Tensor]:
+    def loss(self, past, past_t, past_target, x_t, t, counts, target, text) -> dict[str, Tensor]:
         """A noisy past is itself a chunk in its row's last step, so its own error counts too."""
         v_past, v = self._both(self.module, past, past_t, x_t, t, text)
         noisy = (past_t > 0).float()
         past_error = (v_past.float() - past_target).square().mean((2, 3, 4))
         past_loss = (past_error * noisy).sum() / noisy.sum().clamp_min(1)
-        loss = F.mse_loss(v.float(), target)
+        error = (v.float() - target).square().mean((2, 3, 4))
+        loss = (error * counts).sum() / counts.sum()
         return {
             "loss": loss + self.config.training.flow.past_weight * past_loss,
             "chunk_loss": loss, "past_loss": past_loss,
@@ -182,5 +193,6 @@ class TeacherForcing(FlowStage):
         return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:
-        card = {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()}
+        begins = self.config.training.image_start > 0
+        card = {"stage": self.name, "step": step, "schedule": self.schedule.to_dict(), "trained_image_start": begins}
         save_network(self.averaged, folder, card=card)
