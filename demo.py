@@ -1,19 +1,15 @@
 """The demo in a browser: `python demo.py [--port 7860]`, then open the address that it prints."""
 
 import argparse
-from typing import NoReturn
 
 from configs.errors import UserError
 from utils import exits
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python {self.prog} --help")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(prog="demo.py", description="A page that plays streams while they are made.", allow_abbrev=False)
+    parser = exits.Parser(
+        prog="demo.py", description="A page that plays streams while they are made.", allow_abbrev=False
+    )
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; other machines need --token")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s; 0 = any that is free)")

@@ -156,6 +156,12 @@ class InferenceConfig:
         one_of(("auto", "on", "off"), "inference", self, "cuda_graphs")
         one_of(("row", "tensor"), "inference", self, "fp8_scaling")
         one_of(ATTENTION, "inference", self, "attention")
+        for key, value in (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on")):
+            if self.student == "stream" and vars(self)[key] == value:
+                raise UserError(
+                    f"inference.{key}={value} needs the student on the GPU for good, so it does not go with "
+                    f"inference.student={self.student}; leave one of them out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

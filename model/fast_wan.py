@@ -63,12 +63,6 @@ class FastPlan:
         """
         gpu = device.type == "cuda"
         stays = config.student == "keep"
-        for key, value in (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on")):
-            if not stays and vars(config)[key] == value:
-                raise UserError(
-                    f"inference.{key}={value} needs the student on the GPU for good, so it does not go with "
-                    f"inference.student={config.student}; leave one of them out"
-                )
         triton = importlib.util.find_spec("triton") is not None
         if config.precision == "fp8":
             fp8.check_fp8(device)

@@ -52,6 +52,7 @@ DOWNLOAD_OF_FIELD = {
     "model.text_encoder": "umt5",
     "model.tokenizer": "umt5",
     "model.lora": None,  # of which there are any number
+    "IN": None,  # of scripts/convert_checkpoint.py
 }
 
 

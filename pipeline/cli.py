@@ -3,9 +3,8 @@
 import argparse
 import json
 from collections.abc import Sequence
-from typing import NoReturn
 
-from configs.errors import UserError
+from utils.exits import Parser
 
 # flag -> (key, metavar, help); names as in Self-Forcing and its forks
 VALUES = {
@@ -28,15 +27,10 @@ SWITCHES = {
 LOW_MEMORY = ("inference.student=stream", "inference.text_encoder=stream", "inference.decode_frames=1")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python {self.prog} --help")
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with `config_path`, `prompt` (a list or None), `print_schedule`, `dry_run`, `endless`, and `overrides`:
     all flags that set a key, as `key=value` in the order of precedence, those written out by the user last."""
-    parser = _Parser(prog="inference.py", description="Text to video with a diagonal schedule.", allow_abbrev=False)
+    parser = Parser(prog="inference.py", description="Text to video with a diagonal schedule.", allow_abbrev=False)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--prompt", action="append", help="instead of a file; repeat it for several videos")
     for flag, (key, metavar, text) in VALUES.items():

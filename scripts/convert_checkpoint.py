@@ -27,7 +27,8 @@ FORMS = ("ours", "diffusers", "wan", "self-forcing")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = exits.Parser(prog="scripts/convert_checkpoint.py", description=__doc__, formatter_class=form)
     parser.add_argument("source", metavar="IN", help="file or folder of any format that loads")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder, or a .pt")
     parser.add_argument("--to", choices=FORMS, help="default: self-forcing for a .pt, else ours")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from pipeline.preflight import examine  # noqa: E402
 from utils import exits  # noqa: E402
@@ -24,7 +25,8 @@ PROBLEMS = 1
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = exits.Parser(prog="scripts/doctor.py", description=__doc__, formatter_class=form)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="what train.py needs, rather than inference.py")
     parser.add_argument("--gpus", type=int, metavar="N", help="plan training for so many GPUs (default: those here)")
@@ -34,6 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus={args.gpus} is no number of GPUs; give 1 or more")
     report = examine(load_config(args.config_path, args.settings), training=args.train, world=args.gpus)
     print(report)
     count = len(report.problems)

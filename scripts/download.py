@@ -36,7 +36,8 @@ KEPT = "what is there already is kept, and the same command goes on from it"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = exits.Parser(prog="scripts/download.py", description=__doc__, formatter_class=form)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(DOWNLOADS)}")
     parser.add_argument("--dest", type=Path, help="folder, in place of the usual one of each name (see --list)")
     parser.add_argument("--verify", action="store_true", help="fetch nothing; read and check what is there")
@@ -78,7 +79,7 @@ def fetch(name: str, wanted: Download, folder: Path) -> None:
     if not absent:
         return check_all(name, wanted, folder)
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free, need = shutil.disk_usage(nearest).free / 1e9, wanted.gigabytes * len(absent) / len(wanted.files)
+    free, need = shutil.disk_usage(nearest).free / 1e9, sum(wanted.files[file] for file in absent)
     if free < need:
         raise UserError(f"{name} needs some {need:.1f} GB and {nearest} has {free:.1f} GB free; use --dest")
     try:
@@ -175,7 +176,9 @@ def check_all(name: str, wanted: Download, folder: Path) -> None:
         if not (folder / file).is_file():
             if file in wanted.optional:
                 continue
-            raise UserError(f"{name}: {folder / file} is missing; fetch it with `python scripts/download.py {name}`")
+            place = "" if folder == CHECKOUT / wanted.folder else f" --dest {folder}"
+            again = f"python scripts/download.py {name}{place}"
+            raise UserError(f"{name}: {folder / file} is missing; fetch it with `{again}`")
         check_structure(name, folder / file)
 
 

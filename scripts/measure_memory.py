@@ -53,7 +53,8 @@ Probe = Callable[[], int]  # most bytes allocated since it was last asked
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = exits.Parser(prog="scripts/measure_memory.py", description=__doc__, formatter_class=form)
     parser.add_argument("--config_path", default="configs/wan2.1_t2v_1.3b.yaml", metavar="FILE")
     parser.add_argument("--student", choices=NETWORKS, default="1.3B", help="sizes of the student")
     parser.add_argument("--chunks", type=int, default=6, help="to play; the window is full after four")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ FILES = {
     f"{SMALL}/diffusion_pytorch_model.safetensors": save({"x": torch.zeros(1000)}),
     f"{SMALL}/{VAE}": WHOLE["Wan2.1_VAE.pth"][1],
     f"{SMALL}/{T5}": WHOLE["models_t5_umt5-xxl-enc-bf16.pth"][1],
-    **{f"{SMALL}/{name}": b"{}" for name in TOKENIZER[1:]},  # the first can be done without
+    **{f"{SMALL}/{name}": b"{}" for name in [*TOKENIZER][1:]},  # the first can be done without
     "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt": student(),
     "gdhe17/Self-Forcing/vidprom_filtered_extended.txt": "a cat\nein Bär\n".encode(),
     "madebyollin/taehv/raw/main/taew2_1.pth": WHOLE["taew2_1.pth"][1],
@@ -195,12 +196,35 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_full_disk(tmp_path):
-    DOWNLOADS["huge"] = DOWNLOADS["vae"].__class__("", "a/b", ".", ("x.pth",), 1e9)
+    DOWNLOADS["huge"] = DOWNLOADS["vae"].__class__("", "a/b", ".", {"x.pth": 1e9})
     try:
         with pytest.raises(UserError, match="huge needs some 1000000000.0 GB"):
             download.main(["huge", "--dest", str(tmp_path)])
     finally:
         del DOWNLOADS["huge"]
+
+
+def test_only_what_is_absent_needs_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
+    for file in (T5, "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(UserError, match=r"wan-1\.3b needs some \d+\.\d GB and .* has 1\.0 GB free"):
+            download.fetch("wan-1.3b", DOWNLOADS["wan-1.3b"], tmp_path)
+        (tmp_path / file).write_bytes(b"")
+    monkeypatch.setattr(download, "from_hub", lambda *_: None)
+    with pytest.raises(UserError, match=f"is missing.*--dest {tmp_path}"):  # there was room for the rest
+        download.fetch("wan-1.3b", DOWNLOADS["wan-1.3b"], tmp_path)
+
+
+def test_commands_of_other_readmes_fetch_the_same_files_to_the_same_places():
+    """Every `hf download` of README.md, with the name that stands behind it."""
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "hf download" in line]
+    for line in lines:
+        command, name = (part.strip() for part in line.split("#"))
+        _, _, source, *files, option, folder = command.split()
+        wanted = DOWNLOADS[name]
+        assert (source, folder, option) == (wanted.source, wanted.folder, "--local-dir"), line
+        assert set(files) <= set(wanted.files), line
+    assert {line.split("#")[1].strip() for line in lines} == DOWNLOADS.keys() - {"umt5", "vae", "taew2.1"}
 
 
 def test_list_and_advice(capsys):

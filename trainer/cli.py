@@ -3,19 +3,13 @@
 import argparse
 import json
 from collections.abc import Sequence
-from typing import NoReturn
 
-from configs.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python {self.prog} --help")
+from utils.exits import Parser
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with `config_path`, `logdir` (or None), `no_save`, `wandb_save_dir`, and `overrides` as `key=value`."""
-    parser = _Parser(prog="train.py", description="Train one stage; the same command resumes it.", allow_abbrev=False)
+    parser = Parser(prog="train.py", description="Train one stage; the same command resumes it.", allow_abbrev=False)
     parser.add_argument("--config_path", default="configs/train_tiny.yaml", metavar="FILE", help="(%(default)s)")
     parser.add_argument("--logdir", metavar="FOLDER", help="of the run (default: logs/<name of the config>)")
     parser.add_argument("--max_checkpoints", metavar="N", help="newest checkpoints to keep (training.max_checkpoints)")

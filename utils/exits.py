@@ -1,5 +1,6 @@
 """How a program ends: one line for what the user did wrong, one line for Ctrl-C, and an exit code that says which."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -8,6 +9,13 @@ from typing import NoReturn
 from configs.errors import UserError
 
 WRONG_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one sentence, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
