@@ -208,6 +208,8 @@ def _memory(
         report.say("memory", f"no plan for stage {config.training.stage}")
         return
     head = f"by formulas, one GPU of {world}, bfloat16" if training else "by formulas, one GPU, bfloat16"
+    if "student" not in peeks and not training:
+        head += ", in sizes of Wan2.1-1.3B for want of files"
     report.say("memory", f"{head}: {plan.peak.total / GIB:.1f} GiB at most ({plan.peak.name})")
     for line in plan.table().splitlines():
         report.say("", line)
