@@ -47,7 +47,7 @@ class CodecLossConfig:
 
     def __post_init__(self):
         if not self.clip_frames or any(n < 1 or n % 4 != 1 for n in self.clip_frames):
-            raise UserError(f"training.codec.clip_frames={self.clip_frames}: each must be 1 + 4 n; e.g. [1] or [17, 49]")
+            raise UserError(f"training.codec.clip_frames={self.clip_frames}: each must be 1 + 4 n, e.g. [17, 49]")
         if self.crop % 8:
             raise UserError(f"training.codec.crop={self.crop} is not a multiple of 8; use 48, or 0 for whole frames")
         at_least(0, "training.codec", self, "crop", "gradient", "mse", "chroma", "kl")

@@ -25,7 +25,8 @@ def flow_config(assets, stage: str, **flow):
             f"tokenizer: {assets / 'text_encoder'}}}",
             f"training.init={{student: {assets / 'student'}, transformer: {assets / 'teacher'}, "
             f"teacher: {assets / 'student'}}}",
-            "training={steps: 4, global_batch: 2, micro_batch: 2, bank_clips: 6, image_start: 0, compile: false, precision: float32}",
+            "training={steps: 4, global_batch: 2, micro_batch: 2, bank_clips: 6, image_start: 0}",
+            "training={compile: false, precision: float32}",
             f"training.flow={json.dumps(flow | {'bank_cache': None})}",
         ],
     )  # fmt: skip

@@ -4,10 +4,10 @@ import copy
 
 import torch
 from diffusers import AutoencoderKLWan
+from small_wan import build
 from torch import nn
 
 from configs.optimizer_schema import OptimizerConfig
-from small_wan import build
 from trainer.muon import MuonAdamW, grouped, hidden_matrices
 
 KNOBS = OptimizerConfig(lr=1e-2, muon_lr=3e-2, weight_decay=0.1)

@@ -89,9 +89,9 @@ def initialise_vae(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         if isinstance(module, WanResidualBlock):
             module.conv2.weight.mul_(0.1)
         elif isinstance(module, WanResample) and module.mode in ("downsample3d", "upsample3d"):
-            time_conv = module.time_conv
-            time_conv.weight.zero_()[:, :, -1, 0, 0] = torch.eye(module.dim).repeat(time_conv.out_channels // module.dim, 1)
-            time_conv.bias.zero_()
+            kernel, copies = module.time_conv.weight, module.time_conv.out_channels // module.dim
+            kernel.zero_()[:, :, -1, 0, 0] = torch.eye(module.dim).repeat(copies, 1)
+            module.time_conv.bias.zero_()
     vae.quant_conv.weight[vae.config.z_dim :].mul_(0.1)
     vae.quant_conv.bias[vae.config.z_dim :].fill_(-6.0)  # log variance
     return vae

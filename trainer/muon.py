@@ -1,7 +1,7 @@
 """Muon for the hidden matrices and kernels of a network, AdamW for the rest, as one optimiser.
 
-torch.optim.Muon moves matrices only; here a convolution's kernel [O, I, ...] counts as the matrix [O, I ...]. Embeddings,
-first and last layers, biases and norms stay with AdamW, as the authors of Muon advise.
+torch.optim.Muon moves matrices only; here a convolution's kernel [O, I, ...] counts as the matrix [O, I ...].
+Embeddings, first and last layers, biases and norms stay with AdamW, as the authors of Muon advise.
 """
 
 from collections.abc import Iterator
