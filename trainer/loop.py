@@ -30,7 +30,7 @@ METRICS = "metrics.jsonl"  # in the run's folder
 
 
 class _Stop:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the step in flight."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the micro-batch in flight."""
 
     def __enter__(self):
         self.asked = False

@@ -61,7 +61,10 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+    ended_well = False
     try:
         yield
+        ended_well = True
     finally:
-        dist.destroy_process_group()
+        if ended_well or device.type != "cuda":  # NCCL waits for the others, which may be gone; the process ends anyway
+            dist.destroy_process_group()
