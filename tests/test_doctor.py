@@ -1,9 +1,9 @@
 """doctor.py and the checks that inference and training run first."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,10 +38,11 @@ def test_it_is_quick_and_imports_nothing_heavy(tiny_assets):
         "heavy = [m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules];"
         "assert not heavy, heavy; sys.exit(code)"
     )
-    begin = time.perf_counter()
+    begin = os.times()
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert time.perf_counter() - begin < 3
+    took = os.times()  # of the CPU: by the clock it depends on what else the machine does
+    assert took.children_user + took.children_system - begin.children_user - begin.children_system < 3
     for name in ("torch ", "attention ", "host memory", "disk ", "student ", "vae ", "tokenizer ", "prompts ",
                  "schedule ", "memory ", "12 GB card", "80 GB card"):  # fmt: skip
         assert f"\n{name}" in f"\n{run.stdout}", name
