@@ -26,7 +26,6 @@ from utils.distributed import Ranks
 from utils.seeds import generator
 from utils.tiny_world import TinyWorld
 
-
 WHOLE, FIRST = "whole clips", "first chunks"  # kinds of steps
 
 
