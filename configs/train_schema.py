@@ -19,6 +19,7 @@ class FlowConfig:
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
     context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
+    at_schedule: bool = False  # teacher_forcing: only the timesteps of the schedule's rows, a row a chunk
     first_chunk_share: float = 0.0  # pretrain, teacher_forcing: share of steps on first chunks alone
     first_chunk_batch: int = 64  # clips in a micro-batch of such a step
     past_weight: float = 0.5  # teacher_forcing: weight of the loss of a noisy past beside that of the chunks

@@ -17,7 +17,7 @@ from trainer.cli import parse  # noqa: E402
 from trainer.command import train  # noqa: E402
 from utils import exits  # noqa: E402
 
-STAGES = ("text", "stills", "codec", "chunk", "pretrain", "teacher_forcing", "causal_ode")
+STAGES = ("text", "stills", "codec", "chunk", "pretrain", "teacher_forcing", "few_steps")
 
 
 def main() -> int:

@@ -86,6 +86,14 @@ def test_a_given_first_frame_is_shown_as_the_context_shows_it_and_not_graded(tin
         assert torch.equal(made.loss(**batch)["chunk_loss"], before) == (share == 1)
 
 
+def test_timesteps_of_the_schedule(tiny_assets):
+    made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing", at_schedule=True), CPU, Ranks())
+    t = torch.cat([made.batch(step, 0)["t"] for step in range(40)]).view(-1, 4, 3)
+    assert (t == t[:, :, :1]).all()
+    for chunk in range(4):
+        assert sorted(set(t[:, chunk, 0].tolist()), reverse=True) == pytest.approx(made.schedule.row(chunk))
+
+
 def test_causal_ode_still_learns_from_whole_trajectories(tiny_assets):
     config = flow_config(tiny_assets, "causal_ode", ode_clips=4, ode_interval=500.0)
     made = CausalODE(config, CPU, Ranks())

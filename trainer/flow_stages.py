@@ -143,7 +143,8 @@ class TeacherForcing(FlowStage):
         rng = self._rng(step, micro)
         x0, text = self._clips(step, micro)
         chunks = self.geometry.num_chunks(x0.shape[1])
-        t = self._timesteps((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
+        draw_t = self._row_timesteps if self.config.training.flow.at_schedule else self._timesteps
+        t = draw_t((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
         past, past_t, past_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
         eps = self._noise(x0, rng)
         x_t, t, counts = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
@@ -151,6 +152,12 @@ class TeacherForcing(FlowStage):
             "past": past, "past_t": past_t, "past_target": past_target, "x_t": x_t, "t": t, "counts": counts,
             "target": v_target(x0, eps), "text": self._drop(text, rng),
         }  # fmt: skip
+
+    def _row_timesteps(self, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """[B, chunks]: for each chunk one of the timesteps of its row."""
+        rows = [torch.tensor(self.schedule.row(k), device=self.device) for k in range(shape[1])]
+        share = torch.rand(shape, generator=rng, device=self.device)
+        return torch.stack([row[(share[:, k] * len(row)).long()] for k, row in enumerate(rows)], dim=1)
 
     def _begin_with_image(self, x0: Tensor, x_t: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
         """x_t and t with the first frame given in a share of clips, and which frames [B, F] count in the loss."""
