@@ -23,6 +23,7 @@ import torch
 from distill_case import distill_stage
 
 from trainer.loop import run
+from trainer.parallel import local
 from utils.distributed import Ranks, process_group
 
 LIMIT_S = 900  # of a test's processes, on a machine that is busy
@@ -56,8 +57,8 @@ def make_happen(stage, event: Event) -> None:
             os.kill(os.getpid(), parts[event.what])
         logs = critic(plan, batches, between)
         if stage.current == event.step and event.what == "nan":
-            grad = stage._players["critic"].parameters[0].grad
-            (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[0] = float("nan")
+            grads = [local(p.grad) for p in stage.players["critic"].parameters]
+            next(g for g in grads if g.numel()).view(-1)[0] = float("nan")
         return logs
 
     def counted(step: int):

@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_run_which_resumes(tiny_assets, alone, tmp_path):
 
 
 def test_nan_on_one_rank_stops_all_and_keeps_what_they_were_given(tiny_assets, tmp_path):
-    settings = (*SHARDED, "training.log_every=100")  # nobody looks at a loss in between
+    settings = (*SHARDED, "training.log_every=100", "training.checkpoint_every=2")  # nobody looks at step 3
     outcomes = run_ranks(tiny_assets, tmp_path, 2, *settings, event=Event("nan", step=2, rank=1))
     assert [o.ended for o in outcomes] == ["NonFiniteLoss"] * 2, outcomes
     assert all("critic_grad_norm not finite at step 3" in o.said for o in outcomes), outcomes

@@ -8,6 +8,7 @@ In each case a step of N ranks is the step of one rank that has seen all their s
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,7 @@ def placed(
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
     """Gradients are reduced and kept in float32, as are weights and optimiser; inputs are not cast, for timesteps are
     float32. FSDP moves what is not on the meta device unit by unit, so that no device holds a network whole."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # changed in place by nobody
     half = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
