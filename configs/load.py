@@ -54,7 +54,8 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     """Contents of `path` and of the bases under it, the undermost first. `seen` are the files that led here."""
     found = path if path.is_file() else CHECKOUT / path
     if not found.is_file():
-        raise UserError(f"config_path={path} does not exist; the shipped presets are {', '.join(presets())}")
+        near = difflib.get_close_matches(f"configs/{path.name}", presets(), 3, cutoff=0.0)
+        raise UserError(f"config_path={path} does not exist; configs/ has presets such as {', '.join(near)}")
     found = found.resolve()
     if found in seen:
         chain = " -> ".join(file.name for file in (*seen, found))

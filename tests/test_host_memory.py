@@ -39,7 +39,7 @@ def test_peak_is_seen():
     with HostPeak() as peak:
         block = torch.ones(50_000_000, dtype=torch.uint8)
         del block
-    assert 45e6 < peak.own < 70e6
+    assert 40e6 < peak.own < 70e6  # pages that the process held before are used again
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

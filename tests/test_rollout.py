@@ -184,7 +184,7 @@ def test_gradients_are_those_of_finite_differences(text):
             ends.append(value(grad=False).item())
     measured = (ends[0] - ends[1]) / 2e-5
     assert measured == pytest.approx(analytic[True], rel=2e-3)
-    assert measured != pytest.approx(analytic[False], rel=2e-2)
+    assert measured != pytest.approx(analytic[False], rel=4e-3)
 
 
 def test_exit_steps_are_one_share_of_every_row():

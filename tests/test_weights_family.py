@@ -90,7 +90,8 @@ def run(tmp_path, student):
     """A run of ours that was stopped after its second checkpoint, as trainer/checkpoint.py writes it."""
     (tmp_path / "start").mkdir()
     student.save_config(tmp_path / "start")
-    config = load_config("configs/tiny.yaml", [f"training.init={{student: {tmp_path / 'start'}}}"])
+    start = f"training.init={{student: {tmp_path / 'start'}}}"
+    config = load_config("configs/tiny.yaml", [start, f"model.student={tmp_path / 'nowhere'}"])
     for step in (10, 20):
         state = {
             "generator": {
