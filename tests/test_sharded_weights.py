@@ -2,12 +2,13 @@
 
 import torch
 from distill_case import distill_config
-from ranks_case import group, on_ranks
+from ranks_case import group, on_ranks, run_ranks
 
 from configs.schema import Config
 from trainer.parallel import Placing, local, mesh_of, whole
 from trainer.players import critic_player, frozen_teacher, student_player
 from trainer.prompt_bank import text_source
+from utils.logs import read_jsonl
 
 LORA = ("training.distill.lora.student_rank=3", "training.distill.lora.critic_rank=3")
 CPU = torch.device("cpu")
@@ -48,3 +49,23 @@ def test_parts_are_the_whole(tiny_assets):
     for sharding, lora in (("full", ()), ("hybrid", LORA)):
         outcomes = on_ranks(2, compare, tiny_assets, sharding, lora)
         assert [o.ended for o in outcomes] == ["done"] * 2, outcomes
+
+
+def test_blocks_in_bfloat16_are_autocast_of_float32(tiny_assets, tmp_path):
+    """One process casts each weight when it is used, two gather blocks in bfloat16; gradients are summed in float32.
+
+    What differs are modulation tables and norms, which are gathered rounded, by up to 2^-9 of themselves.
+    """
+    distill_config(tiny_assets)
+    settings = ["training.global_batch=4", "training.micro_batch=2", "training.steps=4", "video.num_latent_frames=6"]
+    settings += ["training.precision=bfloat16", "training.checkpointing=true"]
+    logged = []
+    for world, sharding in ((1, "none"), (2, "full")):
+        out = tmp_path / sharding
+        outcomes = run_ranks(tiny_assets, out, world, *settings, f"training.sharding={sharding}")
+        assert [o.ended for o in outcomes] == ["done"] * world, outcomes
+        rows = [row for row in read_jsonl(out / "metrics.jsonl") if "critic_loss" in row]
+        names = ("generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm")
+        logged.append(torch.tensor([[row[name] for name in names] for row in rows]))
+    torch.testing.assert_close(logged[1], logged[0], rtol=2**-7, atol=0)
+    assert not torch.equal(logged[0], logged[1])
