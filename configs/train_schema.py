@@ -101,6 +101,10 @@ class TrainingConfig:
         if self.sequence_parallel > 1 and self.stage != "distill":
             n = self.sequence_parallel
             raise UserError(f"training.sequence_parallel={n} is for stage distill; use 1 for stage {self.stage}")
+        if self.sharding != "none" and (self.optimizer.muon_lr or self.distill.critic_optimizer.muon_lr):
+            raise UserError(
+                f"training.sharding={self.sharding} cuts the matrices that muon_lr moves whole; set muon_lr to 0"
+            )
         between(0, 1, "training", self, "ema_decay", "image_start")
         if self.image_start and (self.stage not in ("teacher_forcing", "distill") or self.sequence_parallel > 1):
             raise UserError(

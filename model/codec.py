@@ -24,7 +24,7 @@ from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE, latent_frames
 
 # Latent cells x base channels that one call of encoder or decoder may hold: on a GPU 3 latent frames of 480x832 at base
-# 96; on a CPU what stays in its cache, which doubled the speed on one with 1 MiB a core.
+# 96; on a CPU what stays in its cache.
 WORK_PER_CALL = {"cuda": 2_000_000, "cpu": 10_000}
 
 

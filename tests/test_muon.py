@@ -2,12 +2,15 @@
 
 import copy
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from small_wan import build
 from torch import nn
 
+from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
+from configs.train_schema import TrainingConfig
 from trainer.muon import MuonAdamW, grouped, hidden_matrices
 
 KNOBS = OptimizerConfig(lr=1e-2, muon_lr=3e-2, weight_decay=0.1)
@@ -80,3 +83,8 @@ def test_first_and_last_layers_stay_with_adamw():
     chosen = names_of(vae)
     assert "decoder.mid_block.resnets.0.conv1.weight" in chosen and "quant_conv.weight" in chosen
     assert not any("conv_in" in name or "conv_out" in name or "gamma" in name for name in chosen)
+
+
+def test_sharded_matrices_are_refused():
+    with pytest.raises(UserError, match="training.sharding=full.*muon_lr"):
+        TrainingConfig(stage="distill", sharding="full", optimizer=KNOBS)
