@@ -7,7 +7,7 @@ from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.validate import at_least, between, one_of
 
-STAGES = ("text", "codec", "pretrain", "teacher_forcing", "causal_ode", "ode_regression", "distill")
+STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "causal_ode", "ode_regression", "distill")
 SHARDINGS = ("none", "full", "hybrid")
 LOGGERS = ("wandb", "tensorboard")
 
@@ -19,20 +19,26 @@ class FlowConfig:
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
     context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
-    at_schedule: bool = False  # teacher_forcing: only the timesteps of the schedule's rows, a row a chunk
     first_chunk_share: float = 0.0  # pretrain, teacher_forcing: share of steps on first chunks alone
     first_chunk_batch: int = 64  # clips in a micro-batch of such a step
+    first_chunk_clips: int = 0  # first chunks made ahead for such steps; 0 = those of the whole clips
+    crop_share: float = 0.0  # pretrain, teacher_forcing: share of those on a square around the subject
+    crop: int = 6  # latent cells: side of that square, even
+    crop_batch: int = 160  # clips in a micro-batch of such a step
     past_weight: float = 0.5  # teacher_forcing: weight of the loss of a noisy past beside that of the chunks
+    own_share: float = 0.5  # few_steps: share of clips whose chunks, but for the first, are the student's own
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
     ode_interval: float = 50.0  # causal_ode: Euler step of the teacher's trajectory, in un-warped time
     ode_clips: int = 4096  # causal_ode: trajectories made ahead and drawn from
     guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for the teacher of causal_ode
 
     def __post_init__(self):
-        at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch")
-        between(0, 1, "training.flow", self, "text_dropout", "first_chunk_share")
+        at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch", "crop_batch")
+        between(0, 1, "training.flow", self, "text_dropout", "first_chunk_share", "crop_share", "own_share")
+        if self.crop < 2 or self.crop % 2:
+            raise UserError(f"training.flow.crop={self.crop} is not an even number of latent cells; use 4 or 6")
         between(1, 1000, "training.flow", self, "ode_interval")
-        at_least(0, "training.flow", self, "guidance", "past_weight")
+        at_least(0, "training.flow", self, "guidance", "past_weight", "first_chunk_clips")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class TrainingConfig:
     global_batch: int = 64  # samples a step, over all ranks and accumulated micro-batches
     micro_batch: int = 64  # samples a forward pass on one rank
     bank_clips: int = 4096  # tiny world: clips made ahead and drawn from
-    image_start: float = 0.0  # teacher_forcing, distill: share of clips that begin with a given frame, as --image does
+    image_start: float = 0.0  # causal stages: share of clips that begin with a given frame, as --image does
     init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
     ema_decay: float = 0.999
     ema_start_step: int = 200  # before this step the average is the weights themselves
@@ -106,8 +112,9 @@ class TrainingConfig:
                 f"training.sharding={self.sharding} cuts the matrices that muon_lr moves whole; set muon_lr to 0"
             )
         between(0, 1, "training", self, "ema_decay", "image_start")
-        if self.image_start and (self.stage not in ("teacher_forcing", "distill") or self.sequence_parallel > 1):
+        begins = self.stage in ("teacher_forcing", "few_steps", "distill") and self.sequence_parallel == 1
+        if self.image_start and not begins:
             raise UserError(
-                f"training.image_start={self.image_start} is for stages teacher_forcing and distill with "
+                f"training.image_start={self.image_start} is for stages teacher_forcing, few_steps and distill with "
                 f"training.sequence_parallel=1; set it to 0 for stage {self.stage}"
             )

@@ -80,6 +80,25 @@ def test_latents_are_encoded_once(tmp_path, tiny_text_encoder, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
+def test_crops_are_squares_about_the_subject(tiny_text_encoder):
+    """Independent: each cell's value says where it lies and in which clip."""
+    bank = LatentBank(WORLD, WanCodec(small_vae()), tiny_text_encoder, clips=5, frames=1, seed=0)
+    clip, row, column = torch.meshgrid(torch.arange(5), torch.arange(8), torch.arange(12), indexing="ij")
+    bank.latents = (10000.0 * clip + 100 * row + column)[:, None, None].repeat(1, 2, 3, 1, 1)
+    bank.text = torch.arange(5.0)[:, None, None]
+    index, corners = torch.randint(5, (200,), generator=torch.Generator().manual_seed(0)), set()
+    cut, text = bank.crops(index, 1, 6, torch.Generator().manual_seed(1))
+    assert cut.shape == (200, 1, 3, 6, 6) and torch.equal(text[:, 0, 0].long(), index)
+    for square, clip in zip(cut[:, 0], index.tolist(), strict=True):
+        top, left = divmod(int(square[0, 0, 0]) - 10000 * clip, 100)
+        assert top % 2 == left % 2 == 0
+        assert torch.equal(square, bank.latents[clip, 0, :, top : top + 6, left : left + 6])
+        x, y = WORLD.position(bank.scenes[clip], 0)
+        assert left * 8 <= x <= (left + 6) * 8 and top * 8 <= y <= (top + 6) * 8
+        corners.add((clip, top, left))
+    assert len(corners) > 10  # the subject is not always in the middle
+
+
 @pytest.mark.parametrize("wrong", [{"clip_frames": []}, {"clip_frames": [17, 16]}, {"crop": 20}])
 def test_what_cannot_be_cut_is_refused(wrong):
     with pytest.raises(UserError, match="training.codec"):

@@ -1,4 +1,4 @@
-"""Pre-training and teacher forcing: steps on whole clips and on first chunks."""
+"""Pre-training and teacher forcing: steps on whole clips, on first chunks, and on squares around the subject."""
 
 import json
 
@@ -8,14 +8,17 @@ from distill_case import CPU, distill_config
 from torch.nn import functional as F
 
 from configs.load import load_config
-from model.causal_wan import CausalWanModel
+from model.causal_wan import CausalWanModel, chunk_causal_mask
 from trainer.causal_ode import CausalODE
-from trainer.flow_stages import FIRST, WHOLE, Pretrain, TeacherForcing
+from trainer.few_steps import FewSteps
+from trainer.flow_stages import CROPPED, FIRST, WHOLE, Pretrain, TeacherForcing
 from utils.distributed import Ranks
 
 
 def flow_config(assets, stage: str, **flow):
-    flow = {"first_chunk_share": 0.0, "first_chunk_batch": 5, "context_timesteps": [0.0, 357.142857]} | flow
+    small = {"first_chunk_share": 0.0, "first_chunk_batch": 5, "first_chunk_clips": 0}
+    crops = {"crop_share": 0.0, "crop_batch": 7, "crop": 2}
+    flow = small | crops | {"context_timesteps": [0.0, 357.142857]} | flow
     distill_config(assets)  # writes the teacher
     return load_config(
         f"configs/train_tiny_{stage}.yaml",
@@ -34,14 +37,18 @@ def flow_config(assets, stage: str, **flow):
 
 
 @pytest.mark.parametrize("kind,stage", [(Pretrain, "pretrain"), (TeacherForcing, "teacher_forcing")])
-def test_both_kinds_of_steps_come_up_and_learn(tiny_assets, kind, stage):
-    made = kind(flow_config(tiny_assets, stage, first_chunk_share=0.5), CPU, Ranks())
-    plans = [made.plan(step) for step in range(200)]
-    assert 80 < plans.count(FIRST) < 120 and set(plans) == {FIRST, WHOLE}
-    first, whole = plans.index(FIRST), plans.index(WHOLE)
+def test_all_kinds_of_steps_come_up_and_learn(tiny_assets, kind, stage):
+    flow = {"first_chunk_share": 0.6, "crop_share": 0.5, "first_chunk_clips": 9}
+    made = kind(flow_config(tiny_assets, stage, **flow), CPU, Ranks())
+    assert len(made.bank.latents) == 6 and len(made.first_chunks.latents) == 9
+    plans = [made.plan(step) for step in range(300)]
+    assert 90 < plans.count(WHOLE) < 150 and 60 < plans.count(FIRST) < 120 and 60 < plans.count(CROPPED) < 120
+    first, whole, cropped = (plans.index(name) for name in (FIRST, WHOLE, CROPPED))
     shown = "x_t" if stage == "teacher_forcing" else "x0"
-    assert made.batch(first, 0)[shown].shape[:2] == (5, 3) and made.batch(whole, 0)[shown].shape[:2] == (2, 12)
-    for step in (first, whole):
+    assert made.batch(whole, 0)[shown].shape == (2, 12, 16, 4, 6)
+    assert made.batch(first, 0)[shown].shape == (5, 3, 16, 4, 6)
+    assert made.batch(cropped, 0)[shown].shape == (7, 3, 16, 2, 2)
+    for step in (first, whole, cropped):
         logs = made.update(step)
         assert logs["loss"] > 0 and logs["gradient_norm"] > 0
 
@@ -73,7 +80,7 @@ def test_a_noisy_past_is_graded_and_a_clean_one_is_not(tiny_assets):
 
 def test_a_given_first_frame_is_shown_as_the_context_shows_it_and_not_graded(tiny_assets):
     made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing", context_timesteps=[0.0]), CPU, Ranks())
-    x0, text = made._clips(0, 0)
+    x0, text = made._clips(0, 0, made._rng(0, 0))
     for share in (0.0, 1.0):
         object.__setattr__(made.config.training, "image_start", share)
         batch = made.batch(0, 0)
@@ -86,12 +93,59 @@ def test_a_given_first_frame_is_shown_as_the_context_shows_it_and_not_graded(tin
         assert torch.equal(made.loss(**batch)["chunk_loss"], before) == (share == 1)
 
 
+def few_steps(tiny_assets, **flow) -> FewSteps:
+    flow = {"context_timesteps": [357.142857], "own_share": 0.0} | flow
+    return FewSteps(flow_config(tiny_assets, "few_steps", **flow), CPU, Ranks())
+
+
 def test_timesteps_of_the_schedule(tiny_assets):
-    made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing", at_schedule=True), CPU, Ranks())
-    t = torch.cat([made.batch(step, 0)["t"] for step in range(40)]).view(-1, 4, 3)
+    made = few_steps(tiny_assets, own_share=0.5)
+    batches = [made.batch(step, 0) for step in range(40)]
+    t, before = (torch.cat([batch[name] for batch in batches]).view(-1, 4, 3) for name in ("t", "before"))
     assert (t == t[:, :, :1]).all()
     for chunk in range(4):
-        assert sorted(set(t[:, chunk, 0].tolist()), reverse=True) == pytest.approx(made.schedule.row(chunk))
+        row = made.schedule.row(chunk)
+        assert sorted(set(t[:, chunk, 0].tolist()), reverse=True) == pytest.approx(row)
+        allowed = {(row[max(i - back, 0)], row[i]) for i in range(len(row)) for back in (0, 1 if chunk else 0)}
+        seen = set(zip(before[:, chunk, 0].tolist(), t[:, chunk, 0].tolist(), strict=True))
+        assert {tuple(round(x) for x in pair) for pair in seen} == {tuple(round(x) for x in pair) for pair in allowed}
+
+
+def test_chunks_of_ones_own(tiny_assets):
+    """Independent: chunk after chunk through the bidirectional network, which a chunk with its past alone is."""
+    made = few_steps(tiny_assets, own_share=1.0)
+    batch = next(b for b in map(lambda step: made.batch(step, 0), range(50)) if (b["t"][:, 6] < 900).all())
+    own = made._own(**batch)
+    for name, given in (("past", "past"), ("x_t", "first")):
+        assert torch.equal(own[name][:, :3], batch[given][:, :3])
+    seen = torch.cat([batch["past"][:, :6], batch["first"][:, 6:9]], 1)
+    times = torch.cat([batch["past_t"][:, :6], batch["before"][:, 6:9]], 1)
+    mask = chunk_causal_mask(made.geometry, 9, CPU)
+    with torch.no_grad():
+        v = CausalWanModel.forward(made.module, seen, times, batch["text"], mask=mask)[:, 6:]
+    x0 = batch["first"][:, 6:9] - v * (batch["before"][:, 6:9] / 1000)[:, :, None, None, None]
+    level = (batch["t"][:, 6:9] / 1000)[:, :, None, None, None]
+    expected = (1 - level) * x0 + level * batch["eps"][:, 6:9]
+    torch.testing.assert_close(own["x_t"][:, 6:9], expected, atol=1e-4, rtol=0)
+    shown = (1 - 0.357142857) * x0 + 0.357142857 * batch["past_eps"][:, 6:9]
+    torch.testing.assert_close(own["past"][:, 6:9], shown, atol=1e-4, rtol=0)
+    for state, target, t in (("x_t", "target", "t"), ("past", "past_target", "past_t")):
+        real = own[state] - own[target] * (own[t] / 1000)[:, :, None, None, None]
+        torch.testing.assert_close(real, batch["x0"], atol=1e-4, rtol=0)
+
+
+def test_without_own_chunks_it_is_flow_matching(tiny_assets):
+    made = few_steps(tiny_assets)
+    batch = made.batch(0, 0)
+    plain = {name: batch[name] for name in ("past", "past_t", "t", "counts", "text")} | {"x_t": batch["first"]}
+    noise = (batch["first"] - batch["x0"]) / (batch["t"] / 1000)[:, :, None, None, None] + batch["x0"]
+    past_noise = (batch["past"] - batch["x0"]) / 0.357142857 + batch["x0"]
+    with torch.no_grad():
+        ours = made.loss(**batch)
+        theirs = TeacherForcing.loss(
+            made, **plain, target=noise - batch["x0"], past_target=past_noise - batch["x0"]
+        )
+    torch.testing.assert_close(ours["loss"], theirs["loss"])
 
 
 def test_causal_ode_still_learns_from_whole_trajectories(tiny_assets):

@@ -66,7 +66,8 @@ def _on_grid(position: float, most: int) -> int:
 class LatentBank:
     """Encoded clips with the embeddings of their captions, in memory.
 
-    `latents` [N, F, C, h, w] and `text` [N, L, D] on the training device; `scenes` says what each clip shows.
+    `latents` [N, F, C, h, w] and `text` [N, L, D] on the training device; `scenes` says what each clip shows and
+    `starts` [N, 2] where its subject begins, (x, y) in pixels.
     cache: folder in which latents are kept for later runs that want the same clips through the same VAE.
     """
 
@@ -76,6 +77,7 @@ class LatentBank:
     ):  # fmt: skip
         device = next(codec.vae.parameters()).device
         self.scenes = world.scenes(stable_hash(seed, "bank"), clips)
+        self.starts = torch.tensor([(scene.x, scene.y) for scene in self.scenes], device=device)
         captions = [training_caption(scene) for scene in self.scenes]
         self.null = text([""])
         self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
@@ -91,6 +93,22 @@ class LatentBank:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] float32 and text [B, L, D] of these clips."""
         return self.latents[index].float(), self.text[index]
+
+    def crops(self, index: Tensor, frames: int, side: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents [B, frames, C, side, side] around the subjects as these clips begin, and text [B, L, D].
+
+        side: in latent cells of 8 pixels. Corners lie on even cells, where the transformer's patches begin.
+        rng: a generator on the training device.
+        """
+        latents = self.latents[index, :frames]
+        room = torch.tensor([latents.shape[-1] - side, latents.shape[-2] - side], device=index.device)
+        off = (torch.rand(len(index), 2, generator=rng, device=index.device) - 0.5) * 0.6 * side
+        corner = (((self.starts[index] / 8 + off - side / 2) / 2).round().long() * 2).clamp_min(0).minimum(room)
+        inside = torch.arange(side, device=index.device)
+        columns, rows = (corner[:, axis, None] + inside for axis in (0, 1))
+        sample = torch.arange(len(index), device=index.device)[:, None, None]
+        cut = latents[sample, :, :, rows[:, :, None], columns[:, None, :]]  # [B, side, side, frames, C]
+        return cut.permute(0, 3, 4, 1, 2).float(), self.text[index]
 
 
 @torch.no_grad()

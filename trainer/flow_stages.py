@@ -26,7 +26,7 @@ from utils.distributed import Ranks
 from utils.seeds import generator
 from utils.tiny_world import TinyWorld
 
-WHOLE, FIRST = "whole clips", "first chunks"  # kinds of steps
+WHOLE, FIRST, CROPPED = "whole clips", "first chunks", "first chunks about the subject"  # kinds of steps
 
 
 class FlowStage(Supervised):
@@ -38,13 +38,14 @@ class FlowStage(Supervised):
         self.codec = frozen_codec(config, device)
         self.text = frozen_text_encoder(config, device)
         self.world = TinyWorld(config.video.height, config.video.width)
-        self.bank = self._bank()
+        chunks = config.training.flow.first_chunk_clips
+        self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames)
+        self.first_chunks = self._bank(chunks, self.geometry.chunk_frames) if chunks else self.bank
 
-    def _bank(self) -> LatentBank:
+    def _bank(self, clips: int, latent_frames: int) -> LatentBank:
         c = self.config
-        clips, frames = c.training.bank_clips, 4 * c.video.num_latent_frames - 3
         return LatentBank(
-            self.world, self.codec, self.text, clips=clips, frames=frames, seed=c.seed,
+            self.world, self.codec, self.text, clips=clips, frames=4 * latent_frames - 3, seed=c.seed,
             dtype=pick_dtype(c.training.precision, self.device),
             cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache,
         )  # fmt: skip
@@ -54,18 +55,27 @@ class FlowStage(Supervised):
         return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
 
     def plan(self, step: int) -> str:
-        """A step on whole clips, or one on many first chunks: what words mean shows there at a fraction of the cost."""
-        rng = generator(self.config.seed, "first chunk", step)
-        return FIRST if float(torch.rand((), generator=rng)) < self.config.training.flow.first_chunk_share else WHOLE
+        """A step on whole clips, or one on many first chunks: what words mean shows there at a fraction of the cost.
 
-    def _clips(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        What the rarer words mean, shapes above all, shows about the subject alone, so some are cut down to that.
+        """
+        knobs = self.config.training.flow
+        first, cropped = torch.rand(2, generator=generator(self.config.seed, "first chunk", step)).tolist()
+        if first >= knobs.first_chunk_share:
+            return WHOLE
+        return CROPPED if cropped < knobs.crop_share else FIRST
+
+    def _clips(self, step: int, micro: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] and text [B, L, D] of a micro-batch."""
-        t, first = self.config.training, self.plan(step) == FIRST
-        size = t.flow.first_chunk_batch if first else t.micro_batch
+        t, kind = self.config.training, self.plan(step)
+        size = {WHOLE: t.micro_batch, FIRST: t.flow.first_chunk_batch, CROPPED: t.flow.crop_batch}[kind]
         name = step * self.micro_batches + micro
-        index = draw(len(self.bank.latents), size, self.config.seed, name, self.ranks.rank, self.device)
-        x0, text = self.bank.batch(index)
-        return (x0[:, : self.geometry.chunk_frames] if first else x0), text
+        bank, frames = (self.bank, None) if kind == WHOLE else (self.first_chunks, self.geometry.chunk_frames)
+        index = draw(len(bank.latents), size, self.config.seed, name, self.ranks.rank, self.device)
+        if kind == CROPPED:
+            return bank.crops(index, frames, t.flow.crop, rng)
+        x0, text = bank.batch(index)
+        return x0[:, :frames], text
 
     def _drop(self, text: Tensor, rng: torch.Generator) -> Tensor:
         share = self.config.training.flow.text_dropout
@@ -93,7 +103,7 @@ class Pretrain(FlowStage):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)
-        x0, text = self._clips(step, micro)
+        x0, text = self._clips(step, micro, rng)
         t = self._timesteps((len(x0),), rng)
         return {"x0": x0, "eps": self._noise(x0, rng), "t": t, "text": self._drop(text, rng)}
 
@@ -141,10 +151,9 @@ class TeacherForcing(FlowStage):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)
-        x0, text = self._clips(step, micro)
+        x0, text = self._clips(step, micro, rng)
         chunks = self.geometry.num_chunks(x0.shape[1])
-        draw_t = self._row_timesteps if self.config.training.flow.at_schedule else self._timesteps
-        t = draw_t((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
+        t = self._timesteps((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
         past, past_t, past_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
         eps = self._noise(x0, rng)
         x_t, t, counts = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
@@ -152,12 +161,6 @@ class TeacherForcing(FlowStage):
             "past": past, "past_t": past_t, "past_target": past_target, "x_t": x_t, "t": t, "counts": counts,
             "target": v_target(x0, eps), "text": self._drop(text, rng),
         }  # fmt: skip
-
-    def _row_timesteps(self, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
-        """[B, chunks]: for each chunk one of the timesteps of its row."""
-        rows = [torch.tensor(self.schedule.row(k), device=self.device) for k in range(shape[1])]
-        share = torch.rand(shape, generator=rng, device=self.device)
-        return torch.stack([row[(share[:, k] * len(row)).long()] for k, row in enumerate(rows)], dim=1)
 
     def _begin_with_image(self, x0: Tensor, x_t: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
         """x_t and t with the first frame given in a share of clips, and which frames [B, F] count in the loss."""

@@ -6,6 +6,7 @@ from configs.schema import Config
 from trainer.causal_ode import CausalODE
 from trainer.codec_stage import CodecStage
 from trainer.distillation import Distill
+from trainer.few_steps import FewSteps
 from trainer.flow_stages import Pretrain, TeacherForcing
 from trainer.ode_regression import ODERegression
 from trainer.stage import Stage
@@ -13,7 +14,8 @@ from trainer.text_stage import TextStage
 from utils.distributed import Ranks
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (TextStage, CodecStage, Pretrain, TeacherForcing, CausalODE, ODERegression, Distill)
+    stage.name: stage
+    for stage in (TextStage, CodecStage, Pretrain, TeacherForcing, FewSteps, CausalODE, ODERegression, Distill)
 }
 
 
