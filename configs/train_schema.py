@@ -22,6 +22,7 @@ class FlowConfig:
     first_chunk_share: float = 0.0  # pretrain, teacher_forcing: share of steps on first chunks alone
     first_chunk_batch: int = 64  # clips in a micro-batch of such a step
     first_chunk_clips: int = 0  # first chunks made ahead for such steps; 0 = those of the whole clips
+    first_chunk_trajectories: int = 0  # few_steps: first chunks of a many-step student, learnt in place of real ones
     crop_share: float = 0.0  # pretrain, teacher_forcing: share of those on a square around the subject
     crop: int = 6  # latent cells: side of that square, even
     crop_batch: int = 160  # clips in a micro-batch of such a step
@@ -38,7 +39,7 @@ class FlowConfig:
         if self.crop < 2 or self.crop % 2:
             raise UserError(f"training.flow.crop={self.crop} is not an even number of latent cells; use 4 or 6")
         between(1, 1000, "training.flow", self, "ode_interval")
-        at_least(0, "training.flow", self, "guidance", "past_weight", "first_chunk_clips")
+        at_least(0, "training.flow", self, "guidance", "past_weight", "first_chunk_clips", "first_chunk_trajectories")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from configs.load import load_config
 from model.causal_wan import CausalWanModel, chunk_causal_mask
+from model.flow import shift_time
 from trainer.causal_ode import CausalODE
 from trainer.few_steps import FewSteps
 from trainer.flow_stages import CROPPED, FIRST, WHOLE, Pretrain, TeacherForcing
 from utils.distributed import Ranks
+from utils.seeds import generator
 
 
 def flow_config(assets, stage: str, **flow):
@@ -146,6 +148,30 @@ def test_without_own_chunks_it_is_flow_matching(tiny_assets):
             made, **plain, target=noise - batch["x0"], past_target=past_noise - batch["x0"]
         )
     torch.testing.assert_close(ours["loss"], theirs["loss"])
+
+
+def test_first_chunks_from_trajectories(tiny_assets):
+    """Independent: Euler steps written out, and timesteps at which they must pass."""
+    flow = {"first_chunk_trajectories": 5, "first_chunk_clips": 9, "ode_interval": 250.0, "guidance": 0.5}
+    made = few_steps(tiny_assets, **flow, first_chunk_share=0.7)
+    row = made.schedule.row(0)
+    x = made._noise(made.states[:, 0].float(), generator(made.config.seed, "first chunk trajectories", 0))
+    assert made.states.shape == (5, 5, 3, 16, 4, 6) and torch.equal(made.states[:, 0], x.half())
+    times = sorted({*row, *shift_time(torch.tensor([1000.0, 750, 500, 250]), 5.0).tolist()}, reverse=True)
+    text = made.first_chunks.text[:5]
+    for t, t_next in zip(times, [*times[1:], 0.0], strict=True):
+        with torch.no_grad():
+            none = made.bank.null.expand(5, -1, -1)
+            given, null = (made.module(x, torch.full((5, 3), t), said) for said in (text, none))
+        x = x + (1.5 * given - 0.5 * null) * (t_next - t) / 1000
+    torch.testing.assert_close(made.states[:, -1].float(), x, atol=5e-3, rtol=0)
+    plans = [made.plan(step) for step in range(20)]
+    first, whole = made.batch(plans.index(FIRST), 0), made.batch(plans.index(WHOLE), 0)
+    end = first["x_t"] - first["target"] * (first["t"] / 1000)[:, :, None, None, None]
+    assert all(any(torch.allclose(e, s.float(), atol=1e-4) for s in made.states[:, -1]) for e in end)
+    assert not whole["counts"][:, :3].any() and whole["counts"][:, 3:].all()
+    for kind in (FIRST, WHOLE):
+        assert made.update(plans.index(kind))["gradient_norm"] > 0
 
 
 def test_causal_ode_still_learns_from_whole_trajectories(tiny_assets):

@@ -8,6 +8,8 @@ with trajectories rolled out causally).
     L = mean | x0(x_t, t) - x_0 |^2    over the trajectory's states (x_t, t) of the row and its end x_0
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +30,17 @@ def trajectory_grid(rows: list[tuple[float, ...]], interval: float, shift: float
     even = shift_time(torch.arange(1000.0, -1e-6, -interval), shift).tolist()
     near = [t for t in even if all(abs(t - known) > 1e-3 for row in rows for known in row)]
     return sorted({*near, *(t for row in rows for t in row), 0.0}, reverse=True)
+
+
+def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, grid: list[float], kept: list[float]) -> Tensor:
+    """float16 [B, kept, ...]: x [B, ...] at the timesteps `kept` of `grid`, by Euler steps of dx/dsigma = velocity."""
+    states = []
+    for t, t_next in zip(grid, [*grid[1:], None], strict=True):
+        if t in kept:
+            states.append(x.half())
+        if t_next is not None:
+            x = x + velocity(x, t) * ((t_next - t) / 1000)
+    return torch.stack(states, dim=1)
 
 
 class CausalODE(TeacherForcing):
@@ -64,20 +77,12 @@ class CausalODE(TeacherForcing):
 
     def _trajectory(self, teacher, index: Tensor, rng: torch.Generator) -> Tensor:
         past, text = self.bank.batch(index)
-        x = self._noise(past, rng)
         clean = torch.zeros(past.shape[:2], device=self.device)
-        null = self.bank.null.expand_as(text)
-        guidance, kept = self.config.training.flow.guidance, []
-        for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
-            if t in self.kept:
-                kept.append(x.half())
-            if t_next is None:
-                return torch.stack(kept, dim=1)
-            times = torch.full(past.shape[:2], t, device=self.device)
-            v = self._v(teacher, past, clean, x, times, text).float()
-            if guidance:
-                v = v + guidance * (v - self._v(teacher, past, clean, x, times, null).float())
-            x = x + v * ((t_next - t) / 1000)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return self._guided(teacher, past, clean, x, torch.full_like(clean, t), text)
+
+        return integrate(velocity, self._noise(past, rng), self.grid, self.kept)
 
     def plan(self, step: int) -> str:
         return WHOLE

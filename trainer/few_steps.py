@@ -6,15 +6,29 @@ timestep of the step at hand, after a past that is predicted, too. The target st
 are mended in the next and do not grow from chunk to chunk. One forward pass without gradients gives the predictions,
 of all chunks at once, each from its real past.
 
+A first chunk has no past, and what its first steps predict is a blur of all that the prompt allows. So first chunks can
+be learnt from trajectories of a many-step student in place of real clips (`flow.first_chunk_trajectories`): each noise
+then has one end, and that is sharp (CausVid, arXiv 2412.07772, sec. 4.3).
+
     x_t = (1 - sigma) x0(x_s, s) + sigma eps       s the timestep before t in the row
     L = mean | v(x_t, t) - (x_t - x0) / sigma |^2  which is eps - x0 where the prediction is right
 """
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from configs.schema import Config
 from model.flow import add_noise, v_from_x0, x0_from_v
-from trainer.flow_stages import WHOLE, TeacherForcing
+from trainer.build import causal_student
+from trainer.causal_ode import integrate, trajectory_grid
+from trainer.data import draw
+from trainer.flow_stages import FIRST, WHOLE, TeacherForcing
+from utils.device import pick_dtype
+from utils.distributed import Ranks
+from utils.seeds import generator
+
+TOGETHER = 128  # first chunks that a teacher makes at once
 
 
 class FewSteps(TeacherForcing):
@@ -22,7 +36,51 @@ class FewSteps(TeacherForcing):
 
     name = "few_steps"
 
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks)
+        clips = config.training.flow.first_chunk_trajectories
+        self.states = self._trajectories(clips) if clips else None
+
+    @torch.no_grad()
+    def _trajectories(self, clips: int) -> Tensor:
+        """float16 [N, steps + 1, f, C, h, w]: a teacher's first chunks at the timesteps of the first row, and at 0."""
+        c, row = self.config, self.schedule.row(0)
+        teacher = causal_student(c, "teacher").to(self.device).eval()
+        if c.training.compile:
+            teacher.compile_repeated_blocks(fullgraph=True)
+        grid = trajectory_grid([row], c.training.flow.ode_interval, c.schedule.shift)
+        texts = self.first_chunks.text[:clips]
+        dtype, parts = pick_dtype(c.training.precision, self.device), []
+        for i in tqdm(range(0, len(texts), TOGETHER), desc="first chunks of the teacher", leave=False):
+            text = texts[i : i + TOGETHER]
+            like = self.first_chunks.latents[: len(text), : self.geometry.chunk_frames].float()
+            x = self._noise(like, generator(c.seed, "first chunk trajectories", i, device=self.device))
+            none = like[:, :0], x.new_zeros(len(x), 0)
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                parts.append(integrate(
+                    lambda x, t, text=text, none=none: self._guided(
+                        teacher, *none, x, x.new_full(x.shape[:2], t), text
+                    ), x, grid, [*row, 0.0],
+                ))  # fmt: skip
+        return torch.cat(parts)
+
+    def _first_chunks(self, step: int, micro: int) -> dict[str, Tensor]:
+        """First chunks at a timestep of their trajectories, as the loss of teacher forcing takes them."""
+        rng, name = self._rng(step, micro), step * self.micro_batches + micro
+        size = self.config.training.flow.first_chunk_batch
+        index = draw(len(self.states), size, self.config.seed, name, self.ranks.rank, self.device)
+        steps = torch.randint(self.states.shape[1] - 1, (size,), generator=rng, device=self.device)
+        levels = torch.tensor(self.schedule.row(0), device=self.device)
+        x_t, x0 = self.states[index, steps].float(), self.states[index, -1].float()
+        t = levels[steps][:, None].expand(x0.shape[:2])
+        return {
+            "past": x0[:, :0], "past_t": t[:, :0], "past_target": x0[:, :0], "x_t": x_t, "t": t,
+            "target": v_from_x0(x_t, x0, t), "counts": torch.ones_like(t), "text": self.first_chunks.text[index],
+        }  # fmt: skip
+
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        if self.plan(step) == FIRST and self.states is not None:
+            return self._first_chunks(step, micro)
         if self.plan(step) != WHOLE:
             return super().batch(step, micro)
         rng = self._rng(step, micro)
@@ -34,6 +92,8 @@ class FewSteps(TeacherForcing):
         before = torch.where(own, before, t)
         past, past_t, _ = self._context(x0, rng)
         first, before, counts = self._begin_with_image(x0, add_noise(x0, self._noise(x0, rng), before), before, rng)
+        if self.states is not None:  # first chunks are learnt from trajectories, but for those that a frame begins
+            counts[:, : self.geometry.chunk_frames] *= 1 - counts[:, :1]
         return {
             "x0": x0, "text": self._drop(text, rng), "past": past, "past_t": past_t, "first": first, "before": before,
             "t": torch.where(own, t, before), "own": own, "counts": counts,

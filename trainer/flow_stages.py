@@ -181,6 +181,14 @@ class TeacherForcing(FlowStage):
     def _v(self, *args) -> Tensor:
         return self._both(*args)[1]
 
+    def _guided(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """v of every chunk, float32, with `training.flow.guidance`."""
+        v, guidance = self._v(module, past, past_t, x_t, t, text).float(), self.config.training.flow.guidance
+        if not guidance:
+            return v
+        null = self.bank.null.expand_as(text)
+        return v + guidance * (v - self._v(module, past, past_t, x_t, t, null).float())
+
     def loss(self, past, past_t, past_target, x_t, t, counts, target, text) -> dict[str, Tensor]:
         """A noisy past is itself a chunk in its row's last step, so its own error counts too."""
         v_past, v = self._both(self.module, past, past_t, x_t, t, text)
