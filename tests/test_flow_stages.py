@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from configs.load import load_config
 from model.causal_wan import CausalWanModel, chunk_causal_mask
 from model.flow import shift_time
-from trainer.causal_ode import CausalODE
+from trainer.causal_ode import CausalODE, integrate
 from trainer.few_steps import FewSteps
 from trainer.flow_stages import CROPPED, FIRST, WHOLE, Pretrain, TeacherForcing
 from utils.distributed import Ranks
@@ -172,6 +172,13 @@ def test_first_chunks_from_trajectories(tiny_assets):
     assert not whole["counts"][:, :3].any() and whole["counts"][:, 3:].all()
     for kind in (FIRST, WHOLE):
         assert made.update(plans.index(kind))["gradient_norm"] > 0
+
+
+def test_trajectories_are_integrated_under_autocast():
+    """dx/dsigma = x from sigma 1 to 0 in two steps: x (1 - 1/2)^2."""
+    with torch.autocast("cpu", torch.bfloat16):
+        states = integrate(lambda x, t: x, torch.full((2, 3), 4.0), [1000.0, 500.0, 0.0], [1000.0, 0.0])
+    assert states.dtype == torch.float16 and states[:, :, 0].tolist() == [[4.0, 1.0]] * 2
 
 
 def test_causal_ode_still_learns_from_whole_trajectories(tiny_assets):

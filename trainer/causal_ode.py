@@ -37,10 +37,10 @@ def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, grid: list
     states = []
     for t, t_next in zip(grid, [*grid[1:], None], strict=True):
         if t in kept:
-            states.append(x.half())
+            states.append(x)
         if t_next is not None:
             x = x + velocity(x, t) * ((t_next - t) / 1000)
-    return torch.stack(states, dim=1)
+    return torch.stack(states, dim=1).half()
 
 
 class CausalODE(TeacherForcing):
