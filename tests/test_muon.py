@@ -25,7 +25,7 @@ def optimiser(module: nn.Module) -> MuonAdamW:
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv3d(2, 4, (3, 3, 3)), nn.Flatten(), nn.Linear(4, 6))
+    return nn.Sequential(nn.Conv3d(2, 4, (3, 3, 3)), nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6))
 
 
 def step(module: nn.Module, *optimisers: torch.optim.Optimizer) -> None:
@@ -39,8 +39,10 @@ def test_equals_torch_on_matrices_and_adamw_elsewhere():
     """Independent: torch.optim.Muon on a matrix of its own, torch.optim.AdamW on the biases."""
     ours, theirs = small(), small()
     kernel = nn.Parameter(theirs[0].weight.detach().reshape(4, -1))
-    muon = torch.optim.Muon([kernel, theirs[2].weight], lr=3e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([theirs[0].bias, theirs[2].bias], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    linears = range(2, 5)  # two of them of one shape
+    matrices, biases = [kernel, *(theirs[i].weight for i in linears)], [theirs[i].bias for i in (0, *linears)]
+    muon = torch.optim.Muon(matrices, lr=3e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(biases, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
     mine = optimiser(ours)
     for _ in range(4):
         step(ours, mine)
@@ -51,8 +53,9 @@ def test_equals_torch_on_matrices_and_adamw_elsewhere():
         muon.step()
         adamw.step()
     torch.testing.assert_close(ours[0].weight.flatten(1), kernel)
-    torch.testing.assert_close(ours[2].weight, theirs[2].weight)
-    torch.testing.assert_close(ours[2].bias, theirs[2].bias)
+    for i in linears:
+        torch.testing.assert_close(ours[i].weight, theirs[i].weight)
+        torch.testing.assert_close(ours[i].bias, theirs[i].bias)
 
 
 def test_state_is_kept():
