@@ -38,6 +38,10 @@ class FewSteps(TeacherForcing):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks)
+        rows = [self.schedule.row(k) for k in range(self.chunks)]
+        most = max(len(row) for row in rows)
+        self.rows = torch.tensor([[*row] + [0.0] * (most - len(row)) for row in rows], device=device)  # [chunks, steps]
+        self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
         clips = config.training.flow.first_chunk_trajectories
         self.states = self._trajectories(clips) if clips else None
 
@@ -70,9 +74,8 @@ class FewSteps(TeacherForcing):
         size = self.config.training.flow.first_chunk_batch
         index = draw(len(self.states), size, self.config.seed, name, self.ranks.rank, self.device)
         steps = torch.randint(self.states.shape[1] - 1, (size,), generator=rng, device=self.device)
-        levels = torch.tensor(self.schedule.row(0), device=self.device)
         x_t, x0 = self.states[index, steps].float(), self.states[index, -1].float()
-        t = levels[steps][:, None].expand(x0.shape[:2])
+        t = self.rows[0, steps][:, None].expand(x0.shape[:2])
         return {
             "past": x0[:, :0], "past_t": t[:, :0], "past_target": x0[:, :0], "x_t": x_t, "t": t,
             "target": v_from_x0(x_t, x0, t), "counts": torch.ones_like(t), "text": self.first_chunks.text[index],
@@ -106,12 +109,10 @@ class FewSteps(TeacherForcing):
 
     def _steps(self, shape: tuple[int, int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """[B, chunks] each: for each chunk a timestep of its row, and the one before it (of the first, itself)."""
+        chunks = torch.arange(shape[1], device=self.device)
         share = torch.rand(shape, generator=rng, device=self.device)
-        rows = [torch.tensor(self.schedule.row(k), device=self.device) for k in range(shape[1])]
-        index = [(share[:, k] * len(row)).long() for k, row in enumerate(rows)]
-        drawn = torch.stack([row[i] for row, i in zip(rows, index, strict=True)], dim=1)
-        before = torch.stack([row[(i - 1).clamp_min(0)] for row, i in zip(rows, index, strict=True)], dim=1)
-        return drawn, before
+        index = (share * self.row_lengths[: shape[1]]).long()
+        return self.rows[chunks, index], self.rows[chunks, (index - 1).clamp_min(0)]
 
     def loss(self, **batch: Tensor) -> dict[str, Tensor]:
         return super().loss(**(self._own(**batch) if "own" in batch else batch))

@@ -140,12 +140,12 @@ class TeacherForcing(FlowStage):
         self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
         self.frame_ids = torch.arange(frames, device=device).repeat(2)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
+        self.context_levels = torch.tensor(config.training.flow.context_timesteps, device=device)
 
     def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The past as it is shown, its timesteps [B, F], and v of it."""
-        levels = torch.tensor(self.config.training.flow.context_timesteps, device=self.device)
-        drawn = torch.randint(len(levels), (len(x0), 1), generator=rng, device=self.device)
-        t = levels[drawn].expand(-1, x0.shape[1])
+        drawn = torch.randint(len(self.context_levels), (len(x0), 1), generator=rng, device=self.device)
+        t = self.context_levels[drawn].expand(-1, x0.shape[1])
         eps = self._noise(x0, rng)
         return add_noise(x0, eps, t), t, v_target(x0, eps)
 
