@@ -75,9 +75,11 @@ def here(device: torch.device) -> tuple[tuple[int, int] | None, list[str]]:
 
 
 def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v by the kernel of that name."""
+    """softmax(q k^T / sqrt(head_dim)) v by the kernel of that name. Of float8 (e4m3) the result is bfloat16."""
     if kernel == "fa3":
         return _first(_fa3()(q, k, v))
+    if q.dtype is torch.float8_e4m3fn:  # which only fa3 multiplies
+        q, k, v = (x.bfloat16() for x in (q, k, v))
     if kernel == "fa2":
         return _fa2()(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

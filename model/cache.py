@@ -16,6 +16,7 @@ evicts. All indices are Python integers: reading one never waits for the GPU.
 
 `StreamCache` writes in place and is for inference. `GraphCache` is its twin for training: it writes nothing in place
 and keeps the graph, so that what a forward read stays as it was until its backward has run, recomputation included.
+A StreamCache may hold float8 (e4m3): keys are normalised and values of their size, so neither needs a scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +28,15 @@ from torch import Tensor
 
 from configs.geometry import Geometry
 
+E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, tokens, heads, head_dim]
 
 FIRST_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at first
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a cache of `dtype` can take it: float8 has no infinity to round to, so what is too large is clamped."""
+    return x.clamp(-LARGEST, LARGEST).to(E4M3) if dtype is E4M3 else x
 
 
 class LayerView(Protocol):
@@ -141,7 +148,8 @@ class StreamCache(_Cursor):
         tokens = self.geometry.tokens_per_chunk
         for buffer in self._keys:
             own = buffer[:, position * tokens : (position + 1) * tokens]
-            own.copy_(change(own))
+            wide = own.bfloat16() if own.dtype is E4M3 else own
+            own.copy_(narrowed(change(wide), own.dtype))
 
     def snapshot(self, device: torch.device | str | None = None) -> "CacheState":
         """A copy of what is filled, on `device` (None: where it is)."""
@@ -218,12 +226,12 @@ class StreamLayer:
     end: int
 
     def put(self, k: Tensor, v: Tensor) -> tuple[KV, None]:
-        """Write, and return the visible prefix (views of the buffers, valid until the next write)."""
+        """Write, and return the visible prefix in the dtype of k: views of the buffers, valid until the next write."""
         assert not (k.requires_grad or v.requires_grad), "StreamCache would lose the graph; train with GraphCache"
         assert k.shape[1] == self.tokens, f"{k.shape[1]} tokens for a slot of {self.tokens}"
-        self.keys[:, self.start : self.start + self.tokens].copy_(k)
-        self.values[:, self.start : self.start + self.tokens].copy_(v)
-        return (self.keys[:, : self.end], self.values[:, : self.end]), None
+        self.keys[:, self.start : self.start + self.tokens].copy_(narrowed(k, self.keys.dtype))
+        self.values[:, self.start : self.start + self.tokens].copy_(narrowed(v, self.values.dtype))
+        return (self.keys[:, : self.end].to(k.dtype), self.values[:, : self.end].to(v.dtype)), None
 
 
 class GraphCache(_Cursor):

@@ -16,6 +16,8 @@ from model.flow import x0_from_v
 class Student:
     """The causal few-step generator."""
 
+    cache_dtype: torch.dtype | None = None  # of a stream's keys and values; None = that of the network
+
     def __init__(self, model: CausalWanModel):
         self.model = model
 

@@ -30,7 +30,7 @@ from configs.geometry import Geometry
 from configs.schema import InferenceConfig
 from model import fp8
 from model.attention import Kernels, attend, here, pick_kernels
-from model.cache import StreamLayer, StreamView, View, slot, visible
+from model.cache import E4M3, StreamLayer, StreamView, View, narrowed, slot, visible
 from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _gate, _modulate, _rotate
 from model.denoiser import Student, as_timestep
 from model.flow import x0_from_v
@@ -50,6 +50,7 @@ class FastPlan:
     fuse_qkv: bool = True
     fp8: str | None = None  # how numbers are scaled: row, tensor; None = linears stay as they are
     fp8_keep: tuple[int, ...] = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
+    fp8_cache: bool = False  # queries, keys and values in float8 as well
     fused_gelu: bool = False  # GELU inside the matrix product
     compile: bool = False
     cuda_graphs: bool = False
@@ -70,8 +71,10 @@ class FastPlan:
             raise UserError(f"inference.cuda_graphs=on needs a GPU and device={device} is none; use auto")
         if config.compile == "blocks" and gpu and not triton:
             raise UserError("inference.compile=blocks needs triton, which is not installed; use inference.compile=off")
+        kernels = pick_kernels(config.attention, *here(device))
         return cls(
-            kernels=pick_kernels(config.attention, *here(device)),
+            kernels=kernels,
+            fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.past == "fa3",
             fp8=config.fp8_scaling if config.precision == "fp8" else None,
             fused_gelu=config.fused_gelu and gpu,
             compile=config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays),
@@ -81,7 +84,7 @@ class FastPlan:
     @property
     def plain(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.compile or self.cuda_graphs or self.fp8)
+        return not (self.compile or self.cuda_graphs or self.fp8 or self.fp8_cache)
 
 
 @torch.no_grad()
@@ -129,9 +132,9 @@ def enter(block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotati
     else:
         q, k, v = attn.to_q(y), attn.to_k(y), attn.to_v(y)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    k_slot.copy_(_rotate(k, rotation))
-    v_slot.copy_(v)
-    return _rotate(q, rotation).type_as(v)
+    k_slot.copy_(narrowed(_rotate(k, rotation), k_slot.dtype))
+    v_slot.copy_(narrowed(v, v_slot.dtype))
+    return narrowed(_rotate(q, rotation).type_as(v), k_slot.dtype)
 
 
 def cross(block: CausalWanBlock, x: Tensor, modulation: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +227,7 @@ class FastStudent(Student):
     def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
         super().__init__(model)
         self.plan, self.step = plan, FastStep(model, plan, backend)
+        self.cache_dtype = E4M3 if plan.fp8_cache else None
         self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
         self._bound: GraphBook | None = None
         self._rotation: tuple[tuple, Rotation] | None = None

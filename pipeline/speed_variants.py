@@ -37,6 +37,7 @@ H100 = (
     _full("bf16"),  # first, so that the time since the process began is that of a cold start
     _full("eager", *EAGER, *PLAIN_ATTENTION, repeats=2, reference=True),
     _full("fp8 by row", "inference.precision=fp8"),
+    _full("fp8 linears alone", "inference.precision=fp8", "inference.fp8_attention=false"),
     _full("bf16, cuDNN", "inference.attention=cudnn"),
     _full("fused GELU", "inference.fused_gelu=true"),
     _full("60 s stream", stream=60.0, repeats=2),

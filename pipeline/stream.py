@@ -252,7 +252,7 @@ class StreamSession:
             config.attention_head_dim,
             self.geometry,
             device=self.device,
-            dtype=self.dtype,
+            dtype=self.student.cache_dtype or self.dtype,
             max_chunks=num_chunks,
         )
         self._cache_batch = batch

@@ -42,10 +42,12 @@ def inputs(geo: Geometry, frames: int, batch: int = 2, seed: int = 1):
     return latents, chunks.repeat_interleave(geo.chunk_frames, 1), text
 
 
-def stream_cache(model: CausalWanModel, geo: Geometry, batch: int = 2, device: str = "cpu") -> StreamCache:
+def stream_cache(
+    model: CausalWanModel, geo: Geometry, batch: int = 2, device: str = "cpu", dtype: torch.dtype | None = None
+) -> StreamCache:
     c = model.config
     shape = (c.num_layers, batch, c.num_attention_heads, c.attention_head_dim)
-    return StreamCache(*shape, geo, device=device, dtype=model.dtype)
+    return StreamCache(*shape, geo, device=device, dtype=dtype or model.dtype)
 
 
 def by_chunk(model, cache, geo, latents, t, text) -> torch.Tensor:

@@ -9,6 +9,7 @@ from configs.errors import UserError
 from configs.schema import InferenceConfig
 from model import fp8
 from model.attention import Kernels, attend, pick_kernels
+from model.cache import E4M3
 from model.denoiser import Student
 from model.fast_wan import FastPlan, FastStudent, cache_states, linear_gelu, optimise
 
@@ -21,7 +22,7 @@ STEPS = (900.0, 400.0)
 def play(student: Student, geo, chunks: int, batch: int = 2, texts=None) -> list[torch.Tensor]:
     """x0 of every step of a stream. texts: raw text of each chunk."""
     latents, _, text = inputs(geo, chunks * geo.chunk_frames, batch)
-    cache = stream_cache(student.model, geo, batch)
+    cache = stream_cache(student.model, geo, batch, dtype=student.cache_dtype)
     made = [student.model.text_kv(t) for t in texts or [text]]
     out = []
     for k in range(chunks):
@@ -188,6 +189,28 @@ class TestFp8:
         for exact, rounded in zip(*out, strict=True):
             assert (rounded - exact).norm() / exact.norm() < 0.05
             assert not torch.equal(rounded, exact)
+
+    @torch.no_grad()
+    def test_keys_and_values_of_a_stream(self):
+        """The plain way through a float8 cache rounds the same keys and values; queries only the fast one rounds."""
+        geo = sizes(3, 1)
+        exact, plain = (Student(build()[0].bfloat16()) for _ in range(2))
+        plain.cache_dtype = E4M3
+        fast = optimise(Student(build()[0].bfloat16()), FastPlan(kernels=SDPA, fp8_cache=True))
+        assert fast.cache_dtype is E4M3
+        clips = [torch.cat(play(student, geo, 6)) for student in (exact, plain, fast)]
+        for rounded in clips[1:]:
+            assert 1e-4 < (rounded - clips[0]).norm() / clips[0].norm() < 0.05
+        assert (clips[2] - clips[1]).norm() < (clips[2] - clips[0]).norm()
+
+    def test_what_is_too_large_is_clamped(self):
+        geo = sizes(3, 1)
+        cache = stream_cache(build()[0], geo, dtype=E4M3)
+        k = torch.full((2, geo.tokens_per_chunk, *cache._keys[0].shape[2:]), -1e4)
+        keys, values = cache.begin(0).put(0, k, k / 1e4)
+        assert keys.dtype is torch.float32 and keys.unique().item() == -448 and values.unique().item() == -1
+        cache.change_keys(0, lambda keys: -10 * keys)
+        assert cache._keys[0][:, : geo.tokens_per_chunk].float().unique().item() == 448
 
     def test_a_device_without_it_is_refused(self):
         with pytest.raises(UserError, match=r"^inference.precision=fp8 needs a GPU .*; use inference.precision=auto$"):
