@@ -53,6 +53,22 @@ def test_compiled_once_for_each_kind_of_block():
     torch._dynamo.reset()
 
 
+def test_wan_is_compiled_once_for_each_width(tiny_vae):
+    """Not for frames, chunks or resolutions: those would pass the limit of compilations, and then nothing is."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    latents = torch.randn(1, 9, 16, 4, 6)
+    plain = stream(WanCodec(copy.deepcopy(tiny_vae)), latents)
+    fast = optimise_codec(WanCodec(copy.deepcopy(tiny_vae)), compiled=True, backend=counter)
+    torch.testing.assert_close(stream(fast, latents), plain, atol=2e-5, rtol=0)
+    made = counter.frame_count
+    assert 0 < made <= 11  # 4 functions, 3 widths; nothing is added up at the last width
+    stream(fast, latents[:, :7])
+    stream(fast, torch.randn(1, 6, 16, 6, 4))
+    assert counter.frame_count == made
+    torch._dynamo.reset()
+
+
 def test_delivery_gives_the_decoders_frames():
     codec, latents = tiny_codec(), torch.randn(2, 3, 16, 4, 6)
     timer = SpanTimer(torch.device("cpu"))
