@@ -2,11 +2,12 @@
 
 Bytes are those of tensors that live at once on one GPU. Added to them: CONTEXT, which the driver and its kernels take,
 and SLACK, which the allocator loses between blocks. tests/test_memory.py holds the formulas to a count of every
-storage that a run on the meta device makes; `scripts/measure_memory.py` holds them to a GPU.
+storage that a run on the meta device makes and to peaks measured on an H100; `scripts/measure_memory.py` measures.
 
 T tokens, D width, F feed-forward width, b bytes a number, 2 for bfloat16. A block at work in inference: its input and
 the feed-forward's hidden layer before and after GELU, and copies of width D (norms in float32). In training each block
-keeps its input; while one is recomputed, all that its backward pass will read is there as well.
+keeps its input; while one is recomputed, all that its backward pass will read is there as well: 25 T D and 2 T F, of
+which 12 T D are float32: what three norms read, two of them made, and the feed-forward's result before its gate.
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,16 @@ from configs.geometry import Geometry
 from configs.schema import Config
 
 GIB = 1 << 30
-CONTEXT = 0.6 * GIB  # CUDA context, cuBLAS and cuDNN workspaces
+CONTEXT = 0.6 * GIB  # CUDA context and kernels
+CUBLAS = 32 << 20  # workspace that torch allocates for matrix products, and again for those in CUDA graphs (Hopper)
 SLACK = 1.05  # bytes that the allocator holds, to bytes in use
 CARDS = (12, 16, 24, 40, 80)  # GiB on the box
 USABLE = 0.95  # of them; a desktop, ECC and other programs take theirs
 WAN_PIXEL = (4729, 5394)  # VAE of base 96: bytes a pixel of video held between calls, and for each latent frame of one
-TINY_PIXEL = 1209  # tiny decoder: bytes a pixel of video for each latent frame of a chunk
+WAN_HOLES = 0.65  # of those, what torch's allocator holds and cannot give out, for what is carried lies between what
+# is not; measured on an H100, torch 2.11: 0.50 with one latent frame at once and 0.63 with three when memory ran out
+TINY_PIXEL = (168, 1209)  # tiny decoder: the same, but for each latent frame of a chunk
+TINY_SEARCH = 1024  # as much again as its widest convolution reads and writes, while cuDNN tries kernels (compiled)
 WAN_CALL = 2_000_000  # latent cells x base channels that WanCodec decodes at once by itself
 T5_WEIGHTS, T5_BLOCK, T5_EMBEDDING = 11_361_820_672, 386_000_000, 2_100_298_752  # UMT5-XXL's encoder in bfloat16
 T5_SCORES = 8 * 64 * 2  # bytes of its activations for each pair of tokens: position bias and mask of 64 heads
@@ -94,11 +99,12 @@ class Phase:
 
     name: str
     parts: Mapping[str, float]
+    holes: float = 0.0  # bytes that the allocator loses beyond SLACK
 
     @property
     def total(self) -> float:
         """With what driver and allocator add."""
-        return SLACK * sum(self.parts.values()) + CONTEXT
+        return SLACK * sum(self.parts.values()) + self.holes + CONTEXT
 
 
 @dataclass(frozen=True)
@@ -143,22 +149,35 @@ def text_bytes(network: Network, tokens: int, batch: int = 1, number: int = 2) -
 
 
 def step_bytes(network: Network, tokens: int, number: int = 2) -> int:
-    """Activations of one forward pass without a graph, over `tokens` of all samples together.
-
-    The peak is in the feed-forward, or in the modulation (float32) where that is wider than usual.
-    """
-    return tokens * number * max(2 * network.ffn + 5 * network.dim, 12 * network.dim)
+    """Activations of one forward pass without a graph, over `tokens` of all samples together: in the feed-forward."""
+    return tokens * number * (2 * network.ffn + 5 * network.dim)
 
 
-def decode_bytes(config: Config, batch: int = 1) -> int:
-    """Activations of decoding a chunk and what the decoder carries between chunks."""
+def decode_bytes(config: Config, batch: int = 1) -> tuple[int, int]:
+    """What the decoder carries between chunks, and what decoding a chunk takes besides."""
     pixels = batch * config.video.height * config.video.width
     if config.model.codec == "taehv":
-        return pixels * TINY_PIXEL * config.stream.chunk_frames
+        held, each = TINY_PIXEL
+        return pixels * held, pixels * each * config.stream.chunk_frames
     base, cells = 96, batch * (config.video.height // 8) * (config.video.width // 8)
     frames = config.inference.decode_frames or max(1, WAN_CALL // (cells * base))
     held, each = WAN_PIXEL
-    return pixels * (held + each * min(frames, config.stream.chunk_frames))
+    return pixels * held, pixels * each * min(frames, config.stream.chunk_frames)
+
+
+def decoding(config: Config, batch: int = 1) -> tuple[dict[str, int], float]:
+    """Parts of the plan while a chunk is decoded, and what the allocator loses by it."""
+    held, work = decode_bytes(config, batch)
+    if config.model.codec != "taehv":
+        return {"decoder state": held, "activations": work}, WAN_HOLES * (held + work)
+    search = batch * config.video.height * config.video.width * TINY_SEARCH * config.stream.chunk_frames
+    tried = {"search for kernels": search} if fast(config.inference.compile, config) else {}
+    return {"decoder state": held, "activations": work} | tried, 0.0
+
+
+def fast(setting: str, config: Config) -> bool:
+    """Whether `inference.compile` or `cuda_graphs` comes to be on a GPU (model/fast_wan.py)."""
+    return setting != "off" and config.inference.student == "keep"
 
 
 def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, int]:
@@ -174,12 +193,13 @@ def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, 
 def inference_plan(
     config: Config, student: Network = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
 ) -> MemoryPlan:
-    """Memory of `inference.py` in bfloat16: encoding the prompt, a denoising step, decoding a chunk."""
+    """Memory of `inference.py` in bfloat16: encoding the first prompt, a denoising step, decoding a chunk."""
     geometry = Geometry.from_config(config, latent_channels=student.channels, patch=student.patch)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
     always = {
         "student": student.inference_bytes if config.inference.student == "keep" else student.streamed_bytes,
         "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
+        "workspace": CUBLAS,
     }
     text_weights, encoder = text_encoder_bytes(config, text_weights)
     keep = {"text encoder": text_weights} if config.inference.text_encoder == "keep" else {}
@@ -188,12 +208,16 @@ def inference_plan(
         "KV cache": cache_bytes(student, geometry, chunks, batch),
         "text keys": text_bytes(student, config.model.text_tokens, batch),
     }
+    if fast(config.inference.cuda_graphs, config):  # which read a copy of the text's keys
+        playing["CUDA graphs"] = playing["text keys"] + CUBLAS
     step = step_bytes(student, batch * geometry.tokens_per_chunk)
+    decode, holes = decoding(config, batch)
+    carried = {"decoder state": decode["decoder state"]}
     return MemoryPlan(
         (
             Phase("encode prompt", always | encoding),
-            Phase("denoise", always | keep | playing | {"activations": step}),
-            Phase("decode", always | keep | playing | {"activations": decode_bytes(config, batch)}),
+            Phase("denoise", always | keep | playing | carried | {"activations": step}),
+            Phase("decode", always | keep | playing | decode, holes),
         )
     )
 
@@ -204,7 +228,7 @@ def inference_plan(
 def graph_bytes(network: Network, tokens: int, checkpointing: bool, number: int = 2) -> int:
     """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together."""
     d, f = network.dim, network.ffn
-    block = tokens * (20 * d + 4 * f) * number // 2
+    block = tokens * (25 * d + 2 * f) * number
     ends = tokens * 21 * d * number // 4
     if not checkpointing:
         return ends + network.layers * block + tokens * 5 * d * number

@@ -3,11 +3,15 @@ Or see what loading takes of the host.
 
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b_12gb.yaml --card 12
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b.yaml --json memory.json
+    python scripts/measure_memory.py --card 12 inference.student=stream inference.text_encoder=stream \
+        inference.decode_frames=1                                     # least memory with the VAE: --low_memory
+    python scripts/measure_memory.py --card 24 inference.text_int8=true inference.decode_frames=1
     python scripts/measure_memory.py --network 1.3B                   # one training pass of a network, checkpointed
     python scripts/measure_memory.py --host 14B                       # loading six shards of 57 GB; --to cpu, cuda
 
 No file is needed: all weights are zeros in the published sizes, which take the memory that others take. --card caps
-torch's allocator at that many GiB less the driver's share, so that a run that would not fit there fails here. Exits
+torch's allocator at that many GiB less the driver's share, so that a run that would not fit there fails here. What the
+allocator holds, holes between tensors included, is printed last; other programs of the card are not counted. Exits
 with 1 where a phase is more than a tenth off the plan, or loading takes 1.3 times the files of the host's memory. The
 files of --host are sparse: they have the published length and names, and take no room on most disks.
 """
@@ -100,13 +104,13 @@ def sizes_of(network: Network) -> dict[str, int]:
 def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, int]:
     """Most bytes in each phase of the plan."""
     session, most = pipe.session, {"encode prompt": 0, "denoise": 0, "decode": 0}
+    make_stream = session.codec.stream
 
     def note(phase: str) -> None:
         most[phase] = max(most[phase], probe())
 
-    make_stream, encode = session.codec.stream, session.text_encoder
-
     def stream():
+        note("encode prompt")  # a decoder is made once the prompt is encoded, and before the cache
         inner = make_stream()
         decode = inner.decode
 
@@ -121,8 +125,6 @@ def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, i
 
     session.codec.stream = stream
     probe()
-    encode([PROMPT])
-    note("encode prompt")
     for result in session.play(PROMPT, 0, chunks):
         result.wait()
     return most
@@ -189,10 +191,13 @@ def report_host(name: str, device: torch.device, to_json: Path | None) -> int:
     return int(peak.own > HOST_LIMIT * total)
 
 
-def gpu_probe(device: torch.device) -> Probe:
+def gpu_probe(device: torch.device, held: list[int]) -> Probe:
+    """A probe, which also adds to `held` the most bytes that the allocator held meanwhile."""
+
     def probe() -> int:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
+        held.append(torch.cuda.max_memory_reserved(device))
         torch.cuda.reset_peak_memory_stats(device)
         return peak
 
@@ -210,25 +215,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = torch.cuda.get_device_properties(device).total_memory
     if args.card:
         torch.cuda.set_per_process_memory_fraction(min(1.0, (args.card * GIB - CONTEXT) / total), device)
-    probe = gpu_probe(device)
+    held: list[int] = []
+    probe = gpu_probe(device, held)
     if args.network:
         planned, measured = run_network(NETWORKS[args.network], config.video.num_latent_frames, probe, device)
-        rows = {"activations": (planned, measured)}
+        rows, room = {"activations": (planned, measured)}, None
     else:
         network = NETWORKS[args.student]
         most = run_phases(build(config, network, UMT5_XXL, device, torch.bfloat16), args.chunks, probe)
         plan = inference_plan(config, network)
         rows = {phase.name: (int(sum(phase.parts.values())), most[phase.name]) for phase in plan.phases}
-    free, _ = torch.cuda.mem_get_info(device)
-    taken = total - free
+        room = plan.peak.total - CONTEXT
+    probe()
     off = {name: planned / measured - 1 for name, (planned, measured) in rows.items()}
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {config.name}")
     for name, (planned, measured) in rows.items():
         print(f"{name:<16}planned {planned / 1e9:7.2f} GB  measured {measured / 1e9:7.2f} GB  {off[name]:+.1%}")
-    print(f"{'on the card':<16}taken {taken / GIB:.2f} GiB, allocator and driver included")
+    figure = f"planned {room / 1e9:7.2f} GB  " if room else ""
+    print(f"{'allocator':<16}{figure}held     {max(held) / 1e9:7.2f} GB")
     if args.json:
         figures = {name: {"planned": p, "measured": m} for name, (p, m) in rows.items()}
-        write_json_atomic(args.json, {"config": config.name, "card": args.card, "phases": figures, "taken": taken})
+        write_json_atomic(args.json, {"config": config.name, "card": args.card, "phases": figures, "held": max(held)})
     return int(any(abs(error) > TOLERANCE for error in off.values()))
 
 

@@ -1,6 +1,7 @@
 """What takes less memory gives the same video."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -186,6 +187,12 @@ def test_text_encoder_leaves_the_gpu(stream):
     assert {p.device.type for p in hosted.encoder.parameters()} == {"cpu"}
 
 
+def requested() -> int:
+    """Bytes of the tensors on the GPU, without what the allocator adds: up to 1 MiB for one of 27 MiB."""
+    gc.collect()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
@@ -199,10 +206,11 @@ def test_blocks_come_to_the_gpu_and_go():
     expected = by_chunk(twin, stream_cache(twin, geo, device="cuda"), geo, x, t, twin.text_kv(text))
     del twin
     torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated()
+    held = requested()
     stream = BlockStream(model, "cuda")
     rest = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("blocks."))
-    assert torch.cuda.memory_allocated() - held < stream.bytes + rest + (1 << 20)
+    taken = requested() - held
+    assert taken <= stream.bytes + rest, f"{taken} bytes taken, for slots of {stream.bytes} and {rest} of the rest"
     for _ in range(5):
         out = by_chunk(model, stream_cache(model, geo, device="cuda"), geo, x, t, model.text_kv(text))
         assert torch.equal(out, expected)
