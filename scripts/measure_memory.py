@@ -3,17 +3,17 @@ Or see what loading takes of the host.
 
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b_12gb.yaml --card 12
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b.yaml --json memory.json
-    python scripts/measure_memory.py --card 12 inference.student=stream inference.text_encoder=stream \
-        inference.decode_frames=1                                     # least memory with the VAE: --low_memory
+    python scripts/measure_memory.py --card 12 inference.{student,text_encoder}=stream inference.decode_frames=1
     python scripts/measure_memory.py --card 24 inference.text_int8=true inference.decode_frames=1
     python scripts/measure_memory.py --network 1.3B                   # one training pass of a network, checkpointed
     python scripts/measure_memory.py --host 14B                       # loading six shards of 57 GB; --to cpu, cuda
 
-No file is needed: all weights are zeros in the published sizes, which take the memory that others take. --card caps
-torch's allocator at that many GiB less the driver's share, so that a run that would not fit there fails here. What the
-allocator holds, holes between tensors included, is printed last; other programs of the card are not counted. Exits
-with 1 where a phase is more than a tenth off the plan, or loading takes 1.3 times the files of the host's memory. The
-files of --host are sparse: they have the published length and names, and take no room on most disks.
+The third is `--low_memory`, the least with the VAE. No file is needed: all weights are zeros in the published sizes,
+which take the memory that others take. --card caps torch's allocator at that many GiB less the driver's share, so that
+a run that would not fit there fails here. What the allocator holds, holes between tensors included, is printed last;
+other programs of the card are not counted. Exits with 1 where a phase is more than a tenth off the plan, or loading
+takes 1.3 times the files of the host's memory. The files of --host are sparse: they have the published length and
+names, and take no room on most disks.
 """
 
 import argparse
