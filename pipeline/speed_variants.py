@@ -38,14 +38,14 @@ H100 = (
     _full("eager", *EAGER, *PLAIN_ATTENTION, repeats=2, reference=True),
     _full("fp8 by row", "inference.precision=fp8"),
     _full("fp8 linears alone", "inference.precision=fp8", "inference.fp8_attention=false"),
-    _full("bf16, cuDNN", "inference.attention=cudnn"),
+    _full("bf16 with cuDNN", "inference.attention=cudnn"),
     _full("fused GELU", "inference.fused_gelu=true"),
     _full("60 s stream", stream=60.0, repeats=2),
     _full("fp8 by tensor", "inference.precision=fp8", "inference.fp8_scaling=tensor"),
-    _full("compiled, no graphs", "inference.cuda_graphs=off", repeats=3),
+    _full("no graphs", "inference.cuda_graphs=off", repeats=3),
     _full("decode not beside", "inference.overlap=false", repeats=3),
     _full("Wan VAE", "model.codec=wan", repeats=3),
-    _full("fp8 by row, 60 s", "inference.precision=fp8", stream=60.0, repeats=2),
+    _full("fp8 60 s stream", "inference.precision=fp8", stream=60.0, repeats=2),
     _full("5432222", "schedule.steps=5432222", standard=False, repeats=3),
     Variant(
         "35 NFE",
@@ -57,7 +57,7 @@ H100 = (
     _full("2 streams", batch=2, standard=False, repeats=3),
     _full("4 streams", batch=4, standard=False, repeats=3),
     _full("720p", "video.height=720", "video.width=1280", standard=False, repeats=3),
-    _full("Wan VAE, eager", "model.codec=wan", *EAGER, *PLAIN_ATTENTION, repeats=2),
+    _full("Wan VAE eager", "model.codec=wan", *EAGER, *PLAIN_ATTENTION, repeats=2),
     _full("text encoding", text=True, repeats=1),
 )
 CPU = (
