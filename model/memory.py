@@ -187,7 +187,7 @@ def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, 
         weights, block = (weights + T5_EMBEDDING) // 2, block // 2
     if config.inference.text_encoder != "stream":
         return weights, weights
-    return weights, min(weights, T5_EMBEDDING + 2 * block)  # one at work, the next on its way
+    return weights, min(weights, T5_EMBEDDING + block)  # at the widest point of one the next has no room yet
 
 
 def inference_plan(
