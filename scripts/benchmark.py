@@ -11,6 +11,7 @@ same. Figures are of a prompt that is encoded already, medians of --repeats runs
 """
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -230,6 +231,7 @@ def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         print(suite_table({variant.name: cards[variant.name]}).splitlines()[-1], flush=True)
         if args.json:
             write_json_atomic(args.json, cards)
+        gc.collect()  # the session is in cycles with its graphs, and counts in the next one's peak otherwise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return cards
