@@ -173,6 +173,8 @@ def test_a_bad_prompt_is_refused_and_the_stream_goes_on(make, bad):
 class Counting:
     """A student that cancels its session during pass number `at`."""
 
+    cache_dtype = None
+
     def __init__(self, student, at: int):
         self.student, self.model, self.at, self.calls, self.session = student, student.model, at, 0, None
 
