@@ -84,6 +84,11 @@ class Network:
         return 2 * self.parameters + 2 * self.wide
 
     @property
+    def fp8_bytes(self) -> int:
+        """The same with float8 in the linears of all blocks but the first and last; text keys' stay (model/fp8.py)."""
+        return self.inference_bytes - (self.layers - 2) * (6 * self.dim**2 + 2 * self.dim * self.ffn)
+
+    @property
     def streamed_bytes(self) -> int:
         """The same with the blocks on the host: slots for two of them (model/offload.py), and what is not a block."""
         return self.inference_bytes - (self.layers - 2) * (2 * self.block + 2 * 8 * self.dim)
@@ -193,11 +198,16 @@ def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, 
 def inference_plan(
     config: Config, student: Network = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
 ) -> MemoryPlan:
-    """Memory of `inference.py` in bfloat16: encoding the first prompt, a denoising step, decoding a chunk."""
+    """Memory of `inference.py` in bfloat16: encoding the first prompt, a denoising step, decoding a chunk.
+
+    With precision=fp8 keys and values are reckoned as with FlashAttention-3, in float8 too.
+    """
     geometry = Geometry.from_config(config, latent_channels=student.channels, patch=student.patch)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
+    weights = student.inference_bytes if config.inference.student == "keep" else student.streamed_bytes
+    fp8 = config.inference.precision == "fp8"
     always = {
-        "student": student.inference_bytes if config.inference.student == "keep" else student.streamed_bytes,
+        "student": student.fp8_bytes if fp8 else weights,
         "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
         "workspace": CUBLAS,
     }
@@ -205,7 +215,7 @@ def inference_plan(
     keep = {"text encoder": text_weights} if config.inference.text_encoder == "keep" else {}
     encoding = {"text encoder": encoder, "activations": T5_SCORES * batch * config.model.text_tokens**2}
     playing = {
-        "KV cache": cache_bytes(student, geometry, chunks, batch),
+        "KV cache": cache_bytes(student, geometry, chunks, batch, 1 if fp8 and config.inference.fp8_attention else 2),
         "text keys": text_bytes(student, config.model.text_tokens, batch),
     }
     if fast(config.inference.cuda_graphs, config):  # which read a copy of the text's keys

@@ -190,6 +190,13 @@ def test_measured_holes(changes, held):
     assert held <= inference_plan(load_config(CONFIG, changes)).peak.total - memory.CONTEXT <= 1.1 * held
 
 
+def test_measured_fp8():
+    """Weights and cache by `scripts/benchmark.py`, the same GPU."""
+    plan = inference_plan(load_config(CONFIG, ["inference.precision=fp8"]))
+    for part, measured in (("student", 1_679_390_848), ("KV cache", 1_725_235_200)):
+        assert plan.phases[1].parts[part] == pytest.approx(measured, rel=0.01)
+
+
 def test_measured_training():
     """One clip of 480x832 through the 1.3B network and back, checkpointed; H100, torch 2.11."""
     assert memory.graph_bytes(WAN_1_3B, 21 * 1560, True) == pytest.approx(7.54e9, rel=0.1)
