@@ -5,11 +5,12 @@
     python scripts/vbench.py score --prompts VBench_full_info.json --python path/to/vbench_env/bin/python
     python scripts/vbench.py table
 
-`generate` can be stopped and started again. The `vbench` package needs versions of torch and transformers that do not
-go with ours: `pip install vbench` into an environment of its own, and name its Python.
+`generate` can be stopped and started again. The `vbench` package needs versions of numpy and transformers that do not
+go with ours: install it into an environment of its own, as README says, and name its Python.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ Not alike in every respect: published rows use prompts rewritten by a language m
 authors' samples and seeds, and the vbench release of their day. Only rows of equal prompts and release compare; to be
 sure, score the other model's weights here too. The row of Diagonal Distillation's own paper is not stated here."""
 RUNNER = """
-import sys, torch
+import sys
+sys.path = [path for path in sys.path if path]  # not the working folder: it may hold a vbench or a utils of its own
+import torch
 from vbench import VBench
 info, videos, out, name, *dimensions = sys.argv[1:]
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,29 +123,62 @@ def score(args: argparse.Namespace) -> None:
         raise UserError(f"prompts={info} says nothing of dimensions; give VBench_full_info.json to score")
     suite = read_suite(info)
     wanted = args.dimensions or [name for name in DIMENSIONS if any(name in p.dimensions for p in suite)]
-    videos = out / "videos"
-    for name in wanted:
-        lacking = [p for p in suite if name in p.dimensions and not all(_there(videos, p))]
-        if lacking:
-            raise UserError(
-                f"dimensions={name} lacks videos of {len(lacking)} prompts in {videos}; run generate with this --out"
-            )
-    for name in wanted:  # one process each, so that what is scored stays when a later one fails
+    found = {name: videos_of(name, [p for p in suite if name in p.dimensions], out) for name in wanted}
+    for name, videos in found.items():  # one process each, so that what is scored stays when a later one fails
         result = out / "results" / f"{name}_eval_results.json"
-        if result.exists() and result.stat().st_mtime >= max(path.stat().st_mtime for path in videos.iterdir()):
+        if is_scored(result, videos):
             print(f"{name}: already scored")
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
-        paths = [str(path.resolve()) for path in (info, videos, result.parent)]
-        done = subprocess.run([args.python, "-c", RUNNER, *paths, name, name], stderr=subprocess.PIPE, text=True)
+        result.unlink(missing_ok=True)
+        log = result.with_name(f"{name}.log")  # the package's progress too, which takes hours
+        paths = [str(path.resolve()) for path in (info, videos[0].parent, result.parent)]
+        try:
+            with log.open("w", encoding="utf-8") as file:
+                done = subprocess.run([args.python, "-c", RUNNER, *paths, name, name], stderr=file)
+        except OSError as error:
+            raise UserError(f"python={args.python} cannot be started ({error.strerror}); give its path") from error
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"python={args.python} could not score {name} ({last}); pip install vbench there")
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise UserError(
+                f"python={args.python} could not score {name} ({last}); see {log}: vbench and what {name} imports must "
+                "be installed there, and its weights in VBENCH_CACHE_DIR, or a network to fetch them"
+            )
         print(f"{name}: {read_results(result.parent)[name]:.4f}", flush=True)
 
 
-def _there(videos: Path, prompt: VBenchPrompt) -> list[bool]:
-    return [(videos / prompt.file_name(sample)).exists() for sample in range(SAMPLES)]
+def videos_of(name: str, prompts: list[VBenchPrompt], out: Path) -> list[Path]:
+    """Videos to score, in one folder; for temporal_flickering those that `vbench static_filter` kept, if it was run."""
+    videos, kept = (out / "videos").resolve(), (out / "filtered_videos").resolve()
+    lacking, files = 0, []
+    for prompt in prompts:
+        own = [videos / prompt.file_name(sample) for sample in range(SAMPLES)]  # the package reads no others
+        lacking += not all(file.exists() for file in own)
+        files += own
+    if lacking or not files:
+        raise UserError(
+            f"dimensions={name} lacks videos of {lacking or 'all'} prompts in {videos}; run generate with this --out"
+        )
+    if name != "temporal_flickering" or not kept.is_dir():
+        return files
+    static = [kept / file.name for file in files if (kept / file.name).exists()]
+    if not static or _newest(static) < _newest(files):
+        raise UserError(f"{kept} holds no static video, or older ones than {videos}; remove it, or filter again")
+    print(f"{name}: {len(static)} static videos of {kept}, of {len(files)} at most")
+    return static
+
+
+def is_scored(result: Path, videos: list[Path]) -> bool:
+    """Whether `result` is of these videos as they are; the package writes beside it which ones it read."""
+    read = result.with_name(result.name.replace("_eval_results", "_full_info"))
+    if not (result.exists() and read.exists()) or result.stat().st_mtime < _newest(videos):
+        return False
+    entries = json.loads(read.read_text(encoding="utf-8"))
+    return {file for entry in entries for file in entry["video_list"]} == {str(file) for file in videos}
+
+
+def _newest(files: list[Path]) -> float:
+    return max(file.stat().st_mtime for file in files)
 
 
 def table(args: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,22 +23,34 @@ SUITE = [  # as VBench_full_info.json has them
 ]
 # the real torch takes seconds to load
 TORCH = "class cuda:\n    is_available = staticmethod(lambda: False)\ndevice = str\n"
+# the interface of vbench 0.1.5: arguments, the two files it writes, the first five videos of a prompt, NaN for none
 MOCK = """
 import json, os
 class VBench:
     def __init__(self, device, full_info_dir, output_path):
+        assert device == "cpu"
         self.info, self.out = json.load(open(full_info_dir)), output_path
-    def evaluate(self, videos_path, name, dimension_list=None):
-        names = os.listdir(videos_path)
-        assert all(n.endswith(".mp4") for n in names), names
+        os.makedirs(output_path, exist_ok=True)
+    def write(self, name, data):
+        json.dump(data, open(os.path.join(self.out, name + ".json"), "w"), indent=4)
+    def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False, read_frame=False,
+                 mode="vbench_standard", **kwargs):
+        assert mode == "vbench_standard" and not prompt_list and not kwargs
+        names, wanted = os.listdir(videos_path), [e for e in self.info if set(dimension_list) & set(e["dimension"])]
+        suffix = os.path.splitext(names[0])[1]
+        for entry in wanted:
+            videos = [f"{entry['prompt_en']}-{i}{suffix}" for i in range(5)]
+            entry["video_list"] = [os.path.join(videos_path, v) for v in videos if v in names]
+            print(*(f"WARNING: {v} is not found" for v in videos if v not in names))
+        self.write(name + "_full_info", wanted)
         found = {}
         for dimension in dimension_list:
             if dimension == "color" and os.environ.get("BROKEN"):
                 raise RuntimeError("no detectron2")
-            videos = [f"{e['prompt_en']}-{i}.mp4" for e in self.info if dimension in e["dimension"] for i in range(5)]
-            assert set(videos) <= set(names)
-            found[dimension] = [0.5, [{"video_path": v, "video_results": 0.5} for v in videos]]
-        json.dump(found, open(os.path.join(self.out, name + "_eval_results.json"), "w"))
+            videos = [v for e in wanted if dimension in e["dimension"] for v in e["video_list"]]
+            score = 0.5 if videos else float("nan")
+            found[dimension] = [score, [{"video_path": v, "video_results": 0.5} for v in videos]]
+        self.write(name + "_eval_results", found)
 """
 
 
@@ -76,9 +89,11 @@ def test_generate_score_table(suite, mock, tiny_assets, tmp_path, capsys, monkey
     rate = ["score", "--out", str(out), "--prompts", str(suite), "--python", sys.executable]
     monkeypatch.setenv("BROKEN", "1")
     assert vbench.main(rate) == 2
-    assert "could not score color (RuntimeError: no detectron2)" in capsys.readouterr().err
+    assert "could not score color (RuntimeError: no detectron2); see" in capsys.readouterr().err
+    assert "Traceback" in (out / "results" / "color.log").read_text()
     assert read_results(out / "results")["temporal_flickering"] == 0.5, "what was scored before stays"
     monkeypatch.delenv("BROKEN")
+    monkeypatch.chdir(ROOT / "scripts")  # whose vbench.py is not the package
     assert vbench.main(rate) == 0
     said = capsys.readouterr().out
     assert "color: 0.5" in said and "temporal_flickering: already scored" in said
@@ -86,6 +101,47 @@ def test_generate_score_table(suite, mock, tiny_assets, tmp_path, capsys, monkey
     text = capsys.readouterr().out
     assert "| color | 50.00 |" in text and "| scene | - | not scored |" in text
     assert "| - | - | - |" in text and "84.31 | 85.07 | 81.28" in text
+
+
+def test_static_filter(suite, mock, tmp_path, capsys):
+    """`vbench static_filter --result_path OUT` copies static videos to OUT/filtered_videos, often fewer than five."""
+    out = tmp_path / "out"
+    (out / "videos").mkdir(parents=True)
+    names = [f"In a still frame, a stop sign-{i}.mp4" for i in range(7)]
+    for name in names:
+        (out / "videos" / name).touch()
+        os.utime(out / "videos" / name, (10, 10))
+    rate = ["score", "--out", str(out), "--prompts", str(suite), "--python", sys.executable]
+    rate += ["--dimensions", "temporal_flickering"]
+    (out / "filtered_videos").mkdir()
+    assert vbench.main(rate) == 2 and "no static video" in capsys.readouterr().err
+    for name in names[:2]:
+        (out / "filtered_videos" / name).touch()
+    assert vbench.main(rate) == 0 and "2 static videos" in capsys.readouterr().out
+    ((score, videos),) = json.loads((out / "results" / "temporal_flickering_eval_results.json").read_text()).values()
+    assert [v["video_path"] for v in videos] == [str(out / "filtered_videos" / name) for name in names[:2]]
+    assert vbench.main(rate) == 0 and "already scored" in capsys.readouterr().out
+    (out / "filtered_videos").rename(out / "aside")
+    assert vbench.main(rate) == 0 and "already scored" not in capsys.readouterr().out, "not of the same videos"
+    (out / "aside").rename(out / "filtered_videos")
+    os.utime(out / "videos" / names[4])
+    for name in names[:2]:
+        os.utime(out / "filtered_videos" / name, (20, 20))
+    assert vbench.main(rate) == 2 and "filter again" in capsys.readouterr().err
+
+
+def test_results_of_no_video(tmp_path):
+    (tmp_path / "color_eval_results.json").write_text('{"color": [NaN, []]}')
+    with pytest.raises(UserError, match="color is nan"):
+        read_results(tmp_path)
+
+
+def test_python_that_is_not_there(suite, tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    for i in range(5):
+        (tmp_path / "videos" / f"a red bird-{i}.mp4").touch()
+    rate = ["score", "--out", str(tmp_path), "--prompts", str(suite), "--dimensions", "color", "--python", "no_python"]
+    assert vbench.main(rate) == 2 and "python=no_python cannot be started" in capsys.readouterr().err
 
 
 def test_ranks_share_all_videos(suite, monkeypatch):

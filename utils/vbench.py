@@ -5,6 +5,7 @@ Quality and Semantic are weighted means, and Total is (4 Quality + Semantic) / 5
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ def read_results(folder: Path) -> dict[str, float]:
         try:
             for name, (value, *_) in json.loads(path.read_text(encoding="utf-8")).items():
                 scores[name] = float(value)
+                if not math.isfinite(scores[name]):  # the package's mean of no video at all
+                    raise ValueError(f"{name} is {value}")
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not hold VBench's results ({error!r}); remove it and score again") from error
     if not scores:
