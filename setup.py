@@ -29,7 +29,8 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own
         "train": ["wandb>=0.22"],  # metrics go to a JSONL file without it
-        "report": ["matplotlib>=3.10,<4"],  # the plot of scripts/explore_schedules.py
+        # the plot of scripts/explore_schedules.py; optical flow in scripts/report.py
+        "report": ["matplotlib>=3.10,<4", "opencv-python-headless>=4.14,<5.1"],
         "demo": requirements("requirements-demo.txt"),  # python demo.py
         "dev": requirements("requirements-dev.txt"),
     },

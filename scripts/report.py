@@ -12,13 +12,14 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.errors import UserError  # noqa: E402
 from utils.clip_folder import ClipReport, find_videos, measure_video  # noqa: E402
-from utils.clip_measures import MEASURES  # noqa: E402
+from utils.clip_measures import FLOW_MEASURES  # noqa: E402
 from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 from utils.report_page import report_data, report_page  # noqa: E402
@@ -46,7 +47,8 @@ def read_folder(folder: Path, chunk_frames: int, workers: int) -> list[ClipRepor
     with progress_bar(f"measuring {folder.name}", len(videos), "clip") as bar:
         if workers == 1 or len(videos) == 1:
             return [_counted(measure(video), bar) for video in videos]
-        with ProcessPoolExecutor(min(workers, len(videos))) as pool:
+        fresh = get_context("spawn")  # a fork of a process that has used OpenCV's or torch's threads can wait forever
+        with ProcessPoolExecutor(min(workers, len(videos)), mp_context=fresh) as pool:
             return [_counted(clip, bar) for clip in pool.map(measure, videos)]
 
 
@@ -65,7 +67,7 @@ def table(data: dict) -> str:
     """Means with intervals, and differences where there are pairs, as text."""
     titles = [folder["name"] for folder in data["folders"]] + ["difference"] * ("differences" in data)
     lines = ["  ".join(["measure".ljust(17), *(title[-28:].rjust(28) for title in titles)])]
-    for name in MEASURES:
+    for name in data["measures"]:
         columns = [folder["averages"][name] for folder in data["folders"]]
         columns += [data["differences"][name]] if "differences" in data else []
         lines.append("  ".join([name.ljust(17), *(_cell(column).rjust(28) for column in columns)]))
@@ -95,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     with atomic_path(out / "report.html") as temporary:
         temporary.write_text(report_page(folders), encoding="utf-8")
     print(table(data))
+    if not FLOW_MEASURES.keys() <= data["measures"].keys():
+        print(f"without {' and '.join(FLOW_MEASURES)}: pip install opencv-python-headless gives them", file=sys.stderr)
     if "pairs" in data and not data["pairs"]:
         print("no clip of one folder has the prompt and seed of one of the other: nothing to pair", file=sys.stderr)
     alarms = sum(bool(clip.defects) for part in clips for clip in part)

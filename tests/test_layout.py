@@ -14,7 +14,8 @@ from configs.load import CHECKOUT, load_config, presets
 LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server")  # a file imports its own and those to its left
 ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name on the index and the name in Python differ
+# where the name on the index and the name in Python differ
+MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
 
 SOURCES = [
     *(CHECKOUT / name for name in ENTRY_POINTS if (CHECKOUT / name).exists()),

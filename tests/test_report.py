@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from configs.errors import UserError
 from utils.clip_folder import chunk_borders, find_videos, measure_video, pair
-from utils.clip_measures import MEASURES
+from utils.clip_measures import FLOW_MEASURES, MEASURES, has_flow
 from utils.report_page import report_page, schedule_text
 from utils.video import VideoWriter
 
@@ -23,6 +24,8 @@ SPEC.loader.exec_module(report)
 
 HOSTILE = 'a "red" circle </script><img src=x onerror=alert(1)>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+SHOWN = {*MEASURES, *(FLOW_MEASURES if has_flow() else ())}
 
 
 def write_clip(path: Path, seed: int, prompt: str | None, brightness: float = 0.0) -> Path:
@@ -70,7 +73,7 @@ def test_one_folder(folders, capsys):
     clip = folder["clips"][0]
     assert (clip["prompt"], clip["seed"], clip["frames"], clip["borders"]) == (HOSTILE, 1, 21, [9])
     assert (clip["seconds"], clip["first_frames"], clip["nfe"]) == (1.5, 0.25, 5)
-    assert set(clip["measures"]) == set(MEASURES) and not clip["defects"]
+    assert set(clip["measures"]) == SHOWN and not clip["defects"]
     assert len(clip["series"]["motion"]) == 20 and len(clip["series"]["luma"]) == 21
     assert "differences" not in data
     assert "3 clips, 0 with something" in capsys.readouterr().out
@@ -86,6 +89,32 @@ def test_two_folders_are_paired_by_prompt_and_seed(folders, tmp_path, capsys):
     assert seam["value"] > 0.5
     assert all("seam" in [d["kind"] for d in clip["defects"]] for clip in data["folders"][1]["clips"])
     assert "difference" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_flow(), reason="no OpenCV")
+def test_flow_is_paired_as_other_measures_are(folders, tmp_path, capsys):
+    assert report.main([*map(str, folders), "--out", str(tmp_path), "--workers", "1"]) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    for name in FLOW_MEASURES:
+        first, second = ([folder["clips"][i]["measures"][name] for i in (0, 2)] for folder in data["folders"])
+        assert data["differences"][name]["value"] == pytest.approx(np.mean(second) - np.mean(first))
+    assert data["differences"]["flow_warp"]["value"] > 0, "the step in brightness is no motion"
+    said = capsys.readouterr()
+    assert "flow_warp" in said.out and "opencv" not in said.err
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_without_opencv_the_columns_are_absent_and_a_line_says_so(folders, tmp_path, capsys, monkeypatch, others):
+    monkeypatch.setitem(sys.modules, "cv2", None)  # an import of it fails
+    assert report.main([*map(str, folders[: 1 + others]), "--out", str(tmp_path), "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("pip install opencv-python-headless") == 1 and "flow" not in said.out
+    data = json.loads((tmp_path / "report.json").read_text())
+    places = [data["measures"], *(folder["averages"] for folder in data["folders"])]
+    places += [clip["measures"] for folder in data["folders"] for clip in folder["clips"]]
+    places += [data["differences"]] if others else []
+    assert all(set(place) == set(MEASURES) for place in places)
+    assert "flow_warp" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_page_loads_nothing_and_is_not_broken_by_a_prompt(folders):
@@ -110,6 +139,9 @@ def test_a_browser_shows_every_clip(folders, tmp_path):
     assert body.count("<tr>") == 6 and dom.count("data:image/jpeg;base64,") >= 6 and dom.count("<svg") == 30
     assert "<img src=x" not in body and "&lt;img src=x" in body, "a prompt is text"
     assert 'aria-sort="ascending"' in dom
+    heads = re.findall(r'<th title="[^"]*"[^>]*><button type="button">([^<]*)</button>', dom)
+    assert heads == [name.replace("_", " ") for name in (*MEASURES, *FLOW_MEASURES) if name in SHOWN]
+    assert body.count("<td") == 6 * (3 + len(SHOWN) + 3), "a cell for each column"
     assert body.index('class="first"') < body.index('class="second"'), "sorted by seam: the plain folder comes first"
 
 

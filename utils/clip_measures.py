@@ -6,12 +6,16 @@ as they are stored; chroma is max(R, G, B) - min(R, G, B). `borders` are the fir
 
 None of these measures knows what is right: a pan drifts, a strobe light flickers, fog is not sharp. They are for
 comparing clips of the same prompts, and for finding those that are worth looking at (utils/clip_defects.py).
+
+Optical flow (FLOW_MEASURES) needs OpenCV, an optional package. It is DIS (Kroeger et al., arXiv 1603.03590), which runs
+on a CPU and has no weights; a network such as RAFT would be nearer the truth where motion is large, and is not used.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +25,7 @@ FLICKER_REACH = 3  # frames to each side that a frame's brightness is compared w
 BLUR_PIXELS = 9  # length of the box that sharpness is measured with
 LEAST_DIFFERENCE = 3 / 255  # brightness between neighbours; less is a gentle slope, or noise of a codec
 SMALLEST_STEP = 1e-6  # brightness; keeps ratios finite where nothing moves
+LEAST_FLOW_SIDE = 12  # pixels along the longer side; OpenCV refuses less
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,14 @@ MEASURES = {
     "saturation_drift": Measure("share", "low", "change of mean chroma, first to last quarter, sign lost"),
     "sharpness": Measure("share", "high", "differences between neighbours that a blur takes away, median of frames"),
     "repeated": Measure("share", "low", "frames that repeat the one before"),
+}
+
+# Where OpenCV is installed. Pixels are the clip's own: at twice the resolution the same motion has twice the flow.
+FLOW_MEASURES = {
+    "flow": Measure("pixels", "none", "mean length of the optical flow from a frame to the next"),
+    "flow_warp": Measure(
+        "levels", "low", "what is left of luma's change from a frame to the next once the flow is undone"
+    ),
 }
 
 
@@ -98,6 +111,8 @@ class Series:
     contrast: Tensor  # [T] standard deviation of luma over the frame: RMS contrast (Peli, JOSA A 7, 1990)
     saturation: Tensor  # [T] mean chroma
     sharpness: Tensor  # [T] share of the differences between neighbouring pixels that blurring takes away
+    flow: Tensor | None = None  # [T - 1] mean length in pixels, frame t to t + 1; None where not asked for
+    flow_warp: Tensor | None = None  # [T - 1] warping error in levels of 255
 
     @property
     def frames(self) -> int:
@@ -107,14 +122,19 @@ class Series:
 FAR = 4  # frames; longer than the longest flash that is looked for
 
 
-def series(clip: Tensor) -> Series:
-    """Frame by frame figures of one clip [T, 3, H, W].
+def series(clip: Tensor, flow: bool = False) -> Series:
+    """Frame by frame figures of one clip [T, 3, H, W]; flow: those of optical flow too (where `has_flow`).
 
     Sharpness is 1 minus the blur metric of Crete et al. (SPIE 6492, 2007): blurring a sharp picture takes much of the
     differences between its neighbouring pixels away, and blurring a blurred one takes little. Contrast drops out.
     Images are averaged over 2 x 2 pixels first where both sides are above 256, so that grain counts less.
     """
-    rows = [_frame(unit_frames(image)) for image in clip]
+    rows, meter = [], FlowMeter() if flow else None
+    for image in map(unit_frames, clip):
+        grey = _grey(image)
+        rows.append(_frame(image, grey))
+        if meter:
+            meter.add(grey, image.shape[-1] // grey.shape[-1])
     table = torch.tensor(rows, dtype=torch.float32)
     return Series(
         steps=frame_distances(clip[None])[0].cpu(),
@@ -124,14 +144,19 @@ def series(clip: Tensor) -> Series:
         contrast=table[:, 4],
         saturation=table[:, 5],
         sharpness=table[:, 6],
+        flow=torch.tensor(meter.lengths) if meter else None,
+        flow_warp=torch.tensor(meter.errors) if meter else None,
     )
 
 
-def _frame(image: Tensor) -> list[float]:
-    """Mean R, G, B, mean luma, contrast, saturation, sharpness of one image [3, H, W] in [0, 1]."""
+def _grey(image: Tensor) -> Tensor:
+    """Luma of one image [3, H, W] in [0, 1], averaged over 2 x 2 pixels where both sides are above 256."""
     grey = luma(image)
-    if min(grey.shape) > 256:
-        grey = F.avg_pool2d(grey[None, None], 2)[0, 0]
+    return F.avg_pool2d(grey[None, None], 2)[0, 0] if min(grey.shape) > 256 else grey
+
+
+def _frame(image: Tensor, grey: Tensor) -> list[float]:
+    """Mean R, G, B, mean luma, contrast, saturation, sharpness of one image [3, H, W] in [0, 1]; grey: its `_grey`."""
     variance = grey.var()
     chroma = (image.amax(0) - image.amin(0)).mean()
     return torch.stack((*image.mean((1, 2)), grey.mean(), variance.sqrt(), chroma, _sharpness(grey))).tolist()
@@ -150,6 +175,57 @@ def _sharpness(grey: Tensor) -> Tensor:
         lost.append(((before - after).clamp_min(0) * use).sum())
         total.append((before * use).sum())
     return sum(lost) / sum(total).clamp_min(1e-6)
+
+
+def has_flow() -> bool:
+    """Whether OpenCV is here, which FLOW_MEASURES need: opencv-python-headless, in the extra `report`."""
+    try:
+        import cv2  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class FlowMeter:
+    """Optical flow from frame to frame, of frames that are given one after another; one pair in memory at a time.
+
+    The warping error is E_warp of Lai et al. (arXiv 1808.00449): frame t + 1, read where the flow from
+    t to t + 1 points, against frame t, over pixels that both frames show. Theirs is squared and of RGB, ours absolute
+    and of luma. Flow that leads out of the frame, or from which the flow back does not return, marks what only one
+    frame shows (the test of Ruder et al., arXiv 1604.08610). Interpolation between pixels leaves an error of its own.
+    """
+
+    def __init__(self) -> None:
+        import cv2
+
+        cv2.setNumThreads(1)  # clips are measured in processes side by side
+        self.dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self.lengths: list[float] = []  # pixels, mean over the frame
+        self.errors: list[float] = []  # levels of 255
+        self.last: np.ndarray | None = None
+
+    def add(self, grey: Tensor, shrunk: int = 1) -> None:
+        """The next frame, luma [h, w] in [0, 1]; shrunk: pixels of the clip across one of its own."""
+        frame = grey.mul(255).round().byte().cpu().numpy()
+        if self.last is not None:
+            length, error = self._pair(self.last, frame) if max(frame.shape) >= LEAST_FLOW_SIDE else (math.nan,) * 2
+            self.lengths.append(shrunk * length)
+            self.errors.append(error)
+        self.last = frame
+
+    def _pair(self, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+        """Mean length of the flow, in pixels of these frames [h, w], and warping error in levels."""
+        import cv2
+
+        there, back = self.dis.calc(before, after, None), self.dis.calc(after, before, None)  # [h, w, (x, y)]
+        height, width = before.shape
+        place = there + np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        back = cv2.remap(back, place, None, cv2.INTER_LINEAR)
+        both = ((place >= 0) & (place <= (width - 1, height - 1))).all(-1)
+        both &= ((there + back) ** 2).sum(-1) <= 0.01 * (there**2 + back**2).sum(-1) + 0.5
+        moved = cv2.remap(after.astype(np.float32), place, None, cv2.INTER_LINEAR)
+        error = np.abs(moved - before)[both] if both.any() else np.abs(after.astype(np.float32) - before)
+        return float(np.linalg.norm(there, axis=-1).mean()), float(error.mean())
 
 
 def flicker(values: Tensor) -> Tensor:
@@ -195,9 +271,12 @@ def colour_change(rgb: Tensor) -> float:
 
 
 def summary(found: Series, borders: Sequence[int]) -> dict[str, float]:
-    """The measures of MEASURES for one clip; NaN where one is not defined (no border inside, a single frame)."""
+    """MEASURES of one clip, and FLOW_MEASURES if its series has them; NaN where one is not defined (a single frame)."""
+    flow = {} if found.flow is None else {name: math.nan for name in FLOW_MEASURES}
     if found.frames < 2:
-        return {name: math.nan for name in MEASURES} | {"sharpness": float(found.sharpness.median())}
+        return {name: math.nan for name in MEASURES} | {"sharpness": float(found.sharpness.median())} | flow
+    if flow:
+        flow = {"flow": float(found.flow.mean()), "flow_warp": float(found.flow_warp.mean())}
     early, late = quarters(found.steps)
     return {
         "seam": float(seam_ratio(found.steps[None], borders)[0]),
@@ -209,6 +288,7 @@ def summary(found: Series, borders: Sequence[int]) -> dict[str, float]:
         "saturation_drift": relative_change(found.saturation),
         "sharpness": float(found.sharpness.median()),
         "repeated": float(repeats(found.steps).float().mean()),
+        **flow,
     }
 
 
