@@ -49,16 +49,18 @@ class CodecLossConfig:
     clip_frames: list[int] = field(default_factory=lambda: [17])  # lengths of training clips, each 1 + 4 n; one a step
     crop: int = 0  # pixels: side of a square around the subject, where there is something to learn; 0 = whole frames
     gradient: float = 0.5  # L1 between spatial finite differences, for sharp edges
+    temporal: float = 0.0  # L1 between differences of neighbouring frames: motion without a step at each latent frame
     mse: float = 5.0  # squared error beside L1: small coloured subjects count, and PSNR is what is measured
     chroma: float = 20.0  # squared error of the colour alone, which is learnt last: only small subjects have one
     kl: float = 1e-5  # KL to the unit normal, mean over latent values
+    decoder_only: bool = False  # the encoder stays as it is, and so do the latents that other networks have learnt
 
     def __post_init__(self):
         if not self.clip_frames or any(n < 1 or n % 4 != 1 for n in self.clip_frames):
             raise UserError(f"training.codec.clip_frames={self.clip_frames}: each must be 1 + 4 n, e.g. [17, 49]")
         if self.crop % 8:
             raise UserError(f"training.codec.crop={self.crop} is not a multiple of 8; use 48, or 0 for whole frames")
-        at_least(0, "training.codec", self, "crop", "gradient", "mse", "chroma", "kl")
+        at_least(0, "training.codec", self, "crop", "gradient", "temporal", "mse", "chroma", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ from trainer.cli import parse  # noqa: E402
 from trainer.command import train  # noqa: E402
 from utils import exits  # noqa: E402
 
-STAGES = ("text", "stills", "codec", "chunk", "crops", "pretrain", "teacher_forcing", "few_steps", "first_chunk")
+STAGES = (
+    "text", "stills", "codec", "decoder", "chunk", "crops", "pretrain", "teacher_forcing", "few_steps", "first_chunk"
+)  # fmt: skip
 
 
 def main() -> int:

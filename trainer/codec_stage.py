@@ -26,7 +26,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def codec_loss(x: Tensor, y: Tensor, kl: Tensor, weights: CodecLossConfig) -> dict[str, Tensor]:
-    """L = |d| + mse d^2 + chroma (d - mean of d over RGB)^2 + gradient |rows and columns of d, differenced| + kl KL.
+    """L = |d| + mse d^2 + chroma (d - mean of d over RGB)^2 + gradient |rows and columns of d, differenced|
+    + temporal |frames of d, differenced| + kl KL.
 
     d = x - y of pixels and reconstruction [B, T, 3, H, W], each term a mean; kl: [B] nats a latent value.
     """
@@ -36,6 +37,7 @@ def codec_loss(x: Tensor, y: Tensor, kl: Tensor, weights: CodecLossConfig) -> di
         "mse": d.square().mean(),
         "chroma": (d - d.mean(2, keepdim=True)).square().mean(),
         "gradient": (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()) / 2,
+        "temporal": d.diff(dim=1).abs().mean(),
         "kl": kl.mean(),
     }
     loss = terms["l1"] + sum(vars(weights)[name] * term for name, term in terms.items() if name != "l1")
@@ -48,7 +50,11 @@ class CodecStage(Supervised):
     name = "codec"
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
-        super().__init__(config, device, ranks, vae(config))
+        module = vae(config)
+        if config.training.codec.decoder_only:
+            module.encoder.requires_grad_(False)
+            module.quant_conv.requires_grad_(False)
+        super().__init__(config, device, ranks, module)
         self.codec = WanCodec(self.module)
         self.world = TinyWorld(config.video.height, config.video.width)
         t = config.training
@@ -102,8 +108,14 @@ class CodecStage(Supervised):
 
     @torch.no_grad()
     def export(self, folder: Path, step: int) -> None:
-        """Write the VAE with the mean and standard deviation of each latent channel, over 32 whole clips."""
+        """Write the VAE with the mean and standard deviation of each latent channel, over 32 whole clips.
+
+        Under an encoder that stays they stay, too.
+        """
         module: AutoencoderKLWan = self.averaged
+        if self.config.training.codec.decoder_only:
+            save_network(module, folder)
+            return
         codec = WanCodec(module)
         clips = self._whole_clips(32)
         z = torch.cat([codec.posterior(pixels).mean for pixels in clips.split(8)])
