@@ -138,7 +138,7 @@ class InferenceConfig:
     cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
     fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
     fp8_attention: bool = True  # precision=fp8: keys and values in float8, too, where a kernel takes them (fa3)
-    fused_gelu: bool = True  # GELU inside the feed-forward's first matrix product, on a GPU
+    fused_gelu: bool = True  # GELU inside the feed-forward's first matrix product, on a GPU; not in float8
     overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
     student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time

@@ -19,19 +19,19 @@ class FlowConfig:
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
     context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
-    first_chunk_share: float = 0.0  # pretrain, teacher_forcing: share of steps on first chunks alone
+    first_chunk_share: float = 0.0  # pretrain, teacher_forcing, few_steps: share of steps on first chunks alone
     first_chunk_batch: int = 64  # clips in a micro-batch of such a step
     first_chunk_clips: int = 0  # first chunks made ahead for such steps; 0 = those of the whole clips
     first_chunk_trajectories: int = 0  # few_steps: first chunks of a many-step student, learnt in place of real ones
-    crop_share: float = 0.0  # pretrain, teacher_forcing: share of those on a square around the subject
+    crop_share: float = 0.0  # the same stages: share of those on a square around the subject
     crop: int = 6  # latent cells: side of that square, even
     crop_batch: int = 160  # clips in a micro-batch of such a step
-    past_weight: float = 0.5  # teacher_forcing: weight of the loss of a noisy past beside that of the chunks
+    past_weight: float = 0.5  # teacher_forcing, few_steps: weight of the loss of a noisy past beside that of the chunks
     own_share: float = 0.5  # few_steps: share of clips whose chunks, but for the first, are the student's own
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
-    ode_interval: float = 50.0  # causal_ode: Euler step of the teacher's trajectory, in un-warped time
+    ode_interval: float = 50.0  # Euler step of a teacher's trajectory, in un-warped time
     ode_clips: int = 4096  # causal_ode: trajectories made ahead and drawn from
-    guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for the teacher of causal_ode
+    guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for a teacher's trajectories
 
     def __post_init__(self):
         at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch", "crop_batch")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from configs.geometry import Geometry
+from model.fp8 import E4M3, LARGEST
 
-E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, tokens, heads, head_dim]
 
 FIRST_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at first

@@ -1,4 +1,4 @@
-"""Make the tiny system from nothing: every stage, one after the other, in one process.
+"""Make the shipped tiny system from nothing: stages 1 to 9, one after the other, in one process.
 
     python scripts/train_tiny.py [--logdir logs/tiny] [--stages text codec ...] [key=value ...]
 

@@ -77,7 +77,7 @@ class MadeChunk:
 
 
 class Player:
-    """Methods but `say`, `cancel` and `frames_made` run on the worker."""
+    """Methods but `say` and `cancel` run on the worker."""
 
     def __init__(self, pipe: DiagonalPipeline, costs: Costs, rewind_bytes: int):
         base = pipe.session
@@ -159,11 +159,6 @@ class Player:
         size = self.session.cache_bytes
         while len(self.snapshots) * size > self.rewind_bytes:
             self.snapshots.popitem(last=False)
-
-    @property
-    def frames_made(self) -> int:
-        with self._lock:
-            return sum(len(made.jpegs) for made in self.made)
 
     def video(self) -> bytes:
         """What was made, as MP4."""

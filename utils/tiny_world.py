@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 CLIP_FRAMES = 81  # frames over which the path stays inside the frame
-FPS = 16
 RADIUS = (9.0, 11.0)  # pixels; a shape of size r covers about as much as a disc of radius r
 EDGE = 1.0  # pixels between the subject and the frame's edge that a path keeps
 # Pixels a frame along each axis that moves. The frame is lower than wide, so vertical and diagonal motion is slower.
