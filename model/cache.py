@@ -35,7 +35,7 @@ FIRST_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at fir
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a cache of `dtype` can take it: float8 has no infinity to round to, so what is too large is clamped."""
+    """x as a cache of `dtype` can take it: what is too large for float8 is clamped, which not every torch does."""
     return x.clamp(-LARGEST, LARGEST).to(E4M3) if dtype is E4M3 else x
 
 

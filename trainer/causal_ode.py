@@ -53,11 +53,8 @@ class CausalODE(TeacherForcing):
         rows = [self.schedule.row(k) for k in range(self.chunks)]
         self.grid = trajectory_grid(rows, config.training.flow.ode_interval, config.schedule.shift)
         self.kept = sorted({t for row in rows for t in row}, reverse=True) + [0.0]
-        most = max(len(row) for row in rows)
-        padded = [[self.kept.index(t) for t in row] + [0] * (most - len(row)) for row in rows]
-        self.row_states = torch.tensor(padded, device=device)  # [chunks, steps] -> index into `kept`
-        self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
         self.kept_t = torch.tensor(self.kept, device=device)
+        self.row_states = (self.rows[..., None] == self.kept_t).long().argmax(-1)  # [chunks, steps]: places in `kept`
         self.states = self._trajectories()
 
     @torch.no_grad()

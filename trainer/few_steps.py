@@ -38,10 +38,6 @@ class FewSteps(TeacherForcing):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks)
-        rows = [self.schedule.row(k) for k in range(self.chunks)]
-        most = max(len(row) for row in rows)
-        self.rows = torch.tensor([[*row] + [0.0] * (most - len(row)) for row in rows], device=device)  # [chunks, steps]
-        self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
         clips = config.training.flow.first_chunk_trajectories
         self.states = self._trajectories(clips) if clips else None
 

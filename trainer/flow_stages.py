@@ -140,6 +140,9 @@ class TeacherForcing(FlowStage):
         self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
         self.frame_ids = torch.arange(frames, device=device).repeat(2)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
+        rows = [torch.tensor(self.schedule.row(k)) for k in range(self.chunks)]
+        self.rows = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [chunks, steps], zeros at the end
+        self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
         self.context_levels = torch.tensor(config.training.flow.context_timesteps, device=device)
 
     def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
