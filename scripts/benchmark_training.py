@@ -226,8 +226,11 @@ def reason(log: str) -> str:
     lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in log.splitlines()]
     said = [line for line in lines if line.startswith("error: ")]
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailed" not in line]
+    killed = re.search(r"Signal \d+ \((?!SIGTERM)(SIG\w+)\) received by PID", log)  # SIGTERM: torchrun ends the rest
     if said:
         return "refused: " + said[0].removeprefix("error: ")
+    if killed:  # what the others raise is but that they have lost it
+        return f"a rank was ended by {killed[1]}"
     return raised[0][:300] if raised else (lines[-1][:300] if lines else "ended without a word")
 
 

@@ -17,6 +17,9 @@ from model.text import TextEncoder, word_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "a red green blue circle square triangle moves left right up down slowly quickly".split()
 TEXT_TOKENS = 12
+# About one run in 200 of two ranks over gloo ends with SIGABRT out of torch (2.13; glibc finds its heap damaged, or a
+# thread outlives the interpreter). Such a run is repeated; whatever else goes wrong fails at once.
+SEVERAL_RANKS = pytest.mark.flaky(reruns=2, only_rerun=["SIGABRT"])
 
 
 def network_config(name: str) -> dict:

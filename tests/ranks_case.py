@@ -129,6 +129,7 @@ def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
             told = pipe.recv() if pipe.poll() else ("killed", "", 0.0)
         except EOFError:
             told = ("killed", "", 0.0)
+        assert process.exitcode != -signal.SIGABRT, "a rank was ended by SIGABRT"
         outcomes.append(Outcome(*told, process.exitcode))
     return outcomes
 

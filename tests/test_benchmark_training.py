@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SEVERAL_RANKS
 from distill_case import distill_stage
 from safetensors.torch import save_file
 from torch.autograd import DeviceType
@@ -108,6 +109,7 @@ def in_this_process(self, gpus: int, spec: dict, limit: float) -> None:
     assert script.worker(file) == 0
 
 
+@SEVERAL_RANKS
 def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
     """Through torchrun, in float32; and a difference is seen."""
     monkeypatch.setattr(script, "START", time.time())
@@ -117,7 +119,8 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
         script.Bench, "_start", lambda self, gpus, *rest: (starts if gpus > 1 else in_this_process)(self, gpus, *rest)
     )
     (row,) = script.check_all(bench, args.layouts)
-    assert row["passed"] and row["losses"][0] < 1e-4 and row["weights"][1] == 2e-2
+    assert row["passed"], row
+    assert row["losses"][0] < 1e-4 and row["weights"][1] == 2e-2
     one = {"layout": "a", "whole": True, "logs": [{n: 1.0 for n in (*script.LOSSES, *script.NORMS)}], "bfloat16": False}
     for name, value in (("a", 3.0), ("b", 3.1)):
         save_file({"before.x.w": torch.ones(4), "after.x.w": torch.full((4,), value)}, tmp_path / f"{name}.safetensors")
@@ -134,6 +137,8 @@ def test_without_time_layouts_are_named(monkeypatch, tmp_path):
 def test_why_a_process_ended():
     log = "W1 something\n[rank1]: Traceback\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\nChildFailedError:"
     assert script.reason(log) == "torch.OutOfMemoryError: CUDA out of memory"
+    died = "RuntimeError: Connection reset by peer\n  traceback : Signal 6 (SIGABRT) received by PID 7\n"
+    assert script.reason(f"Signal 15 (SIGTERM) received by PID 6\n{died}") == "a rank was ended by SIGABRT"
     assert script.reason("x\nerror: training.sharding=odd is not\n") == "refused: training.sharding=odd is not"
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SEVERAL_RANKS
 from distill_case import distill_config
 from ranks_case import Event, run_ranks
 
 from trainer import checkpoint
 from utils.logs import read_jsonl
 
+pytestmark = SEVERAL_RANKS
 STEPS = 4
 # eps of the order of the gradients: Adam's first steps else only look at their signs, and those of zeros are noise
 SETTINGS = (

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SEVERAL_RANKS
 from distill_case import distill_config
 
 from trainer import checkpoint
 from utils.logs import read_jsonl
 
+pytestmark = SEVERAL_RANKS
 STEPS = 5
 BATCH = ["training.global_batch=4", "training.micro_batch=2", f"training.steps={STEPS}"]
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SEVERAL_RANKS
 from distill_case import distill_config, distill_stage
 from small_wan import build, sizes
 
@@ -18,6 +18,7 @@ from trainer.sequence import check_tokens, data_ranks, parallelize, sequence_gro
 from utils.distributed import Ranks
 
 
+@SEVERAL_RANKS
 def test_outputs_and_gradients_are_those_of_one_rank():
     """Teacher and critic, the student's rollout through its cache, and its whole clips under a mask."""
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}

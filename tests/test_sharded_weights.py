@@ -1,6 +1,7 @@
 """Networks that are made without weights, sharded and filled in parts are those that are loaded whole."""
 
 import torch
+from conftest import SEVERAL_RANKS
 from distill_case import distill_config
 from ranks_case import group, on_ranks, run_ranks
 
@@ -10,6 +11,7 @@ from trainer.players import critic_player, frozen_teacher, student_player
 from trainer.prompt_bank import text_source
 from utils.logs import read_jsonl
 
+pytestmark = SEVERAL_RANKS
 LORA = ("training.distill.lora.student_rank=3", "training.distill.lora.critic_rank=3")
 CPU = torch.device("cpu")
 
