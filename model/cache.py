@@ -172,6 +172,10 @@ class StreamCache(_Cursor):
         return self._keys[0].shape[1] // self.geometry.tokens_per_chunk
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._keys[0].dtype
+
+    @property
     def bytes(self) -> int:
         """Bytes held, whatever is filled."""
         return sum(x.nbytes for x in self._keys + self._values)

@@ -36,11 +36,13 @@ class StepCost:
 
 
 def step_cost(
-    network: Network, geometry: Geometry, *, visible: int, text_tokens: int, batch: int = 1, fp8: bool = False
-) -> StepCost:
+    network: Network, geometry: Geometry, *, visible: int, text_tokens: int, batch: int = 1, fp8: bool = False,
+    key_bytes: int = 2,
+) -> StepCost:  # fmt: skip
     """A step whose chunk sees `visible` chunks, itself included, and whose text keys are made already.
 
     fp8: weights of the blocks are one byte a number (which blocks keep theirs is left out).
+    key_bytes: of a number in the cache.
     """
     n, d, f = batch * geometry.tokens_per_chunk, network.dim, network.ffn
     keys, cell = visible * geometry.tokens_per_chunk, network.channels * network.patch[1] * network.patch[2]
@@ -56,7 +58,7 @@ def step_cost(
     moved = {
         "weights": network.layers * (6 * d * d + 2 * d * f) * weight + 2 * (2 * cell * d + network.freq_dim * d),
         "activations": network.layers * 2 * n * (12 * d + 2 * f),  # inputs and outputs of the six products
-        "keys and values": network.layers * 2 * 2 * d * (batch * keys + n + batch * text_tokens),
+        "keys and values": network.layers * 2 * d * (key_bytes * (batch * keys + n) + 2 * batch * text_tokens),
     }
     return StepCost(flops, moved)
 

@@ -155,7 +155,10 @@ def efficiency(
     peak = max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"]
     for k, chunk in enumerate(found["chunks"]):
         visible = len(session.geometry.visible_chunks(k))
-        cost = step_cost(network, session.geometry, visible=visible, text_tokens=text, batch=batch, fp8=fp8)
+        cost = step_cost(
+            network, session.geometry, visible=visible, text_tokens=text, batch=batch, fp8=fp8,
+            key_bytes=session._cache.dtype.itemsize,
+        )  # fmt: skip
         seconds = chunk[max(name for name in chunk if name.startswith("step"))]
         rows.append(
             {

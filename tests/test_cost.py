@@ -32,7 +32,7 @@ def test_a_step(chunks, batch):
 
 
 def test_full_size():
-    """DESIGN: one evaluation at 12 frames of keys is 28.3 TFLOP."""
+    """One evaluation at 12 frames of keys is 28.3 TFLOP."""
     geo = Geometry(height=480, width=832)
     cost = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512)
     assert cost.total_flops / 1e12 == pytest.approx(28.3, abs=0.2)
@@ -40,6 +40,10 @@ def test_full_size():
     assert 2.3e9 < cost.bytes["weights"] < 2.9e9
     half = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512, fp8=True)
     assert half.bytes["weights"] / cost.bytes["weights"] == pytest.approx(0.5, abs=0.01)
+    # 18,720 tokens to read, 4,680 to write, 512 of the text; keys and values of 1,536 numbers in 30 layers
+    kept = [30 * 2 * 1536 * (size * (18720 + 4680) + 2 * 512) for size in (2, 1)]
+    narrow = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512, key_bytes=1)
+    assert [cost.bytes["keys and values"], narrow.bytes["keys and values"]] == kept
     assert cost.floor(1e15, 3e12) == cost.total_flops / 1e15
     assert cost.floor(1e18, 3e12) == cost.total_bytes / 3e12
 

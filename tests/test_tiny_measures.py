@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import UserError
-from utils.clip_measures import motion_energy, seam_score
+from utils.clip_measures import motion_energy, seam_ratio, seam_score
 from utils.intervals import mean_interval, wilson
 from utils.tiny_captions import ATTRIBUTES, VALUES
 from utils.tiny_features import (
@@ -157,6 +157,9 @@ def test_seams_are_found_at_borders_only(clips):
     assert (seam_score(flash.clamp(-1, 1), borders) > 2).all()
     assert (seam_score(flash.clamp(-1, 1), [b + 3 for b in borders]) < 0.8).all()
     assert seam_score(clips[:1, :5], borders).isnan().all()
+    steps = torch.tensor([[1.0, 2.0, 8.0, 1.0, 4.0, 3.0, 8.0, 1.0]])  # into frames 1 .. 8
+    assert seam_ratio(steps, [3, 7]).item() == pytest.approx(8 / 2)
+    assert seam_ratio(steps, [3, 7, 11], [5, 2, 20]).item() == pytest.approx(8 / 3)
 
 
 def test_saturation_drift_and_motion(clips, truth):

@@ -80,11 +80,20 @@ def frame_distances(frames: Tensor, lag: int = 1) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def seam_ratio(steps: Tensor, borders: Sequence[int]) -> Tensor:
-    """[B] mean of `steps` [B, T - 1] at chunk borders over that inside chunks; NaN where no border is in the clip."""
-    at = torch.zeros(steps.shape[1], dtype=torch.bool, device=steps.device)
-    at[[b - 1 for b in borders if 0 < b <= steps.shape[1]]] = True
-    return steps[:, at].mean(1) / steps[:, ~at].mean(1).clamp_min(SMALLEST_STEP)
+def seam_ratio(steps: Tensor, borders: Sequence[int], among: Sequence[int] | None = None) -> Tensor:
+    """[B] mean of `steps` [B, T - 1] at chunk borders over that inside chunks; NaN where no border is in the clip.
+
+    borders: first frames of chunks. among: frames inside chunks with which they are compared; None = all the others.
+    """
+
+    def of(frames: Sequence[int]) -> Tensor:
+        at = torch.zeros(steps.shape[1], dtype=torch.bool, device=steps.device)
+        at[[frame - 1 for frame in frames if 0 < frame <= steps.shape[1]]] = True
+        return at
+
+    at = of(borders)
+    inside = ~at if among is None else of(among)
+    return steps[:, at].mean(1) / steps[:, inside].mean(1).clamp_min(SMALLEST_STEP)
 
 
 def seam_score(frames: Tensor, borders: Sequence[int]) -> Tensor:
