@@ -28,14 +28,17 @@ class FlowConfig:
     crop_batch: int = 160  # clips in a micro-batch of such a step
     past_weight: float = 0.5  # teacher_forcing, few_steps: weight of the loss of a noisy past beside that of the chunks
     own_share: float = 0.5  # few_steps: share of clips whose chunks, but for the first, are the student's own
+    switched_share: float = 0.0  # few_steps: share of clips whose prompt changes on the way
+    switched_clips: int = 2048  # such clips made ahead
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
     ode_interval: float = 50.0  # Euler step of a teacher's trajectory, in un-warped time
     ode_clips: int = 4096  # causal_ode: trajectories made ahead and drawn from
     guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for a teacher's trajectories
 
     def __post_init__(self):
-        at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch", "crop_batch")
-        between(0, 1, "training.flow", self, "text_dropout", "first_chunk_share", "crop_share", "own_share")
+        at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch", "crop_batch", "switched_clips")
+        shares = ("text_dropout", "first_chunk_share", "crop_share", "own_share", "switched_share")
+        between(0, 1, "training.flow", self, *shares)
         if self.crop < 2 or self.crop % 2:
             raise UserError(f"training.flow.crop={self.crop} is not an even number of latent cells; use 4 or 6")
         between(1, 1000, "training.flow", self, "ode_interval")

@@ -1,5 +1,6 @@
 """What the tiny world's stages are fed: clips, crops around the subject, and latents that outlive a process."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -7,10 +8,13 @@ from diffusers import AutoencoderKLWan
 from configs.errors import UserError
 from configs.train_schema import CodecLossConfig
 from model.codec import WanCodec
+from trainer import data
 from trainer.build import initialise_vae
-from trainer.data import LatentBank, PixelBank
+from trainer.data import LatentBank, PixelBank, SwitchedBank
 from utils.seeds import generator
-from utils.tiny_world import TinyWorld, background_image
+from utils.tiny_captions import ATTRIBUTES
+from utils.tiny_switch import render_switched, switched_scene
+from utils.tiny_world import TinyWorld, background_image, training_caption
 
 WORLD = TinyWorld(64, 96)
 CPU = torch.device("cpu")
@@ -97,6 +101,54 @@ def test_crops_are_squares_about_the_subject(tiny_text_encoder):
         assert left * 8 <= x <= (left + 6) * 8 and top * 8 <= y <= (top + 6) * 8
         corners.add((clip, top, left))
     assert len(corners) > 10  # the subject is not always in the middle
+
+
+def test_a_prompt_changes_at_a_border_and_the_subject_stays_where_it_is():
+    rng, changed = np.random.default_rng(0), set()
+    for number, scene in enumerate(WORLD.scenes(3, 60)):
+        frame = 9 + 12 * (number % 3)
+        both = switched_scene(WORLD, scene, frame, rng)
+        assert both.before is scene and both.after.size == scene.size and both.after.seed == scene.seed
+        changed |= {name for name in ATTRIBUTES if getattr(both.after, name) != getattr(scene, name)}
+        assert any(getattr(both.after, name) != getattr(scene, name) for name in ATTRIBUTES)
+        assert WORLD.position(both.after, frame) == pytest.approx(WORLD.position(scene, frame))
+        (clip,) = render_switched(WORLD, [both], 36)
+        for at in (0, frame - 1, frame, 35):
+            (shown,) = WORLD.render([scene if at < frame else both.after], 1, start_frame=at)
+            assert torch.equal(clip[at], shown[0])
+    assert changed == set(ATTRIBUTES)
+
+
+def test_switched_clips_know_where_they_change(tiny_text_encoder, tmp_path, monkeypatch):
+    """Independent: the codec's own code of what is rendered, and the text of the later caption."""
+    codec = WanCodec(small_vae())
+
+    def bank(seed=0):
+        return SwitchedBank(
+            WORLD, codec, tiny_text_encoder, clips=8, frames=33, chunk_frames=3, seed=seed, cache=tmp_path
+        )
+
+    seen, captions = [], []
+
+    def render(world, scenes, *args, **options):
+        seen.append(scenes)
+        return render_switched(world, scenes, *args, **options)
+
+    monkeypatch.setattr(data, "render_switched", render)
+    monkeypatch.setattr(data, "training_caption", lambda scene: (captions.append(scene), training_caption(scene))[1])
+    made = bank()
+    (scenes,) = (some for some in seen if len(some) == 8)
+    assert captions == [scene.after for scene in scenes]
+    assert set(made.switch.tolist()) == {3, 6} and [scene.frame for scene in scenes] == (4 * made.switch - 3).tolist()
+    pixels = torch.cat([WORLD.render([scenes[0].before], 33), WORLD.render([scenes[0].after], 33)])
+    frame = scenes[0].frame
+    clip = torch.cat([pixels[0, :frame], pixels[1, frame:]])[None]
+    torch.testing.assert_close(made.latents[:1], codec.encode(clip).half(), atol=2e-3, rtol=0)
+    assert torch.equal(made.text[:1], tiny_text_encoder([training_caption(scenes[0].after)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(WanCodec, "encode", lambda *_: pytest.fail("encoded again"))
+        assert torch.equal(bank().latents, made.latents)
+    assert not torch.equal(bank(1).latents, made.latents)
 
 
 @pytest.mark.parametrize("wrong", [{"clip_frames": []}, {"clip_frames": [17, 16]}, {"crop": 20}])

@@ -113,6 +113,32 @@ def test_timesteps_of_the_schedule(tiny_assets):
         assert {tuple(round(x) for x in pair) for pair in seen} == {tuple(round(x) for x in pair) for pair in allowed}
 
 
+def test_after_a_change_of_prompt_the_loss_begins(tiny_assets):
+    """Chunks before the change are real and do not count, in either loss; those of other clips all do."""
+    made = few_steps(tiny_assets, own_share=1.0, switched_share=0.5, switched_clips=5)
+    assert set(made.switched.switch.tolist()) <= {3, 6, 9}
+    seen = set()
+    for step in range(20):
+        batch = made.batch(step, 0)
+        for clip in range(2):
+            from_bank = [i for i in range(5) if torch.equal(batch["x0"][clip], made.switched.latents[i].float())]
+            at = int(made.switched.switch[from_bank[0]]) if from_bank else 0
+            seen.add(bool(from_bank))
+            if from_bank:
+                assert torch.equal(batch["text"][clip], made.switched.text[from_bank[0]])
+            late = [float(frame >= at) for frame in range(12)]
+            assert batch["counts"][clip].tolist() == batch["past_counts"][clip].tolist() == late
+            assert batch["own"][clip].tolist() == [frame >= max(at, 3) for frame in range(12)]
+        ready = made._own(**batch)
+        before = made.loss(**batch)
+        for name in ("target", "past_target"):
+            wrong = torch.where(batch["counts"][:, :, None, None, None] > 0, ready[name], torch.inf)
+            ready[name] = wrong.nan_to_num(posinf=1e3)
+        after = super(FewSteps, made).loss(**ready)
+        assert torch.equal(before["loss"], after["loss"])
+    assert seen == {True, False}
+
+
 def test_chunks_of_ones_own(tiny_assets):
     """Independent: chunk after chunk through the bidirectional network, which a chunk with its past alone is."""
     made = few_steps(tiny_assets, own_share=1.0)
@@ -139,7 +165,8 @@ def test_chunks_of_ones_own(tiny_assets):
 def test_without_own_chunks_it_is_flow_matching(tiny_assets):
     made = few_steps(tiny_assets)
     batch = made.batch(0, 0)
-    plain = {name: batch[name] for name in ("past", "past_t", "t", "counts", "text")} | {"x_t": batch["first"]}
+    same = ("past", "past_t", "past_counts", "t", "counts", "text")
+    plain = {name: batch[name] for name in same} | {"x_t": batch["first"]}
     noise = (batch["first"] - batch["x0"]) / (batch["t"] / 1000)[:, :, None, None, None] + batch["x0"]
     past_noise = (batch["past"] - batch["x0"]) / 0.357142857 + batch["x0"]
     with torch.no_grad():

@@ -1,18 +1,22 @@
 """What the stages are fed: clips of the tiny world, made ahead on the training device and drawn at random."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.geometry import latent_frames, pixel_frames
 from model.codec import WanCodec
 from model.text import TextEncoder
 from utils.files import atomic_path
 from utils.seeds import generator, stable_hash
+from utils.tiny_switch import SwitchedScene, render_switched, switched_scene
 from utils.tiny_world import TinyScene, TinyWorld, training_caption
 
 
@@ -81,14 +85,7 @@ class LatentBank:
         captions = [training_caption(scene) for scene in self.scenes]
         self.null = text([""])
         self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
-
-        def encode() -> Tensor:
-            return torch.cat([
-                _encode(world, codec, self.scenes[i : i + 32], frames, device, dtype).half()
-                for i in tqdm(range(0, clips, 32), desc="encoding clips", leave=False)
-            ])  # fmt: skip
-
-        self.latents = encode() if cache is None else _kept(cache, world, codec, self.scenes, frames, encode).to(device)
+        self.latents = _encoded(world.render, codec, self.scenes, frames, dtype, cache)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] float32 and text [B, L, D] of these clips."""
@@ -111,21 +108,57 @@ class LatentBank:
         return cut.permute(0, 3, 4, 1, 2).float(), self.text[index]
 
 
-@torch.no_grad()
-def _encode(
-    world: TinyWorld, codec: WanCodec, scenes: list[TinyScene], frames: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    pixels = world.render(scenes, frames, device=device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return codec.encode(pixels)
+class SwitchedBank:
+    """Clips whose prompt changes at the border of a chunk: `latents` [N, F, C, h, w], `text` [N, L, D] of the later
+    prompt, and `switch` [N], the latent frame with which it begins.
+
+    That is what a stream is to the student from the change on: its past is kept and put in the cache again under the
+    new prompt (LongLive, arXiv 2509.22622). What is to be seen then follows from the prompt, where from the past.
+    """
+
+    def __init__(
+        self, world: TinyWorld, codec: WanCodec, text: TextEncoder, *, clips: int, frames: int, chunk_frames: int,
+        seed: int, dtype: torch.dtype = torch.float32, cache: Path | None = None,
+    ):  # fmt: skip
+        rng = np.random.default_rng(stable_hash(seed, "prompt changes"))
+        borders = range(chunk_frames, latent_frames(frames), chunk_frames)
+        at = rng.choice(borders, size=clips)
+        scenes = [
+            switched_scene(world, scene, pixel_frames(int(border)), rng)
+            for scene, border in zip(world.scenes(stable_hash(seed, "switched bank"), clips), at, strict=True)
+        ]
+        captions = [training_caption(scene.after) for scene in scenes]
+        self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
+        self.switch = torch.from_numpy(at).to(self.text.device)
+        self.latents = _encoded(partial(render_switched, world), codec, scenes, frames, dtype, cache)
+
+
+def _encoded(
+    render: Callable[..., Tensor], codec: WanCodec, scenes: Sequence[TinyScene | SwitchedScene], frames: int,
+    dtype: torch.dtype, cache: Path | None,
+) -> Tensor:  # fmt: skip
+    """float16 [N, F, C, h, w] of scenes, on the codec's device; read from `cache` if it was made before."""
+    device = next(codec.vae.parameters()).device
+
+    @torch.no_grad()
+    def encode() -> Tensor:
+        parts = []
+        for i in tqdm(range(0, len(scenes), 32), desc="encoding clips", leave=False):
+            pixels = render(scenes[i : i + 32], frames, device=device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                parts.append(codec.encode(pixels).half())
+        return torch.cat(parts)
+
+    return encode() if cache is None else _kept(cache, render(scenes[:2], 5), codec, scenes, frames, encode).to(device)
 
 
 def _kept(
-    folder: Path, world: TinyWorld, codec: WanCodec, scenes: list[TinyScene], frames: int, make: Callable[[], Tensor]
-) -> Tensor:
-    """What `make` gives, read from `folder` if it was made before of these scenes, this renderer and this VAE."""
-    shown = world.render(scenes[:2], 5)
-    digest = hashlib.sha256(repr((scenes, frames)).encode() + shown.numpy().tobytes())
+    folder: Path, shown: Tensor, codec: WanCodec, scenes: Sequence[TinyScene | SwitchedScene], frames: int,
+    make: Callable[[], Tensor],
+) -> Tensor:  # fmt: skip
+    """What `make` gives, read from `folder` if it was made before of these scenes, this VAE, and a renderer that shows
+    the first of them as `shown`."""
+    digest = hashlib.sha256(repr((scenes, frames)).encode() + shown.cpu().numpy().tobytes())
     for name, value in sorted(codec.vae.state_dict().items()):
         digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     path = folder / f"latents_{digest.hexdigest()[:16]}.safetensors"

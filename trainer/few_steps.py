@@ -10,6 +10,9 @@ A first chunk has no past, and what its first steps predict is a blur of all tha
 be learnt from trajectories of a many-step student in place of real clips (`flow.first_chunk_trajectories`): each noise
 then has one end, and that is sharp (CausVid, arXiv 2412.07772, sec. 4.3).
 
+In a share of clips the prompt changes at the border of a chunk (`flow.switched_share`). The chunks before it are then
+only the past of those after it, under the later prompt, as a stream's cache holds them after the change.
+
     x_t = (1 - sigma) x0(x_s, s) + sigma eps       s the timestep before t in the row
     L = mean | v(x_t, t) - (x_t - x0) / sigma |^2  which is eps - x0 where the prediction is right
 """
@@ -18,11 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.geometry import pixel_frames
+from configs.load import CHECKOUT
 from configs.schema import Config
 from model.flow import add_noise, v_from_x0, x0_from_v
 from trainer.build import causal_student
 from trainer.causal_ode import integrate, trajectory_grid
-from trainer.data import draw
+from trainer.data import SwitchedBank, draw
 from trainer.flow_stages import FIRST, WHOLE, TeacherForcing
 from utils.device import pick_dtype
 from utils.distributed import Ranks
@@ -38,8 +43,17 @@ class FewSteps(TeacherForcing):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks)
-        clips = config.training.flow.first_chunk_trajectories
+        clips, flow = config.training.flow.first_chunk_trajectories, config.training.flow
+        self.switched = self._switched_bank(flow.switched_clips) if flow.switched_share else None
         self.states = self._trajectories(clips) if clips else None
+
+    def _switched_bank(self, clips: int) -> SwitchedBank:
+        c = self.config
+        return SwitchedBank(
+            self.world, self.codec, self.text, clips=clips, frames=pixel_frames(c.video.num_latent_frames),
+            chunk_frames=self.geometry.chunk_frames, seed=c.seed, dtype=pick_dtype(c.training.precision, self.device),
+            cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _trajectories(self, clips: int) -> Tensor:
@@ -73,8 +87,9 @@ class FewSteps(TeacherForcing):
         x_t, x0 = self.states[index, steps].float(), self.states[index, -1].float()
         t = self.rows[0, steps][:, None].expand(x0.shape[:2])
         return {
-            "past": x0[:, :0], "past_t": t[:, :0], "past_target": x0[:, :0], "x_t": x_t, "t": t,
-            "target": v_from_x0(x_t, x0, t), "counts": torch.ones_like(t), "text": self.first_chunks.text[index],
+            "past": x0[:, :0], "past_t": t[:, :0], "past_target": x0[:, :0], "past_counts": t[:, :0],
+            "x_t": x_t, "t": t, "target": v_from_x0(x_t, x0, t), "counts": torch.ones_like(t),
+            "text": self.first_chunks.text[index],
         }  # fmt: skip
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
@@ -83,11 +98,11 @@ class FewSteps(TeacherForcing):
         if self.plan(step) != WHOLE:
             return super().batch(step, micro)
         rng = self._rng(step, micro)
-        x0, text = self._clips(step, micro, rng)
+        x0, text, late = self._with_changes(*self._clips(step, micro, rng), rng)
         drawn = self._steps((len(x0), self.chunks), rng)
         t, before = (level.repeat_interleave(self.geometry.chunk_frames, dim=1) for level in drawn)
         own = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.flow.own_share
-        own = own & (torch.arange(x0.shape[1], device=self.device) >= self.geometry.chunk_frames)
+        own = own & late & (torch.arange(x0.shape[1], device=self.device) >= self.geometry.chunk_frames)
         before = torch.where(own, before, t)
         past, past_t, _ = self._context(x0, rng)
         first, before, counts = self._begin_with_image(x0, add_noise(x0, self._noise(x0, rng), before), before, rng)
@@ -95,9 +110,23 @@ class FewSteps(TeacherForcing):
             counts[:, : self.geometry.chunk_frames] *= 1 - counts[:, :1]
         return {
             "x0": x0, "text": self._drop(text, rng), "past": past, "past_t": past_t, "first": first, "before": before,
-            "t": torch.where(own, t, before), "own": own, "counts": counts,
+            "t": torch.where(own, t, before), "own": own, "counts": counts * late, "past_counts": late.float(),
             "eps": self._noise(x0, rng), "past_eps": self._noise(x0, rng),
         }  # fmt: skip
+
+    def _with_changes(self, x0: Tensor, text: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Some clips replaced by such whose prompt changes; bool [B, F] says which frames follow from the prompt."""
+        late = torch.ones(x0.shape[:2], dtype=torch.bool, device=self.device)
+        if self.switched is None:
+            return x0, text, late
+        changes = torch.rand(len(x0), generator=rng, device=self.device) < self.config.training.flow.switched_share
+        index = torch.randint(len(self.switched.latents), (len(x0),), generator=rng, device=self.device)
+        after = torch.arange(x0.shape[1], device=self.device) >= self.switched.switch[index][:, None]
+        return (
+            torch.where(changes[:, None, None, None, None], self.switched.latents[index].float(), x0),
+            torch.where(changes[:, None, None], self.switched.text[index], text),
+            after | ~changes[:, None],
+        )
 
     def _timesteps(self, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
         """[B, chunks]: for each chunk one of the timesteps of its row."""
@@ -114,14 +143,17 @@ class FewSteps(TeacherForcing):
         return super().loss(**(self._own(**batch) if "own" in batch else batch))
 
     @torch.no_grad()
-    def _own(self, x0, text, past, past_t, first, before, t, own, counts, eps, past_eps) -> dict[str, Tensor]:
+    def _own(
+        self, x0, text, past, past_t, past_counts, first, before, t, own, counts, eps, past_eps
+    ) -> dict[str, Tensor]:  # fmt: skip
         """What the loss of teacher forcing takes: `own` frames as predicted from `first`, at the timestep `before`."""
         predicted = x0_from_v(first, self._v(self.module, past, past_t, first, before, text).float(), before)
         again, shown = (own & (t < before))[:, :, None, None, None], (own & (past_t > 0))[:, :, None, None, None]
         x_t = torch.where(again, add_noise(predicted, eps, t), first)
         past = torch.where(shown, add_noise(predicted, past_eps, past_t), past)
         return {
-            "past": past, "past_t": past_t, "x_t": x_t, "t": t, "counts": counts, "text": text,
+            "past": past, "past_t": past_t, "past_counts": past_counts,
+            "x_t": x_t, "t": t, "counts": counts, "text": text,
             # A clean frame (t = 0) is not graded
             "past_target": v_from_x0(past, x0, past_t.clamp_min(1)), "target": v_from_x0(x_t, x0, t.clamp_min(1)),
         }  # fmt: skip

@@ -161,8 +161,8 @@ class TeacherForcing(FlowStage):
         eps = self._noise(x0, rng)
         x_t, t, counts = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
         return {
-            "past": past, "past_t": past_t, "past_target": past_target, "x_t": x_t, "t": t, "counts": counts,
-            "target": v_target(x0, eps), "text": self._drop(text, rng),
+            "past": past, "past_t": past_t, "past_target": past_target, "past_counts": torch.ones_like(past_t),
+            "x_t": x_t, "t": t, "counts": counts, "target": v_target(x0, eps), "text": self._drop(text, rng),
         }  # fmt: skip
 
     def _begin_with_image(self, x0: Tensor, x_t: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
@@ -192,10 +192,10 @@ class TeacherForcing(FlowStage):
         null = self.bank.null.expand_as(text)
         return v + guidance * (v - self._v(module, past, past_t, x_t, t, null).float())
 
-    def loss(self, past, past_t, past_target, x_t, t, counts, target, text) -> dict[str, Tensor]:
+    def loss(self, past, past_t, past_target, past_counts, x_t, t, counts, target, text) -> dict[str, Tensor]:
         """A noisy past is itself a chunk in its row's last step, so its own error counts too."""
         v_past, v = self._both(self.module, past, past_t, x_t, t, text)
-        noisy = (past_t > 0).float()
+        noisy = (past_t > 0).float() * past_counts
         past_error = (v_past.float() - past_target).square().mean((2, 3, 4))
         past_loss = (past_error * noisy).sum() / noisy.sum().clamp_min(1)
         error = (v.float() - target).square().mean((2, 3, 4))
