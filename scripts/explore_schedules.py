@@ -4,9 +4,10 @@
     python scripts/explore_schedules.py --config_path configs/tiny.yaml --budget_ms 900 --max_runs 20    # a search
 
 Writes front.png, front.md, points.json and the YAML of each schedule on the front. Latency is the sum of denoising and
-decoding, the prompt already encoded: medians over clips. Quality is, on the tiny world (--quality tiny), the share of
-stated attributes that are measured right; elsewhere (--quality reference) agreement with a schedule of many steps from
-the same noise, as PSNR in dB. Agreement is not beauty: a schedule may differ from the reference and be as good.
+decoding, the prompt already encoded: medians over --rounds in which all schedules take turns, so that a machine that
+slows down does so for all. Quality is, on the tiny world (--quality tiny), the share of stated attributes that are
+measured right; elsewhere (--quality reference) agreement with a schedule of many steps from the same noise, as PSNR in
+dB. Agreement is not beauty: a schedule may differ from the reference and be as good.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from utils.device import set_threads  # noqa: E402
 from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
 from utils.intervals import Interval, mean_interval  # noqa: E402
 from utils.logs import console  # noqa: E402
+from utils.progress import progress_bar  # noqa: E402
 from utils.prompts import read_prompts  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
 from utils.tiny_captions import ATTRIBUTES, parse_caption  # noqa: E402
@@ -49,11 +51,18 @@ class Run:
     """A schedule that was run on all prompts."""
 
     candidate: Candidate
-    latency_ms: float
-    first_ms: float
     quality: Interval
     measures: dict[str, float]
     timings: list[list[dict[str, float]]]  # a clip, a chunk: seconds by part
+
+    @property
+    def latency_ms(self) -> float:
+        return float(np.median([1000 * sum(_work(chunk) for chunk in clip) for clip in self.timings]))
+
+    @property
+    def first_ms(self) -> float:
+        """To the first chunk's frames."""
+        return float(np.median([1000 * _work(clip[0]) for clip in self.timings]))
 
     @property
     def point(self) -> Point:
@@ -67,6 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget_ms", type=float, help="search on from the grid for the best clip within this time")
     parser.add_argument("--max_runs", type=int, default=24, help="schedules in all, of a search")
     parser.add_argument("--num_prompts", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=8, help="clips of each schedule whose times count")
     parser.add_argument("--data_path", help="prompts, one a line (default: of the tiny world, or the configured file)")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--quality", choices=tuple(COLUMNS), help="(default: tiny for 64x96 clips, else reference)")
@@ -74,7 +84,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="videos/schedules", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(arguments)
-    for name in ("num_prompts", "max_runs"):
+    for name in ("num_prompts", "max_runs", "rounds"):
         if vars(args)[name] < 1:
             raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
     if args.budget_ms is not None and not args.budget_ms > 0:
@@ -105,23 +115,35 @@ class Bench:
 
     def run(self, candidate: Candidate) -> Run:
         clips, timings = self._clips(candidate, self.prompts)
-        totals = [1000 * sum(_work(chunk) for chunk in clip) for clip in timings]
         borders = chunk_borders(len(clips[0]), self.config.stream.chunk_frames)
         found = [summary(series(as_clip(clip)), borders) for clip in clips]
         return Run(
             candidate,
-            float(np.median(totals)),
-            float(np.median([1000 * _work(clip[0]) for clip in timings])),
             self._interval(clips),
             {name: float(np.mean([values[name] for values in found])) for name in MEASURES},
             timings,
         )
 
+    def in_turns(self, runs: Sequence[Run], rounds: int) -> list[Run]:
+        """The runs with the times of `rounds` clips each, for which they take turns; a turn's first clip warms up."""
+        timings = [[] for _ in runs]
+        with progress_bar("times, in turns", rounds * len(runs), "schedule") as bar:
+            for i in range(rounds):
+                prompt, seed = self.prompts[i % len(self.prompts)], self.seeds[i % len(self.prompts)]
+                for run, found in zip(runs, timings, strict=True):
+                    pipe = self._pipe(run.candidate)  # and its cache go with the turn
+                    pipe(prompt, seed=seed)
+                    found.append(pipe(prompt, seed=seed).timings)
+                    bar.update()
+        return [replace(run, timings=found) for run, found in zip(runs, timings, strict=True)]
+
+    def _pipe(self, candidate: Candidate) -> DiagonalPipeline:
+        networks = self.pipe.session
+        return DiagonalPipeline(candidate.apply(self.config), networks.student, networks.codec, networks.text_encoder)
+
     def _clips(self, candidate: Candidate, prompts: Sequence[str]):
         """(frames, timings) of each prompt's clip, one after the other as a user would have them."""
-        networks = self.pipe.session
-        config = candidate.apply(self.config)
-        pipe = DiagonalPipeline(config, networks.student, networks.codec, networks.text_encoder)
+        pipe = self._pipe(candidate)
         videos = [pipe(prompt, seed=seed) for prompt, seed in zip(prompts, self.seeds, strict=False)]
         return [video.frames for video in videos], [video.timings for video in videos]
 
@@ -196,13 +218,15 @@ def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run in runs:
+    for i, run in enumerate(sorted(runs, key=lambda r: r.latency_ms)):
         q, ours = run.quality, run.candidate.name == PAPER
         spread = [[max(0.0, q.value - q.low)], [max(0.0, q.high - q.value)]] if np.isfinite(q.low) else None
         colour = "#c1440e" if ours else "#44607d"
         axes.errorbar(run.latency_ms, q.value, yerr=spread, fmt="D" if ours else "o", color=colour, elinewidth=0.6)
-        place = {"xytext": (3, 5), "textcoords": "offset points", "rotation": 60}  # neighbours' names side by side
-        axes.annotate(run.candidate.name, (run.latency_ms, q.value), fontsize=7, **place)
+        side = 1 - 2 * (i % 2)  # names of neighbours go up and down
+        place = {"xytext": (3, 5 * side), "rotation": 60 * side, "va": "bottom" if side > 0 else "top"}
+        axes.annotate(run.candidate.name, (run.latency_ms, q.value), fontsize=7, textcoords="offset points", **place)
+    axes.margins(x=0.08, y=0.16)
     axes.step([p.latency_ms for p in best], [p.quality for p in best], where="post", color="#44607d", alpha=0.6)
     axes.set_xlabel("clip, ms: denoising and decoding")
     axes.set_ylabel(f"{COLUMNS[quality]} (mean, 95% interval)")
@@ -248,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
         set_threads(config.inference.cpu_threads)
         bench = Bench(config, prompts, args.seed, quality, args.reference)
-        write(explore(bench, args), bench, args, out)
+        write(bench.in_turns(explore(bench, args), args.rounds), bench, args, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,8 @@ from trainer.command import train  # noqa: E402
 from utils import exits  # noqa: E402
 
 STAGES = (
-    "text", "stills", "codec", "decoder", "chunk", "crops", "pretrain", "teacher_forcing", "few_steps", "first_chunk"
+    "text", "stills", "codec", "decoder", "chunk", "crops", "pretrain", "teacher_forcing", "few_steps", "first_chunk",
+    "switch",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,25 @@ def test_the_reference_agrees_with_itself(tiny_assets):
     bench = explore.Bench(config, ["a red circle moves right"], 0, "reference", "2")
     assert bench.run(Candidate((2, 2))).quality.value == 100
     assert bench.run(Candidate((1, 1))).quality.value < 100
+
+
+def test_times_are_taken_in_turns():
+    """On a machine that gets slower and slower, schedules of equal work come out equal."""
+    bench, calls = explore.Bench.__new__(explore.Bench), []
+
+    def pipe(name):
+        def make(prompt, seed):
+            calls.append((name, prompt, seed))
+            return SimpleNamespace(timings=[{"step 0": 1.0 * len(calls), "text": 99.0}, {"decode": 1.0}])
+
+        return make
+
+    bench.prompts, bench.seeds, bench._pipe = ["a", "b"], [5, 6], lambda candidate: pipe(candidate.name)
+    runs = [explore.Run(Candidate((n,)), explore.Interval(1, 1, 1, 1), {}, []) for n in (1, 2)]
+    first, second = bench.in_turns(runs, 3)
+    one_round = [("1", "a", 5), ("1", "a", 5), ("2", "a", 5), ("2", "a", 5)]
+    assert calls[:4] == one_round and calls[4:8] == [(name, "b", 6) for name, _, _ in one_round] and len(calls) == 12
+    assert [run.first_ms for run in (first, second)] == [6000, 8000] and first.latency_ms == 7000
 
 
 def test_tiny_quality_is_the_share_of_attributes(tiny_assets):
