@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.geometry import TEMPORAL_STRIDE
+from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from pipeline.stream import ChunkResult, StreamSession
 from utils.clip_measures import as_clip, frame_distances, quarters, seam_ratio, unit_frames
 from utils.tiny_captions import COLOURS
@@ -81,6 +81,13 @@ class Watch:
         self.seconds.append(seconds)
         self.bytes.append(memory)
 
+    def seams(self, chunk_frames: int) -> dict[str, float]:
+        """Frame differences at chunk borders over those at all other frames, and over those at the other borders of
+        latent frames, where a VAE may take a step of its own. chunk_frames: latent ones."""
+        latents = [b + TEMPORAL_STRIDE * i for b in self.borders for i in range(1, chunk_frames)]
+        among = {"seam_ratio": None, "seam_against_latents": latents}
+        return {name: float(seam_ratio(torch.tensor([self.steps]), self.borders, a)[0]) for name, a in among.items()}
+
     def drift(self, frames: int) -> float | None:
         """Change of mean chroma, first to last quarter of the first `frames`, as a share with its sign."""
         values = torch.tensor(self.saturation[:frames])
@@ -104,9 +111,6 @@ def memory_held(device: torch.device) -> int:
 def long_stream(session: StreamSession, prompt: str, chunks: int, fps: int, path: Path, drift_frames: int) -> dict:
     """Play `chunks` chunks into a fragmented MP4 at `path`, then read its numbers back.
 
-    Seams are the frame differences at chunk borders over those at all other frames, and over those at the other borders
-    of latent frames, where a VAE may take a step of its own.
-
     drift_frames: latent frames over which the drift of saturation is taken.
     """
     geometry, plain = session.geometry, session.delivery.to_frames
@@ -125,9 +129,7 @@ def long_stream(session: StreamSession, prompt: str, chunks: int, fps: int, path
     finally:
         session.delivery.to_frames = plain
     numbers = read_numbers(path)
-    latents = [b + TEMPORAL_STRIDE * i for b in watch.borders for i in range(1, geometry.chunk_frames)]
-    steps = torch.tensor([watch.steps])
-    expected = [n % (1 << BITS) for n in range(1 + 4 * (chunks * geometry.chunk_frames - 1))]
+    expected = [n % (1 << BITS) for n in range(pixel_frames(chunks * geometry.chunk_frames))]
     return {
         "latent_frames": chunks * geometry.chunk_frames,
         "frames": len(numbers),
@@ -137,8 +139,7 @@ def long_stream(session: StreamSession, prompt: str, chunks: int, fps: int, path
         "memory_change": change(watch.bytes),
         "chunk_time_change": change(watch.seconds, median),
         "chunk_seconds": median(watch.seconds),
-        "seam_ratio": float(seam_ratio(steps, watch.borders)[0]),
-        "seam_against_latents": float(seam_ratio(steps, watch.borders, latents)[0]),
+        **watch.seams(geometry.chunk_frames),
         "saturation_drift": watch.drift(4 * drift_frames),
     }
 

@@ -129,8 +129,8 @@ def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
             told = pipe.recv() if pipe.poll() else ("killed", "", 0.0)
         except EOFError:
             told = ("killed", "", 0.0)
-        assert process.exitcode != -signal.SIGABRT, "a rank was ended by SIGABRT"
         outcomes.append(Outcome(*told, process.exitcode))
+    assert all(outcome.exit_code != -signal.SIGABRT for outcome in outcomes), f"a rank was ended by SIGABRT: {outcomes}"
     return outcomes
 
 

@@ -70,18 +70,24 @@ def test_a_fresh_vae_sees_no_past():
 def test_latents_are_encoded_once(tmp_path, tiny_text_encoder, monkeypatch):
     codec = WanCodec(small_vae())
 
-    def bank(clips=3):
-        return LatentBank(WORLD, codec, tiny_text_encoder, clips=clips, frames=9, seed=0, cache=tmp_path)
+    def bank(clips=3, **options):
+        return LatentBank(WORLD, codec, tiny_text_encoder, clips=clips, frames=9, seed=0, cache=tmp_path, **options)
 
     first = bank()
     with monkeypatch.context() as patch:
         patch.setattr(WanCodec, "encode", lambda *_: pytest.fail("encoded again"))
         assert torch.equal(bank().latents, first.latents)
+        with torch.no_grad():
+            codec.vae.post_quant_conv.bias += 1  # the decoder's
+        assert torch.equal(bank().latents, first.latents)
     bank(4)
+    assert not torch.equal(bank(dtype=torch.bfloat16).latents, first.latents)
     with torch.no_grad():
         codec.vae.quant_conv.bias += 1
     assert not torch.equal(bank().latents, first.latents)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    codec.vae.register_to_config(latents_mean=[0.5] * 16)
+    assert not torch.equal(bank().latents, first.latents)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
 
 
 def test_crops_are_squares_about_the_subject(tiny_text_encoder):

@@ -61,6 +61,12 @@ def test_drift_and_seams_of_a_made_up_stream():
     assert -0.5 < watch.drift(120) < -0.3
     assert watch.drift(12) > -0.1
     assert len(watch.steps) == 119
+    # three latent frames a chunk; the VAE's step is 2, that between chunks 6, all others 1
+    watch.steps = [6.0 if t % 12 == 0 else 2.0 if t % 4 == 0 else 1.0 for t in range(1, 120)]
+    inside = [s for s in watch.steps if s < 6]
+    seams = watch.seams(3)
+    assert seams["seam_ratio"] == pytest.approx(6 * len(inside) / sum(inside), rel=1e-3)
+    assert seams["seam_against_latents"] == pytest.approx(3)
 
 
 def test_change_leaves_the_warming_up_out():

@@ -82,9 +82,8 @@ class LatentBank:
         device = next(codec.vae.parameters()).device
         self.scenes = world.scenes(stable_hash(seed, "bank"), clips)
         self.starts = torch.tensor([(scene.x, scene.y) for scene in self.scenes], device=device)
-        captions = [training_caption(scene) for scene in self.scenes]
         self.null = text([""])
-        self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
+        self.text = _captions(text, self.scenes)
         self.latents = _encoded(world.render, codec, self.scenes, frames, dtype, cache)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +126,15 @@ class SwitchedBank:
             switched_scene(world, scene, pixel_frames(int(border)), rng)
             for scene, border in zip(world.scenes(stable_hash(seed, "switched bank"), clips), at, strict=True)
         ]
-        captions = [training_caption(scene.after) for scene in scenes]
-        self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
+        self.text = _captions(text, [scene.after for scene in scenes])
         self.switch = torch.from_numpy(at).to(self.text.device)
         self.latents = _encoded(partial(render_switched, world), codec, scenes, frames, dtype, cache)
+
+
+def _captions(text: TextEncoder, scenes: Sequence[TinyScene]) -> Tensor:
+    """[N, L, D]: what the scenes show, in varied words."""
+    captions = [training_caption(scene) for scene in scenes]
+    return torch.cat([text(captions[i : i + 64]) for i in range(0, len(captions), 64)])
 
 
 def _encoded(
@@ -149,23 +153,29 @@ def _encoded(
                 parts.append(codec.encode(pixels).half())
         return torch.cat(parts)
 
-    return encode() if cache is None else _kept(cache, render(scenes[:2], 5), codec, scenes, frames, encode).to(device)
+    if cache is None:
+        return encode()
+    shown = render(scenes[:2], 5).numpy().tobytes()  # by the renderer as it is now
+    digest = hashlib.sha256(_encoder_digest(codec, dtype) + repr((scenes, frames)).encode() + shown)
+    return _kept(cache / f"latents_{digest.hexdigest()[:16]}.safetensors", encode).to(device)
 
 
-def _kept(
-    folder: Path, shown: Tensor, codec: WanCodec, scenes: Sequence[TinyScene | SwitchedScene], frames: int,
-    make: Callable[[], Tensor],
-) -> Tensor:  # fmt: skip
-    """What `make` gives, read from `folder` if it was made before of these scenes, this VAE, and a renderer that shows
-    the first of them as `shown`."""
-    digest = hashlib.sha256(repr((scenes, frames)).encode() + shown.cpu().numpy().tobytes())
+def _encoder_digest(codec: WanCodec, dtype: torch.dtype) -> bytes:
+    """A hash of all that latents depend on beside the pixels; the decoder may change."""
+    config = codec.vae.config
+    digest = hashlib.sha256(repr((dtype, config.latents_mean, config.latents_std)).encode())
     for name, value in sorted(codec.vae.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-    path = folder / f"latents_{digest.hexdigest()[:16]}.safetensors"
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, or gave to this file before."""
     if path.exists():
         return load_file(path)["latents"]
     latents = make()
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as aside:
         save_file({"latents": latents.cpu()}, aside)
     return latents

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.geometry import pixel_frames
-from configs.load import CHECKOUT
 from configs.schema import Config
 from model.flow import add_noise, v_from_x0, x0_from_v
 from trainer.build import causal_student
@@ -43,17 +41,13 @@ class FewSteps(TeacherForcing):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks)
-        clips, flow = config.training.flow.first_chunk_trajectories, config.training.flow
-        self.switched = self._switched_bank(flow.switched_clips) if flow.switched_share else None
-        self.states = self._trajectories(clips) if clips else None
-
-    def _switched_bank(self, clips: int) -> SwitchedBank:
-        c = self.config
-        return SwitchedBank(
-            self.world, self.codec, self.text, clips=clips, frames=pixel_frames(c.video.num_latent_frames),
-            chunk_frames=self.geometry.chunk_frames, seed=c.seed, dtype=pick_dtype(c.training.precision, self.device),
-            cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache,
-        )  # fmt: skip
+        flow, frames = config.training.flow, config.video.num_latent_frames
+        self.switched, self.states = None, None
+        if flow.switched_share:
+            chunk = self.geometry.chunk_frames
+            self.switched = self._bank(flow.switched_clips, frames, SwitchedBank, chunk_frames=chunk)
+        if flow.first_chunk_trajectories:
+            self.states = self._trajectories(flow.first_chunk_trajectories)
 
     @torch.no_grad()
     def _trajectories(self, clips: int) -> Tensor:
@@ -143,17 +137,14 @@ class FewSteps(TeacherForcing):
         return super().loss(**(self._own(**batch) if "own" in batch else batch))
 
     @torch.no_grad()
-    def _own(
-        self, x0, text, past, past_t, past_counts, first, before, t, own, counts, eps, past_eps
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def _own(self, x0, text, past, past_t, first, before, t, own, eps, past_eps, **counts) -> dict[str, Tensor]:
         """What the loss of teacher forcing takes: `own` frames as predicted from `first`, at the timestep `before`."""
         predicted = x0_from_v(first, self._v(self.module, past, past_t, first, before, text).float(), before)
         again, shown = (own & (t < before))[:, :, None, None, None], (own & (past_t > 0))[:, :, None, None, None]
         x_t = torch.where(again, add_noise(predicted, eps, t), first)
         past = torch.where(shown, add_noise(predicted, past_eps, past_t), past)
         return {
-            "past": past, "past_t": past_t, "past_counts": past_counts,
-            "x_t": x_t, "t": t, "counts": counts, "text": text,
+            "past": past, "past_t": past_t, "x_t": x_t, "t": t, "text": text, **counts,
             # A clean frame (t = 0) is not graded
             "past_target": v_from_x0(past, x0, past_t.clamp_min(1)), "target": v_from_x0(x_t, x0, t.clamp_min(1)),
         }  # fmt: skip

@@ -4,12 +4,13 @@
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.geometry import Geometry
+from configs.geometry import Geometry, pixel_frames
 from configs.load import CHECKOUT
 from configs.schema import Config
 from model.causal_wan import chunk_causal_mask
@@ -18,7 +19,7 @@ from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.weights import save_network
 from trainer.build import causal_student, frozen_codec, frozen_text_encoder, score_network
-from trainer.data import LatentBank, draw
+from trainer.data import LatentBank, SwitchedBank, draw
 from trainer.stage import Supervised
 from trainer.validation import caption_gaps, causal_clips, judge, teacher_clips
 from utils.device import pick_dtype
@@ -26,6 +27,7 @@ from utils.distributed import Ranks
 from utils.seeds import generator
 from utils.tiny_world import TinyWorld
 
+Bank = TypeVar("Bank", LatentBank, SwitchedBank)
 WHOLE, FIRST, CROPPED = "whole clips", "first chunks", "first chunks about the subject"  # kinds of steps
 
 
@@ -42,12 +44,12 @@ class FlowStage(Supervised):
         self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames)
         self.first_chunks = self._bank(chunks, self.geometry.chunk_frames) if chunks else self.bank
 
-    def _bank(self, clips: int, latent_frames: int) -> LatentBank:
+    def _bank(self, clips: int, latent_frames: int, kind: type[Bank] = LatentBank, **options) -> Bank:
         c = self.config
-        return LatentBank(
-            self.world, self.codec, self.text, clips=clips, frames=4 * latent_frames - 3, seed=c.seed,
+        return kind(
+            self.world, self.codec, self.text, clips=clips, frames=pixel_frames(latent_frames), seed=c.seed,
             dtype=pick_dtype(c.training.precision, self.device),
-            cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache,
+            cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache, **options,
         )  # fmt: skip
 
     def _rng(self, step: int, micro: int) -> torch.Generator:
