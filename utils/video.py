@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from configs.errors import UserError
 from utils.files import atomic_path
 
-ENCODER_THREADS = 4  # x264's output depends on this number: fixed, so that the same frames give the same file anywhere
+ENCODER_THREADS = 4  # x264's output depends on this number: fixed, so that the machine's cores do not count
 CELL_WIDTH = 160  # pixels; frames of a contact sheet are shrunk to at most this
 BORDER = (255, 200, 0)  # the bar at the left of a chunk's first frame
 
