@@ -183,7 +183,7 @@ class Bench:
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
         why = self._start(layout.gpus, spec, limit)
         if out.exists():
-            return found | json.loads(out.read_text()) | {"whole": why is None, "file": str(out)}
+            return found | json.loads(out.read_text()) | {"whole": why is None, "ended": why, "file": str(out)}
         return found | {"why": why or "ended without a result"}
 
     def _start(self, gpus: int, spec: dict[str, Any], limit: float) -> str | None:
@@ -238,7 +238,7 @@ def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     """Largest relative differences, each with its bound."""
     for one in (ours, alone):
         if "why" in one or not one["whole"]:
-            return {"layout": ours["layout"], "why": one.get("why", "cut off"), "passed": False}
+            return {"layout": ours["layout"], "why": one.get("why") or one["ended"], "passed": False}
 
     def worst(names: Sequence[str]) -> float:
         pairs = [(a[n], b[n]) for a, b in zip(ours["logs"], alone["logs"], strict=True) for n in names]

@@ -126,6 +126,8 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
         save_file({"before.x.w": torch.ones(4), "after.x.w": torch.full((4,), value)}, tmp_path / f"{name}.safetensors")
     row = script.compare(one | {"file": str(tmp_path / "b.json")}, one | {"file": str(tmp_path / "a.json")})
     assert row["weights"][0] == pytest.approx(0.05) and not row["passed"]
+    died = one | {"whole": False, "ended": "a rank was ended by SIGABRT"}  # after it had written what it found
+    assert script.compare(died, one) == {"layout": "a", "why": "a rank was ended by SIGABRT", "passed": False}
 
 
 def test_without_time_layouts_are_named(monkeypatch, tmp_path):
