@@ -67,6 +67,7 @@ class DistillConfig:
     """A step is one critic update; every `dfake_gen_update_ratio`-th step begins with one of the generator."""
 
     dfake_gen_update_ratio: int = 5  # critic updates for each of the generator
+    critic_warmup: int = 0  # critic updates before the generator's first: a critic that starts from the teacher lags
     critic_optimizer: OptimizerConfig = field(default_factory=_critic_optimizer)  # the student: training.optimizer
 
     # the loss: spatial_weight L + L_reg + gamma (flow.weight L_F + L_reg^F)
@@ -97,10 +98,14 @@ class DistillConfig:
     encoded_prompts: str | None = None  # folder of scripts/encode_prompts.py; no text encoder is loaded then
     video_clips: int = 4  # validation clips written as a video, the teacher's beside them
 
+    def generator_updates(self, steps: int) -> int:
+        """Updates of the generator in the first `steps` steps."""
+        return max(0, -((self.critic_warmup - steps) // self.dfake_gen_update_ratio))
+
     def __post_init__(self):
         at_least(1, "training.distill", self, "dfake_gen_update_ratio")
         at_least(0, "training.distill", self, "spatial_weight", "gamma", "regression_weight", "video_clips")
-        at_least(0, "training.distill", self, "guidance", "fake_guidance")
+        at_least(0, "training.distill", self, "guidance", "fake_guidance", "critic_warmup")
         at_least(1, "training.distill", self, "shift")
         between(1, 1000, "training.distill", self, "min_timestep", "max_timestep")
         one_of(ROLLOUT_CONTEXTS, "training.distill", self, "rollout_context")

@@ -69,7 +69,7 @@ BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not
 LOSSES, NORMS = ("generator_loss", "critic_loss"), ("generator_grad_norm", "critic_grad_norm")
 FIXED = (
     "training.validation_clips=0", "training.cuda_graphs=false", "training.loggers=[]", "training.distill.pairs=null",
-    "training.distill.encode_ahead=false", "training.export=null",
+    "training.distill.encode_ahead=false", "training.distill.critic_warmup=0", "training.export=null",
 )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_every_row_is_a_run_of_the_base_with_its_own_settings(tiny_assets):
     assert all(config.seed == 5 and config.training.stage == "distill" for config in configs.values())
     assert configs["cut_flow"].training.distill.flow.gradient_cut and configs["no_forcing"].stream.context == "clean"
     trained = [to_yaml(configs[row.name]) for row in ablation.ROWS if row.start is None]
-    assert len(set(trained)) == len(trained) == 11
+    assert len(set(trained)) == len(trained) == 14
     a, b = (distill_config(tiny_assets, f"training.steps={n}") for n in (4, 5))
     assert ablation.fingerprint(a) == ablation.fingerprint(a) != ablation.fingerprint(b)
 
@@ -120,8 +120,11 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
 def test_the_table_leaves_out_what_is_not_known_and_goals_say_which_way_is_better():
     figure = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     row = {"name": "4322222", "title": "ours", "nfe": 17, "cpu_seconds": 1.234, "steps": 3}
-    row |= {"columns": {"colour": figure}, "asked": {"clips": 4, "long_clips": 0, "long_frames": 81}}
-    line = markdown([row]).splitlines()[2]
-    assert line.startswith("| ours | 17 | 1.23 | 50.0<br>(25.0 to 75.0) | - |") and goals({"4322222": row}) == ""
+    columns = {"colour": figure, "axis": figure | {"low": 0.1}, "start_spread": {"value": 3, "low": None, "high": None}}
+    row |= {"columns": columns, "asked": {"clips": 4, "long_clips": 0, "long_frames": 81}}
+    costs, rest = (table.splitlines() for table in markdown([row]).split("\n\n")[:2])
+    assert costs[2].startswith("| ours | 17 | 1.23 | 50.0 ± 25.0 | - |") and goals({"4322222": row}) == ""
+    assert rest[2] == "| ours | 50.0 (10.0 .. 75.0) | - | - | 3.0 | - |"
+    assert all(len({line.count("|") for line in table}) == 1 for table in (costs, rest))
     assert badness("colour", 0.9) > badness("colour", 0.95) and badness("drift", -0.2) > badness("drift", 0.1)
     assert badness("seam", 1.2) > badness("seam", 0.9)

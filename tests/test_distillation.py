@@ -53,6 +53,24 @@ def test_a_cycle_is_one_generator_update_and_then_critic_updates(tiny_assets):
     assert all(torch.equal(v, teacher[k]) for k, v in stage.teacher.model.state_dict().items())
 
 
+def test_the_critic_warms_up_before_the_generators_first_update(tiny_assets, tmp_path):
+    stage = distill_stage(tiny_assets, "training.distill.critic_warmup=2")  # of 6 steps, 3 a generator update
+    moved = []
+    for step in range(6):
+        before = states(stage)
+        stage.update(step)
+        after = states(stage)
+        moved.append(any(not torch.equal(before[k], after[k]) for k in before if k.startswith("/generator/")))
+    assert moved == [False, False, True, False, False, True]
+    stage.export(tmp_path, 6)
+    assert json.loads((tmp_path / "card.json").read_text())["generator_updates"] == 2
+
+
+def test_a_warm_up_of_all_steps_is_refused(tiny_assets):
+    with pytest.raises(UserError, match="critic_warmup=6 leaves no update of the generator in training.steps=6"):
+        distill_config(tiny_assets, "training.distill.critic_warmup=6")
+
+
 @pytest.mark.parametrize("head", ["difference", "conv", "learned"])
 def test_the_flow_loss_changes_the_students_gradient(tiny_assets, head):
     on = student_gradient(distill_stage(tiny_assets, f"training.distill.flow.head={head}"))
@@ -94,9 +112,9 @@ def test_a_term_without_gradient_stops_the_run():
     assert p.grad is None
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
-def test_resume_is_exact_in_the_middle_of_a_cycle(tiny_assets, tmp_path, stop_after):
-    extra = ["training.distill.flow.head=learned"]
+@pytest.mark.parametrize(("stop_after", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2), (3, 2)])
+def test_resume_is_exact_in_the_middle_of_a_cycle(tiny_assets, tmp_path, stop_after, warmup):
+    extra = ["training.distill.flow.head=learned", f"training.distill.critic_warmup={warmup}"]
     straight = distill_stage(tiny_assets, *extra)
     run(straight, tmp_path / "straight")
 

@@ -45,6 +45,9 @@ ROWS = (
     Row("no_denoising", "ours without diagonal denoising (2 steps in every chunk)", ("schedule.steps=2",)),
     Row("conv", "ours, head `conv`", ("training.distill.flow.head=conv",)),
     Row("learned", "ours, head `learned`", ("training.distill.flow.head=learned",)),
+    Row("guidance_05", "ours, teacher's guidance 0.5 in place of 1", ("training.distill.guidance=0.5",)),
+    Row("guidance_025", "ours, guidance 0.25", ("training.distill.guidance=0.25",)),
+    Row("guidance_0", "ours, guidance 0", ("training.distill.guidance=0",)),
 )  # fmt: skip
 
 

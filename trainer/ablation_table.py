@@ -18,32 +18,46 @@ COLUMNS = {
     "drift": "saturation drift",
     "long_drift": "saturation drift of long clips",
 }
+MAIN = ("colour", "shape", "direction", "speed_ratio", "motion", "frechet", "seam", "drift", "long_drift")
 BEST, BASELINE, TEACHER = "4322222", "self_forcing", "teacher"  # rows that the goals compare
 TOWARDS_ONE = ("speed_ratio", "motion", "seam")  # better the nearer to 1
 TOWARDS_ZERO = ("frechet", "drift", "long_drift")
 
 
 def markdown(rows: Sequence[RowData]) -> str:
-    """A line a row; a figure with its 95% interval under it."""
-    head = ["row", "NFE", "CPU s a clip", *COLUMNS.values()]
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' --- |' * (len(head) - 1)}"]
-    for row in rows:
-        cells = [row["title"], str(row["nfe"]), f"{row['cpu_seconds']:.2f}"]
-        cells += [_cell(name, row["columns"].get(name)) for name in COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
+    """Two tables with a line a row: what each costs and shows, and the rest; figures with their 95% intervals."""
     notes = {f"{row['asked']['clips']} clips a row, {row['asked']['long_clips']} long ones of "
              f"{pixel_frames(row['asked']['long_frames'])} frames; {row['steps']} updates of the critic a training."
              for row in rows}  # fmt: skip
-    return "\n".join([*lines, "", *sorted(notes)]) + "\n"
+    costs = {row["title"]: [str(row["nfe"]), f"{row['cpu_seconds']:.2f}"] for row in rows}
+    rest = [name for name in COLUMNS if name not in MAIN]
+    tables = (_table(rows, ["NFE", "CPU s a clip"], MAIN, costs), _table(rows, [], rest, {}))
+    return "\n\n".join(["\n".join(lines) for lines in tables] + ["\n".join(sorted(notes))]) + "\n"
+
+
+def _table(
+    rows: Sequence[RowData], first: Sequence[str], names: Sequence[str], costs: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Lines of a table of the columns `names`, after those of `costs`, headed `first`."""
+    head = ["row", *first, *(COLUMNS[name] for name in names)]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for row in rows:
+        figures = (_cell(name, row["columns"].get(name)) for name in names)
+        lines.append(f"| {' | '.join([row['title'], *costs.get(row['title'], ()), *figures])} |")
+    return lines
 
 
 def _cell(name: str, figure: Mapping[str, float | None] | None) -> str:
+    """`value ± half` where the interval is symmetric to the last digit, else `value (low .. high)`."""
     if figure is None or figure["value"] is None:
         return "-"
-    scale, digits = (100, 1) if name in PERCENT else (1, 2 if name == "start_spread" else 3)
+    scale, digits = (100, 1) if name in PERCENT else (1, 1 if name == "start_spread" else 3 if "drift" in name else 2)
     value, low, high = (None if figure[k] is None else figure[k] * scale for k in ("value", "low", "high"))
-    text = f"{value:.{digits}f}"
-    return text if low is None else f"{text}<br>({low:.{digits}f} to {high:.{digits}f})"
+    if low is None:
+        return f"{value:.{digits}f}"
+    if abs(value - low - (high - value)) < 0.5 * 10**-digits:
+        return f"{value:.{digits}f} ± {high - value:.{digits}f}"
+    return f"{value:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
 def goals(rows: Mapping[str, RowData]) -> str:

@@ -43,7 +43,7 @@ def student_player(config: Config, where: Placing) -> Player:
     student = _trained(student, "student", config, where, plan)
     if plan is not None:
         copy_parts(twin, student, where.device)
-    return Player(student, t, steps=-(-t.steps // t.distill.dfake_gen_update_ratio), twin=twin)
+    return Player(student, t, steps=t.distill.generator_updates(t.steps), twin=twin)
 
 
 def critic_player(config: Config, where: Placing) -> Player:
