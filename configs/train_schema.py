@@ -8,6 +8,7 @@ from configs.optimizer_schema import OptimizerConfig
 from configs.validate import at_least, between, one_of
 
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "causal_ode", "ode_regression", "distill")
+ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
 SHARDINGS = ("none", "full", "hybrid")
 LOGGERS = ("wandb", "tensorboard")
 
@@ -82,7 +83,8 @@ class TrainingConfig:
     precision: str = "auto"  # of activations under autocast; weights and optimiser stay float32
     compile: bool = False  # torch.compile the repeated blocks
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
-    checkpointing: bool = False  # recompute each block's activations in the backward pass: less memory, more time
+    attention: str = "auto"  # distill: kernel of all networks; auto = cuDNN in half precision on Hopper and newer
+    checkpointing: bool = False  # distill: recompute blocks, but for self-attention, in the backward pass: less memory
     sharding: str = "none"  # over ranks: none (each holds all), full (FSDP2 by block), hybrid (within groups of ranks)
     shard_ranks: int = 0  # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
     timeout_s: float = 900.0  # seconds that a rank waits for the others before it ends the run
@@ -106,10 +108,25 @@ class TrainingConfig:
             if logger not in LOGGERS:
                 raise UserError(f"training.loggers={self.loggers} names {logger}; use any of {', '.join(LOGGERS)}")
         one_of(SHARDINGS, "training", self, "sharding")
+        one_of(ATTENTION, "training", self, "attention")
+        if self.attention != "auto" and self.stage != "distill":
+            raise UserError(
+                f"training.attention={self.attention} is for stage distill; use auto for stage {self.stage}"
+            )
+        if self.attention == "cudnn" and self.precision == "float32":
+            raise UserError(
+                "training.attention=cudnn computes in bfloat16 or float16 and training.precision=float32 is neither; "
+                "use training.attention=sdpa, or precision=bfloat16"
+            )
         at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
         at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
         at_least(0, "training", self, "shard_ranks")
         at_least(1, "training", self, "max_checkpoints", "sequence_parallel", "timeout_s")
+        if self.stage == "distill" and not self.distill.generator_updates(self.steps):
+            raise UserError(
+                f"training.distill.critic_warmup={self.distill.critic_warmup} leaves no update of the generator in "
+                f"training.steps={self.steps}; make it less"
+            )
         if self.sequence_parallel > 1 and self.stage != "distill":
             n = self.sequence_parallel
             raise UserError(f"training.sequence_parallel={n} is for stage distill; use 1 for stage {self.stage}")

@@ -21,8 +21,10 @@ from configs.errors import UserError
 from utils import machine
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")  # built from source; wheel `fa3-fwd`
+DIFFUSERS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # its names for them
 BACKENDS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 AMPERE, HOPPER = (8, 0), (9, 0)
+HALF = (torch.bfloat16, torch.float16)  # what cuDNN computes in
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,29 @@ def _auto(capability: tuple[int, int] | None, installed: Collection[str]) -> Ker
     return Kernels("sdpa", "sdpa", generation)
 
 
+def pick_training_kernel(name: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> str:
+    """The kernel, sdpa or cudnn, of networks in training for `training.attention`=name and activations of `dtype`.
+
+    capability: as in `pick_kernels`. What computes in float32 is left to torch, for cuDNN has no such kernel.
+    Raises UserError for a kernel that the device cannot run.
+    """
+    if name == "cudnn" and (capability is None or capability < AMPERE):
+        one = "this device is none" if capability is None else "this one has {}.{}".format(*capability)
+        raise UserError(
+            f"training.attention=cudnn needs a GPU of compute capability 8.0 or more and {one}; use auto or sdpa"
+        )
+    wanted = name == "cudnn" or (name == "auto" and capability is not None and capability >= HOPPER)
+    return "cudnn" if wanted and dtype in HALF else "sdpa"
+
+
 def here(device: torch.device) -> tuple[tuple[int, int] | None, list[str]]:
     """Compute capability of `device` and the kernels that are installed."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return capability, machine.kernels()
+    return capability_of(device), machine.kernels()
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ storage that a run on the meta device makes and to peaks measured on an H100; `s
 
 T tokens, D width, F feed-forward width, b bytes a number, 2 for bfloat16. A block at work in inference: its input and
 the feed-forward's hidden layer before and after GELU, and copies of width D (norms in float32). In training each block
-keeps its input; while one is recomputed, all that its backward pass will read is there as well: 25 T D and 2 T F, of
-which 12 T D are float32: what three norms read, two of them made, and the feed-forward's result before its gate.
+keeps its input and the result of its self-attention (model/checkpointing.py); while one is recomputed, all that its
+backward pass will read is there as well: 25 T D and 2 T F, of which 12 T D are float32: what three norms read, two of
+them made, and the feed-forward's result before its gate.
 """
 
 from collections.abc import Mapping
@@ -239,10 +240,21 @@ def graph_bytes(network: Network, tokens: int, checkpointing: bool, number: int 
     """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together."""
     d, f = network.dim, network.ffn
     block = tokens * (25 * d + 2 * f) * number
-    ends = tokens * 21 * d * number // 4
     if not checkpointing:
-        return ends + network.layers * block + tokens * 5 * d * number
-    return ends + network.layers * tokens * d * number + block + 2 * tokens * d * number
+        return tokens * 21 * d * number // 4 + network.layers * block + tokens * 5 * d * number
+    again = block - attention_bytes(network, tokens, number)  # the block at work has that already
+    return graph_held(network, tokens, number) + again + 2 * tokens * d * number
+
+
+def attention_bytes(network: Network, tokens: int, number: int = 2) -> int:
+    """What checkpointing keeps of a block's self-attention: the result, and a float32 a token for each head of 128."""
+    return tokens * (network.dim * number + network.dim // 32)
+
+
+def graph_held(network: Network, tokens: int, number: int = 2) -> int:
+    """What a checkpointed graph holds between its forward and its backward pass."""
+    block = tokens * network.dim * number + attention_bytes(network, tokens, number)
+    return tokens * 21 * network.dim * number // 4 + network.layers * block
 
 
 def distill_plan(
@@ -296,8 +308,3 @@ def distill_plan(
             Phase("critic", always | {"activations": graph_bytes(critic, window, t.checkpointing)} | whole(critic, 4)),
         )
     )
-
-
-def graph_held(network: Network, tokens: int, number: int = 2) -> int:
-    """What a checkpointed graph holds between its forward and its backward pass."""
-    return tokens * 21 * network.dim * number // 4 + network.layers * tokens * network.dim * number

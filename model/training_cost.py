@@ -2,7 +2,8 @@
 
 As in model/cost.py a multiplication and an addition are two operations. A backward pass is two forward passes (the
 gradient of the inputs and that of the weights; under LoRA of frozen linears the first alone). *Model* operations leave
-out what activation checkpointing computes again; `recomputed` has it. Softmax, norms and the losses are left out.
+out what activation checkpointing computes again, all but self-attention (model/checkpointing.py); `recomputed` has it.
+Softmax, norms and the losses are left out, and the scores that a fused kernel's backward pass computes again.
 
 tests/test_training_cost.py holds them to what torch's FlopCounterMode sees.
 """
@@ -26,13 +27,18 @@ BACKWARD = "backward"
 
 @dataclass(frozen=True)
 class Passes:
-    """Operations of some forward passes: of linear layers, and between queries and keys."""
+    """Operations of some forward passes: of linear layers, and between queries and keys, of tokens and of the text."""
 
     linear: int = 0
-    attention: int = 0
+    past: int = 0
+    text: int = 0
 
     def __add__(self, other: "Passes") -> "Passes":
-        return Passes(self.linear + other.linear, self.attention + other.attention)
+        return Passes(self.linear + other.linear, self.past + other.past, self.text + other.text)
+
+    @property
+    def attention(self) -> int:
+        return self.past + self.text
 
     @property
     def total(self) -> int:
@@ -49,7 +55,8 @@ def network_pass(network: Network, *, tokens: int, keys: int, text_tokens: int, 
     cell = network.channels * network.patch[0] * network.patch[1] * network.patch[2]
     time = batch * (network.freq_dim * d + d * d + 6 * d * d)
     linear = network.layers * 2 * n * (6 * d * d + 2 * d * f) + 2 * (n * 2 * cell * d + time)
-    return Passes(linear, network.layers * 2 * n * 2 * (keys + text_tokens) * d)
+    past, text = (network.layers * 2 * n * 2 * seen * d for seen in (keys, text_tokens))
+    return Passes(linear, past, text)
 
 
 def text_keys(network: Network, text_tokens: int, batch: int = 1) -> Passes:
@@ -94,7 +101,8 @@ class DistillCost:
 
     def recomputed(self, who: str, exits: Sequence[int]) -> int:
         """What checkpointing adds to a backward pass of "generator" or "critic"."""
-        return (self._rollout(exits)[1] if who == "generator" else self._score(self.critic, 1)).total
+        forward = self._rollout(exits)[1] if who == "generator" else self._score(self.critic, 1)
+        return forward.linear + forward.text
 
     def _score(self, network: Network, branches: int) -> Passes:
         tokens, batch = self.frames * self.geometry.tokens_per_frame, self.batch * branches

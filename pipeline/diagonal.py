@@ -22,6 +22,7 @@ from configs.errors import UserError
 from configs.geometry import Geometry, latent_frames, pixel_frames
 from configs.load import load_config
 from configs.schema import Config, InferenceConfig, ModelConfig
+from model.attention import DIFFUSERS
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
@@ -46,7 +47,6 @@ from utils.video import VideoWriter
 log = get_logger(__name__)
 
 Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
-ATTENTION_BACKENDS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # diffusers' names
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +277,7 @@ def choose_attention(student: WanTransformer3DModel, name: str, device: torch.de
     if name == "auto":
         return
     try:
-        student.set_attention_backend(ATTENTION_BACKENDS[name])
+        student.set_attention_backend(DIFFUSERS[name])
     except (RuntimeError, ImportError) as error:  # its package is missing, or too old
         raise UserError(f"inference.attention={name} cannot be used here ({error}); use auto or sdpa") from error
 

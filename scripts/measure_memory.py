@@ -34,6 +34,7 @@ from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model.causal_wan import CausalWanModel  # noqa: E402
+from model.checkpointing import checkpointed  # noqa: E402
 from model.codec import WanCodec  # noqa: E402
 from model.memory import CONTEXT, GIB, WAN_1_3B, WAN_14B, Network, graph_bytes, inference_plan  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
@@ -134,7 +135,7 @@ def run_network(network: Network, frames: int, probe: Probe, device: torch.devic
     """(planned, measured) bytes of activations in a pass with a graph over one clip of 480x832, checkpointed."""
     sizes = {"num_attention_heads": network.dim // 128, "attention_head_dim": 128, "num_layers": network.layers}
     model = empty(lambda: WanTransformer3DModel(**sizes, ffn_dim=network.ffn), device, torch.bfloat16)
-    model.enable_gradient_checkpointing()
+    model.enable_gradient_checkpointing(checkpointed)
     model.train().requires_grad_(True)
     latents = torch.zeros(1, 16, frames, 60, 104, device=device, dtype=torch.bfloat16)
     text = torch.zeros(1, 512, 4096, device=device, dtype=torch.bfloat16)

@@ -7,12 +7,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-from small_wan import build, inputs, sizes
+from small_wan import KernelRuns, build, inputs, sizes
 from torch import Tensor, nn
 
 from configs.train_schema import TrainingConfig
 from model.cache import GraphCache
 from model.causal_wan import chunk_causal_mask
+from model.checkpointing import checkpointed
 from model.denoiser import Score, Student
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
@@ -39,15 +40,19 @@ def outcome(network: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
 
 
 def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[nn.Module], Tensor]) -> None:
-    """`run` of the network, of a copy on the group, of that with recomputation, and of that sharded."""
-    expected = outcome(network, lambda: run(network))
+    """`run` of the network, of a copy on the group, of that with recomputation, and of that sharded; self-attention
+    runs as often in each."""
+    with KernelRuns() as once:
+        expected = outcome(network, lambda: run(network))
     parts = copy.deepcopy(network)
     parallelize(parts, group, name)
-    checks = {"shared out": lambda: None, "recomputed": parts.enable_gradient_checkpointing}
+    checks = {"shared out": lambda: None, "recomputed": lambda: parts.enable_gradient_checkpointing(checkpointed)}
     checks["sharded"] = lambda: shard(parts, mesh_of(TrainingConfig(sharding="full"), CPU))
     for how, change in checks.items():
         change()
-        found = outcome(parts, lambda: run(parts))
+        with KernelRuns() as seen:
+            found = outcome(parts, lambda: run(parts))
+        assert seen.past == once.past > 0, f"{name} {how}"
         assert found.keys() == expected.keys(), f"{name} {how}"
         for key, value in expected.items():
             where = f"{name} {how} {key}"

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.geometry import Geometry
 from model.cache import StreamCache
@@ -57,3 +58,25 @@ def by_chunk(model, cache, geo, latents, t, text) -> torch.Tensor:
         s = geo.chunk(k)
         out.append(model(latents[:, s], t[:, s], text, view=cache.begin(k), start_frame=s.start))
     return torch.cat(out, 1)
+
+
+class KernelRuns(TorchDispatchMode):
+    """Counts attention's kernel, forwards only, and products of linear layers, while they run on a CPU.
+
+    The text is what has fewer keys than there are queries.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.past = self.text = self.linear = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or torch would compile nothing while it counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            text = args[1].shape[2] < args[0].shape[2]
+            self.past, self.text = self.past + (not text), self.text + text
+        self.linear += func == torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))

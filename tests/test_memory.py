@@ -14,6 +14,7 @@ from configs.load import load_config
 from model import memory, offload
 from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
+from model.checkpointing import checkpointed
 from model.codec import WORK_PER_CALL, WanCodec
 from model.int8 import convert
 from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
@@ -146,7 +147,7 @@ def test_decoding_with_the_tiny_decoder(monkeypatch):
 def test_training_a_network(monkeypatch, checkpointing, layers, size):
     model = build(WanTransformer3DModel, size, layers).to(BF16)
     if checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(checkpointed)
     network = Network(dim=size.dim, ffn=size.ffn, layers=layers)
     with torch.device("meta"):
         latents, text = torch.empty(1, 16, 21, 60, 104, dtype=BF16), torch.empty(1, 512, 4096, dtype=BF16)
@@ -155,9 +156,9 @@ def test_training_a_network(monkeypatch, checkpointing, layers, size):
             held = counter.now
             out.sum().backward()
     tokens = 21 * 1560
-    assert memory.graph_bytes(network, tokens, checkpointing) == pytest.approx(counter.peak, rel=0.1)
+    assert memory.graph_bytes(network, tokens, checkpointing) == pytest.approx(counter.peak, rel=0.02)
     if checkpointing:
-        assert memory.graph_held(network, tokens) == pytest.approx(held, rel=0.1)
+        assert memory.graph_held(network, tokens) == pytest.approx(held, rel=0.02)
 
 
 # Peaks of allocated bytes by `scripts/measure_memory.py`, H100, torch 2.11: encoding a prompt, denoising, decoding.
@@ -198,8 +199,11 @@ def test_measured_fp8():
 
 
 def test_measured_training():
-    """One clip of 480x832 through the 1.3B network and back, checkpointed; H100, torch 2.11."""
-    assert memory.graph_bytes(WAN_1_3B, 21 * 1560, True) == pytest.approx(7.54e9, rel=0.1)
+    """One clip of 480x832 through the 1.3B network and back, checkpointed, but for the results of self-attention, which
+    were not kept then; H100, torch 2.11."""
+    tokens = 21 * 1560
+    rest = memory.graph_bytes(WAN_1_3B, tokens, True) - WAN_1_3B.layers * memory.attention_bytes(WAN_1_3B, tokens)
+    assert rest == pytest.approx(7.54e9, rel=0.1)
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import random_student
 from distill_case import distill_stage
-from torch.utils.checkpoint import checkpoint
 
 from configs.geometry import Geometry
 from model.cache import GraphCache
+from model.checkpointing import checkpointed
 from model.codec import WanCodec
 from model.denoiser import Student
 from model.schedule import Schedule
@@ -121,7 +121,7 @@ def test_checkpointing_changes_no_gradient(trained, text, share, context):
             recomputed.append(1)
             return function(*args)
 
-        return checkpoint(again, *args, use_reentrant=False)
+        return checkpointed(again, *args)
 
     trained.model.enable_gradient_checkpointing(counting)
     x = run(trained, schedule, exits, text=text, context=context)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from distill_case import distill_stage
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from configs.geometry import Geometry
 from model.memory import WAN_1_3B, WAN_14B, Network
@@ -18,6 +18,14 @@ from trainer.cycle_bench import cost_of
 def counting():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no fused CPU kernel
         yield counter
+
+
+def fused_attention(q, k, v, *args, **kwargs) -> int:
+    """Operations of the CPU's fused kernel, given shapes; those of its backward pass are not counted."""
+    return sdpa_flop_count(q, k, v)
+
+
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused_attention}
 
 
 def counted(owner, method: str, totals: dict[str, int], name) -> None:
@@ -56,17 +64,25 @@ def test_every_phase_of_an_update(tiny_assets, context, step):
         assert counter.get_total_flops() - forward == pytest.approx(expected[BACKWARD], rel=0.04)
 
 
-def test_checkpointing_computes_the_forward_pass_again(tiny_assets):
+@pytest.mark.parametrize("who", ["generator", "critic"])
+def test_checkpointing_computes_all_but_self_attention_again(tiny_assets, who):
     stage = distill_stage(tiny_assets)
     again = distill_stage(tiny_assets, "training.checkpointing=true")
-    flops = []
+    flops, attention = [], []
     for one in (stage, again):
-        plan, batches = one._batches("critic", 0)
-        with counting() as counter:
-            one.critic_backward.once(plan, 1.0, batches[0])
+        plan, batches = one._batches(who, 0)
+        family = {"generator": one.generator_backward, "critic": one.critic_backward}[who]
+        with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+            family.once(plan, 1.0, batches[0])
         flops.append(counter.get_total_flops())
-    price = cost_of(stage).recomputed("critic", plan.exits)
+        attention.append(sum(counter.get_flop_counts()["Global"][kernel] for kernel in FUSED))
+    cost = cost_of(stage)
+    price, text = cost.recomputed(who, plan.exits), cost._score(cost.critic, 1).text
+    if who == "generator":  # the student's text keys are made outside of its blocks
+        price -= text_keys(cost.student, cost.text_tokens, cost.batch).total
+        text = cost._rollout(plan.exits)[1].text
     assert flops[1] - flops[0] == pytest.approx(price, rel=0.1)  # all but the ends and the text
+    assert attention[1] - attention[0] == text > 0
 
 
 def test_full_size():

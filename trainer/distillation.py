@@ -1,6 +1,7 @@
 """Stage `distill`: diagonal distillation (arXiv 2603.09488), distribution matching along the diagonal schedule.
 
-    a step      = one critic update; every `dfake_gen_update_ratio`-th step begins with an update of the generator
+    a step      = one critic update; every `dfake_gen_update_ratio`-th step begins with an update of the generator, from
+                  step `critic_warmup` on
     generator   x = rollout of the student, with a graph at the drawn step of each chunk
                 lambda_spatial L + L_reg + gamma (lambda_flow L_F + L_reg^F)         trainer/losses.py
     critic      flow matching on x, rolled out without a graph
@@ -75,9 +76,10 @@ class Distill(Stage):
         self.sequence = sequence_group(t.sequence_parallel, ranks, device)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         self.planner = Planner(config, self.schedule, self.geometry)
+        place, self.dtype = Placing(t, device, self.mesh, self.sequence), pick_dtype(t.precision, device)
+        log.info("attention of networks in training: %s", place.kernel(self.dtype))
         looks = t.validation_clips or self.planner.longest > self.planner.window
         self.codec = frozen_codec(config, device) if looks else None  # the loss itself needs latents only
-        place = Placing(t, device, self.mesh, self.sequence)
         self.encoder = text_source(config, place)
         self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
         self.null = self.encoder([self.settings.negative_prompt])
@@ -91,7 +93,6 @@ class Distill(Stage):
         self.critic = Score(self._players["critic"].module)
         self.head = self._flow_head()
 
-        self.dtype = pick_dtype(t.precision, device)
         self.generator_logs: dict[str, Tensor] = {}
         self.generator_done = -1  # the newest step whose generator update was made
         self.newest: dict[str, Any] = {}
@@ -285,9 +286,9 @@ class Distill(Stage):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def update(self, step: int) -> dict[str, Tensor]:
-        ratio = self.settings.dfake_gen_update_ratio
-        if step % ratio == 0 and self.generator_done < step:  # or a signal came after it
-            self.generator_logs = self._generator_step(step, step // ratio)
+        done = self.settings.generator_updates(step)
+        if self.settings.generator_updates(step + 1) > done and self.generator_done < step:  # or a signal came after it
+            self.generator_logs = self._generator_step(step, done)
             self.generator_done = step
         plan, batches = self._batches("critic", step)
         logs = self.critic_backward.run(plan, batches, self.between)
@@ -361,7 +362,7 @@ class Distill(Stage):
         card = {
             "stage": self.name,
             "step": step,
-            "generator_updates": -(-step // d.dfake_gen_update_ratio),
+            "generator_updates": d.generator_updates(step),
             "schedule": self.schedule.to_dict(),
             "trained_image_start": self.config.training.image_start > 0,
         }

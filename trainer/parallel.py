@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,7 +26,9 @@ from transformers import UMT5EncoderModel
 
 from configs.errors import UserError
 from configs.train_schema import TrainingConfig
+from model.attention import DIFFUSERS, capability_of, pick_training_kernel
 from model.causal_wan import CausalWanModel
+from model.checkpointing import checkpointed
 from model.sequence import SequenceGroup
 from trainer.sequence import parallelize
 
@@ -62,6 +65,10 @@ class Placing:
     mesh: DeviceMesh | None = None
     sequence: SequenceGroup = field(default_factory=SequenceGroup)
 
+    def kernel(self, dtype: torch.dtype) -> str:
+        """The attention kernel of a network whose activations are `dtype`."""
+        return pick_training_kernel(self.training.attention, capability_of(self.device), dtype)
+
 
 def placed(
     network: nn.Module,
@@ -74,11 +81,12 @@ def placed(
     """Apply to a network, in this order, what its own code does not know of. Returns it, on the device.
 
     1. the group that shares tokens (trainer/sequence.py), in the network that a loss calls
-    2. `training.checkpointing`: the backward pass of a trained network computes each block's activations again
-    3. `training.compile`: blocks are compiled, those of a bidirectional network, whose shapes never change
-    4. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still
+    2. `training.attention`: the kernel, by what its activations are: those of an average are float32, cuDNN's never
+    3. `training.checkpointing`: the backward pass of a trained network computes each block again, self-attention not
+    4. `training.compile`: blocks are compiled, those of a bidirectional network, whose shapes never change
+    5. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still
 
-    dtype: that trained weights are gathered and used in; None = their own, for a frozen network.
+    dtype: that trained weights are gathered and used in, under autocast; None = their own, for a frozen network.
     role: what a sentence about the network calls it; None = it never shares tokens.
     streams: the student of an inference session, whose `text_kv` is called from outside. (Inside a block's forward,
     where training calls it, the weights are there already and gathering them again would drop them too soon.)
@@ -86,8 +94,10 @@ def placed(
     training, wan = where.training, isinstance(network, WanTransformer3DModel)
     if role is not None:
         parallelize(network, where.sequence, role)
+    if wan:
+        choose_attention(network, where, dtype or network.patch_embedding.weight.dtype)
     if training.checkpointing and wan and any(p.requires_grad for p in network.parameters()):
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(checkpointed)
     if training.compile and wan and not isinstance(network, CausalWanModel):
         network.compile_repeated_blocks(fullgraph=where.sequence.size == 1)
     if where.mesh is None:
@@ -96,6 +106,19 @@ def placed(
     for part in (network, *network.blocks) if streams else ():
         register_fsdp_forward_method(part, "text_kv")
     return network
+
+
+def choose_attention(network: WanTransformer3DModel, where: Placing, dtype: torch.dtype) -> None:
+    """Have `network`, whose activations are `dtype`, use the kernel of the run; `auto` leaves to torch what it can.
+
+    Not by `set_attention_backend`, which makes it that of all networks that have none, an average in float32 included.
+    """
+    kernel = where.kernel(dtype)
+    if where.training.attention == "auto" and kernel == "sdpa":
+        return
+    for block in network.blocks:
+        for attn in (block.attn1, block.attn2):
+            attn.processor._attention_backend = AttentionBackendName(DIFFUSERS[kernel])
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
