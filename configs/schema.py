@@ -139,6 +139,7 @@ class InferenceConfig:
     fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
     fp8_attention: bool = True  # precision=fp8: keys and values in float8, too, where a kernel takes them (fa3)
     fused_gelu: bool = True  # GELU inside the feed-forward's first matrix product, on a GPU; not in float8
+    fused_norms: bool = True  # norms, rotary turn and rounding to float8 by our own kernels, with compile on a GPU
     overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
     student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time

@@ -13,7 +13,8 @@ Around them CUDA graphs: one for each cache state, that is each pair (slot writt
 window + ring - 1 of them however long the stream is; `cache_states` lists them. A state runs as it is the first time,
 is captured the second, and replayed from then on. Nothing here waits for the GPU.
 
-Same algebra and roundings as model/causal_wan.py; what differs is the order of sums within fused kernels.
+Same algebra and roundings as model/causal_wan.py; what differs is the order of sums within fused kernels. Where a plan
+says `fused_norms`, model/fused_wan.py has the three functions.
 """
 
 import importlib.util
@@ -28,11 +29,12 @@ from torch.nn import functional
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import InferenceConfig
-from model import fp8
+from model import fp8, fused_wan
 from model.attention import Kernels, attend, here, pick_kernels
 from model.cache import E4M3, StreamLayer, StreamView, View, narrowed, slot, visible
 from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _gate, _modulate, _rotate
 from model.denoiser import Student, as_timestep
+from model.fast_kernels import linear_gelu
 from model.flow import x0_from_v
 from utils.logs import get_logger
 
@@ -52,6 +54,7 @@ class FastPlan:
     fp8_keep: tuple[int, ...] = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
     fp8_cache: bool = False  # queries, keys and values in float8 as well
     fused_gelu: bool = False  # GELU inside the matrix product
+    fused_norms: bool = False  # norms, rotary and rounding to float8 by kernels of our own, where the student fits them
     compile: bool = False
     cuda_graphs: bool = False
 
@@ -72,12 +75,14 @@ class FastPlan:
         if config.compile == "blocks" and gpu and not triton:
             raise UserError("inference.compile=blocks needs triton, which is not installed; use inference.compile=off")
         kernels = pick_kernels(config.attention, *here(device))
+        compiled = config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays)
         return cls(
             kernels=kernels,
             fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.past == "fa3",
             fp8=config.fp8_scaling if config.precision == "fp8" else None,
             fused_gelu=config.fused_gelu and gpu,
-            compile=config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays),
+            fused_norms=config.fused_norms and gpu and compiled,
+            compile=compiled,
             cuda_graphs=config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and gpu and stays),
         )
 
@@ -164,20 +169,6 @@ def _table(block: CausalWanBlock, modulation: Tensor) -> tuple[Tensor, ...]:
     return (block.scale_shift_table + modulation.float()).unsqueeze(3).unbind(2)
 
 
-@torch.library.custom_op("diagonal::linear_gelu", mutates_args=())
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x w^T + b), tanh approximation; on a GPU in the epilogue of the product, whose result is rounded once."""
-    if not x.is_cuda:
-        return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
-    rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-    return rows.view(*x.shape[:-1], -1)
-
-
-@linear_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
     """Latents [B, F, C, H, W] -> tokens [B, L, D]: the patch embedding as one matrix product."""
     conv = model.patch_embedding
@@ -201,20 +192,23 @@ class FastStep:
 
     def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
         self.model, self.plan = model, plan
-        parts = (patches, enter, cross, leave, head)
+        self.fused = plan.fused_norms and fused_wan.fits(model)
+        own = (fused_wan.enter, fused_wan.cross, fused_wan.leave)
+        parts = (patches, head, fused_wan.tables, *(own if self.fused else (enter, cross, leave)))
         if plan.compile:
             parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
-        self._patches, self._enter, self._cross, self._leave, self._head = parts
+        self._patches, self._head, self._tables, self._enter, self._cross, self._leave = parts
 
     def __call__(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]):
         model, kernels = self.model, self.plan.kernels
         x = self._patches(model, x_t)
         temb, modulation = model._embed_time(t, x.dtype)
-        for block, past, (k, v) in zip(model.blocks, layers, text, strict=True):
+        modulations = self._tables(model, modulation) if self.fused else [modulation] * len(layers)
+        for block, table, past, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
             own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
-            q = self._enter(block, x, modulation, rotation, past.keys[:, own], past.values[:, own])
-            x, q = self._cross(block, x, modulation, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
-            x = self._leave(block, x, modulation, attend(kernels.text, q, k, v), self.plan.fused_gelu)
+            q = self._enter(block, x, table, rotation, past.keys[:, own], past.values[:, own])
+            x, q = self._cross(block, x, table, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
+            x = self._leave(block, x, table, attend(kernels.text, q, k, v), self.plan.fused_gelu)
         return self._head(model, x, temb, x_t, t)
 
 

@@ -43,12 +43,14 @@ class Fp8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        value, scale = quantise(rows, self.scaling)
-        y = torch._scaled_mm(
+        value, scale = quantise(x.reshape(-1, self.in_features), self.scaling)
+        return self.multiply(value, scale).view(*x.shape[:-1], self.out_features).type_as(x)
+
+    def multiply(self, value: Tensor, scale: Tensor) -> Tensor:
+        """Rows of e4m3 [N, K] with their scale, as `quantise` gives them -> [N, out_features], bfloat16."""
+        return torch._scaled_mm(
             value, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return y.view(*x.shape[:-1], self.out_features).type_as(x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling}"

@@ -39,6 +39,8 @@ H100 = (
     _full("fp8 by row", "inference.precision=fp8"),
     _full("fp8 linears alone", "inference.precision=fp8", "inference.fp8_attention=false"),
     _full("bf16 with cuDNN", "inference.attention=cudnn"),
+    _full("norms by torch", "inference.fused_norms=false"),
+    _full("fp8, norms by torch", "inference.precision=fp8", "inference.fused_norms=false"),
     _full("GELU apart", "inference.fused_gelu=false"),
     _full("60 s stream", stream=60.0, repeats=2),
     _full("fp8 by tensor", "inference.precision=fp8", "inference.fp8_scaling=tensor"),

@@ -181,6 +181,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
             "compile": bench.plan.compile,
             "cuda_graphs": bench.plan.cuda_graphs,
             "fused_gelu": bench.plan.fused_gelu,
+            "fused_norms": bench.plan.fused_norms,
         },
         "build_s": built,
         "first_clip_s": first.arrivals[-1],  # compilation included

@@ -165,7 +165,7 @@ def test_every_dependency_is_used_and_explained(name):
 
 def test_every_import_is_a_stated_dependency():
     """Nothing works only because another package happens to bring it."""
-    stated = {"flash_attn", "wandb", "setuptools", "packaging", "pip"}  # extras, and the installer's own
+    stated = {"flash_attn", "triton", "wandb", "setuptools", "packaging", "pip"}  # extras, and the installer's own
     for name in ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt"):
         for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines():
             if line := line.partition("#")[0].strip():

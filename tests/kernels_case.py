@@ -1,0 +1,136 @@
+"""Inputs for the operators of model/fast_kernels.py and, run as a program, the Triton kernels against plain torch.
+
+`TRITON_INTERPRET=1 python kernels_case.py` interprets them on a CPU, in float16: the interpreter cuts to bfloat16
+rather than rounding, and its float8 loses a carry, so that the last cast is torch's.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from model import fast_kernels
+from model.cache import E4M3
+from model.fast_kernels import FFN_SHIFT, GATE, NONE, SHIFT
+
+HEADS = {96: (4, 24), 1536: (12, 128)}
+
+
+def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu", tokens: int = 21) -> Iterator[tuple[str, tuple]]:
+    """Arguments of `plain_residual_norm` but the last: tokens [2, tokens, width], tables of 1 and of 3 frames."""
+    torch.manual_seed(0)
+    x, branch = (torch.randn(2, tokens, width).to(device, dtype) for _ in range(2))
+    x[0, 1] = 0  # no spread
+    affine = [torch.randn(width).to(device, dtype) for _ in range(2)]
+    for frames in (1, 3):
+        table = torch.randn(2, frames, 6, width).to(device)
+        yield f"norm, {frames}", (x, None, table, NONE, SHIFT, None, None, 1e-6)
+        yield f"gated, affine, {frames}", (x, branch, table, GATE, NONE, *affine, 1e-6)
+        yield f"added, norm, {frames}", (x, branch, table, NONE, FFN_SHIFT, None, None, 1e-6)
+        yield f"gated, {frames}", (x, branch, table, GATE, NONE, None, None, 0.0)
+
+
+def turn_case(width: int, dtype: torch.dtype, slot: torch.dtype, device: str = "cpu", tokens: int = 21) -> tuple:
+    """Arguments of `plain_qk_norm_rope`; slots are the middle of a longer cache."""
+    torch.manual_seed(1)
+    heads, head_dim = HEADS[width]
+    qkv = torch.randn(2, tokens, 3 * width).to(device, dtype)
+    weights = [torch.randn(width).to(device, dtype) for _ in range(2)]
+    angle = 6 * torch.rand(1, tokens, 1, head_dim // 2)
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
+    slots = (torch.zeros(2, 3 * tokens, heads, head_dim).to(device, slot) for _ in range(2))
+    return qkv, *weights, cos, sin, *(x[:, tokens : 2 * tokens] for x in slots), 1e-6, 1e-5
+
+
+def rows_case(width: int, dtype: torch.dtype, device: str = "cpu", count: int = 5) -> Tensor:
+    """[count, width], of which one row is zero and one large."""
+    torch.manual_seed(2)
+    x = 2 * torch.randn(count, width)
+    x[1] = 0
+    x[2] *= 1000
+    return x.to(device, dtype)
+
+
+def close(got: Tensor, wanted: Tensor, name: str) -> None:
+    """Equal but for the last bit of a few."""
+    assert got.dtype is wanted.dtype and got.shape == wanted.shape, name
+    if wanted.dtype is E4M3:
+        got, wanted = got.float(), wanted.float()
+        assert (got != wanted).float().mean() < 5e-3, name
+        torch.testing.assert_close(got, wanted, rtol=0.13, atol=2**-8, msg=lambda text: f"{name}: {text}")
+    else:
+        step = torch.finfo(wanted.dtype).eps
+        torch.testing.assert_close(got, wanted, rtol=step, atol=2e-4, msg=lambda text: f"{name}: {text}")
+        limit = 0.02 if wanted.dtype.itemsize == 2 else 1
+        assert (got != wanted).float().mean() <= limit, name
+
+
+def compare_norms(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """kernel(*case, scaled) -> as `plain_residual_norm`."""
+    for name, case in norm_cases(width, dtype, device):
+        for scaled in (False, True)[: 1 + (case[4] >= 0 or case[5] is not None)]:
+            wanted = fast_kernels.plain_residual_norm(*case, scaled)
+            for got, one in zip(kernel(*case, scaled), wanted, strict=True):
+                close(got, one, f"{name}, {one.dtype}")
+
+
+def compare_turns(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """kernel(*case) -> as `plain_qk_norm_rope`."""
+    for slot in (dtype, E4M3):
+        plain, own = (turn_case(width, dtype, slot, device) for _ in range(2))
+        wanted = fast_kernels.plain_qk_norm_rope(*plain)
+        close(kernel(*own), wanted, "queries")
+        close(own[5], plain[5], "keys")
+        close(own[6], plain[6], "values")
+        around = own[5]._base.float().clone()
+        around[:, own[5].shape[1] : 2 * own[5].shape[1]] = 0
+        assert not around.any(), "written beside the slot"
+
+
+def compare_rows(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """kernel(x, gelu) -> as `plain_quantise_rows`."""
+    for gelu in (False, True):
+        x = rows_case(width, dtype, device)
+        for got, wanted in zip(kernel(x, gelu), fast_kernels.plain_quantise_rows(x, gelu), strict=True):
+            close(got, wanted, f"rows of {width}, gelu {gelu}")
+
+
+def interpreted(kernels, **tiling) -> tuple:
+    """The kernels as the comparisons call them; what they give in float32 becomes float8 here."""
+
+    def norm(*case):
+        *most, scaled = case
+        out = kernels.residual_norm(*most, torch.float32 if scaled else case[0].dtype, scaled, **tiling)
+        return [*out[:-2], out[-2].to(E4M3), out[-1]] if scaled else out
+
+    def turn(*case):
+        slots, narrow = case[5:7], case[5].dtype is E4M3
+        wide = [x._base.float()[:, x.shape[1] : 2 * x.shape[1]] if narrow else x for x in slots]
+        q = kernels.qk_norm_rope(*case[:5], *wide, *case[7:], narrow, **tiling)
+        for x, y in zip(slots, wide, strict=True):
+            x._base.copy_(y._base)
+        return q.to(case[5].dtype)
+
+    def rows(x, gelu):
+        values, scales = kernels.quantise_rows(x, gelu, torch.float32)
+        return values.to(E4M3), scales
+
+    return norm, turn, rows
+
+
+def main() -> None:
+    from model import triton_kernels
+
+    half = torch.float16
+    for width, (rows, warps) in itertools.product(HEADS, ((1, 1), (2, 4))):
+        norm, turn, _ = interpreted(triton_kernels, rows=rows, warps=warps)
+        compare_norms(norm, width, half)
+        compare_turns(turn, width, half)
+    for width in (96, 256, 1536, 8960):
+        compare_rows(interpreted(triton_kernels)[-1], width, half)
+    print("every kernel agrees")
+
+
+if __name__ == "__main__":
+    main()
