@@ -38,6 +38,8 @@ def distill_config(assets: Path, *overrides: str) -> Config:
             "checkpoint_every": 0, "validate_every": 0, "cuda_graphs": False, "ema_start_step": 1,
         },
         "training.optimizer": {"lr": 1e-3, "warmup_steps": 0},
+        "training.image_start": 0.0,
+        "training.distill.critic_warmup": 0,
         "training.distill.dfake_gen_update_ratio": 3,
         "training.distill.guidance": 3.0,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from conftest import ROOT
 from distill_case import CPU, distill_config
 
 from configs.errors import UserError
-from configs.load import to_yaml
+from configs.load import load_config, to_yaml
 from trainer import ablation
 from trainer.ablation_table import badness, goals, markdown
 from trainer.bench import Bench, bootstrap
@@ -70,7 +70,11 @@ def test_every_row_is_a_run_of_the_base_with_its_own_settings(tiny_assets):
     assert all(config.seed == 5 and config.training.stage == "distill" for config in configs.values())
     assert configs["cut_flow"].training.distill.flow.gradient_cut and configs["no_forcing"].stream.context == "clean"
     trained = [to_yaml(configs[row.name]) for row in ablation.ROWS if row.start is None]
-    assert len(set(trained)) == len(trained) == 14
+    assert len(set(trained)) == len(trained) == 15
+    shipped, real = to_yaml(configs["shipped"]), to_yaml(load_config("configs/train_tiny_distill.yaml", ["seed=5"]))
+    names = ("guidance", "critic_warmup", "lr", "steps", "image_start", "global_batch", "dfake_gen_update_ratio")
+    for name in names:
+        assert [x for x in shipped.splitlines() if f" {name}:" in x] == [x for x in real.splitlines() if f" {name}:" in x]
     a, b = (distill_config(tiny_assets, f"training.steps={n}") for n in (4, 5))
     assert ablation.fingerprint(a) == ablation.fingerprint(a) != ablation.fingerprint(b)
 

@@ -29,6 +29,10 @@ class Row:
     start: str | None = None  # evaluate these weights of `training.init` as they are; None = train
 
 
+SHIPPED = (
+    "training.distill.guidance=0.5", "training.distill.critic_warmup=300", "training.optimizer.lr=3.0e-5",
+    "training.steps=700", "training.image_start=0.2",
+)  # configs/train_tiny_distill.yaml
 CUT = "training.distill.flow.gradient_cut=true"
 ROWS = (
     Row("teacher", "teacher, 50 steps", start="teacher"),
@@ -48,6 +52,7 @@ ROWS = (
     Row("guidance_05", "ours, teacher's guidance 0.5 in place of 1", ("training.distill.guidance=0.5",)),
     Row("guidance_025", "ours, guidance 0.25", ("training.distill.guidance=0.25",)),
     Row("guidance_0", "ours, guidance 0", ("training.distill.guidance=0",)),
+    Row("shipped", "ours as shipped: guidance 0.5, critic warmed up, lower rate, image starts", SHIPPED),
 )  # fmt: skip
 
 
