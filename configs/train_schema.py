@@ -84,7 +84,7 @@ class TrainingConfig:
     compile: bool = False  # torch.compile the repeated blocks
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     attention: str = "auto"  # distill: kernel of all networks; auto = cuDNN in half precision on Hopper and newer
-    checkpointing: bool = False  # distill: recompute blocks, but for self-attention, in the backward pass: less memory
+    checkpointing: bool = False  # distill: recompute blocks in the backward pass (critic's: but for self-attention)
     sharding: str = "none"  # over ranks: none (each holds all), full (FSDP2 by block), hybrid (within groups of ranks)
     shard_ranks: int = 0  # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
     timeout_s: float = 900.0  # seconds that a rank waits for the others before it ends the run

@@ -1,9 +1,12 @@
-"""Activation checkpointing: the backward pass computes a block again, but not its self-attention.
+"""Activation checkpointing: the backward pass computes a block again, whole or but for its self-attention.
 
-Over a clip of 32,760 tokens that is two thirds of the operations of a 1.3B block, and its result is no larger than the
-block's input. So what torch's fused kernels return, the result and a logsumexp for each head, is kept. All else is
-computed again: attention to the text, whose result takes as much room and one operation in a hundred, and the messages
-of ranks that share tokens.
+    checkpointed   blocks over whole clips. Over 32,760 tokens self-attention is two thirds of the operations of a 1.3B
+                   block, and its result is no larger than the block's input. So what torch's fused kernels return, the
+                   result and a logsumexp for each head, is kept. All else is computed again: attention to the text,
+                   whose result takes as much room and one operation in a hundred, and the messages of ranks that share
+                   tokens.
+    recomputed     blocks over a chunk at a time. To choose what is kept, Python looks at every operation, forward and
+                   again, and the kernels of a chunk are too short to hide that.
 """
 
 from functools import partial
@@ -17,14 +20,19 @@ NAMES = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_att
 KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in NAMES]
 
 
-def checkpointed(block: nn.Module, *args: Any) -> Any:
-    """block(*args), for diffusers' `enable_gradient_checkpointing`.
+# For diffusers' `enable_gradient_checkpointing`. The state of random numbers is left alone: a block draws none, and of
+# a GPU it cannot be read while a CUDA graph is captured.
+_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
-    The state of random numbers is left alone: a block draws none, and of a GPU it cannot be read while a CUDA graph is
-    captured.
-    """
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+def recomputed(block: nn.Module, *args: Any) -> Any:
+    """block(*args), of which the backward pass has the arguments alone."""
+    return _again(block, *args)
+
+
+def checkpointed(block: nn.Module, *args: Any) -> Any:
+    """block(*args), of which the backward pass also has what self-attention's kernel returned."""
+    return _again(block, *args, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

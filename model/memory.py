@@ -6,9 +6,9 @@ storage that a run on the meta device makes and to peaks measured on an H100; `s
 
 T tokens, D width, F feed-forward width, b bytes a number, 2 for bfloat16. A block at work in inference: its input and
 the feed-forward's hidden layer before and after GELU, and copies of width D (norms in float32). In training each block
-keeps its input and the result of its self-attention (model/checkpointing.py); while one is recomputed, all that its
-backward pass will read is there as well: 25 T D and 2 T F, of which 12 T D are float32: what three norms read, two of
-them made, and the feed-forward's result before its gate.
+keeps its input and, over whole clips, the result of its self-attention (model/checkpointing.py); while one is
+recomputed, all that its backward pass will read is there as well: 25 T D and 2 T F, of which 12 T D are float32: what
+three norms read, two of them made, and the feed-forward's result before its gate.
 """
 
 from collections.abc import Mapping
@@ -236,14 +236,20 @@ def inference_plan(
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def graph_bytes(network: Network, tokens: int, checkpointing: bool, number: int = 2) -> int:
-    """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together."""
+def graph_bytes(
+    network: Network, tokens: int, checkpointing: bool, number: int = 2, *, attention: bool = True
+) -> int:
+    """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together.
+
+    attention: checkpointing keeps the result of self-attention.
+    """
     d, f = network.dim, network.ffn
     block = tokens * (25 * d + 2 * f) * number
     if not checkpointing:
         return tokens * 21 * d * number // 4 + network.layers * block + tokens * 5 * d * number
-    again = block - attention_bytes(network, tokens, number)  # the block at work has that already
-    return graph_held(network, tokens, number) + again + 2 * tokens * d * number
+    if attention:
+        block -= attention_bytes(network, tokens, number)  # the block at work has that already
+    return graph_held(network, tokens, number, attention=attention) + block + 2 * tokens * d * number
 
 
 def attention_bytes(network: Network, tokens: int, number: int = 2) -> int:
@@ -251,9 +257,9 @@ def attention_bytes(network: Network, tokens: int, number: int = 2) -> int:
     return tokens * (network.dim * number + network.dim // 32)
 
 
-def graph_held(network: Network, tokens: int, number: int = 2) -> int:
+def graph_held(network: Network, tokens: int, number: int = 2, *, attention: bool = True) -> int:
     """What a checkpointed graph holds between its forward and its backward pass."""
-    block = tokens * network.dim * number + attention_bytes(network, tokens, number)
+    block = tokens * network.dim * number + (attention_bytes(network, tokens, number) if attention else 0)
     return tokens * 21 * network.dim * number // 4 + network.layers * block
 
 
@@ -267,16 +273,18 @@ def distill_plan(
 ) -> MemoryPlan:
     """Memory of stage `distill` on one of `gpus`: float32 weights, gradients and AdamW, an average, bfloat16 compute.
 
-    Sharded (training.sharding) each GPU holds its share, and two blocks whole while they are at work; hybrid without
-    shard_ranks is reckoned with machines of eight.
+    Sharded (training.sharding) each GPU holds its share, two blocks whole while they are at work, and the student whole
+    in bfloat16 (trainer/parallel.py); hybrid without shard_ranks is reckoned with machines of eight.
     """
     t, geometry, critic = config.training, Geometry.from_config(config), critic or student
     shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]
     lora = t.distill.lora
 
+    def adapters(network: Network, rank: int) -> int:
+        return network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn))
+
     def trained(network: Network, rank: int, averaged: bool) -> float:
-        adapters = network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn)) if rank else 0
-        moving = adapters or network.parameters
+        moving = adapters(network, rank) or network.parameters
         frozen = (8 if averaged else 4) * network.parameters if rank else 0  # the average is of the whole network
         return (frozen + (20 if averaged else 16) * moving) / shards
 
@@ -287,6 +295,8 @@ def distill_plan(
         "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,
     }
+    if shards > 1:
+        always["student, gathered"] = 2 * (student.parameters + adapters(student, lora.student_rank))
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
     # of this GPU, where several share a sample: tokens outside attention, and as many of all heads' tokens inside
     window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame // t.sequence_parallel
@@ -298,9 +308,10 @@ def distill_plan(
     keys = {"keys of the rollout": 4 * student.layers * rolled * student.dim}
     # each chunk is a forward pass of its own, so that what is recomputed at once is a chunk
     chunk = t.micro_batch * geometry.tokens_per_chunk // t.sequence_parallel
-    work = graph_held(student, rolled) - graph_held(student, chunk) + graph_bytes(student, chunk, True)
+    held, others = (graph_held(student, n, attention=False) for n in (rolled, rolled - chunk))
+    work = others + graph_bytes(student, chunk, True, attention=False)
     rollout = keys | {"activations": work if t.checkpointing else graph_bytes(student, rolled, False)}
-    kept = {"keys of the rollout": keys["keys of the rollout"], "rollout's graph": graph_held(student, rolled)}
+    kept = {"keys of the rollout": keys["keys of the rollout"], "rollout's graph": held}
     return MemoryPlan(
         (
             Phase("rollout", always | rollout | whole(student, 4)),

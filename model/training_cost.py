@@ -2,7 +2,7 @@
 
 As in model/cost.py a multiplication and an addition are two operations. A backward pass is two forward passes (the
 gradient of the inputs and that of the weights; under LoRA of frozen linears the first alone). *Model* operations leave
-out what activation checkpointing computes again, all but self-attention (model/checkpointing.py); `recomputed` has it.
+out what activation checkpointing computes again (model/checkpointing.py); `recomputed` has it.
 Softmax, norms and the losses are left out, and the scores that a fused kernel's backward pass computes again.
 
 tests/test_training_cost.py holds them to what torch's FlopCounterMode sees.
@@ -100,8 +100,11 @@ class DistillCost:
         return {ROLLOUT: (without + graph).total, CRITIC: forward.total, BACKWARD: forward.backward(self.frozen)}
 
     def recomputed(self, who: str, exits: Sequence[int]) -> int:
-        """What checkpointing adds to a backward pass of "generator" or "critic"."""
-        forward = self._rollout(exits)[1] if who == "generator" else self._score(self.critic, 1)
+        """What checkpointing adds to a backward pass: of "generator" all of its chunks' forward passes, of "critic" all
+        but self-attention."""
+        if who == "generator":
+            return self._rollout(exits)[1].total
+        forward = self._score(self.critic, 1)
         return forward.linear + forward.text
 
     def _score(self, network: Network, branches: int) -> Passes:

@@ -1,6 +1,7 @@
 """Tiny random networks of our own shapes: nothing here needs the shipped weights."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,16 @@ def random_text_encoder() -> TextEncoder:
     torch.manual_seed(2)
     encoder = UMT5EncoderModel(UMT5Config(**network_config("tiny_text_encoder"))).eval().requires_grad_(False)
     return TextEncoder(encoder, word_tokenizer(WORDS), TEXT_TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """Our loggers as before the test, which may have called an entry point that sets them for the terminal."""
+    root = logging.getLogger("diagonal")
+    before = root.handlers, root.propagate, root.level
+    yield
+    root.handlers, root.propagate, level = before
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

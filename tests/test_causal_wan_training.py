@@ -9,7 +9,7 @@ from small_wan import CLOSE, NETWORK, build, by_chunk, inputs, sizes, stream_cac
 from configs.errors import UserError
 from model.cache import GraphCache
 from model.causal_wan import CausalWanModel, chunk_causal_mask
-from model.checkpointing import checkpointed
+from model.checkpointing import recomputed
 from model.denoiser import Score, Student
 from model.flow import add_noise, v_target
 
@@ -38,7 +38,7 @@ class TestTraining:
     def test_checkpointing_changes_no_gradient(self, window, sink):
         model, geo = build()[0].train(), sizes(window, sink)
         plain = self.rollout(model, geo, 3)
-        model.enable_gradient_checkpointing(checkpointed)
+        model.enable_gradient_checkpointing(recomputed)
         again = self.rollout(model, geo, 3)
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
@@ -48,7 +48,7 @@ class TestTraining:
         x, t, text = inputs(geo, 2)
         for on in (False, True):
             if on:
-                model.enable_gradient_checkpointing(checkpointed)
+                model.enable_gradient_checkpointing(recomputed)
             held = []
             with torch.autograd.graph.saved_tensors_hooks(lambda y, held=held: held.append(y.nbytes) or y, lambda y: y):
                 model(x, t, text, view=GraphCache(geo, 3).begin(0))
@@ -60,7 +60,7 @@ class TestTraining:
     def test_gradients_through_the_cache_are_those_of_one_masked_forward(self, window, sink, checkpointing):
         model, geo = build()[0], sizes(window, sink)
         if checkpointing:
-            model.enable_gradient_checkpointing(checkpointed)
+            model.enable_gradient_checkpointing(recomputed)
         x, t, text = inputs(geo, 10)
         weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
         gradients = []

@@ -1,16 +1,17 @@
-"""Activation checkpointing: blocks are computed again by the backward pass, their self-attention is not."""
+"""Activation checkpointing: blocks are computed again by the backward pass, over whole clips but for self-attention."""
 
 import copy
 
 import pytest
 import torch
+from distill_case import distill_stage
 from small_wan import NETWORK, KernelRuns, build, by_chunk, inputs, sizes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import checkpointing
 from model.cache import GraphCache
-from model.checkpointing import checkpointed
+from model.checkpointing import checkpointed, recomputed
 from model.denoiser import Score
 
 GEOMETRY, CHUNKS = sizes(window=2, sink=1), 4
@@ -56,12 +57,31 @@ def test_self_attention_runs_once_a_block_and_pass(monkeypatch, kind, dtype):
     assert runs(model, kind, dtype).past == 2 * BLOCKS[kind]
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_all_runs_twice(kind):
+    model = network(kind)
+    plain = runs(model, kind)
+    model.enable_gradient_checkpointing(recomputed)
+    again = runs(model, kind)
+    assert (again.past, again.text) == (2 * plain.past, 2 * plain.text) == (2 * BLOCKS[kind], 2 * BLOCKS[kind])
+    assert again.linear >= plain.linear + 8 * BLOCKS[kind]
+
+
+def test_whole_clips_keep_self_attention_and_chunks_do_not(tiny_assets):
+    stage = distill_stage(tiny_assets, "training.checkpointing=true")
+    student, critic = stage.student.model, stage.critic.model
+    assert student._gradient_checkpointing_func is recomputed and student.gradient_checkpointing
+    assert critic._gradient_checkpointing_func is checkpointed and critic.gradient_checkpointing
+    assert not stage.teacher.model.gradient_checkpointing and not stage.averaged.gradient_checkpointing
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_gradients_are_the_same(kind, dtype):
+@pytest.mark.parametrize("how", [checkpointed, recomputed])
+def test_gradients_are_the_same(how, kind, dtype):
     model = network(kind)
     plain = backward(model, kind, dtype)
-    model.enable_gradient_checkpointing(checkpointed)
+    model.enable_gradient_checkpointing(how)
     twin = copy.deepcopy(model)
     for again in (backward(model, kind, dtype), backward(twin, kind, dtype)):
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
@@ -100,7 +120,8 @@ def test_compiled_blocks_keep_theirs():
         torch.testing.assert_close(a, b)
 
 
-def test_no_state_of_random_numbers_is_read(monkeypatch):
+@pytest.mark.parametrize("how", [checkpointed, recomputed])
+def test_no_state_of_random_numbers_is_read(monkeypatch, how):
     """A GPU's cannot be while a CUDA graph is captured."""
 
     def refuse(*args):
@@ -108,5 +129,5 @@ def test_no_state_of_random_numbers_is_read(monkeypatch):
 
     monkeypatch.setattr(torch, "get_rng_state", refuse)
     model = network("score")
-    model.enable_gradient_checkpointing(checkpointed)
-    assert runs(model, "score").past == BLOCKS["score"]
+    model.enable_gradient_checkpointing(how)
+    assert runs(model, "score").text == 2 * BLOCKS["score"]

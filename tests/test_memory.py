@@ -14,7 +14,7 @@ from configs.load import load_config
 from model import memory, offload
 from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
-from model.checkpointing import checkpointed
+from model.checkpointing import checkpointed, recomputed
 from model.codec import WORK_PER_CALL, WanCodec
 from model.int8 import convert
 from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
@@ -141,13 +141,15 @@ def test_decoding_with_the_tiny_decoder(monkeypatch):
     assert memory.TINY_WEIGHTS == pytest.approx(2 * sum(p.numel() for p in decoder.parameters()), rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", [None, recomputed, checkpointed])
 @pytest.mark.parametrize("layers", [2, 5])
 @pytest.mark.parametrize("size", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
-def test_training_a_network(monkeypatch, checkpointing, layers, size):
+def test_training_a_network(monkeypatch, how, layers, size):
     model = build(WanTransformer3DModel, size, layers).to(BF16)
-    if checkpointing:
-        model.enable_gradient_checkpointing(checkpointed)
+    if how:
+        model.enable_gradient_checkpointing(how)
+    for p in model.parameters():  # gradients are there before
+        p.grad = torch.empty_like(p)
     network = Network(dim=size.dim, ffn=size.ffn, layers=layers)
     with torch.device("meta"):
         latents, text = torch.empty(1, 16, 21, 60, 104, dtype=BF16), torch.empty(1, 512, 4096, dtype=BF16)
@@ -156,9 +158,10 @@ def test_training_a_network(monkeypatch, checkpointing, layers, size):
             held = counter.now
             out.sum().backward()
     tokens = 21 * 1560
-    assert memory.graph_bytes(network, tokens, checkpointing) == pytest.approx(counter.peak, rel=0.02)
-    if checkpointing:
-        assert memory.graph_held(network, tokens) == pytest.approx(held, rel=0.02)
+    kept = {"attention": how is checkpointed}
+    assert memory.graph_bytes(network, tokens, how is not None, **kept) == pytest.approx(counter.peak, rel=0.02)
+    if how:
+        assert memory.graph_held(network, tokens, **kept) == pytest.approx(held, rel=0.02)
 
 
 # Peaks of allocated bytes by `scripts/measure_memory.py`, H100, torch 2.11: encoding a prompt, denoising, decoding.
@@ -248,8 +251,13 @@ def test_training_shares_are_those_of_the_gpus():
         assert one.phases[0].parts[part] == 8 * eight.phases[0].parts[part]
     assert eight.fits(80) and not one.fits(80)
     adapters = ["training.distill.lora={student_rank: 64, critic_rank: 64}"]
-    lora = distill_plan(load_config("configs/train_wan2.1_t2v_1.3b.yaml", adapters), gpus=1)
+    lora, shared = (
+        distill_plan(load_config("configs/train_wan2.1_t2v_1.3b.yaml", adapters), gpus=gpus) for gpus in (1, 8)
+    )
     assert lora.peak.total < one.peak.total
+    for phase, with_adapters, alone in zip(eight.phases, shared.phases, one.phases, strict=True):
+        assert phase.parts["student, gathered"] == 2 * WAN_1_3B.parameters < with_adapters.parts["student, gathered"]
+        assert "student, gathered" not in alone.parts
 
 
 def test_no_torch_is_needed():

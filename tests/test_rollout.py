@@ -9,7 +9,7 @@ from distill_case import distill_stage
 
 from configs.geometry import Geometry
 from model.cache import GraphCache
-from model.checkpointing import checkpointed
+from model.checkpointing import recomputed
 from model.codec import WanCodec
 from model.denoiser import Student
 from model.schedule import Schedule
@@ -114,20 +114,20 @@ def test_checkpointing_changes_no_gradient(trained, text, share, context):
     schedule = Schedule(rows=ROWS)
     exits = exit_steps(schedule, 5, share)
     plain = gradients(trained, run(trained, schedule, exits, text=text, context=context))
-    recomputed = []
+    runs = []
 
     def counting(function, *args):
         def again(*args):
-            recomputed.append(1)
+            runs.append(1)
             return function(*args)
 
-        return checkpointed(again, *args)
+        return recomputed(again, *args)
 
     trained.model.enable_gradient_checkpointing(counting)
     x = run(trained, schedule, exits, text=text, context=context)
-    forwards = len(recomputed)
+    forwards = len(runs)
     again = gradients(trained, x)
-    assert len(recomputed) == 2 * forwards > 0, "recomputation took place"
+    assert len(runs) == 2 * forwards > 0, "recomputation took place"
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True) if a is not None)
 
 

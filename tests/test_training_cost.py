@@ -65,7 +65,7 @@ def test_every_phase_of_an_update(tiny_assets, context, step):
 
 
 @pytest.mark.parametrize("who", ["generator", "critic"])
-def test_checkpointing_computes_all_but_self_attention_again(tiny_assets, who):
+def test_checkpointing_computes_all_of_a_chunk_again_and_all_but_self_attention_of_a_clip(tiny_assets, who):
     stage = distill_stage(tiny_assets)
     again = distill_stage(tiny_assets, "training.checkpointing=true")
     flops, attention = [], []
@@ -77,12 +77,12 @@ def test_checkpointing_computes_all_but_self_attention_again(tiny_assets, who):
         flops.append(counter.get_total_flops())
         attention.append(sum(counter.get_flop_counts()["Global"][kernel] for kernel in FUSED))
     cost = cost_of(stage)
-    price, text = cost.recomputed(who, plan.exits), cost._score(cost.critic, 1).text
+    price, twice = cost.recomputed(who, plan.exits), cost._score(cost.critic, 1).text
     if who == "generator":  # the student's text keys are made outside of its blocks
         price -= text_keys(cost.student, cost.text_tokens, cost.batch).total
-        text = cost._rollout(plan.exits)[1].text
+        twice = cost._rollout(plan.exits)[1].attention
     assert flops[1] - flops[0] == pytest.approx(price, rel=0.1)  # all but the ends and the text
-    assert attention[1] - attention[0] == text > 0
+    assert attention[1] - attention[0] == twice > 0
 
 
 def test_full_size():

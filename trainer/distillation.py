@@ -40,7 +40,7 @@ from trainer.long_tuning import Plan, Planner, window_of
 from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
 from trainer.optim import Average, Player
 from trainer.pairs import Pairs, open_pairs
-from trainer.parallel import Placing, mean_over_ranks, mesh_of
+from trainer.parallel import Placing, gather, mean_over_ranks, mesh_of
 from trainer.players import critic_player, frozen_teacher, merged, student_player
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.sequence import check_tokens, data_ranks, sequence_group
@@ -201,7 +201,8 @@ class Distill(Stage):
         """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
         d, model = self.settings, self.student.model
         how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
-        if not self.sharded:  # text keys once a text; a sharded block makes its own, with its weights at hand
+        if not (self.sharded and grad):  # text keys once a text; else blocks make their own, for FSDP to see the graph
+            gather(model)
             with torch.set_grad_enabled(grad):
                 made = {key: model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
             texts = [made[id(x)] for x in texts]
@@ -368,4 +369,5 @@ class Distill(Stage):
         }
         state = self._players["generator"].averaged_state() if self.sharded else None
         if self.ranks.first:
-            save_student(merged(self.averaged), folder, card, state=state)
+            student = merged(self.averaged, state)
+            save_student(student, folder, card, state=state if student is self.averaged else None)

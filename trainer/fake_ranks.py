@@ -14,6 +14,7 @@ from trainer.parallel import local, mesh_of, shard
 
 BYTES = {"student": 20, "teacher": 2, "critic": 16}  # a parameter: float32, gradient, AdamW (two), average; bfloat16
 NAMES = {"student": "student, gradients, AdamW, average", "teacher": "teacher", "critic": "critic, gradients, AdamW"}
+GATHERED = "student, gathered"
 
 
 @contextmanager
@@ -27,7 +28,8 @@ def fake_group(world: int) -> Iterator[None]:
 
 
 def count_shards(sizes: Mapping[str, str], world: int) -> dict[str, int]:
-    """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full."""
+    """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full; and of the student's
+    copy in bfloat16, which is whole."""
     found = {}
     cpu = torch.device("cpu")
     with fake_group(world):
@@ -37,4 +39,6 @@ def count_shards(sizes: Mapping[str, str], world: int) -> dict[str, int]:
                 network = WanTransformer3DModel.from_config(transformer_sizes(size))
             shard(network, mesh)
             found[NAMES[role]] = BYTES[role] * sum(local(p).numel() for p in network.parameters())
+            if role == "student":
+                found[GATHERED] = 2 * sum(p.numel() for p in network.parameters())
     return found

@@ -11,6 +11,7 @@ from configs.train_schema import TrainingConfig
 from trainer.muon import MuonAdamW, grouped
 from trainer.parallel import (
     average_gradients,
+    drop_gathered,
     load_module_state,
     load_optimizer_state,
     module_state,
@@ -41,6 +42,7 @@ class Average:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the parameters that optimiser step `step` (from 0) produced."""
+        drop_gathered(self.module)
         weight = 1.0 if step < self.start_step else 1.0 - self.decay
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
 
@@ -81,6 +83,7 @@ class Player:
 
     def step(self, step: int) -> Tensor:
         """Average gradients over ranks, clip them, take optimiser step `step`, update the average. Returns the norm."""
+        drop_gathered(self.module)  # or the next pass would use the weights of before
         average_gradients(self.parameters)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
         for group in self.optimizer.param_groups:

@@ -28,7 +28,7 @@ from configs.errors import UserError
 from configs.train_schema import TrainingConfig
 from model.attention import DIFFUSERS, capability_of, pick_training_kernel
 from model.causal_wan import CausalWanModel
-from model.checkpointing import checkpointed
+from model.checkpointing import checkpointed, recomputed
 from model.sequence import SequenceGroup
 from trainer.sequence import parallelize
 
@@ -82,27 +82,31 @@ def placed(
 
     1. the group that shares tokens (trainer/sequence.py), in the network that a loss calls
     2. `training.attention`: the kernel, by what its activations are: those of an average are float32, cuDNN's never
-    3. `training.checkpointing`: the backward pass of a trained network computes each block again, self-attention not
+    3. `training.checkpointing`: the backward pass of a trained network computes each block again; where a block sees
+       whole clips, self-attention not (model/checkpointing.py)
     4. `training.compile`: blocks are compiled, those of a bidirectional network, whose shapes never change
-    5. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still
+    5. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still. A
+       trained student stays gathered from its first pass after a step to its next step (`drop_gathered`): it is called
+       chunk by chunk, in all updates of the critic too, and changes only then
 
     dtype: that trained weights are gathered and used in, under autocast; None = their own, for a frozen network.
     role: what a sentence about the network calls it; None = it never shares tokens.
     streams: the student of an inference session, whose `text_kv` is called from outside. (Inside a block's forward,
     where training calls it, the weights are there already and gathering them again would drop them too soon.)
     """
-    training, wan = where.training, isinstance(network, WanTransformer3DModel)
+    training, wan, causal = where.training, *(isinstance(network, x) for x in (WanTransformer3DModel, CausalWanModel))
+    trained = any(p.requires_grad for p in network.parameters())
     if role is not None:
         parallelize(network, where.sequence, role)
     if wan:
         choose_attention(network, where, dtype or network.patch_embedding.weight.dtype)
-    if training.checkpointing and wan and any(p.requires_grad for p in network.parameters()):
-        network.enable_gradient_checkpointing(checkpointed)
-    if training.compile and wan and not isinstance(network, CausalWanModel):
+    if training.checkpointing and wan and trained:
+        network.enable_gradient_checkpointing(recomputed if causal else checkpointed)
+    if training.compile and wan and not causal:
         network.compile_repeated_blocks(fullgraph=where.sequence.size == 1)
     if where.mesh is None:
         return network.to(where.device)
-    shard(network, where.mesh, dtype)
+    shard(network, where.mesh, dtype, stays_gathered=causal and trained)
     for part in (network, *network.blocks) if streams else ():
         register_fsdp_forward_method(part, "text_kv")
     return network
@@ -121,9 +125,14 @@ def choose_attention(network: WanTransformer3DModel, where: Placing, dtype: torc
             attn.processor._attention_backend = AttentionBackendName(DIFFUSERS[kernel])
 
 
-def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+def shard(
+    network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, *, stays_gathered: bool = False
+) -> None:
     """Gradients are reduced and kept in float32, as are weights and optimiser; inputs are not cast, for timesteps are
-    float32. FSDP moves what is not on the meta device unit by unit, so that no device holds a network whole."""
+    float32. FSDP moves what is not on the meta device unit by unit, so that no device holds a network whole.
+
+    stays_gathered: what a pass has gathered is there for all later ones, until `drop_gathered`.
+    """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # changed in place by nobody
     half = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -134,6 +143,22 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None
     for name in FLOAT32_PARTS if half else ():
         fully_shard(network.get_submodule(name), mesh=mesh, mp_policy=exact)
     fully_shard(network, mesh=mesh, mp_policy=policy)
+    if stays_gathered:
+        network.set_reshard_after_forward(False)
+        network.set_reshard_after_backward(False)
+
+
+def gather(network: nn.Module) -> None:
+    """Have the weights of a sharded network, one that stays gathered, at hand for what is no pass of it."""
+    for part in filter(is_sharded, network.modules()) if is_sharded(network) else ():
+        part.unshard()
+
+
+def drop_gathered(network: nn.Module) -> None:
+    """Free what passes have gathered of a sharded network: its parameters are its parts, which may change, and the next
+    pass gathers them. FSDP itself never frees the root unit of a network after a pass without a graph."""
+    for part in filter(is_sharded, network.modules()) if is_sharded(network) else ():
+        part.reshard()
 
 
 # --- tensors in parts -------------------------------------------------------------------------------------------------
@@ -218,6 +243,7 @@ def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimiser's state dict; of a sharded module by parameter's name, gathered like `module_state`."""
     if is_sharded(module):
+        drop_gathered(module)
         return get_optimizer_state_dict(module, optimizer, options=GATHER)
     return optimizer.state_dict()
 
@@ -237,5 +263,6 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
 
 def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Name and parameter, in the optimiser's order."""
+    drop_gathered(module)
     names = {p: name for name, p in module.named_parameters()}
     return ((names[p], p) for group in optimizer.param_groups for p in group["params"])

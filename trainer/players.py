@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor
@@ -93,11 +94,18 @@ def _trained(
     return network if plan is None else fill_parts(network, plan, where.device, FLOAT, rest=_adapter(config))
 
 
-def merged(student: CausalWanModel) -> CausalWanModel:
-    """`student` itself, or a copy in which its adapters are part of the weights."""
+def merged(student: CausalWanModel, state: dict[str, Tensor] | None = None) -> CausalWanModel:
+    """`student` itself, or a copy in which its adapters are part of the weights. state: of a sharded one, gathered."""
     if not any("lora_" in name for name, _ in student.named_parameters()):
         return student
-    student = copy.deepcopy(student)
+    if state is None:
+        student = copy.deepcopy(student)
+    else:  # FSDP forbids copies
+        adapters = student.peft_config["default"]
+        with init_empty_weights():
+            student = CausalWanModel.from_config(student.config)
+            student.add_adapter(adapters)
+        student.load_state_dict(state, assign=True)
     student.fuse_lora()
     student.unload_lora()
     return student
