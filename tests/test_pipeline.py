@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -24,14 +23,6 @@ PROMPT, OTHER = "a red circle moves right", "a blue square moves up"
 @pytest.fixture(scope="module")
 def pipe(tiny_assets):
     return DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "video.num_latent_frames=9")
-
-
-@pytest.fixture
-def warnings(caplog):
-    """Our warnings, also where an entry point has set up the console before."""
-    root = logging.getLogger("diagonal")
-    root.propagate = True
-    return caplog
 
 
 def test_streams_9_frames_and_then_12_at_a_time(pipe):
@@ -164,16 +155,16 @@ def test_seeds_and_prompts_must_match(pipe):
         pipe([])
 
 
-def test_a_long_prompt_is_cut_with_a_warning(pipe, warnings):
+def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):
     words = (PROMPT + " ") * 400
     assert len(pipe(words, num_frames=9).frames) == 9
-    assert "first 12 count" in warnings.text
-    warnings.clear()
+    assert "first 12 count" in caplog.text
+    caplog.clear()
     pipe(PROMPT, num_frames=9)
-    assert not warnings.text
+    assert not caplog.text
 
 
-def test_another_schedule_than_the_trained_one_is_a_warning(tiny_assets, warnings):
+def test_another_schedule_than_the_trained_one_is_a_warning(tiny_assets, caplog):
     card = tiny_assets / "student" / "card.json"
     before = card.read_text()
     config = load_config(tiny_assets / "tiny.yaml")
@@ -181,10 +172,10 @@ def test_another_schedule_than_the_trained_one_is_a_warning(tiny_assets, warning
     try:
         card.write_text(json.dumps({"stage": "distill", "schedule": trained.to_dict()}))
         DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "schedule.steps=[5, 5]")
-        assert not warnings.text
+        assert not caplog.text
         DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "schedule.steps=432")
-        assert "another schedule" in warnings.text
-        assert "945.1" in warnings.text and "921.1" in warnings.text, "both are named"
+        assert "another schedule" in caplog.text
+        assert "945.1" in caplog.text and "921.1" in caplog.text, "both are named"
     finally:
         card.write_text(before)
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import logging
 import os
 import pty
 import signal
@@ -167,17 +166,11 @@ def test_jsonl_resumes_without_doubles(tmp_path):
 
 
 def test_console_speaks_in_the_right_voice(capsys):
-    root = logging.getLogger("diagonal")
-    before = root.handlers, root.propagate, root.level
-    try:
-        console()
-        get_logger("test").info("hello")
-        get_logger("test").warning("careful")
-        console(quiet=True)
-        get_logger("test").info("not shown")
-    finally:
-        root.handlers, root.propagate, level = before
-        root.setLevel(level)
+    console()
+    get_logger("test").info("hello")
+    get_logger("test").warning("careful")
+    console(quiet=True)
+    get_logger("test").info("not shown")
     captured = capsys.readouterr()
     assert captured.out == "hello\n" and captured.err == "warning: careful\n"
 
