@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from model.codec import Codec, WanCodec
+from model.fast_tiny_decoder import Compiler, FastTinyDecoder
 from model.offload import SmallSteps
-from model.tiny_decoder import MemoryBlock, TinyDecoder, TinyDecoderCodec
-
-Compiler = Callable[..., Callable]  # (function, dynamic=False)
+from model.tiny_decoder import TinyDecoderCodec
 
 
 def optimise_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -> Codec:
@@ -36,18 +35,11 @@ def optimise_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -
         torch.backends.cudnn.benchmark = True  # few shapes, each used for as long as the stream runs
     inner = codec.codec if isinstance(codec, SmallSteps) else codec
     if isinstance(inner, TinyDecoderCodec):
-        _tiny(inner.decoder, compiler)
+        inner.decoder.to(memory_format=torch.channels_last)
+        inner.decoder.forward = FastTinyDecoder(inner.decoder, compiler)
     elif isinstance(inner, WanCodec):
         _wan(inner, compiler)
     return codec
-
-
-def _tiny(decoder: TinyDecoder, compiler: Compiler) -> None:
-    """Three kinds of memory block, by width and resolution, are three kernels of one compiled function."""
-    decoder.to(memory_format=torch.channels_last)
-    for part in decoder.modules():
-        if isinstance(part, MemoryBlock):
-            part.forward = compiler(part.forward)
 
 
 CACHED = 2  # frames that a causal convolution sees before the present one
