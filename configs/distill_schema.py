@@ -94,7 +94,6 @@ class DistillConfig:
 
     # what it is fed and what is looked at
     prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
-    open_captions: float = 0.0  # share of the tiny world's captions that state neither direction nor speed
     encode_ahead: bool = True  # embed all prompts before the first step and keep them on the device
     encoded_prompts: str | None = None  # folder of scripts/encode_prompts.py; no text encoder is loaded then
     video_clips: int = 4  # validation clips written as a video, the teacher's beside them
@@ -109,18 +108,12 @@ class DistillConfig:
         at_least(0, "training.distill", self, "guidance", "fake_guidance", "critic_warmup")
         at_least(1, "training.distill", self, "shift")
         between(1, 1000, "training.distill", self, "min_timestep", "max_timestep")
-        between(0, 1, "training.distill", self, "open_captions")
         one_of(ROLLOUT_CONTEXTS, "training.distill", self, "rollout_context")
         one_of(EXITS, "training.distill", self, "exit")
         if self.min_timestep > self.max_timestep:
             raise UserError(
                 f"training.distill.min_timestep={self.min_timestep} is above training.distill.max_timestep="
                 f"{self.max_timestep}; swap them"
-            )
-        if self.prompts is not None and self.open_captions:
-            raise UserError(
-                f"training.distill.open_captions={self.open_captions} is for captions of the tiny world, and "
-                f"training.distill.prompts={self.prompts} gives others; set open_captions=0 or prompts=null"
             )
         if not self.spatial_weight and not (self.gamma and self.flow.weight):
             raise UserError(

@@ -17,25 +17,18 @@ from trainer.pairs import open_pairs
 from trainer.parallel import Placing
 from trainer.sharded_weights import sharded_text_encoder
 from utils.prompts import read_prompts
-from utils.seeds import generator, stable_hash
-from utils.tiny_world import OPEN, TinyWorld, training_caption
+from utils.seeds import stable_hash
+from utils.tiny_world import TinyWorld, training_caption
 
 
 def training_prompts(config: Config) -> list[str]:
-    """Lines of `training.distill.prompts`, or `training.bank_clips` captions of the tiny world.
-
-    `training.distill.open_captions` of these, drawn, state neither direction nor speed.
-    """
-    d = config.training.distill
-    if d.prompts is not None:
-        return read_prompts(resolve(Path(d.prompts)), "training.distill.prompts")
+    """Lines of `training.distill.prompts`, or `training.bank_clips` captions of the tiny world."""
+    path = config.training.distill.prompts
+    if path is not None:
+        return read_prompts(resolve(Path(path)), "training.distill.prompts")
     world = TinyWorld(config.video.height, config.video.width)
     scenes = world.scenes(stable_hash(config.seed, "prompts"), config.training.bank_clips)
-    drawn = torch.rand(len(scenes), generator=generator(config.seed, "open captions"), dtype=torch.float64).tolist()
-    return [
-        training_caption(scene, without=OPEN if share < d.open_captions else ())
-        for scene, share in zip(scenes, drawn, strict=True)
-    ]
+    return [training_caption(scene) for scene in scenes]
 
 
 def validation_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
