@@ -26,6 +26,7 @@ from utils.tiny_world import TinyScene, TinyWorld, caption
 from utils.video_live import LiveWriter
 
 BITS = 16
+ROWS = 120  # at least, of a frame that is looked at: more would take longer than a GPU takes to make them
 AGREE = 2  # chunks within which a new colour has to be there
 
 
@@ -70,7 +71,8 @@ class Watch:
     _last: Tensor | None = None
 
     def see(self, frames: np.ndarray, seconds: float, memory: int) -> None:
-        clip = as_clip(frames[:, frames.shape[1] // 8 :])
+        thin = max(1, frames.shape[1] // ROWS)  # every so many rows and columns
+        clip = as_clip(frames[:, frames.shape[1] // 8 :: thin, ::thin])
         joined = clip if self._last is None else torch.cat([self._last, clip])
         if self._last is not None:
             self.borders.append(len(self.saturation))

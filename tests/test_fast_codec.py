@@ -70,6 +70,21 @@ def test_merged_convolutions_are_the_plain_ones(batch, growth, bias):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tiny_decoder_on_a_gpu(compiled):
+    """cuDNN's convolutions with a ReLU, in bfloat16: no further from float32 than plain ones are."""
+    torch.manual_seed(3)
+    decoder = TinyDecoder().cuda().eval().requires_grad_(False)
+    latents = torch.randn(1, 6, 16, 8, 12, device="cuda")
+    wanted = stream(TinyDecoderCodec(decoder), latents)
+    half = copy.deepcopy(decoder).bfloat16()
+    plain = stream(TinyDecoderCodec(half), latents)
+    fast = stream(optimise_codec(TinyDecoderCodec(copy.deepcopy(half)), compiled=compiled), latents)
+    assert (fast - wanted).norm() < 1.5 * (plain - wanted).norm() + 1e-6
+
+
 def test_wan_is_compiled_once_for_each_width(tiny_vae):
     """Not for frames, chunks or resolutions: those would pass the limit of compilations, and then nothing is."""
     torch._dynamo.reset()

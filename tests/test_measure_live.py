@@ -69,6 +69,20 @@ def test_drift_and_seams_of_a_made_up_stream():
     assert seams["seam_against_latents"] == pytest.approx(3)
 
 
+def test_large_frames_are_thinned():
+    """What is measured of every so many rows and columns of smooth frames is what all of them show."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (24, 120, 120, 3), dtype=np.uint8)
+    found = []
+    for frames in (small, small.repeat(4, 1).repeat(4, 2)):
+        watch = Watch()
+        for chunk in np.split(frames, 2):
+            watch.see(chunk, 0.1, 100)
+        found.append(watch)
+    assert found[0].saturation == pytest.approx(found[1].saturation)
+    assert found[0].steps == pytest.approx(found[1].steps)
+
+
 def test_change_leaves_the_warming_up_out():
     assert change([9.0] * 5 + [1.0] * 10 + [1.1] * 5) == pytest.approx(0.1)
     assert change([1.0, 2.0]) == 0.0
