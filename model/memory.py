@@ -11,7 +11,7 @@ recomputed, all that its backward pass will read is there as well: 25 T D and 2 
 three norms read, two of them made, and the feed-forward's result before its gate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +263,11 @@ def graph_held(network: Network, tokens: int, number: int = 2, *, attention: boo
     return tokens * 21 * network.dim * number // 4 + network.layers * block
 
 
+def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
+    """Of a trained parameter: float32 weight and gradient, AdamW's moments (one where beta_1 is 0), and an average."""
+    return 4 * (2 + (2 if betas[0] else 1) + averaged)
+
+
 def distill_plan(
     config: Config,
     student: Network = WAN_1_3B,
@@ -283,14 +288,14 @@ def distill_plan(
     def adapters(network: Network, rank: int) -> int:
         return network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn))
 
-    def trained(network: Network, rank: int, averaged: bool) -> float:
+    def trained(network: Network, rank: int, betas: Sequence[float], averaged: bool) -> float:
         moving = adapters(network, rank) or network.parameters
         frozen = (8 if averaged else 4) * network.parameters if rank else 0  # the average is of the whole network
-        return (frozen + (20 if averaged else 16) * moving) / shards
+        return (frozen + trained_bytes(betas, averaged) * moving) / shards
 
     always = {
-        "student, gradients, AdamW, average": trained(student, lora.student_rank, True),
-        "critic, gradients, AdamW": trained(critic, lora.critic_rank, False),
+        "student, gradients, AdamW, average": trained(student, lora.student_rank, t.optimizer.betas, True),
+        "critic, gradients, AdamW": trained(critic, lora.critic_rank, t.distill.critic_optimizer.betas, False),
         "teacher": 2 * teacher.parameters / shards,
         "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,

@@ -9,10 +9,10 @@ from diffusers import WanTransformer3DModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.train_schema import TrainingConfig
+from model.memory import trained_bytes
 from model.random_weights import transformer_sizes
 from trainer.parallel import local, mesh_of, shard
 
-BYTES = {"student": 20, "teacher": 2, "critic": 16}  # a parameter: float32, gradient, AdamW (two), average; bfloat16
 NAMES = {"student": "student, gradients, AdamW, average", "teacher": "teacher", "critic": "critic, gradients, AdamW"}
 GATHERED = "student, gathered"
 
@@ -27,10 +27,15 @@ def fake_group(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def count_shards(sizes: Mapping[str, str], world: int) -> dict[str, int]:
+def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int) -> dict[str, int]:
     """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full; and of the student's
     copy in bfloat16, which is whole."""
-    found = {}
+    found, critic = {}, training.distill.critic_optimizer
+    size_of = {
+        "student": trained_bytes(training.optimizer.betas, True),
+        "teacher": 2,
+        "critic": trained_bytes(critic.betas, False),
+    }
     cpu = torch.device("cpu")
     with fake_group(world):
         mesh = mesh_of(TrainingConfig(sharding="full"), cpu)
@@ -38,7 +43,7 @@ def count_shards(sizes: Mapping[str, str], world: int) -> dict[str, int]:
             with torch.device("meta"):
                 network = WanTransformer3DModel.from_config(transformer_sizes(size))
             shard(network, mesh)
-            found[NAMES[role]] = BYTES[role] * sum(local(p).numel() for p in network.parameters())
+            found[NAMES[role]] = size_of[role] * sum(local(p).numel() for p in network.parameters())
             if role == "student":
                 found[GATHERED] = 2 * sum(p.numel() for p in network.parameters())
     return found

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from configs.optimizer_schema import OptimizerConfig
 from configs.train_schema import TrainingConfig
+from trainer.adam import kind_of
 from trainer.muon import MuonAdamW, grouped
 from trainer.parallel import (
     average_gradients,
@@ -70,7 +71,7 @@ class Player:
         self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
         device = next(module.parameters()).device
         o = self.knobs
-        kind = MuonAdamW if o.muon_lr else torch.optim.AdamW
+        kind = MuonAdamW if o.muon_lr else kind_of(tuple(o.betas))
         self.optimizer = kind(
             grouped(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
             fused=device.type == "cuda",
