@@ -81,7 +81,7 @@ class TrainingConfig:
     ema_decay: float = 0.999
     ema_start_step: int = 200  # before this step the average is the weights themselves
     precision: str = "auto"  # of activations under autocast; weights and optimiser stay float32
-    compile: bool = False  # torch.compile the repeated blocks
+    compile: bool = False  # torch.compile the repeated blocks (distill: but for self-attention)
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     attention: str = "auto"  # distill: kernel of all networks; auto = cuDNN in half precision on Hopper and newer
     checkpointing: bool = False  # distill: recompute blocks in the backward pass (critic's: but for self-attention)

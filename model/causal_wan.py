@@ -149,19 +149,38 @@ class CausalWanBlock(WanTransformerBlock):
 
         modulation [B, 1 or F, 6, D]; text embedded [B, text tokens, D], or its keys and values.
         """
-        table = (self.scale_shift_table + modulation.float()).unsqueeze(3)  # [B, 1 or F, 6, 1, D]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
+        seen, kept = self._attend_past(*self._before(x, modulation, rotation), past, mask)
+        return self._after(x, seen, modulation, text), kept
 
-        y = _modulate(self.norm1(x.float()), shift, scale).type_as(x)
-        y, kept = self._attend_past(y, rotation, past, mask)
-        x = (x.float() + _gate(y, gate)).type_as(x)
+    def _attend_past(
+        self, q: Tensor, k: Tensor, v: Tensor, past: LayerView | None, mask: Mask | None
+    ) -> tuple[Tensor, KV | None]:
+        if self.sequence is not None:
+            q, k, v = self.sequence.to_heads(q, k, v)
+        kept = None
+        if past is not None:
+            (k, v), kept = past.put(k, v)
+        seen = attend(self.attn1, q, k, v, mask)
+        return seen if self.sequence is None else self.sequence.to_tokens(seen), kept
+
+    def _before(self, x: Tensor, modulation: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = self._table(modulation)[:2]
+        return project(self.attn1, _modulate(self.norm1(x.float()), shift, scale).type_as(x), rotation)
+
+    def _after(self, x: Tensor, seen: Tensor, modulation: Tensor, text: Tensor | KV) -> Tensor:
+        """x, and what its tokens have seen of each other [B, L, heads, head_dim] -> x."""
+        gate, ffn_shift, ffn_scale, ffn_gate = self._table(modulation)[2:]
+        x = (x.float() + _gate(leave_attention(self.attn1, seen), gate)).type_as(x)
 
         y = self.norm2(x.float()).type_as(x)
         x = x + self._attend_text(y, self.text_kv(text) if isinstance(text, Tensor) else text)
 
         y = _modulate(self.norm3(x.float()), ffn_shift, ffn_scale).type_as(x)
-        x = (x.float() + _gate(self.ffn(y).float(), ffn_gate)).type_as(x)
-        return x, kept
+        return (x.float() + _gate(self.ffn(y).float(), ffn_gate)).type_as(x)
+
+    def _table(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of self-attention and of the feed-forward, each [B, 1 or F, 1, D], float32."""
+        return (self.scale_shift_table + modulation.float()).unsqueeze(3).unbind(2)
 
     def text_kv(self, text: Tensor) -> KV:
         """Cross-attention keys and values of embedded text [B, text tokens, D]."""
@@ -169,22 +188,11 @@ class CausalWanBlock(WanTransformerBlock):
         k, v = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
         return attn.norm_k(k).type_as(v).unflatten(2, (attn.heads, -1)), v.unflatten(2, (attn.heads, -1))
 
-    def _attend_past(
-        self, x: Tensor, rotation: Rotation, past: LayerView | None, mask: Mask | None
-    ) -> tuple[Tensor, KV | None]:
-        q, k, v = project(self.attn1, x, rotation)
-        if self.sequence is not None:
-            q, k, v = self.sequence.to_heads(q, k, v)
-        kept = None
-        if past is not None:
-            (k, v), kept = past.put(k, v)
-        return attend(self.attn1, q, k, v, mask, self.sequence), kept
-
     def _attend_text(self, x: Tensor, text: KV) -> Tensor:
         attn = self.attn2
         k, v = text
         q = attn.norm_q(attn.to_q(x)).type_as(v).unflatten(2, (attn.heads, -1))
-        return attend(attn, q, k, v, None)
+        return leave_attention(attn, attend(attn, q, k, v, None))
 
 
 class FrameRotary(nn.Module):
@@ -276,23 +284,19 @@ def project(attn: WanAttention, x: Tensor, rotation: Rotation) -> tuple[Tensor, 
     return _rotate(q, rotation).type_as(v), _rotate(k, rotation).type_as(v), v  # autocast norms in float32
 
 
-def attend(
-    attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, sequence: SequenceGroup | None = None
-) -> Tensor:
-    """Attention by the backend that was chosen for the model, and the output projection; [B, L, D].
-
-    sequence: q, k and v are of this rank's heads, and the result is of its tokens.
-    """
+def attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """Attention by the backend that was chosen for the model; [B, L, heads, head_dim]."""
     if isinstance(mask, BlockMask):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
-    elif mask is not None:
-        out = dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others refuse a mask
-    else:
-        out = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
-    if sequence is not None:
-        out = sequence.to_tokens(out)
-    return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+        return _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
+    if mask is not None:
+        return dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others refuse a mask
+    return dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+
+
+def leave_attention(attn: WanAttention, seen: Tensor) -> Tensor:
+    """The output projection of what attention returned; [B, L, D]."""
+    return attn.to_out[1](attn.to_out[0](seen.flatten(2, 3)))
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class SequenceGroup:
         if not self._on:
             return x
         assert x.shape[1] % self.size == 0, f"{x.shape[1]} tokens on {self.size} ranks"
-        return x.chunk(self.size, dim=1)[self.rank]
+        return x.chunk(self.size, dim=1)[self.rank].clone(memory_format=torch.contiguous_format)  # not all of x is kept
 
     def gather(self, x: Tensor) -> Tensor:
         """All tokens [B, L, ...], on every rank, from each one's [B, L / n, ...]."""

@@ -11,6 +11,7 @@ from small_wan import KernelRuns, build, inputs, sizes
 from torch import Tensor, nn
 
 from configs.train_schema import TrainingConfig
+from model.block_parts import compile_parts
 from model.cache import GraphCache
 from model.causal_wan import CausalWanModel, chunk_causal_mask
 from model.checkpointing import checkpointed, recomputed
@@ -29,8 +30,8 @@ GEOMETRY = sizes(window=3, sink=1)
 
 def outcome(network: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Output of `run`, and the gradient that a loss of it sends to each parameter, averaged over ranks."""
+    network.zero_grad()  # before the pass: behind it a sharded network's parameters may be what it has gathered
     out = run()
-    network.zero_grad()
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
     (out * weights).mean().backward()
     parameters = dict(network.named_parameters())
@@ -40,8 +41,8 @@ def outcome(network: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
 
 
 def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[nn.Module], Tensor]) -> None:
-    """`run` of the network, of a copy on the group, of that with recomputation as in training, and of that sharded.
-    Self-attention runs as often in each, but for a student that is recomputed."""
+    """`run` of the network, of a copy on the group, of that with recomputation as in training, of that sharded, and of
+    that compiled. Self-attention runs as often in each, but for a student that is recomputed."""
     with KernelRuns() as once:
         expected = outcome(network, lambda: run(network))
     parts = copy.deepcopy(network)
@@ -49,6 +50,7 @@ def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[
     again = recomputed if isinstance(network, CausalWanModel) else checkpointed
     checks = {"shared out": lambda: None, "recomputed": lambda: parts.enable_gradient_checkpointing(again)}
     checks["sharded"] = lambda: shard(parts, mesh_of(TrainingConfig(sharding="full"), CPU))
+    checks["compiled"] = lambda: compile_parts(parts, backend="aot_eager", fullgraph=True)
     for how, change in checks.items():
         change()
         with KernelRuns() as seen:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, ...]) -> bool:
     """Two cycles of one process, then the same of all ranks; then what these save."""
     settings, expected = (*SETTINGS, *network), []
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)  # of this process
     alone = distill_stage(Path(assets), *settings)
     for step in range(2 * CYCLE):
         logs = {name: value.clone() for name, value in alone.update(step).items()}
@@ -79,8 +81,8 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
     with group() as ranks:
         stage, counts = distill_stage(Path(assets), *settings, *parallel, ranks=ranks), []
         student = stage.student.model
-        text_kv, made = student.blocks[0].text_kv, []
-        student.blocks[0].text_kv = lambda text: made.append(step) or text_kv(text)
+        text_kv, made = student.text_kv, []
+        student.text_kv = lambda text: made.append(step) or text_kv(text)
         for step in range(2 * CYCLE):
             with gathers(networks(stage)) as seen:
                 logs = stage.update(step)
@@ -125,8 +127,9 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
         ((), ("training.sharding=full",)),
         (LORA, ("training.sharding=hybrid", "training.shard_ranks=2")),
         (LORA, ("training.sharding=full", "training.sequence_parallel=2", "training.checkpointing=true")),
+        ((), ("training.sharding=full", "training.checkpointing=true", "training.compile=true")),
     ],
-    ids=["full", "adapters", "sequence"],
+    ids=["full", "adapters", "sequence", "compiled"],
 )
 def test_gathered_once_a_cycle_and_never_stale(tiny_assets, tmp_path, network, parallel):
     distill_config(tiny_assets)  # makes the teacher

@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.errors import UserError
 from configs.load import to_dict
 from model.attention import pick_training_kernel
-from model.sequence import SequenceGroup
+from model.block_parts import in_parts
 from model.weights import load_student
 from trainer.parallel import Placing, choose_attention
 from trainer.resume import check_changes
-from trainer.sequence import SequenceAttention
 
 BF16 = torch.bfloat16
 HOPPER = (9, 0)
@@ -124,7 +123,6 @@ def test_float32_is_left_to_torch(tiny_assets, hopper, name, backend):
 def test_ranks_that_share_tokens_use_it_too(tiny_assets, hopper):
     config = distill_config(tiny_assets, "training.precision=bfloat16")
     network = distill_stage(tiny_assets).teacher.model
-    for block in network.blocks:
-        block.attn1.set_processor(SequenceAttention(SequenceGroup(), block.attn1.processor))
+    in_parts(network)
     choose_attention(network, Placing(config.training, torch.device("cpu")), BF16)
     assert backends(network) == {"_native_cudnn"}

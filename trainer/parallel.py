@@ -27,9 +27,11 @@ from transformers import UMT5EncoderModel
 from configs.errors import UserError
 from configs.train_schema import TrainingConfig
 from model.attention import DIFFUSERS, capability_of, pick_training_kernel
+from model.block_parts import compile_parts
 from model.causal_wan import CausalWanModel
 from model.checkpointing import checkpointed, recomputed
 from model.sequence import SequenceGroup
+from trainer.adam import AdamWWithoutMomentum
 from trainer.sequence import parallelize
 
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -84,7 +86,8 @@ def placed(
     2. `training.attention`: the kernel, by what its activations are: those of an average are float32, cuDNN's never
     3. `training.checkpointing`: the backward pass of a trained network computes each block again; where a block sees
        whole clips, self-attention not (model/checkpointing.py)
-    4. `training.compile`: blocks are compiled, those of a bidirectional network, whose shapes never change
+    4. `training.compile`: of a network that a loss calls, what comes before self-attention in a block and what comes
+       behind. Attention stays as it is: a student's sees more keys chunk by chunk, checkpointing keeps what it returns
     5. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still. A
        trained student stays gathered from its first pass after a step to its next step (`drop_gathered`): it is called
        chunk by chunk, in all updates of the critic too, and changes only then
@@ -102,8 +105,8 @@ def placed(
         choose_attention(network, where, dtype or network.patch_embedding.weight.dtype)
     if training.checkpointing and wan and trained:
         network.enable_gradient_checkpointing(recomputed if causal else checkpointed)
-    if training.compile and wan and not causal:
-        network.compile_repeated_blocks(fullgraph=where.sequence.size == 1)
+    if training.compile and role is not None:
+        compile_parts(network)
     if where.mesh is None:
         return network.to(where.device)
     shard(network, where.mesh, dtype, stays_gathered=causal and trained)
@@ -258,6 +261,8 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
         found = held.get(i) or held.get(name)
         if found:
             entries[i] = {key: part_of(v, p) if v.shape == p.shape else v for key, v in found.items()}
+            if "exp_avg_sq" in found and not isinstance(optimizer, AdamWWithoutMomentum):
+                entries[i].setdefault("exp_avg", torch.zeros_like(p))  # saved with a beta_1 of 0
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

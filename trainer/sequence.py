@@ -8,13 +8,13 @@ gradients n times too small for that mean, and it does not start on a CPU.
 """
 
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
-from torch import Tensor, device
+from torch import device
 from torch.distributed.device_mesh import init_device_mesh
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from model.causal_wan import CausalWanModel, attend, project
+from model.block_parts import in_parts
+from model.causal_wan import CausalWanModel
 from model.sequence import SequenceGroup
 from utils.distributed import Ranks
 from utils.logs import get_logger
@@ -70,29 +70,8 @@ def parallelize(network: WanTransformer3DModel, group: SequenceGroup, name: str)
     network.rope.register_forward_hook(lambda module, args, out: tuple(group.split(x) for x in out))
     network.blocks[0].register_forward_pre_hook(lambda module, args: (group.split(args[0]), *args[1:]))
     network.proj_out.register_forward_hook(lambda module, args, out: group.gather(out))
-    for block in network.blocks:
-        block.attn1.set_processor(SequenceAttention(group, block.attn1.processor))
-
-
-class SequenceAttention(WanAttnProcessor):
-    """Self-attention of the bidirectional networks over tokens that are on several ranks."""
-
-    def __init__(self, group: SequenceGroup, before: WanAttnProcessor):
-        super().__init__()
-        self.group, self._attention_backend = group, before._attention_backend
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: None = None,
-        attention_mask: None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """hidden_states [B, L / n, D]; rotary_emb of these tokens, each angle twice, as diffusers has it."""
-        cos, sin = rotary_emb
-        q, k, v = project(attn, hidden_states, (cos[..., 0::2], sin[..., 1::2]))
-        return attend(attn, *self.group.to_heads(q, k, v), None, self.group)
+    for block in in_parts(network).blocks:
+        block.sequence = group
 
 
 def _divisors(n: int, limit: int) -> str:
