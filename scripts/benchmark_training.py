@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")
     parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
     parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
+    parser.add_argument("--save", action="store_true", help="time a checkpoint of each layout, too; needs the disk")
     parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
     parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
@@ -115,7 +117,7 @@ def worker(file: Path) -> int:
         if spec["check"]:
             check(config, device, ranks, out)
         else:
-            measure(config, device, ranks, out, spec["deadline"])
+            measure(config, device, ranks, out, spec["deadline"], spec["save"] and Path(spec["save"]))
     return 0
 
 
@@ -128,7 +130,7 @@ class Bench:
         tiny = base.model.student.startswith("assets/tiny")
         self.sizes = {role: vars(args)[role] or ("tiny" if tiny else FULL[role]) for role in ROLES}
         self.networks = sizes_of(self.sizes, Network.from_config(transformer_sizes("tiny")))
-        self.micro = base.training.micro_batch
+        self.training, self.micro = base.training, base.training.micro_batch
         self.text = [] if args.fake_ranks else self._encode()
 
     def _encode(self) -> list[str]:
@@ -180,8 +182,10 @@ class Bench:
         out, card = self.folder / f"{self.began}.json", layout.card_gb
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
         spec |= {"check": bool(layers), "card_gb": self.args.card_gb if card is None else card}
+        spec["save"] = str(self.folder / f"{self.began}.saved") if self.args.save else None
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
         why = self._start(layout.gpus, spec, limit)
+        shutil.rmtree(self.folder / f"{self.began}.saved", ignore_errors=True)
         if out.exists():
             return found | json.loads(out.read_text()) | {"whole": why is None, "ended": why, "file": str(out)}
         return found | {"why": why or "ended without a result"}
@@ -301,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.fake_ranks:
             world = args.fake_ranks
             found["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
-            found["counted"] = count_shards(bench.sizes, world) if world > 1 else None
+            found["counted"] = count_shards(bench.training, bench.sizes, world) if world > 1 else None
             print(tables.plan_text(found["plan"], world, args.card_gb, found["counted"]))
         results = found["layouts"] = []
         for i, layout in enumerate(args.layouts):

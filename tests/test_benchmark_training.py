@@ -21,6 +21,7 @@ from model.memory import WAN_1_3B, Network
 from model.random_weights import transformer_sizes
 from scripts import benchmark_training as script
 from trainer.cycle_bench import Watch, covered, exposed, summary
+from trainer.cycle_tables import phase_table, saving_text
 from trainer.fake_ranks import count_shards
 from trainer.layouts import Layout, advice, plan_table, planned, project, sizes_of
 from utils import timers
@@ -107,6 +108,28 @@ def in_this_process(self, gpus: int, spec: dict, limit: float) -> None:
     file = self.folder / f"{self.began}.spec"
     file.write_text(json.dumps(spec))
     assert script.worker(file) == 0
+
+
+def test_a_checkpoint_is_timed_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "START", time.time())
+    made = []
+
+    def started(self, gpus: int, spec: dict, limit: float) -> None:
+        in_this_process(self, gpus, spec, limit)
+        folder = Path(spec["save"])
+        made.append((folder, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())))
+        assert list(folder.glob("export/*.safetensors")) and list(folder.rglob("manifest.json"))
+
+    monkeypatch.setattr(script.Bench, "_start", started)
+    args = script.parse(["--layouts", "none:1", "--save", "--budget", "300", *SMALL])
+    found = script.Bench(args, tmp_path).run(args.layouts[0], 1)
+    ((folder, size),) = made
+    assert folder.parent == tmp_path and not folder.exists()
+    assert found["saving"]["bytes"] == size > 0 and found["saving"]["s"] > 0 and found["saving"]["gpu_bytes"] == 0
+    *table, line = phase_table(found).splitlines()
+    assert line.startswith("checkpoint, checksums and export included: ") and [line] == saving_text(found)
+    del found["saving"]
+    assert saving_text(found) == [] and phase_table(found).splitlines() == table
 
 
 @SEVERAL_RANKS
@@ -201,7 +224,7 @@ def test_a_plan_without_gpus():
     full, hybrid, two = rows[:3]
     assert full["accumulated"] == 1 and two["accumulated"] == 2 and hybrid["shards"] == 8
     assert hybrid["peak"] > full["peak"] > two["peak"]
-    for part, size in count_shards(names, 64).items():
+    for part, size in count_shards(load_config(FULL).training, names, 64).items():
         assert full["parts"][part] == pytest.approx(size, rel=0.02)  # uneven rows are padded
 
 

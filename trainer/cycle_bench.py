@@ -22,11 +22,13 @@ from configs.schema import Config
 from model.memory import CONTEXT, Network
 from model.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distillation import Distill
+from trainer.loop import save_checkpoint
 from trainer.parallel import mean_over_ranks, module_state
 from trainer.team import Team
 from utils.ceilings import matrix_rate, versions
 from utils.distributed import Ranks
 from utils.files import write_json_atomic
+from utils.host_peak import HostPeak
 from utils.timers import Phases
 
 TEXT, INPUTS, FLOW, LOSSES, OPTIMISER, REST = "text", "noise", "flow loss", "other losses", "optimiser", "rest"
@@ -141,16 +143,38 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+def saving(stage: Distill, folder: Path, device: torch.device, team: Team) -> dict[str, float]:
+    """Seconds that a checkpoint takes, checksums and the export for inference included, and what it needs.
+
+    bytes: on the disk. gpu_bytes, host_bytes: the most that this rank took for it, beyond what it had before.
+    """
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    with HostPeak() as host:
+        save_checkpoint(stage, folder, 1, team)
+        team.wait()
+    took = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    extra = torch.cuda.max_memory_allocated(device) - before if cuda else 0
+    return {"s": took, "bytes": size, "gpu_bytes": extra, "host_bytes": host.own}
+
+
 def matrix_peak(device: torch.device) -> float:
     """Operations a second of a large product in the precision of training."""
     dtype, edge = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 512)
     return matrix_rate(device, dtype, edge, edge, edge)
 
 
-def measure(config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float) -> None:
+def measure(
+    config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, save: Path | None = None
+) -> None:
     """Warm up, time a cycle (as much of it as fits before `deadline`, of time.time()), profile a step; write `out`.
 
-    The file is written again after every step, so that a run that is cut off has told what it knows.
+    save: an empty folder, to time a checkpoint in, too. The file is written again after every step, so that a run that
+    is cut off has told what it knows.
     """
     peak, began = matrix_peak(device), time.perf_counter()
     stage = Distill(config, device, ranks)
@@ -184,6 +208,10 @@ def measure(config: Config, device: torch.device, ranks: Ranks, out: Path, deadl
             write_json_atomic(out, summary(found | {"memory": memory}))
     if not late.any(time.time() > deadline):
         found["communication"] = communication(stage, 2 * ratio, device)
+        if ranks.first:
+            write_json_atomic(out, summary(found | {"memory": memory}))
+        if save is not None:
+            found["saving"] = saving(stage, save, device, late)
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
 

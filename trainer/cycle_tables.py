@@ -55,7 +55,19 @@ def phase_table(one: Found) -> str:
             cells += [f"{phase['flops'] / 1e12:.4g}" if "flops" in phase else "", _percent(phase.get("mfu"))]
             rows.append([f"{who}: {name}", *cells, _percent(again), f"{max(peaks) / GB:.1f}" if peaks else ""])
     head = f"{one['layout']}: global batch {one['global_batch']}, {one['ratio']} critic updates a cycle"
-    return f"{head}\n{grid(rows)}"
+    return "\n".join([head, grid(rows), *saving_text(one)])
+
+
+def saving_text(one: Found) -> list[str]:
+    """What a checkpoint took, if one was made."""
+    if "saving" not in one:
+        return []
+    made = one["saving"]
+    disk, gpu, host = (made[key] / GB for key in ("bytes", "gpu_bytes", "host_bytes"))
+    return [
+        f"checkpoint, checksums and export included: {made['s']:.1f} s for {disk:.3g} GB; at most {gpu:.2g} GB more on "
+        f"the first GPU and {host:.2g} GB more of the host's memory for its process"
+    ]
 
 
 def scaling(results: Sequence[Found]) -> str:

@@ -89,7 +89,7 @@ def history(logdir: Path) -> list[dict]:
     return [row for row in read_jsonl(path) if "seconds_per_step" in row] if path.exists() else []
 
 
-def _save(stage: Stage, logdir: Path, step: int, team: Team) -> None:
+def save_checkpoint(stage: Stage, logdir: Path, step: int, team: Team) -> None:
     """Of a sharded stage each rank writes its parts; else the first one writes what all hold."""
     manifest = {"stage": stage.name, "config": to_dict(stage.config)}
     kept, players = stage.state_dict(), stage.players
@@ -232,7 +232,7 @@ def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, team: Tea
         if saving or done % t.log_every == 0:  # nothing is saved that was not looked at
             journal.log(values, done, stage.last_batch())
         if saving and save:
-            _save(stage, logdir, done, team)
+            save_checkpoint(stage, logdir, done, team)
         if stopping:
             log.info("stopped by a signal after step %d; the same command resumes", done)
             return False
@@ -248,7 +248,7 @@ def _leave(stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Wat
     if not all(bool(value.isfinite().all()) for value in sharded_checkpoint.flat(stage.state_dict()).values()):
         journal.stop_at(["what the first half of the step has logged is"], step + 1, stage.last_batch())
     if save:
-        _save(stage, logdir, step, team)
+        save_checkpoint(stage, logdir, step, team)
     log.info("stopped by a signal in step %d, which will be done again; the same command resumes", step + 1)
 
 
