@@ -1,16 +1,13 @@
 """Blocks in two parts, before self-attention and behind it: compiled, or with self-attention shared out over ranks."""
 
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
-import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from model.causal_wan import CausalWanBlock
-from utils.compiling import TRAINED
-
-VARIANTS = 32  # of a compiled part, for kinds of pass of a network in training
+from utils.compiling import TRAINED, compiled
 
 
 class WholeClipBlock(CausalWanBlock):
@@ -38,13 +35,9 @@ def compile_parts(network: WanTransformer3DModel, **options: Any) -> None:
     """Compile both parts, once for all blocks. options: of torch.compile; by default those that gradients need.
 
     Self-attention stays as it is: a student's sees more keys chunk by chunk. A student has about ten kinds of pass:
-    with a graph or without, with adapters, from a given image, with the text or keys of it. Past dynamo's limit of 8,
-    those that come last would silently not be compiled.
+    with a graph or without, with adapters, from a given image, with the text or keys of it.
     """
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for name in ("_before", "_after"):
-        part = getattr(CausalWanBlock, name)
-        own = FunctionType(part.__code__.replace(), part.__globals__, name)  # dynamo counts compilations by code object
-        shared = torch.compile(own, dynamic=False, **(options or {"options": TRAINED}))
+        shared = compiled(getattr(CausalWanBlock, name), dynamic=False, **(options or {"options": TRAINED}))
         for block in in_parts(network).blocks:
             setattr(block, name, MethodType(shared, block))

@@ -23,13 +23,14 @@ from model.codec import Codec, WanCodec
 from model.fast_tiny_decoder import Compiler, FastTinyDecoder
 from model.offload import SmallSteps
 from model.tiny_decoder import TinyDecoderCodec
+from utils.compiling import compiled as compile_alone
 
 
 def optimise_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -> Codec:
     """Do it in place, and return the codec; one of an unknown kind is left as it is."""
 
     def compiler(function: Callable, dynamic: bool = False) -> Callable:
-        return torch.compile(function, backend=backend, dynamic=dynamic) if compiled else function
+        return compile_alone(function, backend=backend, dynamic=dynamic) if compiled else function
 
     if compiled:
         torch.backends.cudnn.benchmark = True  # few shapes, each used for as long as the stream runs

@@ -30,7 +30,7 @@ class FastTinyDecoder:
     """What `decoder(latents, memory)` gives, but for rounding. For streams alone: no gradient is kept.
 
     Frames are [N, H, W, C] and contiguous, which to a convolution is channels last. The merged weights are made here,
-    from the decoder's, and stay on its device.
+    from the decoder's, once: it cannot be moved, cast or loaded again afterwards.
     """
 
     def __init__(self, decoder: TinyDecoder, compiler: Compiler):
@@ -47,17 +47,20 @@ class FastTinyDecoder:
     def __call__(self, latents: Tensor, memory: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Latents [B, F, C, h, w] -> frames [B, 4 F, 3, 8 h, 8 w] in about [0, 1], and the memory after them."""
         batch, after = latents.shape[0], []
+        own, merged = self._first.weight, self._colours.weight
+        assert own.dtype == merged.dtype and own.device == merged.device, "the decoder was moved after it was made fast"
         x = self._enter(latents.flatten(0, 1), self._first.weight, self._first.bias)
-        for stage, (merged, stride) in enumerate(zip(self._ends, self._strides, strict=True)):
+        for stage, (end, stride) in enumerate(zip(self._ends, self._strides, strict=True)):
             for block in self._blocks[3 * stage : 3 * stage + 3]:
                 frames = x.unflatten(0, (batch, -1))
-                past = torch.zeros_like(frames[:, :1]) if memory is None else memory[len(after)]
-                after.append(frames[:, -1:].clone())  # a copy: a view would keep all frames alive
+                past = frames.new_zeros(frames[:, :1].shape) if memory is None else memory[len(after)].movedim(2, -1)
+                last = frames[:, -1:].clone(memory_format=torch.contiguous_format)  # a view would keep all frames alive
+                after.append(last.movedim(-1, 2))  # as the plain decoder has it
                 x = self._block(frames, past, *_weights(block))
-            kinds = merged.convolve(x, padding=1)
+            kinds = end.convolve(x, padding=1)
             if stage < len(self._ends) - 1:
-                x = self._spread(kinds, merged.bias, stride)
-        colours = self._colours.convolve(self._inside(kinds, merged.bias, stride), padding=0)
+                x = self._spread(kinds, end.bias, stride)
+        colours = self._colours.convolve(self._inside(kinds, end.bias, stride), padding=0)
         return self._colour(colours, self._colours.bias, stride).unflatten(0, (batch, -1)), after
 
 
@@ -152,7 +155,7 @@ def _inside(kinds: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     row, column = (torch.arange(n + 1, device=x.device)[:, None] - kind for n in (h, w))  # (position, kind): the pixel
     rows, columns = (row >= 0) & (row < h), (column >= 0) & (column < w)
     there = rows[:, None, None, :, None, None] & columns[None, :, None, None, :, None]
-    return torch.where(there, relu(x), 0).flatten(3)
+    return x.relu_().masked_fill_(~there, 0).flatten(3)  # nobody else reads it
 
 
 def _colour(kinds: Tensor, bias: Tensor, stride: int) -> Tensor:

@@ -26,7 +26,7 @@ from utils.tiny_world import TinyScene, TinyWorld, caption
 from utils.video_live import LiveWriter
 
 BITS = 16
-ROWS = 120  # at least, of a frame that is looked at: more would take longer than a GPU takes to make them
+ROWS = 120  # of a frame, about, that are looked at: more would take longer than a GPU takes to make them
 AGREE = 2  # chunks within which a new colour has to be there
 
 

@@ -7,7 +7,7 @@ Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the ba
 9 minutes; on 4 GPUs; and what one GPU of 80 GB can do:
 
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
-      --json two.json --budget 520 --check --layouts full:2 sequence:2 none:1,card=140 none:1,teacher=1.3B
+      --json two.json --budget 590 --check --save logs --layouts full:2 sequence:2 none:1,card=140 none:1,teacher=1.3B
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json four.json --budget 520 --check --layouts full:4 sequence:4 sequence2:4 hybrid:4 full:2 none:1,card=140
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
@@ -60,7 +60,7 @@ from trainer.prompt_bank import prompt_groups  # noqa: E402
 from utils import exits  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
-from utils.files import write_json_atomic  # noqa: E402
+from utils.files import check_writable, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 
 FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")
     parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
     parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
-    parser.add_argument("--save", action="store_true", help="time a checkpoint of each layout, too; needs the disk")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="time a checkpoint of each layout on its disk")
     parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
     parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
@@ -182,10 +182,12 @@ class Bench:
         out, card = self.folder / f"{self.began}.json", layout.card_gb
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
         spec |= {"check": bool(layers), "card_gb": self.args.card_gb if card is None else card}
-        spec["save"] = str(self.folder / f"{self.began}.saved") if self.args.save else None
+        saved = self.args.save and self.args.save / f"benchmark-{os.getpid()}-{self.began}"
+        spec["save"] = saved and str(saved)
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
         why = self._start(layout.gpus, spec, limit)
-        shutil.rmtree(self.folder / f"{self.began}.saved", ignore_errors=True)
+        if saved:
+            shutil.rmtree(saved, ignore_errors=True)
         if out.exists():
             return found | json.loads(out.read_text()) | {"whole": why is None, "ended": why, "file": str(out)}
         return found | {"why": why or "ended without a result"}
@@ -296,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker(args.worker)
     if not args.layouts and not args.fake_ranks:
         raise UserError("--layouts is empty; give some, such as --layouts none:1 full:2, or --fake_ranks 64")
+    if args.save:
+        check_writable(args.save, "--save")
     console(quiet=True)
     found: dict[str, Any] = {"config": str(args.config_path), "settings": args.settings, "card_gb": args.card_gb}
     with tempfile.TemporaryDirectory() as folder:

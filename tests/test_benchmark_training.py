@@ -121,13 +121,14 @@ def test_a_checkpoint_is_timed_and_removed(tmp_path, monkeypatch):
         assert list(folder.glob("export/*.safetensors")) and list(folder.rglob("manifest.json"))
 
     monkeypatch.setattr(script.Bench, "_start", started)
-    args = script.parse(["--layouts", "none:1", "--save", "--budget", "300", *SMALL])
+    args = script.parse(["--layouts", "none:1", "--save", str(tmp_path / "disk"), *SMALL])
     found = script.Bench(args, tmp_path).run(args.layouts[0], 1)
     ((folder, size),) = made
-    assert folder.parent == tmp_path and not folder.exists()
+    assert folder.parent == tmp_path / "disk" and not folder.exists()
     assert found["saving"]["bytes"] == size > 0 and found["saving"]["s"] > 0 and found["saving"]["gpu_bytes"] == 0
     *table, line = phase_table(found).splitlines()
     assert line.startswith("checkpoint, checksums and export included: ") and [line] == saving_text(found)
+    assert saving_text(found | {"saving": {"why": "no time was left"}}) == ["checkpoint: no time was left"]
     del found["saving"]
     assert saving_text(found) == [] and phase_table(found).splitlines() == table
 

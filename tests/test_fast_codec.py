@@ -70,6 +70,37 @@ def test_merged_convolutions_are_the_plain_ones(batch, growth, bias):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
 
 
+def test_a_snapshot_of_either_form_is_one_of_the_other():
+    latents = torch.randn(2, 9, 16, 4, 6, generator=torch.Generator().manual_seed(4))
+    forms = {"plain": tiny_codec(), "fast": optimise_codec(tiny_codec(), compiled=False)}
+    wanted = stream(forms["plain"], latents)
+    for before, after in (("plain", "fast"), ("fast", "plain"), ("fast", "fast")):
+        one, two = forms[before].stream(), forms[after].stream()
+        begin = one.decode(latents[:, :3])
+        two.restore(one.snapshot())
+        for part in latents[:, 3:].split(2, dim=1):
+            begin = torch.cat([begin, two.decode(part)], dim=1)
+        torch.testing.assert_close(begin, wanted, atol=2e-5, rtol=0)
+
+
+def test_no_shape_of_the_tiny_decoder_is_left_uncompiled():
+    """Parts of 2 and 1 latent frames, three batch sizes, two decoders: dynamo's own limit would be 8 in all."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            fast = SmallSteps(optimise_codec(tiny_codec(), compiled=True, backend="aot_eager"), 2)
+            for batch in (1, 2, 3):
+                latents = torch.randn(batch, 6, 16, 4, 6)
+                torch.testing.assert_close(stream(fast, latents), stream(tiny_codec(), latents), atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_what_was_merged_cannot_be_cast():
+    fast = optimise_codec(tiny_codec(), compiled=False)
+    with pytest.raises(AssertionError, match="was moved"):
+        fast.to(torch.bfloat16).decode(torch.randn(1, 3, 16, 4, 6))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])

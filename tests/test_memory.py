@@ -16,6 +16,7 @@ from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
 from model.checkpointing import checkpointed, recomputed
 from model.codec import WORK_PER_CALL, WanCodec
+from model.fast_codec import optimise_codec
 from model.int8 import convert
 from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
@@ -125,12 +126,14 @@ def test_decoding_with_the_vae(monkeypatch, frames, size):
     assert sum(memory.decode_bytes(config)) == pytest.approx(counter.peak, rel=0.1)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @torch.no_grad()
-def test_decoding_with_the_tiny_decoder(monkeypatch):
+def test_decoding_with_the_tiny_decoder(monkeypatch, fast):
     config = load_config(CONFIG, ["model.codec=taehv"])
     with torch.device("meta"):
         decoder = TinyDecoder().to(BF16)
-        stream = TinyDecoderCodec(decoder).stream()
+        codec = TinyDecoderCodec(decoder)
+        stream = (optimise_codec(codec, compiled=False) if fast else codec).stream()
         latents = torch.empty(Geometry.from_config(config).latent_shape(1, 3))
         stream.decode(latents)
         carried = sum(x.nbytes for x in stream._memory)

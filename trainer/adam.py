@@ -11,15 +11,26 @@ class AdamWWithoutMomentum(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """Of gradients that are there already."""
         assert closure is None, "the gradient has to be there before the step"
-        known = [p for group in self.param_groups for p in group["params"] if p in self.state]
-        for p in known:
-            if p.grad is not None:
-                self.state[p]["exp_avg"] = p.grad  # which the step overwrites by itself
-        super().step()
-        for state in self.state.values():
-            state.pop("exp_avg", None)
+        try:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is None:
+                        continue
+                    if not self.state[p]:
+                        count = torch.zeros((), device=p.device if group["fused"] else None)
+                        self.state[p] |= {"step": count, "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p]["exp_avg"] = p.grad  # which the step overwrites by itself
+            super().step()
+        finally:
+            for state in self.state.values():
+                state.pop("exp_avg", None)
 
 
 def kind_of(betas: tuple[float, ...]) -> type[torch.optim.AdamW]:
     """The AdamW for such betas."""
     return torch.optim.AdamW if betas[0] else AdamWWithoutMomentum
+
+
+def unkept(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Entries of AdamW's state that this optimiser does without."""
+    return ("exp_avg",) if isinstance(optimizer, AdamWWithoutMomentum) else ()

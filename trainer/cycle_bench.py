@@ -210,8 +210,9 @@ def measure(
         found["communication"] = communication(stage, 2 * ratio, device)
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
-        if save is not None:
-            found["saving"] = saving(stage, save, device, late)
+    if save is not None:
+        in_time = not late.any(time.time() > deadline)
+        found["saving"] = saving(stage, save, device, late) if in_time else {"why": "no time was left"}
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
 

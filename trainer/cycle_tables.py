@@ -63,6 +63,8 @@ def saving_text(one: Found) -> list[str]:
     if "saving" not in one:
         return []
     made = one["saving"]
+    if "why" in made:
+        return [f"checkpoint: {made['why']}"]
     disk, gpu, host = (made[key] / GB for key in ("bytes", "gpu_bytes", "host_bytes"))
     return [
         f"checkpoint, checksums and export included: {made['s']:.1f} s for {disk:.3g} GB; at most {gpu:.2g} GB more on "

@@ -31,7 +31,7 @@ from model.block_parts import compile_parts
 from model.causal_wan import CausalWanModel
 from model.checkpointing import checkpointed, recomputed
 from model.sequence import SequenceGroup
-from trainer.adam import AdamWWithoutMomentum
+from trainer.adam import unkept
 from trainer.sequence import parallelize
 
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -260,8 +260,9 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
     for i, (name, p) in enumerate(optimized(module, optimizer)):
         found = held.get(i) or held.get(name)
         if found:
-            entries[i] = {key: part_of(v, p) if v.shape == p.shape else v for key, v in found.items()}
-            if "exp_avg_sq" in found and not isinstance(optimizer, AdamWWithoutMomentum):
+            kept = {key: v for key, v in found.items() if key not in unkept(optimizer)}
+            entries[i] = {key: part_of(v, p) if v.shape == p.shape else v for key, v in kept.items()}
+            if "exp_avg_sq" in kept and not unkept(optimizer):
                 entries[i].setdefault("exp_avg", torch.zeros_like(p))  # saved with a beta_1 of 0
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
