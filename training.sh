@@ -22,6 +22,28 @@ defaults=()
 if [ "$has_config" = 0 ]; then defaults+=(--config_path "$config"); fi
 if [ "$has_logdir" = 0 ]; then defaults+=(--logdir "logs/$(basename "$config" .yaml)"); fi
 
+# torchrun answers a signal by killing what has not ended 30 s later, too soon for a large checkpoint, and with code 1. So
+# the signal goes to its ranks, which save and end with 0, and then so does torchrun: in a session of its own, or Ctrl-C
+# would reach it.
+stop_ranks() {
+  local ranks
+  ranks="$(cat /proc/"$1"/task/*/children 2>/dev/null || true)"
+  # shellcheck disable=SC2086  # several numbers
+  kill -TERM ${ranks:-$1} 2>/dev/null || true
+}
+
+run_ranks() {
+  local agent status=0
+  setsid "$PYTHON" -m torch.distributed.run "$@" &
+  agent=$!
+  trap 'stop_ranks "$agent"' TERM INT HUP
+  while kill -0 "$agent" 2>/dev/null; do # a signal ends `wait`, not what is waited for
+    status=0
+    wait "$agent" || status=$?
+  done
+  exit "$status"
+}
+
 gpus="$(count_gpus)"
 nodes="${NNODES:-1}"
 if [ "$help" = 0 ] && { [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; }; then
@@ -33,6 +55,6 @@ if [ "$help" = 0 ] && { [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; }; then
   else
     launch+=(--standalone)
   fi
-  exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$ROOT/train.py" ${defaults[@]+"${defaults[@]}"} "$@"
+  run_ranks "${launch[@]}" "$ROOT/train.py" ${defaults[@]+"${defaults[@]}"} "$@"
 fi
 exec "$PYTHON" "$ROOT/train.py" ${defaults[@]+"${defaults[@]}"} "$@"
