@@ -155,7 +155,7 @@ def _inside(kinds: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     row, column = (torch.arange(n + 1, device=x.device)[:, None] - kind for n in (h, w))  # (position, kind): the pixel
     rows, columns = (row >= 0) & (row < h), (column >= 0) & (column < w)
     there = rows[:, None, None, :, None, None] & columns[None, :, None, None, :, None]
-    return x.relu_().masked_fill_(~there, 0).flatten(3)  # nobody else reads it
+    return x.relu().masked_fill_(~there, 0).flatten(3)  # not in place of `kinds`: compiled, that is written as well
 
 
 def _colour(kinds: Tensor, bias: Tensor, stride: int) -> Tensor:

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
+from model import fast_tiny_decoder
 from model.codec import WanCodec
 from model.fast_codec import optimise_codec
 from model.offload import SmallSteps
@@ -88,10 +90,23 @@ def test_no_shape_of_the_tiny_decoder_is_left_uncompiled():
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for _ in range(2):
-            fast = SmallSteps(optimise_codec(tiny_codec(), compiled=True, backend="aot_eager"), 2)
+            counter = CompileCounterWithBackend("aot_eager")
+            fast = SmallSteps(optimise_codec(tiny_codec(), compiled=True, backend=counter), 2)
             for batch in (1, 2, 3):
                 latents = torch.randn(batch, 6, 16, 4, 6)
                 torch.testing.assert_close(stream(fast, latents), stream(tiny_codec(), latents), atol=1e-5, rtol=0)
+                assert counter.frame_count <= 16 * batch, "8 functions, 2 numbers of frames, once a batch size"
+    torch._dynamo.reset()
+
+
+def test_reading_the_last_stage_writes_it_once():
+    """Compiled, what is made of the kinds is one tensor, and they are left as they are: they are large."""
+    torch._dynamo.reset()
+    kinds = torch.randn(2, 5, 7, 2 * 4 * 8)
+    before = kinds.clone()
+    made, (code, *_) = run_and_get_code(torch.compile(fast_tiny_decoder._inside, dynamic=False), kinds, None, 2)
+    assert torch.equal(kinds, before) and torch.equal(made, fast_tiny_decoder._inside(before, None, 2))
+    assert code.count("out_ptr") and "out_ptr1" not in code
     torch._dynamo.reset()
 
 

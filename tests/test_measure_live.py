@@ -81,6 +81,7 @@ def test_large_frames_are_thinned():
         found.append(watch)
     assert found[0].saturation == pytest.approx(found[1].saturation)
     assert found[0].steps == pytest.approx(found[1].steps)
+    assert found[0]._last.shape == found[1]._last.shape
 
 
 def test_change_leaves_the_warming_up_out():

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.errors import UserError
 from model.sharded_files import Shapes, ShardedReader, read_whole, sharded_shapes
-from trainer.adam import unkept
 from trainer.optim import Player
 from trainer.parallel import load_optimizer_state, optimized
 from trainer.team import Team
@@ -109,8 +108,6 @@ def _entries(name: str, player: Player, shapes: Shapes) -> dict[str, dict[str, T
     for parameter, p in optimized(player.module, player.optimizer):
         start = f"{name}.optimizer.{parameter}."
         for key in (key.removeprefix(start) for key in known if key.startswith(start)):
-            if key in unkept(player.optimizer):
-                continue
             shape, dtype = shapes[start + key]
             same = shape == tuple(p.shape)
             zeros = torch.zeros_like(p, dtype=dtype, requires_grad=False) if same else torch.zeros(shape, dtype=dtype)
