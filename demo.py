@@ -26,7 +26,8 @@ def main() -> int:
     try:
         import uvicorn
 
-        from server.app import Limits, bound_socket, check_access, is_loopback, make_app
+        from server.app import SOCKET, Limits, bound_socket, check_access, is_loopback, make_app
+        from server.player import warmed_up
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run pip install -r requirements-demo.txt") from error
     check_access(args.host, args.token)
@@ -45,12 +46,12 @@ def main() -> int:
     make_plan(config, ["a prompt"])  # every check that needs no weights in memory
     set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config)
-    list(pipe.session.play("a prompt", 0, 1))  # the first chunk is slow: not while somebody waits
-    app = make_app(pipe, token=args.token, local=is_loopback(args.host), limits=limits)
+    session = warmed_up(pipe)  # not while somebody waits
+    app = make_app(pipe, session=session, token=args.token, local=is_loopback(args.host), limits=limits)
     port = listener.getsockname()[1]
     print(f"open http://{args.host}:{port}/{f'?token={args.token}' if args.token else ''}", flush=True)
     settings = {"ws_max_size": MAX_MESSAGE, "ws_max_queue": 16, "log_level": "warning", "server_header": False}
-    uvicorn.Server(uvicorn.Config(app, ws="websockets-sansio", timeout_graceful_shutdown=5, **settings)).run([listener])
+    uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **SOCKET, **settings)).run([listener])
     return 0
 
 

@@ -20,7 +20,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from configs.errors import UserError
 from utils import machine
 
-FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")  # built from source; wheel `fa3-fwd`
+FA3 = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}  # modules (built from source; wheel
+# `fa3-fwd`) and the names that their operators are under
+FA3_HEAD, FA3_TILE = 128, 128  # queries that one of its thread blocks takes, of heads of that size
+LEAST_GAIN = 0.1  # of the time, for two calls in place of one
 DIFFUSERS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # its names for them
 BACKENDS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 AMPERE, HOPPER = (8, 0), (9, 0)
@@ -98,7 +101,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v by the kernel of that name. Of float8 (e4m3) the result is bfloat16."""
     if kernel == "fa3":
-        return _first(_fa3()(q, k, v))
+        return _flash3(q, k, v)
     if q.dtype is torch.float8_e4m3fn:  # which only fa3 multiplies
         q, k, v = (x.bfloat16() for x in (q, k, v))
     if kernel == "fa2":
@@ -111,6 +114,42 @@ def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+@cache
+def full_waves(queries: int, heads: int, processors: int) -> tuple[int, int]:
+    """How to share `queries` of so many heads (of all streams) among a GPU's processors: (first call's queries, n).
+
+    A processor takes a tile of queries of one head at a time, and all wait for the last. What would leave many of them
+    idle is kept for a second call, in which each tile's keys are cut in n; n = 1: one call is as good. (480x832, 12
+    heads, 132 processors: 444 tiles are 3.4 waves, paid as 4; in two calls as 3.5.)
+    """
+    tiles = -(-queries // FA3_TILE)
+    full, once = tiles * heads // processors * processors // heads, -(-tiles * heads // processors)
+    if not 0 < full < tiles:
+        return queries, 1
+    second, n = min((-(-(tiles - full) * heads * n // processors) / n, n) for n in (2, 3, 4))
+    gain = 1 - (-(-full * heads // processors) + second) / once
+    return (full * FA3_TILE, n) if gain >= LEAST_GAIN else (queries, 1)
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-3, in full waves of the GPU's processors where nothing needs a gradient."""
+    first, n = q.shape[1], 1
+    if q.shape[3] == FA3_HEAD and _fa3_forward() and not torch.is_grad_enabled():
+        first, n = full_waves(q.shape[1], q.shape[0] * q.shape[2], _processors(q.device))
+    if n == 1:
+        return _first(_fa3()(q, k, v))
+    out = torch.empty(q.shape, device=q.device, dtype=torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype)
+    options = {"softmax_scale": q.shape[3] ** -0.5}
+    forward = _fa3_forward()
+    forward(q[:, :first], k, v, out=out[:, :first], num_splits=1, **options)
+    forward(q[:, first:], k, v, out=out[:, first:], num_splits=n, **options)
+    return out
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Some builds of FlashAttention-3 give the softmax's normaliser as well."""
     return out if isinstance(out, Tensor) else out[0]
@@ -118,8 +157,19 @@ def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @cache
 def _fa3() -> Callable[..., Tensor]:
-    found = next(name for name in FA3_MODULES if importlib.util.find_spec(name))
-    return importlib.import_module(found).flash_attn_func
+    return importlib.import_module(_fa3_module()).flash_attn_func
+
+
+@cache
+def _fa3_forward() -> Callable[..., list[Tensor]] | None:
+    """The operator beneath it, which writes where it is told to; None where a build has it by another name."""
+    importlib.import_module(_fa3_module())
+    operators = getattr(torch.ops, FA3[_fa3_module()])
+    return operators.fwd if hasattr(operators, "fwd") else None
+
+
+def _fa3_module() -> str:
+    return next(name for name in FA3 if importlib.util.find_spec(name))
 
 
 @cache

@@ -18,6 +18,7 @@ says `fused_norms`, model/fused_wan.py has the three functions.
 """
 
 import importlib.util
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ from utils.logs import get_logger
 
 log = get_logger(__name__)
 
+MAX_BOOKS = 8  # caches whose graphs are kept, as many as the demo has visitors
 MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; those beyond run without a graph
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # work over fixed buffers, which has run once -> its replay
 
@@ -222,14 +224,14 @@ class FastStudent(Student):
         super().__init__(model)
         self.plan, self.step = plan, FastStep(model, plan, backend)
         self.cache_dtype = E4M3 if plan.fp8_cache else None
-        self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
-        self._bound: GraphBook | None = None
+        self.recorder: Record | None = CudaRecorder() if plan.cuda_graphs else None
+        self._books: list[GraphBook] = []  # one for each cache that is about; the one used last at the end
         self._rotation: tuple[tuple, Rotation] | None = None
 
     @property
     def graphs(self) -> int:
-        """CUDA graphs captured for the present cache."""
-        return len(self._bound.replays) if self._bound else 0
+        """CUDA graphs captured for the cache that was used last."""
+        return len(self._books[-1].replays) if self._books else 0
 
     def x0(
         self,
@@ -253,10 +255,16 @@ class FastStudent(Student):
         rotation = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:
             return self.step(x_t, t, rotation, text, layers)
-        if self._bound is None or not self._bound.fits(x_t, t, text, layers):
-            self._bound = None  # let its memory go first
-            self._bound = GraphBook(self.step, self.recorder(), x_t, t, rotation, text, layers)
-        return self._bound.run(x_t, t, rotation, text, layers)
+        return self._book(x_t, t, rotation, text, layers).run(x_t, t, rotation, text, layers)
+
+    def _book(self, *inputs) -> "GraphBook":
+        """The graphs of these inputs' cache; those of caches that are gone are let go first."""
+        self._books = [book for book in self._books if book.alive]
+        book = next((book for book in self._books if book.fits(*inputs)), None)
+        if book is None:
+            book = GraphBook(self.step, self.recorder, *inputs)
+        self._books = [*(other for other in self._books if other is not book), book][-MAX_BOOKS:]
+        return book
 
     def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:
         """cos and sin; the same tensors for every step of a chunk."""
@@ -280,18 +288,23 @@ class GraphBook:
         self._rotation = tuple(part.clone() for part in rotation)
         self._text = [(k.clone(), v.clone()) for k, v in text]
         self._source: tuple = (rotation, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
-        self._buffers = [(layer.keys, layer.values) for layer in layers]
+        self._keys = [weakref.ref(layer.keys) for layer in layers]  # a cache is not kept alive by its graphs
         self._tried: set[tuple[int, int]] = set()
         self.replays: dict[tuple[int, int], Callable[[], None]] = {}
 
-    def fits(self, x_t: Tensor, t: Tensor, text: TextKV, layers: Sequence[StreamLayer]) -> bool:
+    @property
+    def alive(self) -> bool:
+        """Whether the cache is still there."""
+        return all(keys() is not None for keys in self._keys)
+
+    def fits(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> bool:
         """Whether these inputs have the shapes and the cache the buffers that the graphs know."""
         return (
             x_t.shape == self._x.shape
             and x_t.dtype == self._x.dtype
             and t.shape == self._t.shape
             and text[0][0].shape == self._text[0][0].shape
-            and all(layer.keys is keys for layer, (keys, _) in zip(layers, self._buffers, strict=True))
+            and all(layer.keys is keys() for layer, keys in zip(layers, self._keys, strict=True))
         )
 
     def run(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:

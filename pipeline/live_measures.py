@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames
+from pipeline.delivery import ahead
 from pipeline.stream import ChunkResult, StreamSession
 from utils.clip_measures import as_clip, frame_distances, quarters, seam_ratio, unit_frames
 from utils.tiny_captions import COLOURS
@@ -51,6 +52,7 @@ def read_numbers(path: Path) -> list[int]:
     """The number in each frame of a video, in the order in which they are shown."""
     numbers = []
     with av.open(str(path)) as file:
+        file.streams.video[0].thread_type = "AUTO"  # several frames at a time
         for frame in file.decode(video=0):
             image = frame.to_ndarray(format="gray")
             height, width = image.shape[0] // 8, image.shape[1] // BITS
@@ -122,12 +124,12 @@ def long_stream(session: StreamSession, prompt: str, chunks: int, fps: int, path
     try:
         with LiveWriter(path, fps, (geometry.height, geometry.width)) as writer:
             before = begin
-            for result in session.play(prompt, 0, chunks):
+            for result in ahead(session.play(prompt, 0, chunks), depth=1):
                 frames = result.wait().frames[0].numpy()
                 now = perf_counter()
-                writer.write(frames)
                 watch.see(frames, now - before, memory_held(session.device))
-                before = perf_counter()
+                before = now
+                writer.write(frames)
     finally:
         session.delivery.to_frames = plain
     numbers = read_numbers(path)

@@ -7,7 +7,6 @@ import asyncio
 import hmac
 import ipaddress
 import json
-import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from fastapi.staticfiles import StaticFiles
 from configs.errors import UserError
 from configs.schema import CONTEXTS, SWITCHES
 from pipeline.diagonal import DiagonalPipeline
+from pipeline.stream import StreamSession
 from server.messages import MAX_PROMPT, MAX_ROWS, MAX_SEED, MAX_STEPS
-from server.player import Costs, Player, worker
+from server.player import Lobby, Player, worker
 from server.visit import POLICY, Visit
 from utils.pictures import read_picture
 from utils.prompts import read_prompts
@@ -34,6 +34,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# Of uvicorn. JPEGs get no smaller by compression, and trying takes longer than an H100 takes to make them.
+SOCKET = {"ws": "websockets-sansio", "ws_per_message_deflate": False}
 MEDIA = {"mp4": "video/mp4", "json": "application/json"}
 TRY_LATER = 1013  # close code
 MAX_UPLOAD = 8 * 2**20  # bytes of a picture
@@ -103,14 +105,23 @@ class Door:
 
 
 def make_app(
-    pipe: DiagonalPipeline, *, token: str | None = None, local: bool = True, limits: Limits | None = None
+    pipe: DiagonalPipeline,
+    *,
+    session: StreamSession | None = None,
+    token: str | None = None,
+    local: bool = True,
+    limits: Limits | None = None,
 ) -> FastAPI:
-    """The application. local: only names of this machine are answered to, which keeps other sites' scripts out."""
-    limits, costs, pool, door = limits or Limits(), Costs(), worker(), Door(token, local)
+    """The application.
+
+    session: warmed up, for the first visitor. local: only names of this machine are answered to, which keeps other
+    sites' scripts out.
+    """
+    limits, pool, door = limits or Limits(), worker(), Door(token, local)
+    lobby = Lobby(pipe, limits.rewind_bytes, session)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    players: dict[str, Player] = {}
     decoding = asyncio.Lock()  # one picture at a time is unpacked
-    app.state.players = players
+    players = app.state.players = lobby.players
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -147,13 +158,9 @@ def make_app(
         if len(players) >= limits.visitors:
             await line.close(TRY_LATER, f"{limits.visitors} visitors are here already; try again later")
             return
-        name = secrets.token_urlsafe(16)
-        players[name] = Player(pipe, costs, limits.rewind_bytes)
-        try:
+        with lobby.visitor() as (name, player):
             await line.send_text(json.dumps(hello(pipe, name, limits)))
-            await Visit(line, players[name], pool, limits).run()
-        finally:
-            del players[name]
+            await Visit(line, player, pool, limits).run()
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

@@ -6,10 +6,13 @@ visitor asks for the next chunk only when it has the one before, so turns are fa
 
 import io
 import json
+import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -29,6 +32,7 @@ from utils.video_live import LiveWriter
 
 QUALITY = 92  # of JPEG
 THUMB = 96  # pixels across
+_ENCODERS = ThreadPoolExecutor(4, thread_name_prefix="jpeg")  # 12 frames of 832x480 take one thread 70 ms
 MAX_KEPT = 800  # chunks whose pictures are kept for the download: ten minutes at 16 frames a second
 
 
@@ -76,17 +80,27 @@ class MadeChunk:
         return len(text).to_bytes(4, "big") + text + self.thumb + b"".join(self.jpegs)
 
 
+def new_session(pipe: DiagonalPipeline) -> StreamSession:
+    """One beside that of `pipe`, with the same networks."""
+    base, stream = pipe.session, pipe.config.stream
+    return StreamSession(
+        base.student, base.codec, base.text_encoder, pipe.schedule, pipe.geometry,
+        switch=stream.switch, switch_chunks=stream.switch_chunks,
+    )  # fmt: skip
+
+
+def warmed_up(pipe: DiagonalPipeline) -> StreamSession:
+    """A session that has played a clip: what is slow the first time (compiling, CUDA graphs) is over."""
+    session = new_session(pipe)
+    list(session.play("a prompt", 0, pipe.num_chunks()))
+    return session
+
+
 class Player:
     """Methods but `say` and `cancel` run on the worker."""
 
-    def __init__(self, pipe: DiagonalPipeline, costs: Costs, rewind_bytes: int):
-        base = pipe.session
-        self.pipe, self.costs, self.rewind_bytes = pipe, costs, rewind_bytes
-        stream = pipe.config.stream
-        self.session = StreamSession(
-            base.student, base.codec, base.text_encoder, pipe.schedule, pipe.geometry,
-            switch=stream.switch, switch_chunks=stream.switch_chunks,
-        )  # fmt: skip
+    def __init__(self, pipe: DiagonalPipeline, session: StreamSession, costs: Costs, rewind_bytes: int):
+        self.pipe, self.session, self.costs, self.rewind_bytes = pipe, session, costs, rewind_bytes
         self.snapshots: OrderedDict[int, Snapshot] = OrderedDict()  # by the chunk that comes next
         self.made: list[MadeChunk] = []
         self.seed, self.prompt = 0, ""
@@ -143,7 +157,7 @@ class Player:
             return None
         frames, timings = result.wait().frames[0].numpy(), result.timings
         self.costs.learn(timings)
-        jpegs = [_jpeg(frame) for frame in frames]
+        jpegs = list(_ENCODERS.map(_jpeg, frames))
         thumb = _jpeg(_small(frames[len(frames) // 2]), 80)
         made = MadeChunk(
             result.chunk, result.prompts[0], self.seed, jpegs, thumb, time.perf_counter() - begin,
@@ -184,6 +198,28 @@ class Player:
             "fps": self.pipe.config.video.fps,
             "versions": versions(),
         }
+
+
+class Lobby:
+    """Who is here. `session`: for the first visitor, such as `warmed_up` gives. A session that a visitor has left goes
+    to a later one, for its cache and its CUDA graphs."""
+
+    def __init__(self, pipe: DiagonalPipeline, rewind_bytes: int, session: StreamSession | None):
+        self.pipe, self.rewind_bytes, self.costs = pipe, rewind_bytes, Costs()
+        self.players: dict[str, Player] = {}
+        self._spare = [] if session is None else [session]
+
+    @contextmanager
+    def visitor(self) -> Iterator[tuple[str, Player]]:
+        """A new name and player, until the visitor goes."""
+        name = secrets.token_urlsafe(16)
+        session = self._spare.pop() if self._spare else new_session(self.pipe)
+        self.players[name] = Player(self.pipe, session, self.costs, self.rewind_bytes)
+        try:
+            yield name, self.players[name]
+        finally:
+            del self.players[name]
+            self._spare.append(session)
 
 
 def worker() -> ThreadPoolExecutor:

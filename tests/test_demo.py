@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 import demo
 from configs.errors import UserError
 from pipeline import DiagonalPipeline
-from server.app import Limits, bound_socket, check_access, make_app
+from server.app import SOCKET, Limits, bound_socket, check_access, make_app
 from server.messages import read_message
 
 PROMPT, OTHER = "a red circle moves right", "a blue square moves up"
@@ -41,7 +41,7 @@ def serve(pipe):
         listener = bound_socket("127.0.0.1", 0)
         app = make_app(pipe, **options)
         server = uvicorn.Server(
-            uvicorn.Config(app, ws="websockets-sansio", log_level="error", timeout_graceful_shutdown=1)
+            uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **SOCKET)
         )
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -156,6 +156,31 @@ def test_a_video_is_played_changed_rewound_and_taken_home(port):
 
     name = visit(port, script)
     assert fetch(port, f"clip/{name}.mp4")[0] == 404, "gone with its visitor"
+
+
+def test_pictures_are_not_compressed_again(port):
+    async def script(me):
+        return me.line.response.headers
+
+    assert "Sec-WebSocket-Extensions" not in visit(port, script)
+
+
+def test_visitors_one_after_the_other_share_a_session(serve):
+    """Its cache, and on a GPU its graphs; what one has played is nothing to the next."""
+    port = serve()
+
+    async def script(me):
+        session = serve.app.state.players[me.hello["visitor"]].session
+        await me.send(type="rewind", chunk=1)
+        assert "is not kept any more" in (await me.until("error"))["message"]
+        await me.play()
+        made = await me.chunks(3)
+        await me.send(type="stop")
+        await me.until("stopped")
+        return id(session), [c["frames"] for c in made]
+
+    first, again = visit(port, script), visit(port, script)
+    assert first == again
 
 
 def test_the_schedule_is_predicted(port):

@@ -96,24 +96,48 @@ class TestGraphs:
         geo, texts = sizes(3, 1), [inputs(sizes(3, 1), 2, seed=s)[2] for s in (1, 2)]
         plain, fast = pair()
         monkeypatch.setattr(FakeRecorder, "made", [])
-        fast.recorder = FakeRecorder
+        fast.recorder = FakeRecorder()
         compare(play(plain, geo, 9, texts=texts), play(fast, geo, 9, texts=texts), 2e-6)
         states = cache_states(geo, 9)
         assert fast.graphs == len(FakeRecorder.made) == len(states) == 4
         tokens = geo.tokens_per_chunk
-        assert sorted(fast._bound.replays) == sorted((own * tokens, end * tokens) for own, end in states)
+        assert sorted(fast._books[-1].replays) == sorted((own * tokens, end * tokens) for own, end in states)
 
     def test_another_cache_is_another_book(self):
         geo = sizes(3, 1)
         plain, fast = pair()
-        fast.recorder = FakeRecorder
+        fast.recorder = FakeRecorder()
         for batch in (2, 1):
             compare(play(plain, geo, 5, batch), play(fast, geo, 5, batch), 2e-6)
+
+    def test_streams_in_turns_keep_their_graphs(self, monkeypatch):
+        """As visitors of the demo do: nothing is recorded anew; what is gone is forgotten."""
+        monkeypatch.setattr(FakeRecorder, "made", [])
+        geo = sizes(3, 1)
+        plain, fast = pair()
+        fast.recorder = FakeRecorder()
+        latents, t, text = inputs(geo, geo.chunk_frames, 2)
+        with torch.no_grad():
+            kv = fast.model.text_kv(text)
+            caches = [stream_cache(fast.model, geo, 2) for _ in range(2)]
+            for _ in range(4):
+                for cache in caches:
+                    got = fast.x0(latents, t, kv, cache.begin(0), 0)
+            expected = plain.x0(latents, t, kv, stream_cache(plain.model, geo, 2).begin(0), 0)
+        compare([got], [expected], 2e-6)
+        assert len(FakeRecorder.made) == len(fast._books) == 2
+        first = fast._books[0]  # of the cache that was not used last
+        assert first.alive
+        FakeRecorder.made.clear(), first.replays.clear()  # fakes hold the cache; a graph does not
+        del caches[0], cache
+        with torch.no_grad():
+            fast.x0(latents, t, kv, caches[0].begin(0), 0)
+        assert not first.alive and len(fast._books) == 1
 
     def test_results_are_not_overwritten(self):
         geo = sizes(3, 1)
         _, fast = pair()
-        fast.recorder = FakeRecorder
+        fast.recorder = FakeRecorder()
         out = play(fast, geo, 5)
         assert len({x.data_ptr() for x in out}) == len(out)
 
@@ -121,7 +145,7 @@ class TestGraphs:
         monkeypatch.setattr("model.fast_wan.MAX_GRAPHS", 3)
         geo = sizes(0, 0)
         plain, fast = pair()
-        fast.recorder = FakeRecorder
+        fast.recorder = FakeRecorder()
         compare(play(plain, geo, 6), play(fast, geo, 6), 2e-6)
         assert fast.graphs == 3
 
@@ -137,7 +161,7 @@ class TestCompiled:
         compare(play(plain, geo, 1), play(fast, geo, 1), 2e-6)
         assert counter.frame_count == 5
         compare(play(plain, geo, 7), play(fast, geo, 7), 2e-6)
-        fast.recorder = FakeRecorder  # what is captured has the layouts of what was compiled
+        fast.recorder = FakeRecorder()  # what is captured has the layouts of what was compiled
         compare(play(plain, geo, 7), play(fast, geo, 7), 2e-6)
         assert fast.graphs and counter.frame_count == 5
         torch._dynamo.reset()

