@@ -76,6 +76,7 @@ class TrainingConfig:
     global_batch: int = 64  # samples a step, over all ranks and accumulated micro-batches
     micro_batch: int = 64  # samples a forward pass on one rank
     bank_clips: int = 4096  # tiny world: clips made ahead and drawn from
+    open_captions: float = 0.0  # share of the tiny world's captions that state neither direction nor speed
     image_start: float = 0.0  # causal stages: share of clips that begin with a given frame, as --image does
     init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
     ema_decay: float = 0.999
@@ -134,7 +135,12 @@ class TrainingConfig:
             raise UserError(
                 f"training.sharding={self.sharding} cuts the matrices that muon_lr moves whole; set muon_lr to 0"
             )
-        between(0, 1, "training", self, "ema_decay", "image_start")
+        between(0, 1, "training", self, "ema_decay", "image_start", "open_captions")
+        if self.distill.prompts is not None and self.open_captions:
+            raise UserError(
+                f"training.open_captions={self.open_captions} is for captions of the tiny world, and "
+                f"training.distill.prompts={self.distill.prompts} gives others; set open_captions=0 or prompts=null"
+            )
         begins = self.stage in ("teacher_forcing", "few_steps", "distill") and self.sequence_parallel == 1
         if self.image_start and not begins:
             raise UserError(

@@ -71,6 +71,7 @@ LOSSES, NORMS = ("generator_loss", "critic_loss"), ("generator_grad_norm", "crit
 FIXED = (
     "training.validation_clips=0", "training.cuda_graphs=false", "training.loggers=[]", "training.distill.pairs=null",
     "training.distill.encode_ahead=false", "training.distill.critic_warmup=0", "training.export=null",
+    "training.open_captions=0",
 )  # fmt: skip
 
 

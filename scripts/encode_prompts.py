@@ -48,7 +48,8 @@ def main(argv=None) -> int:
     from utils.distributed import Ranks
     from utils.files import check_writable, sha256_of
 
-    extra = [] if args.caption_path is None else [f"training.distill.prompts={json.dumps(args.caption_path)}"]
+    given = [f"training.distill.prompts={json.dumps(args.caption_path)}", "training.open_captions=0"]
+    extra = [] if args.caption_path is None else given
     config, ranks = load_config(args.config_path, [*extra, *args.settings]), Ranks.from_env()
     folder = check_writable(args.output_folder, "--output_folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,8 @@ def main() -> int:
     from utils.distributed import Ranks
     from utils.files import atomic_path, check_writable
 
-    extra = [] if args.caption_path is None else [f"training.distill.prompts={json.dumps(args.caption_path)}"]
+    given = [f"training.distill.prompts={json.dumps(args.caption_path)}", "training.open_captions=0"]
+    extra = [] if args.caption_path is None else given
     config = load_config(args.config_path, [*extra, *args.settings])
     ranks = Ranks.from_env()
     folder = check_writable(args.output_folder, "--output_folder")

@@ -42,6 +42,7 @@ def distill_config(assets: Path, *overrides: str) -> Config:
         "training.distill.critic_warmup": 0,
         "training.distill.dfake_gen_update_ratio": 3,
         "training.distill.guidance": 3.0,
+        "training.open_captions": 0.0,
     }  # fmt: skip
     written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
     return load_config("configs/train_tiny_distill.yaml", [*written, *overrides])

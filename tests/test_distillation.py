@@ -11,9 +11,13 @@ from model.weights import load_student
 from trainer.audit import gradient_audit
 from trainer.health import warnings
 from trainer.loop import NonFiniteLoss, run
+from trainer.prompt_bank import training_prompts
 from trainer.registry import build_stage
 from utils.distributed import Ranks
 from utils.logs import read_jsonl
+from utils.seeds import stable_hash
+from utils.tiny_captions import parse_caption
+from utils.tiny_world import TinyWorld, training_caption
 from utils.video import read_video
 
 
@@ -268,6 +272,42 @@ def test_prompts_of_a_file(tiny_assets, tmp_path):
         extra = [f"training.distill.prompts={tmp_path / 'p.txt'}", f"training.distill.encode_ahead={ahead}"]
         stage = distill_stage(tiny_assets, *extra)
         assert len(stage.prompts) == 2 and stage.update(0)["critic_loss"].isfinite()
+
+
+def test_open_captions_are_a_share_and_leave_the_others_alone(tiny_assets):
+    def captions(share: float) -> list[str]:
+        prompts = training_prompts(
+            distill_config(tiny_assets, "training.bank_clips=2000", f"training.open_captions={share}")
+        )
+        assert len(prompts) == 2000
+        return prompts
+
+    def is_open(prompt: str) -> bool:
+        said = parse_caption(prompt)
+        return said["direction"] is None and said["speed"] is None
+
+    scenes = TinyWorld(32, 48).scenes(stable_hash(0, "prompts"), 2000)
+    plain, some, more = captions(0), captions(0.3), captions(0.6)
+    assert plain == [training_caption(scene) for scene in scenes]
+    assert sum(map(is_open, plain)) < 60
+    assert some == captions(0.3)
+    changed = [i for i, (a, b) in enumerate(zip(plain, some, strict=True)) if a != b]
+    assert all(is_open(some[i]) and some[i] == more[i] for i in changed)
+    for prompts, share in ((some, 0.3), (more, 0.6), (captions(1), 1.0)):
+        count = sum(map(is_open, prompts)) / 2000
+        assert abs(count - share) < 0.05
+    for scene, prompt in zip(scenes, some, strict=True):
+        assert all(value in (None, vars(scene)[name]) for name, value in parse_caption(prompt).items())
+    grounds = sum(parse_caption(prompt)["background"] is not None for prompt in captions(1))
+    assert 0.5 < grounds / 2000 < 0.7  # the other attributes come and go as ever
+
+
+def test_open_captions_of_given_prompts_are_refused(tiny_assets):
+    with pytest.raises(UserError, match=r"open_captions=0.2 is .*distill.prompts=p.txt.*; set open_captions=0 or"):
+        distill_config(tiny_assets, "training.distill.prompts=p.txt", "training.open_captions=0.2")
+    for share in ("-0.1", "1.5"):
+        with pytest.raises(UserError, match=f"open_captions={share} is out of range"):
+            distill_config(tiny_assets, f"training.open_captions={share}")
 
 
 def test_health_warns_once_with_a_remedy():

@@ -1,5 +1,6 @@
 """Prompts encoded ahead of time: same bits, no text encoder, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from utils.logs import read_jsonl
 
 CPU = torch.device("cpu")
 CLIPS = ["training.validation_clips=2", "training.distill.video_clips=1", "training.distill.negative_prompt=a blue"]
-MANY = ["training.bank_clips=150"]  # more than one batch
+MANY = ["training.bank_clips=150", "training.open_captions=0.3"]  # more than one batch
 
 
 def encode(assets: Path, folder: Path, *overrides: str, flags: tuple[str, ...] = ()) -> str:
@@ -65,6 +66,14 @@ def test_every_prompt_of_the_run_is_there_in_the_encoder_s_own_numbers(tiny_asse
         for start in range(0, len(group), 64):
             part = group[start : start + 64]
             assert torch.equal(read(part), live(part))
+
+
+def test_prompts_of_a_file_take_the_place_of_open_captions(tiny_assets, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle moves right\n")
+    flags = ("--caption_path", str(tmp_path / "p.txt"))
+    encode(tiny_assets, tmp_path / "encoded", "training.open_captions=0.3", flags=flags)
+    listed = json.loads((tmp_path / "encoded" / "prompts.json").read_text())
+    assert "a red circle moves right" in listed and len(listed) == 2  # and the empty one
 
 
 def test_zeros_after_the_end_are_not_stored(encoded):

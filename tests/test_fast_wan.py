@@ -116,14 +116,14 @@ class TestGraphs:
         geo = sizes(3, 1)
         plain, fast = pair()
         fast.recorder = FakeRecorder()
-        latents, t, text = inputs(geo, geo.chunk_frames, 2)
+        latents, _, text = inputs(geo, geo.chunk_frames, 2)
         with torch.no_grad():
             kv = fast.model.text_kv(text)
             caches = [stream_cache(fast.model, geo, 2) for _ in range(2)]
             for _ in range(4):
                 for cache in caches:
-                    got = fast.x0(latents, t, kv, cache.begin(0), 0)
-            expected = plain.x0(latents, t, kv, stream_cache(plain.model, geo, 2).begin(0), 0)
+                    got = fast.x0(latents, STEPS[0], kv, cache.begin(0), 0)
+            expected = plain.x0(latents, STEPS[0], kv, stream_cache(plain.model, geo, 2).begin(0), 0)
         compare([got], [expected], 2e-6)
         assert len(FakeRecorder.made) == len(fast._books) == 2
         first = fast._books[0]  # of the cache that was not used last
@@ -131,7 +131,7 @@ class TestGraphs:
         FakeRecorder.made.clear(), first.replays.clear()  # fakes hold the cache; a graph does not
         del caches[0], cache
         with torch.no_grad():
-            fast.x0(latents, t, kv, caches[0].begin(0), 0)
+            fast.x0(latents, STEPS[0], kv, caches[0].begin(0), 0)
         assert not first.alive and len(fast._books) == 1
 
     def test_results_are_not_overwritten(self):

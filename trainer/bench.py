@@ -31,17 +31,15 @@ from utils.device import pick_dtype
 from utils.intervals import Z95, Interval, mean_interval
 from utils.progress import progress_bar
 from utils.seeds import sample_seed
-from utils.tiny_captions import phrase
 from utils.tiny_features import clip_features, frechet_distance, heading_spread, saturation_drift, start_spread
 from utils.tiny_measures import measure, score_measured
-from utils.tiny_world import ATTRIBUTES, TinyWorld, caption
+from utils.tiny_world import OPEN, TinyWorld, caption
 
 Maker = Callable[[Sequence[str], Sequence[int], int], Tensor]  # prompts, seeds, latent frames -> uint8 [B, T, 3, H, W]
 Found = dict[str, Tensor]
 TEACHER_STEPS = 50
 DRAWS = 200  # of a bootstrap
 SCORED = ("colour", "shape", "direction", "axis", "sign", "background", "speed_ratio")
-OPEN = ("direction", "speed")  # what the captions for the spread of headings leave out
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +129,7 @@ class Bench:
         self.world = TinyWorld(config.video.height, config.video.width)
         self.scenes = self.world.scenes(seed, max(clips, long_clips), balanced=True)
         self.prompts = [caption(scene) for scene in self.scenes]
-        stated = [{name: vars(scene)[name] for name in ATTRIBUTES} for scene in self.scenes[:clips]]
-        self.open_prompts = [phrase(said | dict.fromkeys(OPEN)) for said in stated]
+        self.open_prompts = [caption(scene, without=OPEN) for scene in self.scenes[:clips]]
         self.seeds = [sample_seed(seed, i) for i in range(len(self.scenes))]
         self.rng = np.random.default_rng([seed, 1])
 

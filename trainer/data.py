@@ -77,13 +77,13 @@ class LatentBank:
 
     def __init__(
         self, world: TinyWorld, codec: WanCodec, text: TextEncoder, *, clips: int, frames: int, seed: int,
-        dtype: torch.dtype = torch.float32, cache: Path | None = None,
+        dtype: torch.dtype = torch.float32, cache: Path | None = None, open_captions: float = 0.0,
     ):  # fmt: skip
         device = next(codec.vae.parameters()).device
         self.scenes = world.scenes(stable_hash(seed, "bank"), clips)
         self.starts = torch.tensor([(scene.x, scene.y) for scene in self.scenes], device=device)
         self.null = text([""])
-        self.text = _captions(text, self.scenes)
+        self.text = _captions(text, self.scenes, open_captions)
         self.latents = _encoded(world.render, codec, self.scenes, frames, dtype, cache)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +131,9 @@ class SwitchedBank:
         self.latents = _encoded(partial(render_switched, world), codec, scenes, frames, dtype, cache)
 
 
-def _captions(text: TextEncoder, scenes: Sequence[TinyScene]) -> Tensor:
+def _captions(text: TextEncoder, scenes: Sequence[TinyScene], open_share: float = 0.0) -> Tensor:
     """[N, L, D]: what the scenes show, in varied words."""
-    captions = [training_caption(scene) for scene in scenes]
+    captions = [training_caption(scene, open_share=open_share) for scene in scenes]
     return torch.cat([text(captions[i : i + 64]) for i in range(0, len(captions), 64)])
 
 

@@ -41,8 +41,9 @@ class FlowStage(Supervised):
         self.text = frozen_text_encoder(config, device)
         self.world = TinyWorld(config.video.height, config.video.width)
         chunks = config.training.flow.first_chunk_clips
-        self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames)
-        self.first_chunks = self._bank(chunks, self.geometry.chunk_frames) if chunks else self.bank
+        said = {"open_captions": config.training.open_captions}
+        self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames, **said)
+        self.first_chunks = self._bank(chunks, self.geometry.chunk_frames, **said) if chunks else self.bank
 
     def _bank(self, clips: int, latent_frames: int, kind: type[Bank] = LatentBank, **options) -> Bank:
         c = self.config

@@ -23,12 +23,12 @@ from utils.tiny_world import TinyWorld, training_caption
 
 def training_prompts(config: Config) -> list[str]:
     """Lines of `training.distill.prompts`, or `training.bank_clips` captions of the tiny world."""
-    path = config.training.distill.prompts
-    if path is not None:
-        return read_prompts(resolve(Path(path)), "training.distill.prompts")
+    t = config.training
+    if t.distill.prompts is not None:
+        return read_prompts(resolve(Path(t.distill.prompts)), "training.distill.prompts")
     world = TinyWorld(config.video.height, config.video.width)
-    scenes = world.scenes(stable_hash(config.seed, "prompts"), config.training.bank_clips)
-    return [training_caption(scene) for scene in scenes]
+    scenes = world.scenes(stable_hash(config.seed, "prompts"), t.bank_clips)
+    return [training_caption(scene, open_share=t.open_captions) for scene in scenes]
 
 
 def validation_prompts(config: Config, prompts: Sequence[str]) -> list[str]:

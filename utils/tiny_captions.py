@@ -141,7 +141,7 @@ def _sentence(stated: Mapping[str, str | None], article: str, verb: str, directi
     return " ".join(part for part in parts if part)
 
 
-def varied_phrase(stated: Mapping[str, str], rng: np.random.Generator) -> str:
+def varied_phrase(stated: Mapping[str, str | None], rng: np.random.Generator) -> str:
     """A wording as a person might type it: attributes are left out at times, synonyms and other orders come up.
 
     About two in five captions state everything; one in five is of the short form "a red circle moves right".

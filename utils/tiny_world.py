@@ -36,6 +36,7 @@ __all__ = [
     "ATTRIBUTES",
     "CLIP_FRAMES",
     "DEFAULT_PROMPT",
+    "OPEN",
     "TinyScene",
     "TinyWorld",
     "VOCABULARY",
@@ -63,6 +64,7 @@ SATURATION = 0.92
 EXTENT = {"circle": (1.0, 1.0), "square": (0.89, 0.89), "triangle": (1.17, 1.015), "cross": (1.1, 1.1)}
 CROSS_ARM = 0.4  # half width of a cross's arms, as a share of its size
 TILE = 8  # pixels: width of a stripe; a checker is twice as wide
+OPEN = ("direction", "speed")  # what an open caption leaves out: where the subject goes and how fast
 _SALT = 20260309  # keeps these draws apart from other uses of the same seed
 
 
@@ -81,15 +83,19 @@ class TinyScene:
     seed: int = 0  # of the caption's wording
 
 
-def caption(scene: TinyScene, rng: np.random.Generator | None = None) -> str:
-    """What a scene shows, in words: everything, in the standard wording; with `rng` as a person might type it."""
-    stated = {name: vars(scene)[name] for name in ATTRIBUTES}
+def caption(scene: TinyScene, rng: np.random.Generator | None = None, *, without: Sequence[str] = ()) -> str:
+    """What a scene shows, in words: everything, in the standard wording; with `rng` as a person might type it.
+
+    `without`: attributes that go unsaid, such as OPEN.
+    """
+    stated = {name: vars(scene)[name] for name in ATTRIBUTES} | dict.fromkeys(without)
     return phrase(stated) if rng is None else varied_phrase(stated, rng)
 
 
-def training_caption(scene: TinyScene) -> str:
-    """The varied wording that belongs to a scene: the same one each time."""
-    return caption(scene, np.random.default_rng([_SALT, 1, scene.seed]))
+def training_caption(scene: TinyScene, *, open_share: float = 0.0) -> str:
+    """The varied wording that belongs to a scene: the same one each time. `open_share` of all scenes have open ones."""
+    is_open = np.random.default_rng([_SALT, 2, scene.seed]).random() < open_share
+    return caption(scene, np.random.default_rng([_SALT, 1, scene.seed]), without=OPEN if is_open else ())
 
 
 def flip_attribute(source: TinyScene | str, attribute: str, rng: np.random.Generator) -> str:
