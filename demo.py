@@ -27,7 +27,6 @@ def main() -> int:
         import uvicorn
 
         from server.app import SOCKET, Limits, bound_socket, check_access, is_loopback, make_app
-        from server.player import warmed_up
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run pip install -r requirements-demo.txt") from error
     check_access(args.host, args.token)
@@ -46,8 +45,7 @@ def main() -> int:
     make_plan(config, ["a prompt"])  # every check that needs no weights in memory
     set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config)
-    session = warmed_up(pipe)  # not while somebody waits
-    app = make_app(pipe, session=session, token=args.token, local=is_loopback(args.host), limits=limits)
+    app = make_app(pipe, warm=True, token=args.token, local=is_loopback(args.host), limits=limits)
     port = listener.getsockname()[1]
     print(f"open http://{args.host}:{port}/{f'?token={args.token}' if args.token else ''}", flush=True)
     settings = {"ws_max_size": MAX_MESSAGE, "ws_max_queue": 16, "log_level": "warning", "server_header": False}

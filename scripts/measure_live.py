@@ -80,12 +80,11 @@ def demo(pipe: DiagonalPipeline, plays: int) -> dict[str, Any]:
         from websockets.asyncio.client import connect
 
         from server.app import SOCKET, bound_socket, make_app
-        from server.player import warmed_up
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; see requirements-demo.txt, or --plays 0") from error
     listener = bound_socket("127.0.0.1", 0)
     options = {"log_level": "error", "timeout_graceful_shutdown": 2, **SOCKET}
-    server = uvicorn.Server(uvicorn.Config(make_app(pipe, session=warmed_up(pipe)), **options))
+    server = uvicorn.Server(uvicorn.Config(make_app(pipe, warm=True), **options))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
 

@@ -19,9 +19,8 @@ from fastapi.staticfiles import StaticFiles
 from configs.errors import UserError
 from configs.schema import CONTEXTS, SWITCHES
 from pipeline.diagonal import DiagonalPipeline
-from pipeline.stream import StreamSession
 from server.messages import MAX_PROMPT, MAX_ROWS, MAX_SEED, MAX_STEPS
-from server.player import Lobby, Player, worker
+from server.player import Lobby, Player
 from server.visit import POLICY, Visit
 from utils.pictures import read_picture
 from utils.prompts import read_prompts
@@ -107,18 +106,18 @@ class Door:
 def make_app(
     pipe: DiagonalPipeline,
     *,
-    session: StreamSession | None = None,
+    warm: bool = False,
     token: str | None = None,
     local: bool = True,
     limits: Limits | None = None,
 ) -> FastAPI:
     """The application.
 
-    session: warmed up, for the first visitor. local: only names of this machine are answered to, which keeps other
-    sites' scripts out.
+    warm: play a clip first, so that nobody waits for what is slow the first time. local: only names of this machine are
+    answered to, which keeps other sites' scripts out.
     """
-    limits, pool, door = limits or Limits(), worker(), Door(token, local)
-    lobby = Lobby(pipe, limits.rewind_bytes, session)
+    limits, door = limits or Limits(), Door(token, local)
+    lobby = Lobby(pipe, limits.rewind_bytes, warm)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     decoding = asyncio.Lock()  # one picture at a time is unpacked
     players = app.state.players = lobby.players
@@ -160,7 +159,7 @@ def make_app(
             return
         with lobby.visitor() as (name, player):
             await line.send_text(json.dumps(hello(pipe, name, limits)))
-            await Visit(line, player, pool, limits).run()
+            await Visit(line, player, lobby.worker, limits).run()
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

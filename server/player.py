@@ -89,13 +89,6 @@ def new_session(pipe: DiagonalPipeline) -> StreamSession:
     )  # fmt: skip
 
 
-def warmed_up(pipe: DiagonalPipeline) -> StreamSession:
-    """A session that has played a clip: what is slow the first time (compiling, CUDA graphs) is over."""
-    session = new_session(pipe)
-    list(session.play("a prompt", 0, pipe.num_chunks()))
-    return session
-
-
 class Player:
     """Methods but `say` and `cancel` run on the worker."""
 
@@ -201,13 +194,24 @@ class Player:
 
 
 class Lobby:
-    """Who is here. `session`: for the first visitor, such as `warmed_up` gives. A session that a visitor has left goes
-    to a later one, for its cache and its CUDA graphs."""
+    """Who is here, and the one thread that runs the model.
 
-    def __init__(self, pipe: DiagonalPipeline, rewind_bytes: int, session: StreamSession | None):
+    A session that a visitor has left goes to a later one, for its cache and its CUDA graphs.
+    """
+
+    def __init__(self, pipe: DiagonalPipeline, rewind_bytes: int, warm: bool):
         self.pipe, self.rewind_bytes, self.costs = pipe, rewind_bytes, Costs()
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.players: dict[str, Player] = {}
-        self._spare = [] if session is None else [session]
+        self._spare: list[StreamSession] = []
+        if warm:
+            self.worker.submit(self._warm_up).result()
+
+    def _warm_up(self) -> None:
+        """Play a clip where clips will be played: compiling, CUDA graphs, the thread's own cuBLAS."""
+        session = new_session(self.pipe)
+        list(session.play("a prompt", 0, self.pipe.num_chunks()))
+        self._spare.append(session)
 
     @contextmanager
     def visitor(self) -> Iterator[tuple[str, Player]]:
@@ -220,11 +224,6 @@ class Lobby:
         finally:
             del self.players[name]
             self._spare.append(session)
-
-
-def worker() -> ThreadPoolExecutor:
-    """The one thread that runs the model."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
 
 def _jpeg(frame: np.ndarray, quality: int = QUALITY) -> bytes:

@@ -141,7 +141,8 @@ def test_switched_clips_know_where_they_change(tiny_text_encoder, tmp_path, monk
         return render_switched(world, scenes, *args, **options)
 
     monkeypatch.setattr(data, "render_switched", render)
-    monkeypatch.setattr(data, "training_caption", lambda scene, **_: (captions.append(scene), training_caption(scene))[1])
+    caption = lambda scene, **_: (captions.append(scene), training_caption(scene))[1]  # noqa: E731
+    monkeypatch.setattr(data, "training_caption", caption)
     made = bank()
     (scenes,) = (some for some in seen if len(some) == 8)
     assert captions == [scene.after for scene in scenes]

@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 import demo
 from configs.errors import UserError
 from pipeline import DiagonalPipeline
+from pipeline.stream import StreamSession
 from server.app import SOCKET, Limits, bound_socket, check_access, make_app
 from server.messages import read_message
 
@@ -181,6 +182,25 @@ def test_visitors_one_after_the_other_share_a_session(serve):
 
     first, again = visit(port, script), visit(port, script)
     assert first == again
+
+
+def test_a_warm_server_has_played_where_it_will_play(serve, monkeypatch):
+    threads, play = set(), StreamSession.play
+
+    def watched(self, *args):
+        threads.add((id(self), threading.current_thread().name))
+        return play(self, *args)
+
+    monkeypatch.setattr(StreamSession, "play", watched)
+    port = serve(warm=True)
+    assert len(threads) == 1, "before anybody has come"
+
+    async def script(me):
+        await me.play()
+        await me.chunks(1)
+
+    visit(port, script)
+    assert len(threads) == 1, "by the same thread and session"
 
 
 def test_the_schedule_is_predicted(port):
