@@ -19,7 +19,7 @@ from utils import exits  # noqa: E402
 
 STAGES = (
     "text", "stills", "codec", "decoder", "chunk", "crops", "pretrain", "teacher_forcing", "few_steps", "first_chunk",
-    "switch", "distill",
+    "switch", "open", "distill",
 )  # fmt: skip
 SHIPPED = {"distill": ["training.export=assets/tiny/student"]}  # which that stage by itself leaves alone
 

@@ -72,7 +72,10 @@ def test_every_row_is_a_run_of_the_base_with_its_own_settings(tiny_assets):
     trained = [to_yaml(configs[row.name]) for row in ablation.ROWS if row.start is None]
     assert len(set(trained)) == len(trained) == 15
     both = configs["shipped"], load_config("configs/train_tiny_distill.yaml", ["seed=5"])
-    names = ("guidance", "critic_warmup", "lr", "steps", "image_start", "global_batch", "dfake_gen_update_ratio")
+    names = (
+        "guidance", "critic_warmup", "lr", "steps", "image_start", "open_captions", "global_batch",
+        "dfake_gen_update_ratio",
+    )  # fmt: skip
     shipped, real = ([line for line in to_yaml(c).splitlines() if line.split(":")[0].strip() in names] for c in both)
     assert shipped == real and len(real) >= len(names)
     a, b = (distill_config(tiny_assets, f"training.steps={n}") for n in (4, 5))

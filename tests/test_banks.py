@@ -12,7 +12,7 @@ from trainer import data
 from trainer.build import initialise_vae
 from trainer.data import LatentBank, PixelBank, SwitchedBank
 from utils.seeds import generator
-from utils.tiny_captions import ATTRIBUTES
+from utils.tiny_captions import ATTRIBUTES, parse_caption
 from utils.tiny_switch import render_switched, switched_scene
 from utils.tiny_world import TinyWorld, background_image, training_caption
 
@@ -88,6 +88,21 @@ def test_latents_are_encoded_once(tmp_path, tiny_text_encoder, monkeypatch):
     codec.vae.register_to_config(latents_mean=[0.5] * 16)
     assert not torch.equal(bank().latents, first.latents)
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
+
+
+def test_a_share_of_captions_is_open(tiny_text_encoder):
+    """Neither direction nor speed is said of these; clips stay as they are."""
+    codec = WanCodec(small_vae())
+    plain, some = (
+        LatentBank(WORLD, codec, tiny_text_encoder, clips=40, frames=1, seed=0, open_captions=share)
+        for share in (0.0, 0.5)
+    )
+    assert some.scenes == plain.scenes and torch.equal(some.latents, plain.latents)
+    is_open = (some.text != plain.text).flatten(1).any(1)
+    assert 10 <= int(is_open.sum()) <= 30
+    captions = [training_caption(scene, open_share=float(o)) for scene, o in zip(some.scenes, is_open, strict=True)]
+    assert all(parse_caption(c)["direction"] is None for c, o in zip(captions, is_open, strict=True) if o)
+    assert torch.equal(tiny_text_encoder(captions), some.text)
 
 
 def test_crops_are_squares_about_the_subject(tiny_text_encoder):

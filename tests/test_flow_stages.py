@@ -1,6 +1,7 @@
 """Pre-training and teacher forcing: steps on whole clips, on first chunks, and on squares around the subject."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,8 +42,12 @@ def flow_config(assets, stage: str, **flow):
 @pytest.mark.parametrize("kind,stage", [(Pretrain, "pretrain"), (TeacherForcing, "teacher_forcing")])
 def test_all_kinds_of_steps_come_up_and_learn(tiny_assets, kind, stage):
     flow = {"first_chunk_share": 0.6, "crop_share": 0.5, "first_chunk_clips": 9}
-    made = kind(flow_config(tiny_assets, stage, **flow), CPU, Ranks())
+    config = flow_config(tiny_assets, stage, **flow)
+    made = kind(config, CPU, Ranks())
     assert len(made.bank.latents) == 6 and len(made.first_chunks.latents) == 9
+    opened = kind(replace(config, training=replace(config.training, open_captions=1.0)), CPU, Ranks())
+    for bank, other in ((made.bank, opened.bank), (made.first_chunks, opened.first_chunks)):
+        assert torch.equal(bank.latents, other.latents) and not torch.equal(bank.text, other.text)
     plans = [made.plan(step) for step in range(300)]
     assert 90 < plans.count(WHOLE) < 150 and 60 < plans.count(FIRST) < 120 and 60 < plans.count(CROPPED) < 120
     first, whole, cropped = (plans.index(name) for name in (FIRST, WHOLE, CROPPED))
