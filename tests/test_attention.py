@@ -67,6 +67,7 @@ def test_one_call_where_a_gradient_is_wanted(monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_on_a_gpu(dtype: torch.dtype):
     if "fa3" not in attention.here(torch.device("cuda"))[1] or torch.cuda.get_device_capability() != (9, 0):
