@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from configs.errors import UserError
 from utils import machine
 
-FA3 = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}  # modules (built from source; wheel
-# `fa3-fwd`) and the names that their operators are under
+# module -> the name that its operators are under: built from source, wheel `fa3-fwd`
+FA3 = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
 FA3_HEAD, FA3_TILE = 128, 128  # queries that one of its thread blocks takes, of heads of that size
 LEAST_GAIN = 0.1  # of the time, for two calls in place of one
 DIFFUSERS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # its names for them

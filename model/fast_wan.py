@@ -41,7 +41,6 @@ from utils.logs import get_logger
 
 log = get_logger(__name__)
 
-MAX_BOOKS = 8  # caches whose graphs are kept, as many as the demo has visitors
 MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; those beyond run without a graph
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # work over fixed buffers, which has run once -> its replay
 
@@ -224,7 +223,7 @@ class FastStudent(Student):
         super().__init__(model)
         self.plan, self.step = plan, FastStep(model, plan, backend)
         self.cache_dtype = E4M3 if plan.fp8_cache else None
-        self.recorder: Record | None = CudaRecorder() if plan.cuda_graphs else None
+        self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
         self._books: list[GraphBook] = []  # one for each cache that is about; the one used last at the end
         self._rotation: tuple[tuple, Rotation] | None = None
 
@@ -262,8 +261,8 @@ class FastStudent(Student):
         self._books = [book for book in self._books if book.alive]
         book = next((book for book in self._books if book.fits(*inputs)), None)
         if book is None:
-            book = GraphBook(self.step, self.recorder, *inputs)
-        self._books = [*(other for other in self._books if other is not book), book][-MAX_BOOKS:]
+            book = GraphBook(self.step, self.recorder(), *inputs)
+        self._books = [*(other for other in self._books if other is not book), book]
         return book
 
     def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:

@@ -113,8 +113,8 @@ def make_app(
 ) -> FastAPI:
     """The application.
 
-    warm: play a clip first, so that nobody waits for what is slow the first time. local: only names of this machine are
-    answered to, which keeps other sites' scripts out.
+    warm: play a clip first, so that the first visitor does not wait for compiling and CUDA graphs. local: only names of
+    this machine are answered to, which keeps other sites' scripts out.
     """
     limits, door = limits or Limits(), Door(token, local)
     lobby = Lobby(pipe, limits.rewind_bytes, warm)

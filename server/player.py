@@ -100,7 +100,9 @@ class Player:
         self.image: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
         self.begun_with: np.ndarray | None = None  # of the present video
         self._chunks = iter(())
-        self._lock = threading.Lock()  # over `made`, which a download reads from another thread
+        self._begun = False  # whether the session plays this video yet, not what it played before
+        self._said_early: Say | None = None
+        self._lock = threading.Lock()  # over what other threads ask for: `made`, and whether it has begun
 
     def play(self, message: Play) -> None:
         """Start a new video."""
@@ -112,7 +114,7 @@ class Player:
         self.seed, self.prompt = message.seed, message.prompt
         self.snapshots.clear()
         with self._lock:
-            self.made = []
+            self.made, self._begun, self._said_early = [], False, None
         self._chunks = self.session.play(message.prompt, message.seed, None, start)
 
     def _encode(self, image: np.ndarray) -> Tensor:
@@ -135,7 +137,12 @@ class Player:
         self._chunks = self.session.resume()
 
     def say(self, message: Say) -> None:
-        self.session.say(message.prompt, message.switch)
+        """A new prompt for the next chunk; for the second, before there is a first."""
+        with self._lock:
+            if self._begun:
+                self.session.say(message.prompt, message.switch)
+            else:
+                self._said_early = message
 
     def cancel(self) -> None:
         self.session.cancel()
@@ -143,11 +150,12 @@ class Player:
     def next(self) -> MadeChunk | None:
         """The next chunk; None where it was cancelled."""
         begin = time.perf_counter()
-        if self.session.chunk and self.session.cache_bytes <= self.rewind_bytes // 2:
+        if self._begun and self.session.cache_bytes <= self.rewind_bytes // 2:
             self._keep()
         result = next(self._chunks, None)
         if result is None:
             return None
+        self._begin()
         frames, timings = result.wait().frames[0].numpy(), result.timings
         self.costs.learn(timings)
         jpegs = list(_ENCODERS.map(_jpeg, frames))
@@ -159,6 +167,13 @@ class Player:
         with self._lock:
             self.made = [*self.made, made][-MAX_KEPT:]
         return made
+
+    def _begin(self) -> None:
+        """The session has made a chunk of this video: what was said before that goes for the next one."""
+        with self._lock:
+            early, self._said_early, self._begun = self._said_early, None, True
+        if early is not None:
+            self.session.say(early.prompt, early.switch)
 
     def _keep(self) -> None:
         """A snapshot of now, on the host; the oldest ones go where there are too many."""
@@ -196,7 +211,8 @@ class Player:
 class Lobby:
     """Who is here, and the one thread that runs the model.
 
-    A session that a visitor has left goes to a later one, for its cache and its CUDA graphs.
+    A session that a visitor has left goes to a later one, for its cache and its CUDA graphs: as many are kept, with all
+    that they carry, as there were visitors at once.
     """
 
     def __init__(self, pipe: DiagonalPipeline, rewind_bytes: int, warm: bool):

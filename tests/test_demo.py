@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import av
 import pytest
@@ -170,18 +171,47 @@ def test_visitors_one_after_the_other_share_a_session(serve):
     """Its cache, and on a GPU its graphs; what one has played is nothing to the next."""
     port = serve()
 
-    async def script(me):
-        session = serve.app.state.players[me.hello["visitor"]].session
-        await me.send(type="rewind", chunk=1)
-        assert "is not kept any more" in (await me.until("error"))["message"]
-        await me.play()
+    async def script(me, **changes):
+        player = serve.app.state.players[me.hello["visitor"]]
+        await me.play(**changes)
         made = await me.chunks(3)
         await me.send(type="stop")
         await me.until("stopped")
-        return id(session), [c["frames"] for c in made]
+        assert all({*kept.text.prompts} == {changes["prompt"]} for kept in player.snapshots.values())
+        assert {*player.snapshots} <= {1, 2, 3, 4, 5} and 1 in player.snapshots
+        await me.send(type="rewind", chunk=7)
+        assert "is not kept any more" in (await me.until("error"))["message"]
+        return id(player.session), [c["frames"] for c in made]
 
-    first, again = visit(port, script), visit(port, script)
-    assert first == again
+    async def longer(me):
+        await me.play()
+        await me.chunks(8)
+
+    visit(port, longer)
+    once, other, again = (visit(port, partial(script, prompt=prompt)) for prompt in (PROMPT, OTHER, PROMPT))
+    assert once == again and other[0] == once[0] and other[1] != once[1]
+
+
+def test_what_is_said_before_the_first_chunk_goes_for_the_second(serve, monkeypatch):
+    port, make = serve(), StreamSession._next
+    heard = threading.Event()
+
+    def slow(self, *args):
+        assert heard.wait(5)
+        return make(self, *args)
+
+    monkeypatch.setattr(StreamSession, "_next", slow)
+
+    async def script(me):
+        await me.play()
+        await me.send(type="say", prompt=OTHER, switch="cut")
+        await me.until("said")
+        heard.set()
+        return [chunk["prompt"] for chunk in await me.chunks(3)]
+
+    for _ in range(2):  # by a new session, and by one that another visitor has left
+        heard.clear()
+        assert visit(port, script) == [PROMPT, OTHER, OTHER]
 
 
 def test_a_warm_server_has_played_where_it_will_play(serve, monkeypatch):

@@ -96,7 +96,7 @@ class TestGraphs:
         geo, texts = sizes(3, 1), [inputs(sizes(3, 1), 2, seed=s)[2] for s in (1, 2)]
         plain, fast = pair()
         monkeypatch.setattr(FakeRecorder, "made", [])
-        fast.recorder = FakeRecorder()
+        fast.recorder = FakeRecorder
         compare(play(plain, geo, 9, texts=texts), play(fast, geo, 9, texts=texts), 2e-6)
         states = cache_states(geo, 9)
         assert fast.graphs == len(FakeRecorder.made) == len(states) == 4
@@ -106,7 +106,7 @@ class TestGraphs:
     def test_another_cache_is_another_book(self):
         geo = sizes(3, 1)
         plain, fast = pair()
-        fast.recorder = FakeRecorder()
+        fast.recorder = FakeRecorder
         for batch in (2, 1):
             compare(play(plain, geo, 5, batch), play(fast, geo, 5, batch), 2e-6)
 
@@ -115,7 +115,7 @@ class TestGraphs:
         monkeypatch.setattr(FakeRecorder, "made", [])
         geo = sizes(3, 1)
         plain, fast = pair()
-        fast.recorder = FakeRecorder()
+        fast.recorder = FakeRecorder
         latents, _, text = inputs(geo, geo.chunk_frames, 2)
         with torch.no_grad():
             kv = fast.model.text_kv(text)
@@ -137,7 +137,7 @@ class TestGraphs:
     def test_results_are_not_overwritten(self):
         geo = sizes(3, 1)
         _, fast = pair()
-        fast.recorder = FakeRecorder()
+        fast.recorder = FakeRecorder
         out = play(fast, geo, 5)
         assert len({x.data_ptr() for x in out}) == len(out)
 
@@ -145,7 +145,7 @@ class TestGraphs:
         monkeypatch.setattr("model.fast_wan.MAX_GRAPHS", 3)
         geo = sizes(0, 0)
         plain, fast = pair()
-        fast.recorder = FakeRecorder()
+        fast.recorder = FakeRecorder
         compare(play(plain, geo, 6), play(fast, geo, 6), 2e-6)
         assert fast.graphs == 3
 
@@ -161,7 +161,7 @@ class TestCompiled:
         compare(play(plain, geo, 1), play(fast, geo, 1), 2e-6)
         assert counter.frame_count == 5
         compare(play(plain, geo, 7), play(fast, geo, 7), 2e-6)
-        fast.recorder = FakeRecorder()  # what is captured has the layouts of what was compiled
+        fast.recorder = FakeRecorder  # what is captured has the layouts of what was compiled
         compare(play(plain, geo, 7), play(fast, geo, 7), 2e-6)
         assert fast.graphs and counter.frame_count == 5
         torch._dynamo.reset()

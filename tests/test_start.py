@@ -156,7 +156,7 @@ def test_the_fast_student_starts_from_an_image_and_records_as_ever(make, tiny_ge
     from test_fast_wan import SDPA
 
     fast = optimise(random_student(), FastPlan(kernels=SDPA))
-    fast.recorder = Recorder()
+    fast.recorder = Recorder
     image = latents(tiny_geometry, 1)
     ours, plain = (torch.cat([r.latents for r in s.play(PROMPT, 1, 9, image)], 1) for s in (make(student=fast), make()))
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)

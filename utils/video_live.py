@@ -61,7 +61,7 @@ class LiveWriter:
             yield
             return
         with av.open(_Forward(file), "w", format="mp4", options=FRAGMENTS) as container:
-            # no frames are held back, a fragment ends at each key frame, and the encoder is as fast as a GPU
+            # no frames are held back, a fragment ends at each key frame, and a GPU is not held up much
             live = {"tune": "zerolatency", "g": str(self.fps), "preset": "veryfast"}
             self._container, self._stream = container, add_h264(container, self.fps, self.size, **live)
             yield
