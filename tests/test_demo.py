@@ -184,8 +184,13 @@ def test_visitors_one_after_the_other_share_a_session(serve):
         return id(player.session), [c["frames"] for c in made]
 
     async def longer(me):
-        await me.play()
-        await me.chunks(8)
+        player = serve.app.state.players[me.hello["visitor"]]
+        for prompt, count in ((PROMPT, 8), (OTHER, 2)):
+            await me.play(prompt=prompt)
+            await me.chunks(count)
+        await me.send(type="stop")
+        await me.until("stopped")
+        assert player.snapshots and all({*kept.text.prompts} == {OTHER} for kept in player.snapshots.values())
 
     visit(port, longer)
     once, other, again = (visit(port, partial(script, prompt=prompt)) for prompt in (PROMPT, OTHER, PROMPT))

@@ -134,6 +134,30 @@ class TestGraphs:
             fast.x0(latents, STEPS[0], kv, caches[0].begin(0), 0)
         assert not first.alive and len(fast._books) == 1
 
+    @pytest.mark.cuda
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_captured_for_caches_that_come_and_go(self):
+        """For real: the same numbers in turns, and a graph keeps no cache alive."""
+        geo, device = sizes(3, 1), torch.device("cuda")
+        plain, fast = Student(build()[0].to(device)), Student(build()[0].to(device))
+        fast = optimise(fast, FastPlan(kernels=SDPA, cuda_graphs=True))
+        latents, _, text = (x.to(device) for x in inputs(geo, geo.chunk_frames, 2))
+
+        def step(student, cache, batch):
+            with torch.no_grad():
+                kv = student.model.text_kv(text[:batch])
+                return student.x0(latents[:batch], STEPS[0], kv, cache.begin(0), 0)
+
+        expected = {n: step(plain, stream_cache(plain.model, geo, n, device=device), n) for n in (1, 2)}
+        for batches in ((1, 2), (2, 1), (1,)):
+            caches = [(stream_cache(fast.model, geo, n, device=device), n) for n in batches]
+            for _ in range(4):
+                for cache, n in caches:
+                    compare([step(fast, cache, n)], [expected[n]], 1e-4)
+            assert len(fast._books) == len(batches) and fast.graphs == 1
+            del caches, cache
+            assert not any(book.alive for book in fast._books)
+
     def test_results_are_not_overwritten(self):
         geo = sizes(3, 1)
         _, fast = pair()
