@@ -18,7 +18,6 @@ says `fused_norms`, model/fused_wan.py has the three functions.
 """
 
 import importlib.util
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from configs.errors import UserError
 from configs.geometry import Geometry
@@ -224,13 +224,13 @@ class FastStudent(Student):
         self.plan, self.step = plan, FastStep(model, plan, backend)
         self.cache_dtype = E4M3 if plan.fp8_cache else None
         self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
-        self._books: list[GraphBook] = []  # one for each cache that is about; the one used last at the end
+        self._books = WeakTensorKeyDictionary()  # by the keys of the first layer: a book goes with its cache
         self._rotation: tuple[tuple, Rotation] | None = None
 
     @property
     def graphs(self) -> int:
-        """CUDA graphs captured for the cache that was used last."""
-        return len(self._books[-1].replays) if self._books else 0
+        """CUDA graphs captured, of all caches that are about."""
+        return sum(len(book.replays) for book in self._books.values())
 
     def x0(
         self,
@@ -254,16 +254,10 @@ class FastStudent(Student):
         rotation = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:
             return self.step(x_t, t, rotation, text, layers)
-        return self._book(x_t, t, rotation, text, layers).run(x_t, t, rotation, text, layers)
-
-    def _book(self, *inputs) -> "GraphBook":
-        """The graphs of these inputs' cache; those of caches that are gone are let go first."""
-        self._books = [book for book in self._books if book.alive]
-        book = next((book for book in self._books if book.fits(*inputs)), None)
-        if book is None:
-            book = GraphBook(self.step, self.recorder(), *inputs)
-        self._books = [*(other for other in self._books if other is not book), book]
-        return book
+        book = self._books.get(layers[0].keys)
+        if book is None or not book.fits(x_t, t, text):
+            self._books[layers[0].keys] = book = GraphBook(self.step, self.recorder(), x_t, t, rotation, text)
+        return book.run(x_t, t, rotation, text, layers)
 
     def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:
         """cos and sin; the same tensors for every step of a chunk."""
@@ -281,29 +275,22 @@ class FastStudent(Student):
 class GraphBook:
     """Graphs over one cache's buffers, by (first token written, tokens visible), and the inputs that they read."""
 
-    def __init__(self, step: FastStep, record: Record, x_t, t, rotation: Rotation, text: TextKV, layers):
+    def __init__(self, step: FastStep, record: Record, x_t, t, rotation: Rotation, text: TextKV):
         self._step, self._record = step, record
         self._x, self._t, self._out = x_t.clone(), t.clone(), torch.empty_like(x_t)
         self._rotation = tuple(part.clone() for part in rotation)
         self._text = [(k.clone(), v.clone()) for k, v in text]
         self._source: tuple = (rotation, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
-        self._keys = [weakref.ref(layer.keys) for layer in layers]  # a cache is not kept alive by its graphs
         self._tried: set[tuple[int, int]] = set()
         self.replays: dict[tuple[int, int], Callable[[], None]] = {}
 
-    @property
-    def alive(self) -> bool:
-        """Whether the cache is still there."""
-        return all(keys() is not None for keys in self._keys)
-
-    def fits(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> bool:
-        """Whether these inputs have the shapes and the cache the buffers that the graphs know."""
+    def fits(self, x_t: Tensor, t: Tensor, text: TextKV) -> bool:
+        """Whether these inputs have the shapes that the graphs know."""
         return (
             x_t.shape == self._x.shape
             and x_t.dtype == self._x.dtype
             and t.shape == self._t.shape
             and text[0][0].shape == self._text[0][0].shape
-            and all(layer.keys is keys() for layer, keys in zip(layers, self._keys, strict=True))
         )
 
     def run(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:

@@ -125,7 +125,8 @@ class StreamSession:
         start: clean latents [B or 1, g, C, h, w] that the videos begin with (pipeline/chunk.py). They count as chunks
         and are decoded like them, by the same decoder: the first frames are the given ones, none lost or repeated.
 
-        One session plays one batch at a time: a new `play` ends the one before.
+        One session plays one batch at a time: a new `play` ends the one before. It begins when it is called: what is
+        said before the first chunk is made goes for that.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
@@ -136,14 +137,14 @@ class StreamSession:
         lengths = self._lengths(num_chunks, len(prompts))
         self._start(prompts, seeds, longest(lengths), start)
         timer.mark("text")
-        yield from self._run(playing, lengths, timer)
+        return self._run(playing, lengths, timer)
 
     def resume(self, num_chunks: Length = None) -> Iterator[ChunkResult]:
         """Go on from where the stream stands: after `restore`, `cancel`, or the end of `play`."""
         assert self._cache is not None, "nothing has been played"
         self._cancelled.clear()
         self._playing = playing = object()
-        yield from self._run(playing, self._lengths(num_chunks, len(self._noise.seeds)), SpanTimer(self.device))
+        return self._run(playing, self._lengths(num_chunks, len(self._noise.seeds)), SpanTimer(self.device))
 
     def say(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
         """Change the prompt from the next chunk on: one for all streams, or one each (None: as it was).

@@ -100,9 +100,7 @@ class Player:
         self.image: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
         self.begun_with: np.ndarray | None = None  # of the present video
         self._chunks = iter(())
-        self._begun = False  # whether the session plays this video yet, not what it played before
-        self._said_early: Say | None = None
-        self._lock = threading.Lock()  # over what other threads ask for: `made`, and whether it has begun
+        self._lock = threading.Lock()  # over `made`, which a download reads from another thread
 
     def play(self, message: Play) -> None:
         """Start a new video."""
@@ -114,7 +112,7 @@ class Player:
         self.seed, self.prompt = message.seed, message.prompt
         self.snapshots.clear()
         with self._lock:
-            self.made, self._begun, self._said_early = [], False, None
+            self.made = []
         self._chunks = self.session.play(message.prompt, message.seed, None, start)
 
     def _encode(self, image: np.ndarray) -> Tensor:
@@ -137,12 +135,7 @@ class Player:
         self._chunks = self.session.resume()
 
     def say(self, message: Say) -> None:
-        """A new prompt for the next chunk; for the second, before there is a first."""
-        with self._lock:
-            if self._begun:
-                self.session.say(message.prompt, message.switch)
-            else:
-                self._said_early = message
+        self.session.say(message.prompt, message.switch)
 
     def cancel(self) -> None:
         self.session.cancel()
@@ -150,12 +143,11 @@ class Player:
     def next(self) -> MadeChunk | None:
         """The next chunk; None where it was cancelled."""
         begin = time.perf_counter()
-        if self._begun and self.session.cache_bytes <= self.rewind_bytes // 2:
+        if self.session.chunk and self.session.cache_bytes <= self.rewind_bytes // 2:
             self._keep()
         result = next(self._chunks, None)
         if result is None:
             return None
-        self._begin()
         frames, timings = result.wait().frames[0].numpy(), result.timings
         self.costs.learn(timings)
         jpegs = list(_ENCODERS.map(_jpeg, frames))
@@ -167,13 +159,6 @@ class Player:
         with self._lock:
             self.made = [*self.made, made][-MAX_KEPT:]
         return made
-
-    def _begin(self) -> None:
-        """The session has made a chunk of this video: what was said before that goes for the next one."""
-        with self._lock:
-            early, self._said_early, self._begun = self._said_early, None, True
-        if early is not None:
-            self.session.say(early.prompt, early.switch)
 
     def _keep(self) -> None:
         """A snapshot of now, on the host; the oldest ones go where there are too many."""

@@ -197,7 +197,8 @@ def test_visitors_one_after_the_other_share_a_session(serve):
     assert once == again and other[0] == once[0] and other[1] != once[1]
 
 
-def test_what_is_said_before_the_first_chunk_goes_for_the_second(serve, monkeypatch):
+@pytest.mark.parametrize("switch", ["cut", "recache", "blend"])
+def test_what_is_said_before_the_first_chunk_goes_for_that(serve, monkeypatch, switch):
     port, make = serve(), StreamSession._next
     heard = threading.Event()
 
@@ -208,15 +209,19 @@ def test_what_is_said_before_the_first_chunk_goes_for_the_second(serve, monkeypa
     monkeypatch.setattr(StreamSession, "_next", slow)
 
     async def script(me):
+        heard.clear()
         await me.play()
-        await me.send(type="say", prompt=OTHER, switch="cut")
+        await me.send(type="say", prompt=OTHER, switch=switch)
         await me.until("said")
         heard.set()
-        return [chunk["prompt"] for chunk in await me.chunks(3)]
+        changed = await me.chunks(3)
+        await me.play(prompt=OTHER)
+        return changed, await me.chunks(3)
 
     for _ in range(2):  # by a new session, and by one that another visitor has left
-        heard.clear()
-        assert visit(port, script) == [PROMPT, OTHER, OTHER]
+        changed, other = visit(port, script)
+        assert [chunk["prompt"] for chunk in changed] == [OTHER] * 3
+        assert (changed[0]["frames"] == other[0]["frames"]) == (switch != "blend")
 
 
 def test_a_warm_server_has_played_where_it_will_play(serve, monkeypatch):
