@@ -32,7 +32,7 @@ from utils.video_live import LiveWriter
 
 QUALITY = 92  # of JPEG
 THUMB = 96  # pixels across
-_ENCODERS = ThreadPoolExecutor(4, thread_name_prefix="jpeg")  # 12 frames of 832x480 take one thread 70 ms
+_ENCODERS = ThreadPoolExecutor(4, thread_name_prefix="jpeg")  # a single thread would hold up a GPU
 MAX_KEPT = 800  # chunks whose pictures are kept for the download: ten minutes at 16 frames a second
 
 
@@ -209,7 +209,7 @@ class Lobby:
             self.worker.submit(self._warm_up).result()
 
     def _warm_up(self) -> None:
-        """Play a clip where clips will be played: compiling, CUDA graphs, the thread's own cuBLAS."""
+        """Play a clip where clips will be played: compiling, CUDA graphs, what a thread sets up once."""
         session = new_session(self.pipe)
         list(session.play("a prompt", 0, self.pipe.num_chunks()))
         self._spare.append(session)
