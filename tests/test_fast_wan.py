@@ -135,7 +135,7 @@ class TestGraphs:
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_captured_for_caches_that_come_and_go(self):
-        """For real: the same numbers in turns, and a graph keeps no cache alive."""
+        """For real: the same numbers in turns (kernels round to TF32), and a graph keeps no cache alive."""
         geo, device = sizes(3, 1), torch.device("cuda")
         plain, fast = Student(build()[0].to(device)), Student(build()[0].to(device))
         fast = optimise(fast, FastPlan(kernels=SDPA, cuda_graphs=True))
@@ -151,7 +151,7 @@ class TestGraphs:
             caches = [(stream_cache(fast.model, geo, n, device=device), n) for n in batches]
             for _ in range(4):
                 for cache, n in caches:
-                    compare([step(fast, cache, n)], [expected[n]], 1e-4)
+                    compare([step(fast, cache, n)], [expected[n]], 5e-3)
             assert len(fast._books) == fast.graphs == len(batches)
             del caches, cache
             assert not len(fast._books)

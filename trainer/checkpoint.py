@@ -11,11 +11,13 @@ Either form can be read by any number of ranks, sharded or not.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from configs.errors import UserError
 from model.run_folders import MANIFEST, SHARDS, STATE
@@ -62,10 +64,11 @@ def save(
 
     try:
         on_first(lambda: _make_empty(aside))
-        if callable(state):
-            state(aside / SHARDS)
-        else:
-            on_first(lambda: torch.save(state, aside / STATE))
+        with _without_crc():
+            if callable(state):
+                state(aside / SHARDS)
+            else:
+                on_first(lambda: torch.save(state, aside / STATE))
         hashes = _hashes(aside, team, sharded=callable(state))
         on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": team.world} | hashes))
     except (OSError, RuntimeError, FailedElsewhere) as error:
@@ -85,6 +88,17 @@ def save(
         for old in folders(logdir)[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch.save without a CRC-32 of each tensor, which takes longer than all the rest; the manifest has SHA-256."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _make_empty(folder: Path) -> None:
