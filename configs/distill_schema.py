@@ -81,6 +81,7 @@ class DistillConfig:
     guidance: float = 3.0  # s of cond + s (cond - uncond), on the teacher's x0; the usual weight is s + 1
     fake_guidance: float = 0.0  # the same for the critic
     negative_prompt: str = ""  # text of the branch without the prompt
+    teacher_fp8: bool = False  # the teacher's large linears in float8: half its memory, scores a few percent off
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted, for teacher and critic alike
     min_timestep: float = 20.0  # then clamped to
     max_timestep: float = 980.0

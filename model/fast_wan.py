@@ -37,6 +37,7 @@ from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, Tex
 from model.denoiser import Student, as_timestep
 from model.fast_kernels import linear_gelu
 from model.flow import x0_from_v
+from model.fp8 import KEPT
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -52,7 +53,7 @@ class FastPlan:
     kernels: Kernels
     fuse_qkv: bool = True
     fp8: str | None = None  # how numbers are scaled: row, tensor; None = linears stay as they are
-    fp8_keep: tuple[int, ...] = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
+    fp8_keep: tuple[int, ...] = KEPT  # blocks whose linears stay
     fp8_cache: bool = False  # queries, keys and values in float8 as well
     fused_gelu: bool = False  # GELU inside the matrix product
     fused_norms: bool = False  # norms, rotary and rounding to float8 by kernels of our own, where the student fits them
@@ -105,9 +106,7 @@ def optimise(student: Student, plan: FastPlan) -> "FastStudent":
         for block in model.blocks:
             fuse(block.attn1)
     if plan.fp8:
-        kept = {i % len(model.blocks) for i in plan.fp8_keep}
-        names = [fp8.convert(block, plan.fp8) for i, block in enumerate(model.blocks) if i not in kept]
-        log.info(f"float8: {sum(map(len, names))} linears in {len(names)} of {len(model.blocks)} blocks")
+        log.info(fp8.convert_blocks(model.blocks, plan.fp8, plan.fp8_keep))
     return FastStudent(model, plan)
 
 

@@ -6,6 +6,8 @@ scaling "row": s_x for each row of x (token), s_w for each row of w (output), wh
 others their digits; a row's amax lies in the kernel that made the row. "tensor": one number for each.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,29 +20,32 @@ ADA = (8, 9)  # first compute capability with float8 matrix units
 MULTIPLE = 16  # that _scaled_mm wants of both sizes of a weight
 LINEARS = ("attn1.to_qkv", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 LINEARS += ("attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")  # text keys are made once a prompt
+KEPT = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
 
 
-def check_fp8(device: torch.device) -> None:
+def check_fp8(
+    device: torch.device, setting: str = "inference.precision=fp8", instead: str = "inference.precision=auto"
+) -> None:
     """Refuse a device whose matrix units have no float8."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < ADA:
         raise UserError(
-            f"inference.precision=fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper) and device={device} "
-            "is none; use inference.precision=auto"
+            f"{setting} needs a GPU of compute capability 8.9 or later (Ada, Hopper) and device={device} is none; "
+            f"use {instead}"
         )
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer's replacement for inference; holds half the bytes."""
+    """A linear layer's replacement for inference; holds half the bytes. scale: [out_features, 1], or [] by tensor."""
 
     def __init__(self, linear: nn.Linear, scaling: str = "row"):
         super().__init__()
         assert scaling in ("row", "tensor"), f"scaling={scaling}"
         self.in_features, self.out_features, self.scaling = linear.in_features, linear.out_features, scaling
         weight, scale = quantise(linear.weight.detach(), scaling)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.t().contiguous() if scaling == "row" else scale)
+        self.weight, self.scale = (nn.Parameter(x, requires_grad=False) for x in (weight, scale))
         # row scales go with bfloat16 results only
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().bfloat16())
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         value, scale = quantise(x.reshape(-1, self.in_features), self.scaling)
@@ -49,7 +54,7 @@ class Fp8Linear(nn.Module):
     def multiply(self, value: Tensor, scale: Tensor) -> Tensor:
         """Rows of e4m3 [N, K] with their scale, as `quantise` gives them -> [N, out_features], bfloat16."""
         return torch._scaled_mm(
-            value, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
+            value, self.weight.t(), scale, self.scale.t(), bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
     def extra_repr(self) -> str:
@@ -64,7 +69,7 @@ def quantise(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(E4M3), scale
 
 
-def convert(block: nn.Module, scaling: str = "row") -> list[str]:
+def convert(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
     """Replace the large linears of a transformer block; the names of those replaced."""
     done = []
     for name in LINEARS:
@@ -74,9 +79,18 @@ def convert(block: nn.Module, scaling: str = "row") -> list[str]:
         owner = block.get_submodule(parent)
         linear = dict(owner.named_children()).get(leaf)
         if type(linear) is nn.Linear and not (linear.in_features % MULTIPLE or linear.out_features % MULTIPLE):
-            setattr(owner, leaf, Fp8Linear(linear, scaling))
+            setattr(owner, leaf, kind(linear, scaling))
             done.append(name)
     return done
+
+
+def convert_blocks(
+    blocks: Sequence[nn.Module], scaling: str = "row", keep: Sequence[int] = KEPT, kind: type[Fp8Linear] = Fp8Linear
+) -> str:
+    """`convert` all blocks but those of `keep`; what was done, in words."""
+    kept = {i % len(blocks) for i in keep}
+    names = [convert(block, scaling, kind) for i, block in enumerate(blocks) if i not in kept]
+    return f"float8: {sum(map(len, names))} linears in {len(names)} of {len(blocks)} blocks"
 
 
 @torch.no_grad()

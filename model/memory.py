@@ -296,7 +296,7 @@ def distill_plan(
     always = {
         "student, gradients, AdamW, average": trained(student, lora.student_rank, t.optimizer.betas, True),
         "critic, gradients, AdamW": trained(critic, lora.critic_rank, t.distill.critic_optimizer.betas, False),
-        "teacher": 2 * teacher.parameters / shards,
+        "teacher": (teacher.fp8_bytes if t.distill.teacher_fp8 else 2 * teacher.parameters) / shards,
         "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,
     }

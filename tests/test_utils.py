@@ -1,6 +1,7 @@
 """Seeds, files, prompts, logs, ranks, devices, timers and exits."""
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ from utils import exits
 from utils.device import available_cpus, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import (
+    HashedFile,
     atomic_path,
     check_writable,
     safe_name,
@@ -105,6 +107,32 @@ def test_hashes(tmp_path):
     assert sampled_hash(path) != before
     path.write_bytes(b"")
     assert sampled_hash(path) != before
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path):
+    """In order, whatever becomes of the caller's memory; and a full disk is an error."""
+    class Slow:
+        def __init__(self):
+            self.digest = hashlib.sha256()
+            self.hexdigest = self.digest.hexdigest
+
+        def update(self, data: bytes) -> None:
+            time.sleep(0.01)
+            self.digest.update(data)
+
+    path, data = tmp_path / "state", bytearray(3 << 20)
+    with HashedFile(path) as file:
+        file._digest = Slow()
+        for value in range(8):
+            data[:] = bytes([value]) * len(data)
+            assert file.write(memoryview(data)) == len(data)
+            file.write(b"end")
+        file.flush()
+        assert file.hexdigest() == sha256_of(path)
+    assert path.stat().st_size == 8 * (len(data) + 3) and path.read_bytes()[-4:] == b"\x07end"
+    with pytest.raises(OSError, match="No space left"), HashedFile("/dev/full") as file:
+        torch.save(torch.zeros(1 << 20), file)
+
 
 
 def test_check_writable(tmp_path):

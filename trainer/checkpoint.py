@@ -24,7 +24,7 @@ from model.run_folders import MANIFEST, SHARDS, STATE
 from trainer import sharded_checkpoint
 from trainer.optim import Player
 from trainer.team import FailedElsewhere, Team
-from utils.files import sha256_of
+from utils.files import HashedFile, sha256_of
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -57,7 +57,7 @@ def save(
     """
     team = team or Team()
     first, final = team.rank == 0, logdir / f"{PREFIX}{step:06d}"
-    aside = logdir / f"{ASIDE}{final.name}"
+    aside, hashes = logdir / f"{ASIDE}{final.name}", {}
 
     def on_first(work: Callable[[], Any]) -> None:
         team.together("saving", lambda: work() if first else None)
@@ -68,8 +68,9 @@ def save(
             if callable(state):
                 state(aside / SHARDS)
             else:
-                on_first(lambda: torch.save(state, aside / STATE))
-        hashes = _hashes(aside, team, sharded=callable(state))
+                on_first(lambda: hashes.update(sha256=_write(state, aside / STATE)))
+        if callable(state):
+            hashes["files"] = _hashes(aside, team)
         on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": team.world} | hashes))
     except (OSError, RuntimeError, FailedElsewhere) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITER_ERRORS):
@@ -106,13 +107,18 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _hashes(aside: Path, team: Team, *, sharded: bool) -> dict[str, Any]:
-    """What the manifest says of the files; of many, each rank reads its share."""
-    if not sharded:
-        return {"sha256": sha256_of(aside / STATE)} if team.rank == 0 else {}
+def _write(state: dict[str, Any], path: Path) -> str:
+    """The SHA-256 of what was written."""
+    with HashedFile(path) as file:
+        torch.save(state, file)
+        return file.hexdigest()
+
+
+def _hashes(aside: Path, team: Team) -> dict[str, str]:
+    """The SHA-256 of each part, of which each rank reads its share."""
     names = sorted(file.relative_to(aside).as_posix() for file in (aside / SHARDS).iterdir())
     own = team.together("saving", lambda: {n: sha256_of(aside / n) for n in names[team.rank :: team.world]})
-    return {"files": {name: value for part in team.gather(own) for name, value in part.items()}}
+    return {name: value for part in team.gather(own) for name, value in part.items()}
 
 
 def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:

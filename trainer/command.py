@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configs.load import load_config, to_yaml
+from model.fp8 import check_fp8
 from pipeline.preflight import check_training
 from trainer.loop import make_sinks, run
 from trainer.registry import build_stage
@@ -25,6 +26,8 @@ def train(args: Namespace) -> bool:
     logdir = check_writable(args.logdir or f"logs/{Path(args.config_path).stem}", "--logdir")
     device = pick_device(config.device, ranks.local_rank)
     check_training(config, ranks.world, gpu_memory(device))
+    if config.training.distill.teacher_fp8:
+        check_fp8(device, "training.distill.teacher_fp8=true", "teacher_fp8=false")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
     if "OMP_NUM_THREADS" not in os.environ:

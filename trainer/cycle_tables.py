@@ -55,7 +55,13 @@ def phase_table(one: Found) -> str:
             cells += [f"{phase['flops'] / 1e12:.4g}" if "flops" in phase else "", _percent(phase.get("mfu"))]
             rows.append([f"{who}: {name}", *cells, _percent(again), f"{max(peaks) / GB:.1f}" if peaks else ""])
     head = f"{one['layout']}: global batch {one['global_batch']}, {one['ratio']} critic updates a cycle"
-    return "\n".join([head, grid(rows), *saving_text(one)])
+    return "\n".join([head, grid(rows), *error_text(one), *saving_text(one)])
+
+
+def error_text(one: Found) -> list[str]:
+    """How far off a teacher in float8 is."""
+    errors = one["teacher_errors"].items()
+    return [f"teacher in float8: v off by {', '.join(f'{e:.1%} at t={t}' for t, e in errors)}"] if errors else []
 
 
 def saving_text(one: Found) -> list[str]:

@@ -134,6 +134,7 @@ def _plain(layout: Layout) -> list[str]:
 
 LADDER: tuple[tuple[str, ...], ...] = (
     (),
+    ("training.distill.teacher_fp8=true",),
     ("teacher=1.3B",),
     ("training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64"),
     ("teacher=1.3B", "training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64"),

@@ -12,23 +12,35 @@ from torch import Tensor
 
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
+from model.fp8_teacher import in_float8, round_and_compare
 from model.weight_plans import Plan
 from trainer.networks import start_network
 from trainer.optim import Player
 from trainer.parallel import Placing, placed
 from trainer.sharded_weights import copy_parts, empty, fill_parts, init_plan
 from utils.device import pick_dtype
+from utils.logs import get_logger
 from utils.seeds import generator
+
+log = get_logger(__name__)
 
 FLOAT = torch.float32  # of what is trained, and of its average
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
 def frozen_teacher(config: Config, where: Placing) -> WanTransformer3DModel:
-    """The teacher, in the precision of activations."""
+    """The teacher, in the precision of activations; with `training.distill.teacher_fp8` its large linears in float8.
+
+    How far off that makes it is said where it is whole at first; one that is read in parts never is.
+    """
     dtype = pick_dtype(config.training.precision, where.device)
     plan = init_plan(config, "teacher", where, dtype)
     teacher = start_network(config, "teacher", where.device, dtype) if plan is None else empty(plan, dtype)
+    if config.training.distill.teacher_fp8 and plan is not None:
+        log.info("teacher in %s", in_float8(teacher))
+    elif config.training.distill.teacher_fp8:
+        said, errors = round_and_compare(teacher.to(where.device))
+        log.info("teacher in %s; off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
     teacher = placed(teacher.eval().requires_grad_(False), where, role="teacher")
     return teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)
 

@@ -32,6 +32,7 @@ TUNED = (
     "training.steps", "training.micro_batch", "training.precision", "training.ema_decay", "training.ema_start_step",
     "training.distill.spatial_weight", "training.distill.gamma", "training.distill.flow.weight",
     "training.distill.regression_weight", "training.distill.guidance", "training.distill.fake_guidance",
+    "training.distill.teacher_fp8",
     "training.flow", "training.codec",
     *(f"training.{name}.{knob}" for name in ("optimizer", "distill.critic_optimizer") for knob in KNOBS),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from transformers import UMT5EncoderModel
 from configs.schema import Config
 from model import weight_names as names
 from model.causal_wan import CausalWanModel
+from model.fp8 import E4M3, quantise
 from model.random_weights import transformer_plan
 from model.text import TextEncoder
 from model.weight_plans import Plan, plan_text_encoder, plan_transformer
@@ -63,6 +64,8 @@ def fill_parts(
 ) -> nn.Module:  # fmt: skip
     """Give a sharded network without weights its parts of what `plan` holds; to other names what `rest` makes for them.
 
+    What the network has in float8 is rounded, by rows, before it is cut into parts.
+
     rest: (name, parameter) -> whole tensor, the same on all ranks. For adapters, which no plan has.
     """
     own = network.state_dict()
@@ -70,6 +73,10 @@ def fill_parts(
     state = {}
     for key, value in values(plan, network, device, dtype):
         name = adapted[key]
+        if own[name].dtype == E4M3:
+            value, scale = quantise(value, "row")
+            scales = f"{name.removesuffix('weight')}scale"
+            state[scales] = _parameter(scale, own[scales])
         state[name] = _parameter(value, own[name])
     for name in own.keys() - state.keys():
         tied = isinstance(network, UMT5EncoderModel) and name == "encoder.embed_tokens.weight"

@@ -7,6 +7,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,37 @@ def sha256_of(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashedFile:
+    """A new file that is written from start to end, and its SHA-256, which a thread computes beside the writing."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._file, self._digest = open(path, "wb"), hashlib.sha256()
+        self._thread, self._newest = ThreadPoolExecutor(1), Future()
+        self._newest.set_result(None)
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """All of `data`, of which one copy is kept until the next call."""
+        kept = bytes(data)  # the caller's memory may be another's by the time the thread reads it
+        self._newest.result()
+        self._newest = self._thread.submit(self._digest.update, kept)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        """Of what has been written so far."""
+        self._newest.result()
+        return self._digest.hexdigest()
 
 
 def sampled_hash(path: str | os.PathLike, blocks: int = 16, size: int = 65536) -> str:
