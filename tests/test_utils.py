@@ -126,6 +126,7 @@ def test_a_file_is_hashed_while_it_is_written(tmp_path):
         for value in range(8):
             data[:] = bytes([value]) * len(data)
             assert file.write(memoryview(data)) == len(data)
+            data[:] = bytes(len(data))
             file.write(b"end")
         file.flush()
         assert file.hexdigest() == sha256_of(path)
