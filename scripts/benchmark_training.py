@@ -11,7 +11,7 @@ Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the ba
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json four.json --budget 520 --check --layouts full:4 sequence:4 sequence2:4 hybrid:4 full:2 none:1,card=140
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
-      --json one.json --budget 520 --layouts none:1,teacher=1.3B
+      --json one.json --budget 520 --save logs --layouts none:1,training.distill.teacher_fp8=true none:1,teacher=1.3B
 
 Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
 are written as trainer/layouts.py says, run one after another in processes of their own, and those that do not work here
