@@ -92,6 +92,7 @@ class DistillConfig:
     context_grad: bool = True  # the loss of later chunks reaches earlier ones through their keys and values
     long: LongConfig = field(default_factory=LongConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    fast_rollout: bool = False  # those for the critic by inference's fast student, a copy in training.precision
 
     # what it is fed and what is looked at
     prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
@@ -115,6 +116,11 @@ class DistillConfig:
             raise UserError(
                 f"training.distill.min_timestep={self.min_timestep} is above training.distill.max_timestep="
                 f"{self.max_timestep}; swap them"
+            )
+        if self.fast_rollout and self.lora.student_rank:
+            raise UserError(
+                f"training.distill.fast_rollout=true copies a student that is trained whole, and "
+                f"training.distill.lora.student_rank={self.lora.student_rank}; set one of them off"
             )
         if not self.spatial_weight and not (self.gamma and self.flow.weight):
             raise UserError(

@@ -136,6 +136,11 @@ class TrainingConfig:
                 f"training.sharding={self.sharding} cuts the matrices that muon_lr moves whole; set muon_lr to 0"
             )
         between(0, 1, "training", self, "ema_decay", "image_start", "open_captions")
+        if self.distill.fast_rollout and self.cuda_graphs:
+            raise UserError(
+                "training.distill.fast_rollout=true captures graphs of its own, and training.cuda_graphs=true puts the "
+                "whole update into one; set one of them to false"
+            )
         if self.distill.prompts is not None and self.open_captions:
             raise UserError(
                 f"training.open_captions={self.open_captions} is for captions of the tiny world, and "

@@ -123,6 +123,9 @@ class StreamCache(_Cursor):
         start = slot(self.geometry, chunk) * self.geometry.tokens_per_chunk
         return StreamView(self, start, end)
 
+    def detach(self) -> None:
+        """Nothing: it holds no graph."""
+
     def reset(self) -> None:
         """Forget everything; the room stays."""
         self.last, self.filled = -1, set()
@@ -174,6 +177,10 @@ class StreamCache(_Cursor):
     @property
     def dtype(self) -> torch.dtype:
         return self._keys[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._keys[0].device
 
     @property
     def bytes(self) -> int:

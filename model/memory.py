@@ -300,6 +300,9 @@ def distill_plan(
         "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,
     }
+    if t.distill.fast_rollout:
+        chunks = geometry.num_chunks(max(config.video.num_latent_frames, t.distill.long.max_frames))
+        always["fast student"] = student.inference_bytes + cache_bytes(student, geometry, chunks, t.micro_batch)
     if shards > 1:
         always["student, gathered"] = 2 * (student.parameters + adapters(student, lora.student_rank))
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)

@@ -47,6 +47,14 @@ class SequenceGroup:
             return x
         return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
 
+    def first(self, x: Tensor) -> Tensor:
+        """x of the group's first rank, on every rank."""
+        if not self._on:
+            return x
+        x = x.contiguous()
+        dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """All tokens, own heads [B, L, heads / n, head_dim], from [B, L / n, heads, head_dim]; one message."""
         if not self._on:

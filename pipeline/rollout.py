@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from configs.geometry import Geometry
-from model.cache import GraphCache
+from model.cache import GraphCache, StreamCache
 from model.causal_wan import TextKV
 from model.denoiser import Student, as_timestep
 from model.flow import add_noise
@@ -105,7 +105,7 @@ def rollout(
     noise: Noise,
     text: Callable[[int], TextKV | Tensor],
     *,
-    cache: GraphCache,
+    cache: GraphCache | StreamCache,
     exits: Sequence[int],
     grad: bool = True,
     first_grad: int = 0,
@@ -117,7 +117,7 @@ def rollout(
     """Latents [B, chunks x f, C, H, W] of as many chunks as `exits` has entries.
 
     text: of each chunk, so that a prompt can change on the way.
-    cache: empty; afterwards it holds the end of the rollout.
+    cache: empty; afterwards it holds the end of the rollout. A StreamCache where there is no `grad`.
     grad: record graphs, from chunk `first_grad` on; chunks before it are made without.
     recache_at: chunk before which the window is made again under its text, as inference does where a prompt changes
         (pipeline/switch.py); without a graph, so that later chunks send no gradient to earlier ones.

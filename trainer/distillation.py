@@ -12,6 +12,8 @@ of a step over all ranks, so that N ranks see what one rank with N times the acc
 sample's tokens (training.sequence_parallel) draw the same and compute the same losses.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
-from model.cache import GraphCache
+from model.cache import GraphCache, StreamCache
 from model.causal_wan import CausalWanModel
 from model.denoiser import Score, Student
 from model.flow import add_noise, shift_time, v_target
@@ -34,6 +36,7 @@ from pipeline.switch import switched
 from trainer.audit import Audit, gradient_audit
 from trainer.backward import Backward
 from trainer.build import frozen_codec
+from trainer.fast_rollout import FastTwin
 from trainer.flow_heads import build_head
 from trainer.health import SIGNS, vital_signs, warnings
 from trainer.long_tuning import Plan, Planner, window_of
@@ -93,6 +96,7 @@ class Distill(Stage):
         self.critic = Score(self._players["critic"].module)
         self.head = self._flow_head()
 
+        self.fast = self._fast_twin()
         self.generator_logs: dict[str, Tensor] = {}
         self.generator_done = -1  # the newest step whose generator update was made
         self.newest: dict[str, Any] = {}
@@ -124,6 +128,12 @@ class Distill(Stage):
         player.average = Average(head, HEAD_DECAY, start_step=0)
         self._players["head"] = player
         return player.average.module
+
+    def _fast_twin(self) -> FastTwin | None:
+        if not self.settings.fast_rollout:
+            return None
+        chunks = self.planner.longest
+        return FastTwin(self.student.model, self.config, self.geometry, self.device, self.dtype, chunks)
 
     def _family(self, loss, parameters) -> Backward:
         graphed = self.config.training.cuda_graphs and self.sequence.size == 1  # not with messages within a pass
@@ -194,32 +204,44 @@ class Distill(Stage):
         after = islice(switched(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before)
         return [text] * before + list(after)
 
+    @contextmanager
+    def _player(self, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
+        """Who makes a rollout, and an empty cache."""
+        if grad or self.fast is None:
+            yield self.student, GraphCache(self.geometry, self.student.model.config.num_layers)
+        else:
+            with self.fast.ready(self.student.model) as ready:
+                yield ready
+
     def _sample(
         self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool,
         image: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
-        d, model = self.settings, self.student.model
+        d = self.settings
         how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
-        if not (self.sharded and grad):  # text keys once a text; else blocks make their own, for FSDP to see the graph
-            gather(model)
-            with torch.set_grad_enabled(grad):
-                made = {key: model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
-            texts = [made[id(x)] for x in texts]
-        x = rollout(
-            self.student,
-            self.schedule,
-            DrawnNoise(noise, self.schedule),
-            texts.__getitem__,
-            cache=GraphCache(self.geometry, model.config.num_layers),
-            exits=plan.exits,
-            grad=grad,
-            first_grad=plan.first_grad,
-            context_grad=d.context_grad,
-            context=d.rollout_context,
-            recache_at=plan.switch if how == "recache" else None,
-            start=image,
-        )
+        with self._player(grad) as (student, cache):
+            if not (self.sharded and grad):  # text keys once a text; else blocks make theirs, for FSDP to see the graph
+                gather(student.model)
+                with torch.set_grad_enabled(grad):
+                    made = {key: student.model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
+                texts = [made[id(x)] for x in texts]
+            x = rollout(
+                student,
+                self.schedule,
+                DrawnNoise(noise, self.schedule),
+                texts.__getitem__,
+                cache=cache,
+                exits=plan.exits,
+                grad=grad,
+                first_grad=plan.first_grad,
+                context_grad=d.context_grad,
+                context=d.rollout_context,
+                recache_at=plan.switch if how == "recache" else None,
+                start=image,
+            )
+        if self.fast is not None and not grad:
+            x = self.sequence.first(x)
         long, frames = d.long, self.config.video.num_latent_frames
         return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
 
@@ -303,6 +325,8 @@ class Distill(Stage):
         for name in SIGNS & self.generator_logs.keys():  # they depend on the exit, which is another each time
             logs[name] = torch.lerp(self.generator_logs[name], logs[name], 1 / SIGN_UPDATES)
         logs["generator_grad_norm"] = self._players["generator"].step(count)
+        if self.fast is not None:
+            self.fast.stale = True
         if "head" in self._players:
             self._players["head"].step(count)
         return logs

@@ -26,6 +26,7 @@ FREE = (
     "training.log_every", "training.loggers", "training.checkpoint_every", "training.max_checkpoints",
     "training.validate_every", "training.validation_clips", "training.export", "training.accept_changes",
     "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
+    "training.distill.fast_rollout",
 )  # fmt: skip
 KNOBS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "final_lr_share", "max_grad_norm")
 TUNED = (

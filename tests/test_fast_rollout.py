@@ -1,0 +1,83 @@
+"""Rollouts for the critic by the student's fast twin are those of the student, and follow it."""
+
+import pytest
+import torch
+from conftest import SEVERAL_RANKS
+from distill_case import distill_config, distill_stage
+from test_ranks import assert_same, start
+
+from configs.errors import UserError
+from configs.load import load_config
+from model.memory import WAN_1_3B, distill_plan
+
+FAST = "training.distill.fast_rollout=true"
+LONG = (
+    "training.distill.long.max_frames=18", "training.distill.long.switch_share=1", "stream.sink_frames=3",
+    "training.distill.long.reencode_first=false",
+)  # fmt: skip
+
+
+def samples(stage, step: int) -> torch.Tensor:
+    """What the critic learns from at a step."""
+    plan, (batch,) = stage._batches("critic", step)
+    names = {"text", "noise", "text_after", "image"}
+    with torch.no_grad():
+        return stage._sample(plan, grad=False, **{"text_after": None} | {n: x for n, x in batch.items() if n in names})
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("stream.context=clean",), ("training.distill.rollout_context=release",), ("training.image_start=1",), LONG,
+], ids=["last_step", "clean", "release", "image", "recached"])  # fmt: skip
+def test_they_are_the_students(tiny_assets, overrides):
+    """In float32, of every exit; before an update of the student and after it."""
+    plain, fast = (distill_stage(tiny_assets, *overrides, *more) for more in ((), (FAST,)))
+    for stage in (plain, fast):
+        stage._generator_step(0, 0)
+    before = samples(fast, 1)
+    for step in range(3):
+        torch.testing.assert_close(samples(fast, step), samples(plain, step), rtol=0, atol=2e-5)
+    plain._generator_step(3, 1)
+    fast._generator_step(3, 1)
+    after = samples(plain, 1)
+    torch.testing.assert_close(samples(fast, 1), after, rtol=0, atol=2e-5)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
+    stage = distill_stage(tiny_assets, FAST)
+    samples(stage, 0)
+    trained = {id(p) for player in stage.players.values() for p in player.parameters}
+    twin = list(stage.fast.student.model.parameters())
+    assert not any(p.requires_grad or id(p) in trained for p in twin)
+    assert sum(p.numel() for p in twin) == sum(p.numel() for p in stage.student.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_assets, tmp_path_factory):
+    """One process without it."""
+    out = tmp_path_factory.mktemp("alone")
+    distill_config(tiny_assets)  # makes the teacher
+    start(tiny_assets, out, 1)
+    return out
+
+
+@SEVERAL_RANKS
+@pytest.mark.parametrize("setting", ["training.sharding=full", "training.sequence_parallel=2"])
+def test_two_ranks_with_it_are_one_without(tiny_assets, alone, tmp_path, setting):
+    """A sharded student is gathered for the copy; ranks that share a sample have the same rollout."""
+    start(tiny_assets, tmp_path, 2, FAST, setting)
+    assert_same(alone, tmp_path)
+
+
+def test_what_it_takes_is_planned():
+    """Weights in bfloat16, and a window of keys and values."""
+    file = "configs/train_wan2.1_t2v_1.3b.yaml"
+    plain, fast = (distill_plan(load_config(file, more), gpus=8) for more in ([], [FAST]))
+    assert fast.peak.parts["fast student"] == WAN_1_3B.inference_bytes + 4 * 30 * 12 * 1560 * 1536
+    assert fast.peak.total > plain.peak.total + fast.peak.parts["fast student"]
+
+
+@pytest.mark.parametrize("setting", ["training.distill.lora.student_rank=4", "training.cuda_graphs=true"])
+def test_what_it_does_not_go_with(tiny_assets, setting):
+    with pytest.raises(UserError, match="fast_rollout=true .* set one of them"):
+        distill_config(tiny_assets, FAST, setting)
