@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SEVERAL_RANKS
 from distill_case import distill_config, distill_stage
+from test_fast_wan import FakeRecorder
 from test_ranks import assert_same, start
 
 from configs.errors import UserError
@@ -43,6 +44,19 @@ def test_they_are_the_students(tiny_assets, overrides):
     assert (after - before).abs().max() > 1e-3
 
 
+def test_replayed_graphs_see_new_weights_and_texts(tiny_assets):
+    """With what stands in for CUDA graphs: each is recorded once for all updates, and still they are the student's."""
+    plain, fast = (distill_stage(tiny_assets, *more) for more in ((), (FAST,)))
+    fast.fast.student.recorder = FakeRecorder
+    graphs = []
+    for step in range(3):
+        for stage in (plain, fast):
+            stage._generator_step(step, step)
+        torch.testing.assert_close(samples(fast, step), samples(plain, step), rtol=0, atol=5e-5)
+        graphs.append(fast.fast.student.graphs)
+    assert graphs[0] > 0 and graphs[1] == graphs[2]
+
+
 def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
     stage = distill_stage(tiny_assets, FAST)
     samples(stage, 0)
@@ -70,10 +84,11 @@ def test_two_ranks_with_it_are_one_without(tiny_assets, alone, tmp_path, setting
 
 
 def test_what_it_takes_is_planned():
-    """Weights in bfloat16, and a window of keys and values."""
+    """Weights in bfloat16, a window of keys and values, and activations of a chunk, which graphs hold."""
     file = "configs/train_wan2.1_t2v_1.3b.yaml"
     plain, fast = (distill_plan(load_config(file, more), gpus=8) for more in ([], [FAST]))
-    assert fast.peak.parts["fast student"] == WAN_1_3B.inference_bytes + 4 * 30 * 12 * 1560 * 1536
+    activations = 4680 * 2 * (2 * 8960 + 5 * 1536)
+    assert fast.peak.parts["fast student"] == WAN_1_3B.inference_bytes + 4 * 30 * 12 * 1560 * 1536 + activations
     assert fast.peak.total > plain.peak.total + fast.peak.parts["fast student"]
 
 
