@@ -302,8 +302,9 @@ def distill_plan(
     }
     if t.distill.fast_rollout:
         chunks = geometry.num_chunks(max(config.video.num_latent_frames, t.distill.long.max_frames))
+        keys = cache_bytes(student, geometry, chunks, t.micro_batch)
         graphs = step_bytes(student, t.micro_batch * geometry.tokens_per_chunk)
-        always["fast student"] = student.inference_bytes + cache_bytes(student, geometry, chunks, t.micro_batch) + graphs
+        always["fast student"] = student.inference_bytes + keys + graphs
     if shards > 1:
         always["student, gathered"] = 2 * (student.parameters + adapters(student, lora.student_rank))
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)

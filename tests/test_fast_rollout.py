@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from conftest import SEVERAL_RANKS
 from distill_case import distill_config, distill_stage
 from test_fast_wan import FakeRecorder
-from test_ranks import assert_same, start
 
 from configs.errors import UserError
 from configs.load import load_config
@@ -64,23 +62,6 @@ def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
     twin = list(stage.fast.student.model.parameters())
     assert not any(p.requires_grad or id(p) in trained for p in twin)
     assert sum(p.numel() for p in twin) == sum(p.numel() for p in stage.student.model.parameters())
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_assets, tmp_path_factory):
-    """One process without it."""
-    out = tmp_path_factory.mktemp("alone")
-    distill_config(tiny_assets)  # makes the teacher
-    start(tiny_assets, out, 1)
-    return out
-
-
-@SEVERAL_RANKS
-@pytest.mark.parametrize("setting", ["training.sharding=full", "training.sequence_parallel=2"])
-def test_two_ranks_with_it_are_one_without(tiny_assets, alone, tmp_path, setting):
-    """A sharded student is gathered for the copy; ranks that share a sample have the same rollout."""
-    start(tiny_assets, tmp_path, 2, FAST, setting)
-    assert_same(alone, tmp_path)
 
 
 def test_what_it_takes_is_planned():

@@ -16,6 +16,7 @@ from utils.logs import read_jsonl
 
 pytestmark = SEVERAL_RANKS
 STEPS = 5
+FAST = "training.distill.fast_rollout=true"
 BATCH = ["training.global_batch=4", "training.micro_batch=2", f"training.steps={STEPS}"]
 
 
@@ -61,16 +62,18 @@ def assert_same(alone: Path, out: Path) -> None:
             torch.testing.assert_close(ours[player][name], value, rtol=1e-3, atol=2e-5, msg=f"{player} {name}")
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_are_one_with_twice_the_batches(tiny_assets, alone, tmp_path, sharding):
-    start(tiny_assets, tmp_path, 2, f"training.sharding={sharding}")
+@pytest.mark.parametrize("sharding, more", [("none", ()), ("full", ()), ("full", (FAST,))])
+def test_two_ranks_are_one_with_twice_the_batches(tiny_assets, alone, tmp_path, sharding, more):
+    """And where the sharded student is gathered for its fast twin."""
+    start(tiny_assets, tmp_path, 2, f"training.sharding={sharding}", *more)
     assert_same(alone, tmp_path)
 
 
 @pytest.mark.parametrize("ranks, sharding", [(2, "none"), (4, "full")])
 def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, sharding):
-    """Two share each sample's tokens; of four, the others see other samples. The first one also validates."""
-    looks = ["training.validation_clips=2", "training.distill.video_clips=1"] if ranks == 2 else []
+    """Two share each sample's tokens; of four, the others see other samples. Of two, the first one also validates; of
+    four, each makes the whole of the critic's rollouts by its fast twin."""
+    looks = ["training.validation_clips=2", "training.distill.video_clips=1"] if ranks == 2 else [FAST]
     more = ["training.sequence_parallel=2", f"training.sharding={sharding}", "training.checkpointing=true", *looks]
     start(tiny_assets, tmp_path, ranks, *more)
     assert_same(alone, tmp_path)
