@@ -268,6 +268,14 @@ def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
     return 4 * (2 + (2 if betas[0] else 1) + averaged)
 
 
+def twin_bytes(config: Config, student: Network) -> int:
+    """The copy that makes the critic's rollouts: weights, keys and values, and activations, which its graphs keep."""
+    geometry, batch = Geometry.from_config(config), config.training.micro_batch
+    chunks = geometry.num_chunks(max(config.video.num_latent_frames, config.training.distill.long.max_frames))
+    work = step_bytes(student, batch * geometry.tokens_per_chunk)
+    return student.inference_bytes + cache_bytes(student, geometry, chunks, batch) + work
+
+
 def distill_plan(
     config: Config,
     student: Network = WAN_1_3B,
@@ -301,10 +309,7 @@ def distill_plan(
         "VAE": VAE_WEIGHTS,
     }
     if t.distill.fast_rollout:
-        chunks = geometry.num_chunks(max(config.video.num_latent_frames, t.distill.long.max_frames))
-        keys = cache_bytes(student, geometry, chunks, t.micro_batch)
-        graphs = step_bytes(student, t.micro_batch * geometry.tokens_per_chunk)
-        always["fast student"] = student.inference_bytes + keys + graphs
+        always["fast student"] = twin_bytes(config, student)
     if shards > 1:
         always["student, gathered"] = 2 * (student.parameters + adapters(student, lora.student_rank))
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
