@@ -81,7 +81,7 @@ class DistillConfig:
     guidance: float = 3.0  # s of cond + s (cond - uncond), on the teacher's x0; the usual weight is s + 1
     fake_guidance: float = 0.0  # the same for the critic
     negative_prompt: str = ""  # text of the branch without the prompt
-    teacher_fp8: bool = False  # the teacher's large linears in float8: half its memory, scores a few percent off
+    teacher_fp8: bool = False  # the teacher's large linears in float8: 17 GB of 14B, not 29; scores a few percent off
     shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted, for teacher and critic alike
     min_timestep: float = 20.0  # then clamped to
     max_timestep: float = 980.0
@@ -92,7 +92,7 @@ class DistillConfig:
     context_grad: bool = True  # the loss of later chunks reaches earlier ones through their keys and values
     long: LongConfig = field(default_factory=LongConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fast_rollout: bool = False  # those for the critic by inference's fast student, a copy in training.precision
+    fast_rollout: bool = False  # rollouts for the critic by inference's fast student, a copy in training.precision
 
     # what it is fed and what is looked at
     prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
@@ -119,8 +119,8 @@ class DistillConfig:
             )
         if self.fast_rollout and self.lora.student_rank:
             raise UserError(
-                f"training.distill.fast_rollout=true copies a student that is trained whole, and "
-                f"training.distill.lora.student_rank={self.lora.student_rank}; set one of them off"
+                f"training.distill.fast_rollout=true copies a student that is trained whole, and training.distill.lora."
+                f"student_rank={self.lora.student_rank} trains adapters; set fast_rollout=false or student_rank=0"
             )
         if not self.spatial_weight and not (self.gamma and self.flow.weight):
             raise UserError(

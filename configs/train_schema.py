@@ -139,7 +139,7 @@ class TrainingConfig:
         if self.distill.fast_rollout and self.cuda_graphs:
             raise UserError(
                 "training.distill.fast_rollout=true captures graphs of its own, and training.cuda_graphs=true puts the "
-                "whole update into one; set one of them to false"
+                "whole update into one; set fast_rollout=false or cuda_graphs=false"
             )
         if self.distill.prompts is not None and self.open_captions:
             raise UserError(

@@ -70,7 +70,7 @@ def quantise(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
 
 
 def convert(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
-    """Replace the large linears of a transformer block; the names of those replaced."""
+    """Replace the large linears of a transformer block by `kind`; the names of those replaced."""
     done = []
     for name in LINEARS:
         parent, _, leaf = name.rpartition(".")

@@ -269,11 +269,13 @@ def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
 
 
 def twin_bytes(config: Config, student: Network) -> int:
-    """The copy that makes the critic's rollouts: weights, keys and values, and activations, which its graphs keep."""
+    """The copy that makes the critic's rollouts: weights, keys and values, and what its graphs keep: activations, and
+    the text's keys and values once more."""
     geometry, batch = Geometry.from_config(config), config.training.micro_batch
     chunks = geometry.num_chunks(max(config.video.num_latent_frames, config.training.distill.long.max_frames))
     work = step_bytes(student, batch * geometry.tokens_per_chunk)
-    return student.inference_bytes + cache_bytes(student, geometry, chunks, batch) + work
+    keys = cache_bytes(student, geometry, chunks, batch) + 2 * text_bytes(student, config.model.text_tokens, batch)
+    return student.inference_bytes + keys + work
 
 
 def distill_plan(

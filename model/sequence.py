@@ -48,7 +48,7 @@ class SequenceGroup:
         return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
 
     def first(self, x: Tensor) -> Tensor:
-        """x of the group's first rank, on every rank."""
+        """x of the group's first rank, on every rank; written over x where that is contiguous."""
         if not self._on:
             return x
         x = x.contiguous()

@@ -50,6 +50,7 @@ from safetensors.torch import load_file  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from model.encoded_text import EncodingJob  # noqa: E402
+from model.fp8 import check_fp8  # noqa: E402
 from model.memory import Network  # noqa: E402
 from model.random_weights import transformer_sizes  # noqa: E402
 from trainer import cycle_tables as tables  # noqa: E402
@@ -108,6 +109,8 @@ def worker(file: Path) -> int:
     console(quiet=True)
     config = load_config(spec["config_path"], spec["settings"])
     device = pick_device(config.device, ranks.local_rank)
+    if config.training.distill.teacher_fp8 and device.type == "cuda":
+        check_fp8(device, "training.distill.teacher_fp8=true", "teacher_fp8=false")
     cap_memory(spec["card_gb"], device)
     torch.set_float32_matmul_precision("high")  # as train.py does
     torch.backends.cudnn.benchmark = True

@@ -55,6 +55,14 @@ def test_replayed_graphs_see_new_weights_and_texts(tiny_assets):
     assert graphs[0] > 0 and graphs[1] == graphs[2]
 
 
+def test_autocast_is_for_the_student_alone(tiny_assets):
+    """In bfloat16 the twin rounds as inference does, which has no autocast."""
+    stage = distill_stage(tiny_assets, FAST, "training.precision=bfloat16")
+    outside = samples(stage, 0)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(samples(stage, 0), outside)
+
+
 def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
     stage = distill_stage(tiny_assets, FAST)
     samples(stage, 0)
@@ -68,12 +76,13 @@ def test_what_it_takes_is_planned():
     """Weights in bfloat16, a window of keys and values, and activations of a chunk, which graphs hold."""
     file = "configs/train_wan2.1_t2v_1.3b.yaml"
     plain, fast = (distill_plan(load_config(file, more), gpus=8) for more in ([], [FAST]))
-    activations = 4680 * 2 * (2 * 8960 + 5 * 1536)
-    assert fast.peak.parts["fast student"] == WAN_1_3B.inference_bytes + 4 * 30 * 12 * 1560 * 1536 + activations
+    activations, text = 4680 * 2 * (2 * 8960 + 5 * 1536), 4 * 30 * 512 * 1536
+    expected = WAN_1_3B.inference_bytes + 4 * 30 * 12 * 1560 * 1536 + activations + 2 * text
+    assert fast.peak.parts["fast student"] == expected
     assert fast.peak.total > plain.peak.total + fast.peak.parts["fast student"]
 
 
 @pytest.mark.parametrize("setting", ["training.distill.lora.student_rank=4", "training.cuda_graphs=true"])
 def test_what_it_does_not_go_with(tiny_assets, setting):
-    with pytest.raises(UserError, match="fast_rollout=true .* set one of them"):
+    with pytest.raises(UserError, match="fast_rollout=true .*; set fast_rollout=false or"):
         distill_config(tiny_assets, FAST, setting)

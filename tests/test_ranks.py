@@ -69,11 +69,13 @@ def test_two_ranks_are_one_with_twice_the_batches(tiny_assets, alone, tmp_path, 
     assert_same(alone, tmp_path)
 
 
-@pytest.mark.parametrize("ranks, sharding", [(2, "none"), (4, "full")])
-def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, sharding):
-    """Two share each sample's tokens; of four, the others see other samples. Of two, the first one also validates; of
-    four, each makes the whole of the critic's rollouts by its fast twin."""
-    looks = ["training.validation_clips=2", "training.distill.video_clips=1"] if ranks == 2 else [FAST]
+LOOKS = ("training.validation_clips=2", "training.distill.video_clips=1")
+
+
+@pytest.mark.parametrize("ranks, sharding, looks", [(2, "none", LOOKS), (4, "full", ()), (2, "full", (FAST,))])
+def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, sharding, looks):
+    """Two share each sample's tokens; of four, the others see other samples. The first one also validates. With the
+    fast twin each makes the whole of the critic's rollouts."""
     more = ["training.sequence_parallel=2", f"training.sharding={sharding}", "training.checkpointing=true", *looks]
     start(tiny_assets, tmp_path, ranks, *more)
     assert_same(alone, tmp_path)

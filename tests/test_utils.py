@@ -111,6 +111,7 @@ def test_hashes(tmp_path):
 
 def test_a_file_is_hashed_while_it_is_written(tmp_path):
     """In order, whatever becomes of the caller's memory; and a full disk is an error."""
+
     class Slow:
         def __init__(self):
             self.digest = hashlib.sha256()
@@ -133,7 +134,6 @@ def test_a_file_is_hashed_while_it_is_written(tmp_path):
     assert path.stat().st_size == 8 * (len(data) + 3) and path.read_bytes()[-4:] == b"\x07end"
     with pytest.raises(OSError, match="No space left"), HashedFile("/dev/full") as file:
         torch.save(torch.zeros(1 << 20), file)
-
 
 
 def test_check_writable(tmp_path):

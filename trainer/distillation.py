@@ -205,7 +205,7 @@ class Distill(Stage):
         return [text] * before + list(after)
 
     @contextmanager
-    def _player(self, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
+    def _roller(self, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
         """Who makes a rollout, and an empty cache."""
         if grad or self.fast is None:
             yield self.student, GraphCache(self.geometry, self.student.model.config.num_layers)
@@ -220,7 +220,7 @@ class Distill(Stage):
         """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
         d = self.settings
         how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
-        with self._player(grad) as (student, cache):
+        with self._roller(grad) as (student, cache):
             if not (self.sharded and grad):  # text keys once a text; else blocks make theirs, for FSDP to see the graph
                 gather(student.model)
                 with torch.set_grad_enabled(grad):

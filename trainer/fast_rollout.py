@@ -18,8 +18,8 @@ from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
 from model.denoiser import Student
 from model.fast_wan import FastPlan, FastStudent, optimise
-from model.weights import stored_dtype
-from trainer.parallel import gather
+from model.weights import HALF, stored_dtype
+from trainer.parallel import drop_gathered, gather
 
 
 class FastTwin:
@@ -36,8 +36,11 @@ class FastTwin:
             model = CausalWanModel.from_config(student.config).eval()
         for name, p in model.named_parameters():
             p.data = p.data.to(stored_dtype(model, name, dtype))
+        assert not list(model.buffers()), "they would be left empty"
         model.to_empty(device=device)
-        plan = FastPlan.from_config(replace(config.inference, precision="auto", student="keep"), device)
+        attention = config.inference.attention if dtype in HALF else "sdpa"  # the others have no float32
+        how = replace(config.inference, precision="auto", student="keep", attention=attention)
+        plan = FastPlan.from_config(how, device)
         self.student: FastStudent = optimise(Student(model), plan)
         model.requires_grad_(False)  # what has been fused, too
         c = model.config
@@ -54,6 +57,7 @@ class FastTwin:
             now = dict(student.named_parameters())
             with torch.no_grad():
                 torch._foreach_copy_(list(self._places.values()), [now[name].detach() for name in self._places])
+            drop_gathered(student)
             self.stale = False
         self.cache.reset()
         with torch.autocast(self.cache.device.type, enabled=False), torch.no_grad():

@@ -26,14 +26,13 @@ FREE = (
     "training.log_every", "training.loggers", "training.checkpoint_every", "training.max_checkpoints",
     "training.validate_every", "training.validation_clips", "training.export", "training.accept_changes",
     "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
-    "training.distill.fast_rollout",
 )  # fmt: skip
 KNOBS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "final_lr_share", "max_grad_norm")
 TUNED = (
     "training.steps", "training.micro_batch", "training.precision", "training.ema_decay", "training.ema_start_step",
     "training.distill.spatial_weight", "training.distill.gamma", "training.distill.flow.weight",
     "training.distill.regression_weight", "training.distill.guidance", "training.distill.fake_guidance",
-    "training.distill.teacher_fp8",
+    "training.distill.teacher_fp8", "training.distill.fast_rollout",
     "training.flow", "training.codec",
     *(f"training.{name}.{knob}" for name in ("optimizer", "distill.critic_optimizer") for knob in KNOBS),
 )  # fmt: skip

@@ -77,7 +77,7 @@ def fill_parts(
             value, scale = quantise(value, "row")
             scales = f"{name.removesuffix('weight')}scale"
             state[scales] = _parameter(scale, own[scales])
-        state[name] = _parameter(value, own[name])
+        state[name] = _parameter(value.to(own[name].dtype), own[name])
     for name in own.keys() - state.keys():
         tied = isinstance(network, UMT5EncoderModel) and name == "encoder.embed_tokens.weight"
         state[name] = state["shared.weight"] if tied else _parameter(rest(name, own[name]), own[name])

@@ -99,8 +99,8 @@ class HashedFile:
 
     def write(self, data: bytes | memoryview) -> int:
         """All of `data`, of which one copy is kept until the next call."""
-        kept = bytes(data)  # the caller's memory may be another's by the time the thread reads it
         self._newest.result()
+        kept = bytes(data)  # the caller's memory may be another's by the time the thread reads it
         self._newest = self._thread.submit(self._digest.update, kept)
         return self._file.write(data)
 
