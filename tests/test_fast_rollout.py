@@ -56,11 +56,20 @@ def test_replayed_graphs_see_new_weights_and_texts(tiny_assets):
 
 
 def test_autocast_is_for_the_student_alone(tiny_assets):
-    """In bfloat16 the twin rounds as inference does, which has no autocast."""
+    """The twin computes as inference does, in its weights' type, within an update too; the student's autocast returns."""
     stage = distill_stage(tiny_assets, FAST, "training.precision=bfloat16")
-    outside = samples(stage, 0)
+    step, seen = stage.fast.student.step, []
+
+    def watched(*inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return step(*inputs)
+
+    stage.fast.student.step = watched
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        assert torch.equal(samples(stage, 0), outside)
+        samples(stage, 0)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen and not any(seen)
+    assert stage.fast.student.model.blocks[0].attn1.to_qkv.weight.dtype == torch.bfloat16
 
 
 def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
