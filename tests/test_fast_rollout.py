@@ -56,7 +56,7 @@ def test_replayed_graphs_see_new_weights_and_texts(tiny_assets):
 
 
 def test_autocast_is_for_the_student_alone(tiny_assets):
-    """The twin computes as inference does, in its weights' type, within an update too; the student's autocast returns."""
+    """The twin computes in the type of its weights, within an update too, and the student has its autocast back."""
     stage = distill_stage(tiny_assets, FAST, "training.precision=bfloat16")
     step, seen = stage.fast.student.step, []
 
