@@ -179,10 +179,6 @@ class StreamCache(_Cursor):
         return self._keys[0].dtype
 
     @property
-    def device(self) -> torch.device:
-        return self._keys[0].device
-
-    @property
     def bytes(self) -> int:
         """Bytes held, whatever is filled."""
         return sum(x.nbytes for x in self._keys + self._values)

@@ -51,10 +51,12 @@ def test_a_rounded_network_is_near_what_it_was():
 
 def compare(assets: str) -> bool:
     """On each rank: the parts of what is rounded in parts are those of what is rounded whole, and as small."""
-    alone = frozen_teacher(case(assets, FP8), Placing(case(assets, FP8).training, CPU))
+    alone, errors = frozen_teacher(case(assets, FP8), Placing(case(assets, FP8).training, CPU))
+    assert list(errors) == list(TIMES)
     with group() as ranks:
         config = case(assets, FP8, "training.sharding=full")
-        parts = frozen_teacher(config, Placing(config.training, CPU, mesh_of(config.training, CPU)))
+        parts, errors = frozen_teacher(config, Placing(config.training, CPU, mesh_of(config.training, CPU)))
+        assert errors == {}
         ours = dict(parts.named_parameters())
         for name, p in alone.named_parameters():
             held = local(ours[name])
@@ -75,7 +77,7 @@ def compare(assets: str) -> bool:
 
 @SEVERAL_RANKS
 def test_parts_are_the_whole(tiny_assets):
-    assert len(linears(frozen_teacher(case(tiny_assets, FP8), Placing(case(tiny_assets).training, CPU)))) == 16
+    assert len(linears(frozen_teacher(case(tiny_assets, FP8), Placing(case(tiny_assets).training, CPU))[0])) == 16
     outcomes = on_ranks(2, compare, tiny_assets)
     assert [o.ended for o in outcomes] == ["done"] * 2, outcomes
 

@@ -20,7 +20,7 @@ def networks(config: Config) -> dict[str, torch.nn.Module]:
     where = Placing(config.training, CPU, mesh_of(config.training, CPU))
     student = student_player(config, where)
     return {
-        "text": text_source(config, where).encoder, "teacher": frozen_teacher(config, where),
+        "text": text_source(config, where).encoder, "teacher": frozen_teacher(config, where)[0],
         "student": student.module, "average": student.average.module, "critic": critic_player(config, where).module,
     }  # fmt: skip
 

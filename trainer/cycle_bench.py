@@ -19,16 +19,13 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Config
-from model.fp8_teacher import round_and_compare
 from model.memory import CONTEXT, Network
 from model.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distillation import Distill
 from trainer.loop import save_checkpoint
-from trainer.networks import start_network
 from trainer.parallel import mean_over_ranks, module_state
 from trainer.team import Team
 from utils.ceilings import matrix_rate, versions
-from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.files import write_json_atomic
 from utils.host_peak import HostPeak
@@ -165,18 +162,6 @@ def saving(stage: Distill, folder: Path, device: torch.device, team: Team) -> di
     return {"s": took, "bytes": size, "gpu_bytes": extra, "host_bytes": host.own}
 
 
-def teacher_errors(config: Config, device: torch.device) -> dict[str, float]:
-    """How far off the teacher's v is in float8, by timestep; nothing where it is not to be rounded."""
-    if not config.training.distill.teacher_fp8:
-        return {}
-    teacher = start_network(config, "teacher", device, pick_dtype(config.training.precision, device)).to(device)
-    errors = {f"{t:.0f}": error for t, error in round_and_compare(teacher)[1].items()}
-    del teacher
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return errors
-
-
 def matrix_peak(device: torch.device) -> float:
     """Operations a second of a large product in the precision of training."""
     dtype, edge = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 512)
@@ -191,8 +176,7 @@ def measure(
     save: an empty folder, to time a checkpoint in, too. The file is written again after every step, so that a run that
     is cut off has told what it knows.
     """
-    peak, errors = matrix_peak(device), teacher_errors(config, device)
-    began = time.perf_counter()
+    peak, began = matrix_peak(device), time.perf_counter()
     stage = Distill(config, device, ranks)
     watch, late, ratio = Watch(stage, device), Team(), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
@@ -200,7 +184,7 @@ def measure(
         "machine": versions(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
         "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
         "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
-        "teacher_errors": errors,
+        "teacher_errors": {f"{t:.0f}": error for t, error in stage.teacher_errors.items()},
     }  # fmt: skip
     warm = time.perf_counter()
     watch.run(lambda: stage.update(0))

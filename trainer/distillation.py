@@ -88,7 +88,8 @@ class Distill(Stage):
         self.null = self.encoder([self.settings.negative_prompt])
         self.pairs, self.pair_prompts = self._open_pairs()
 
-        self.teacher = Score(frozen_teacher(config, place))
+        teacher, self.teacher_errors = frozen_teacher(config, place)
+        self.teacher = Score(teacher)
         student, critic = (make(config, place) for make in (student_player, critic_player))
         self._players = {"generator": student, "critic": critic}
         self.student = Student(self._players["generator"].module)

@@ -52,15 +52,14 @@ class FastTwin:
     @contextmanager
     def ready(self, student: CausalWanModel) -> Iterator[tuple[FastStudent, StreamCache]]:
         """The fast form of `student` as it is now, and an empty cache; without autocast, as in inference."""
-        if self.stale:
-            gather(student)
-            now = dict(student.named_parameters())
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._places.values()), [now[name].detach() for name in self._places])
-            drop_gathered(student)
-            self.stale = False
-        self.cache.reset()
-        with torch.autocast(self.cache.device.type, enabled=False), torch.no_grad():
+        with torch.autocast(self.student.model.device.type, enabled=False), torch.no_grad():
+            if self.stale:
+                gather(student)
+                now = dict(student.named_parameters())
+                torch._foreach_copy_(list(self._places.values()), [now[name] for name in self._places])
+                drop_gathered(student)
+                self.stale = False
+            self.cache.reset()
             yield self.student, self.cache
 
 

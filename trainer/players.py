@@ -28,21 +28,22 @@ FLOAT = torch.float32  # of what is trained, and of its average
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
-def frozen_teacher(config: Config, where: Placing) -> WanTransformer3DModel:
+def frozen_teacher(config: Config, where: Placing) -> tuple[WanTransformer3DModel, dict[float, float]]:
     """The teacher, in the precision of activations; with `training.distill.teacher_fp8` its large linears in float8.
 
-    How far off that makes it is said where it is whole at first; one that is read in parts never is.
+    And how far off that makes its v, by timestep, where it is whole at first; one that is read in parts never is.
     """
     dtype = pick_dtype(config.training.precision, where.device)
     plan = init_plan(config, "teacher", where, dtype)
     teacher = start_network(config, "teacher", where.device, dtype) if plan is None else empty(plan, dtype)
+    errors: dict[float, float] = {}
     if config.training.distill.teacher_fp8 and plan is not None:
         log.info("teacher in %s", in_float8(teacher))
     elif config.training.distill.teacher_fp8:
         said, errors = round_and_compare(teacher.to(where.device))
-        log.info("teacher in %s; off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
+        log.info("teacher in %s; v off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
     teacher = placed(teacher.eval().requires_grad_(False), where, role="teacher")
-    return teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)
+    return (teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)), errors
 
 
 def student_player(config: Config, where: Placing) -> Player:

@@ -44,7 +44,7 @@ class TrajectoryMaker:
         self.dtype = pick_dtype(config.training.precision, device)
 
     def _load(self) -> Score | Student:
-        return Score(frozen_teacher(self.config, Placing(self.config.training, self.device)))
+        return Score(frozen_teacher(self.config, Placing(self.config.training, self.device))[0])
 
     def _noise(self, index: int) -> list[Tensor]:
         """What each chunk [1, f, C, H, W] of prompt `index` starts from."""
