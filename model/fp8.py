@@ -35,12 +35,17 @@ def check_fp8(
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer's replacement for inference; holds half the bytes. scale: [out_features, 1], or [] by tensor."""
+    """A linear layer's replacement for inference; holds half the bytes. scale: [out_features, 1], or [] by tensor.
+
+    Results have the type of the layer's weights, whatever the inputs have: under autocast norms come in float32 from
+    torch 2.12 on, which must not become the type of all that follows.
+    """
 
     def __init__(self, linear: nn.Linear, scaling: str = "row"):
         super().__init__()
         assert scaling in ("row", "tensor"), f"scaling={scaling}"
         self.in_features, self.out_features, self.scaling = linear.in_features, linear.out_features, scaling
+        self.dtype = linear.weight.dtype
         weight, scale = quantise(linear.weight.detach(), scaling)
         self.weight, self.scale = (nn.Parameter(x, requires_grad=False) for x in (weight, scale))
         # row scales go with bfloat16 results only
@@ -48,8 +53,12 @@ class Fp8Linear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, scale = quantise(x.reshape(-1, self.in_features), self.scaling)
-        return self.multiply(value, scale).view(*x.shape[:-1], self.out_features).type_as(x)
+        value, scale = self.rounded(x.reshape(-1, self.in_features))
+        return self.multiply(value, scale).view(*x.shape[:-1], self.out_features).to(self.dtype)
+
+    def rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of inputs [N, K] as `quantise` gives them."""
+        return quantise(rows, self.scaling)
 
     def multiply(self, value: Tensor, scale: Tensor) -> Tensor:
         """Rows of e4m3 [N, K] with their scale, as `quantise` gives them -> [N, out_features], bfloat16."""

@@ -14,15 +14,10 @@ WORDS = 32  # of its text
 
 
 class FrozenFp8Linear(Fp8Linear):
-    """Rounds its inputs in one kernel, compiled or not.
+    """Rounds its inputs in one kernel, compiled or not."""
 
-    Results are bfloat16 whatever the inputs are, like those of a linear layer under autocast: from torch 2.12 on norms
-    come in float32 there, which must not become the type of all that follows.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, scale = quantise_rows(x.reshape(-1, self.in_features), False)
-        return self.multiply(value, scale).view(*x.shape[:-1], self.out_features)
+    def rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise_rows(rows, False)
 
 
 def in_float8(network: WanTransformer3DModel) -> str:

@@ -39,9 +39,10 @@ def linears(network: torch.nn.Module) -> list[str]:
     return [name for name, part in network.named_modules() if isinstance(part, FrozenFp8Linear)]
 
 
-def test_a_rounded_network_is_near_what_it_was():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_rounded_network_is_near_what_it_was(dtype):
     """A number is rounded by 2^-4 of itself at most, and by about 2.6% on average, in weights and inputs alike."""
-    network = build(attention_head_dim=32, text_dim=32, num_layers=4)[1].bfloat16().requires_grad_(False)
+    network = build(attention_head_dim=32, text_dim=32, num_layers=4)[1].to(dtype).requires_grad_(False)
     said, errors = round_and_compare(network)
     assert said == "float8: 16 linears in 2 of 4 blocks"
     assert list(errors) == list(TIMES) and all(1e-3 < error < 0.06 for error in errors.values()), errors
