@@ -60,7 +60,7 @@ def test_parts_written_and_read_by_one_process(tmp_path):
 
 
 def test_sums_are_left_to_the_manifest(tmp_path):
-    """torch.save's own take most of its time. What has them is still checked, and other files keep theirs."""
+    """torch.save's own take long. What has them is still checked, and other files keep theirs."""
     folder, state = tmp_path / "run", {"text": {"module": player(0, 1).module.state_dict()}}
     file = checkpoint.save(folder, 1, state, {"stage": "text"}, keep=1) / "state.pt"
     torch.save(state, tmp_path / "other.pt")

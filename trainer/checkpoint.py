@@ -93,7 +93,7 @@ def save(
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """torch.save without a CRC-32 of each tensor, which takes longer than all the rest; the manifest has SHA-256."""
+    """torch.save without a CRC-32 of each tensor, which takes long and is not needed: the manifest has SHA-256."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
