@@ -1,5 +1,7 @@
 """What each part of the method does, on the tiny world: every row trained from one start, measured, and set in a table.
 
+Every row is the run that made the shipped student, with one thing changed.
+
     bash scripts/ablate_tiny.sh --output logs/ablation                 # one GPU, or a CPU
     bash scripts/ablate_tiny.sh --rows teacher 4322222 no_flow --steps 300 --num_prompts 256 training.micro_batch=32
 
@@ -40,6 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {' '.join(row.name for row in ablation.ROWS)}")
     parser.add_argument("--steps", type=int, help="critic updates of each training (training.steps)")
     parser.add_argument("--num_prompts", type=int, default=256, help="clips a row of 81 frames (%(default)s)")
+    parser.add_argument("--open_prompts", type=int, help="clips a row without a stated direction (4 x num_prompts)")
     parser.add_argument("--long_prompts", type=int, help="clips a row that go on (as num_prompts); 0 = none")
     parser.add_argument("--long_frames", type=int, default=81, help="latent frames of those; 81 are 321 frames")
     parser.add_argument("--eval_batch", type=int, default=64, help="clips made together (%(default)s)")
@@ -47,7 +50,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every row, below what a row changes")
     args = parser.parse_intermixed_args(arguments)
     args.long_prompts = args.num_prompts if args.long_prompts is None else args.long_prompts
-    for name, least in (("num_prompts", 2), ("long_prompts", 0), ("long_frames", 1), ("eval_batch", 1), ("seed", 0)):
+    args.open_prompts = 4 * args.num_prompts if args.open_prompts is None else args.open_prompts
+    least_of = {"num_prompts": 2, "open_prompts": 2, "long_prompts": 0, "long_frames": 1, "eval_batch": 1, "seed": 0}
+    for name, least in least_of.items():
         if vars(args)[name] < least:
             raise UserError(f"--{name} {vars(args)[name]} is too few; give at least {least}")
     if args.steps is not None:
@@ -105,7 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         set_threads(0)
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    sizes = {"clips": args.num_prompts, "long_clips": args.long_prompts, "long_frames": args.long_frames}
+    sizes = {"clips": args.num_prompts, "open_clips": args.open_prompts}
+    sizes |= {"long_clips": args.long_prompts, "long_frames": args.long_frames}
     system, bench = System.load(first, device), Bench(first, device, **sizes, batch=args.eval_batch, seed=args.seed)
     for row in rows:
         config, file = configs[row.name], out / "rows" / f"{row.name}.json"

@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=48, help="Euler steps of un-warped time (%(default)s)")
     parser.add_argument("--causal", action="store_true", help="training.init.teacher is causal: chunk by chunk")
     parser.add_argument("--count", type=int, help="only so many prompts")
+    parser.add_argument("--batch_size", type=int, default=1, help="made together; small networks gain (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()
 
@@ -36,6 +37,7 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
+    from configs.errors import UserError
     from configs.load import load_config
     from trainer.pairs import note
     from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
@@ -43,6 +45,8 @@ def main() -> int:
     from utils.distributed import Ranks
     from utils.files import atomic_path, check_writable
 
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size} is too few; give at least 1")
     given = [f"training.distill.prompts={json.dumps(args.caption_path)}", "training.open_captions=0"]
     extra = [] if args.caption_path is None else given
     config = load_config(args.config_path, [*extra, *args.settings])
@@ -55,10 +59,14 @@ def main() -> int:
     if ranks.first:
         note(folder, maker.timesteps, causal=maker.causal)
     todo = [i for i in range(len(maker.prompts[: args.count])) if not (folder / f"{i:05d}.pt").exists()]
-    for index in tqdm(ranks.share(todo), desc="trajectories", disable=not ranks.first):
-        states = maker.make(index)
-        with atomic_path(folder / f"{index:05d}.pt") as path:
-            torch.save({maker.prompts[index]: states[None].half().cpu()}, path)
+    mine = ranks.share(todo)
+    with tqdm(total=len(mine), desc="trajectories", disable=not ranks.first) as bar:
+        for first in range(0, len(mine), args.batch_size):
+            batch = mine[first : first + args.batch_size]
+            for index, states in zip(batch, maker.make(batch).half().cpu(), strict=True):
+                with atomic_path(folder / f"{index:05d}.pt") as path:
+                    torch.save({maker.prompts[index]: states[None].clone()}, path)
+            bar.update(len(batch))
     print(f"{len(list(folder.glob('*.pt')))} trajectories of {len(maker.timesteps)} states in {folder}")
     return 0
 

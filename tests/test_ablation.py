@@ -20,7 +20,8 @@ from utils.tiny_world import TinyWorld
 SPEC = importlib.util.spec_from_file_location("ablate_tiny", ROOT / "scripts" / "ablate_tiny.py")
 ablate_tiny = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(ablate_tiny)
-SMALL = ["--num_prompts", "3", "--long_prompts", "2", "--long_frames", "18", "--eval_batch", "2", "--steps", "2"]
+SMALL = ["--num_prompts", "3", "--long_prompts", "2", "--long_frames", "18", "--eval_batch", "2", "--steps", "2",
+         "--open_prompts", "2"]  # fmt: skip
 
 
 @pytest.fixture
@@ -70,14 +71,11 @@ def test_every_row_is_a_run_of_the_base_with_its_own_settings(tiny_assets):
     assert all(config.seed == 5 and config.training.stage == "distill" for config in configs.values())
     assert configs["cut_flow"].training.distill.flow.gradient_cut and configs["no_forcing"].stream.context == "clean"
     trained = [to_yaml(configs[row.name]) for row in ablation.ROWS if row.start is None]
-    assert len(set(trained)) == len(trained) == 15
-    both = configs["shipped"], load_config("configs/train_tiny_distill.yaml", ["seed=5"])
-    names = (
-        "guidance", "critic_warmup", "lr", "steps", "image_start", "open_captions", "global_batch",
-        "dfake_gen_update_ratio",
-    )  # fmt: skip
-    shipped, real = ([line for line in to_yaml(c).splitlines() if line.split(":")[0].strip() in names] for c in both)
-    assert shipped == real and len(real) >= len(names)
+    assert len(set(trained)) == len(trained) == 13
+    shipped = load_config("configs/train_tiny_distill.yaml", ["seed=5"])
+    ours, theirs = (to_yaml(config).splitlines() for config in (configs["4322222"], shipped))
+    changed = {line.split(":")[0].strip() for line in set(ours) ^ set(theirs)}
+    assert changed == {"name", "max_checkpoints", "validation_clips"}, "what is ablated is what is shipped"
     a, b = (distill_config(tiny_assets, f"training.steps={n}") for n in (4, 5))
     assert ablation.fingerprint(a) == ablation.fingerprint(a) != ablation.fingerprint(b)
 
@@ -85,6 +83,7 @@ def test_every_row_is_a_run_of_the_base_with_its_own_settings(tiny_assets):
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--rows", "teachers"], "--rows teachers is unknown; use some of teacher, start"),
     (["--num_prompts", "1"], "--num_prompts 1 is too few"),
+    (["--open_prompts", "1"], "--open_prompts 1 is too few"),
     (["--long_frames", "17"], "17 latent frames are not a whole number of chunks"),
     (["training.init.student=nowhere"], "nowhere"),
 ])  # fmt: skip
@@ -96,9 +95,10 @@ def test_bad_input_is_one_sentence(ablate, arguments, sentence):
 def test_rendered_clips_score_as_they_should(tiny_assets):
     """The columns of a maker that renders what the captions say: all right; and of one that always starts alike."""
     config = distill_config(tiny_assets, "video={height: 64, width: 96, num_latent_frames: 12}")
-    sizes = {"clips": 24, "long_clips": 2, "long_frames": 15, "batch": 8, "seed": 3}
+    sizes = {"clips": 24, "open_clips": 30, "long_clips": 2, "long_frames": 15, "batch": 8, "seed": 3}
     bench, world = Bench(config, CPU, **sizes), TinyWorld()
-    scenes = dict(zip(bench.prompts + bench.open_prompts, bench.scenes * 2, strict=True))
+    scenes = dict(zip(bench.prompts, bench.scenes, strict=True))
+    scenes |= zip(bench.open_prompts, world.scenes(3, 30, balanced=True), strict=True)
     assert all(parse_caption(prompt)["direction"] is None for prompt in bench.open_prompts)
 
     def maker(spread: bool):
@@ -128,7 +128,7 @@ def test_the_table_leaves_out_what_is_not_known_and_goals_say_which_way_is_bette
     figure = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     row = {"name": "4322222", "title": "ours", "nfe": 17, "cpu_seconds": 1.234, "steps": 3}
     columns = {"colour": figure, "axis": figure | {"low": 0.1}, "start_spread": {"value": 3, "low": None, "high": None}}
-    row |= {"columns": columns, "asked": {"clips": 4, "long_clips": 0, "long_frames": 81}}
+    row |= {"columns": columns, "asked": {"clips": 4, "open_clips": 9, "long_clips": 0, "long_frames": 81}}
     costs, rest = (table.splitlines() for table in markdown([row]).split("\n\n")[:2])
     assert costs[2].startswith("| ours | 17 | 1.23 | 50.0 ± 25.0 | - |") and goals({"4322222": row}) == ""
     assert rest[2] == "| ours | 50.0 (10.0 .. 75.0) | - | - | 3.0 | - |"

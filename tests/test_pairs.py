@@ -41,9 +41,10 @@ def test_trajectories_follow_the_teacher(tiny_assets):
     """Each state follows from the one before by the teacher's v, integrated over finer steps."""
     config = distill_config(tiny_assets)
     maker = TrajectoryMaker(config, CPU, steps=4, guidance=0.5)
-    states = maker.make(1)
+    states = maker.make([1])[0]
     assert maker.timesteps[0] == 1000 and maker.timesteps[-1] == 0 and len(states) == len(maker.timesteps)
-    assert torch.equal(states, maker.make(1)) and not torch.equal(states, maker.make(2))
+    torch.testing.assert_close(maker.make([2, 1])[1], states, rtol=1e-4, atol=1e-5)
+    assert torch.equal(states, maker.make([1])[0]) and not torch.equal(states, maker.make([2])[0])
     x, text = states[:1], maker.encoder([maker.prompts[1]])
     for t, t_next in zip(maker.grid, maker.grid[1:], strict=False):
         with torch.no_grad():
@@ -99,8 +100,9 @@ def test_causal_trajectories_are_those_of_all_chunks_at_once_given_their_ends(ti
     """As stage causal_ode integrates them: one sequence [ends ; noisy] under the mask of teacher forcing, no cache."""
     config = distill_config(tiny_assets, f"training.init.teacher={tiny_assets / 'student'}")
     maker = CausalTrajectoryMaker(config, CPU, steps=4, guidance=guidance)
-    states = maker.make(1)
-    assert states.shape[:2] == (len(maker.timesteps), 12) and torch.equal(states, maker.make(1))
+    states = maker.make([1])[0]
+    assert states.shape[:2] == (len(maker.timesteps), 12) and torch.equal(states, maker.make([1])[0])
+    torch.testing.assert_close(maker.make([1, 2])[0], states, rtol=1e-4, atol=1e-5)
     ends, mask = states[-1:], chunk_causal_mask(maker.geometry, 12, CPU, teacher_forcing=True)
     x, frame_ids, zeros = states[:1], torch.arange(12).repeat(2), torch.zeros(1, 12)
     texts = [maker.encoder([maker.prompts[1]]), maker.null]
@@ -118,7 +120,7 @@ def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
     teacher = f"training.init.teacher={tiny_assets / 'student'}"
     (tmp_path / "case.yaml").write_text(to_yaml(distill_config(tiny_assets, teacher)))
     arguments = ["--config_path", str(tmp_path / "case.yaml"), "--output_folder", str(tmp_path / "pairs")]
-    script("generate_ode_pairs.py", *arguments, "--steps", "2", "--count", "3", "--causal")
+    script("generate_ode_pairs.py", *arguments, "--steps", "2", "--count", "3", "--batch_size", "2", "--causal")
     with pytest.raises(UserError, match="trajectories of another kind"):
         note(tmp_path / "pairs", [1000.0, 0.0], causal=False)
     write_lmdb(open_pairs("pairs", tmp_path / "pairs"), tmp_path / "lmdb")

@@ -105,7 +105,8 @@ def cpu_seconds(make: Maker, prompt: str, frames: int) -> float:
 class Bench:
     """Captions and seeds, and the rendered clips that a row's are compared with.
 
-    clips, long_clips: captions for clips of the configured length and of `long_frames` latent frames.
+    clips, long_clips: captions for clips of the configured length and of `long_frames` latent frames; open_clips:
+    captions that state neither direction nor speed, of the configured length.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Bench:
         device: torch.device,
         *,
         clips: int,
+        open_clips: int,
         long_clips: int,
         long_frames: int,
         batch: int,
@@ -129,8 +131,9 @@ class Bench:
         self.world = TinyWorld(config.video.height, config.video.width)
         self.scenes = self.world.scenes(seed, max(clips, long_clips), balanced=True)
         self.prompts = [caption(scene) for scene in self.scenes]
-        self.open_prompts = [caption(scene, without=OPEN) for scene in self.scenes[:clips]]
-        self.seeds = [sample_seed(seed, i) for i in range(len(self.scenes))]
+        open_scenes = self.world.scenes(seed, open_clips, balanced=True)
+        self.open_prompts = [caption(scene, without=OPEN) for scene in open_scenes]
+        self.seeds = [sample_seed(seed, i) for i in range(max(len(self.scenes), open_clips))]
         self.rng = np.random.default_rng([seed, 1])
 
     @cached_property

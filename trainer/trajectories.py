@@ -1,5 +1,7 @@
 """Making the teacher's ODE trajectories (trainer/pairs.py says how they are kept)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from utils.seeds import stable_hash
 
 
 class TrajectoryMaker:
-    """Integrates dx/dsigma = v with Euler's method, guided, for one prompt at a time.
+    """Integrates dx/dsigma = v with Euler's method, guided.
 
     The grid is even in un-warped time, then shifted by `schedule.shift`, with every timestep of the schedule among it.
     """
@@ -46,25 +48,33 @@ class TrajectoryMaker:
     def _load(self) -> Score | Student:
         return Score(frozen_teacher(self.config, Placing(self.config.training, self.device))[0])
 
-    def _noise(self, index: int) -> list[Tensor]:
-        """What each chunk [1, f, C, H, W] of prompt `index` starts from."""
-        seed = stable_hash(self.config.seed, "trajectory", index)
-        noise = NoiseSource([seed], self.geometry, self.device, torch.float32)
+    def _noise(self, indices: Sequence[int]) -> list[Tensor]:
+        """What each chunk [B, f, C, H, W] of prompts `indices` starts from."""
+        seeds = [stable_hash(self.config.seed, "trajectory", index) for index in indices]
+        noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
         return [noise.initial(k) for k in range(self.chunks)]
 
+    def _text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, D] of prompts `indices`, and of the negative prompt as often."""
+        text = self.encoder([self.prompts[index] for index in indices])
+        return text, self.null.expand_as(text)
+
     @torch.no_grad()
-    def make(self, index: int) -> Tensor:
-        """float32 [S, F, C, H, W]: states of prompt `index` at `timesteps`. A function of (seed, index)."""
-        x = torch.cat(self._noise(index), dim=1)
-        text, kept = self.encoder([self.prompts[index]]), []
+    def make(self, indices: Sequence[int]) -> Tensor:
+        """float32 [B, S, F, C, H, W]: states of prompts `indices` at `timesteps`.
+
+        Each is a function of (seed, its index), but for the rounding of a batch.
+        """
+        x = torch.cat(self._noise(indices), dim=1)
+        (text, null), kept = self._text(indices), []
         for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
             if t in self.timesteps:
-                kept.append(x[0])
+                kept.append(x)
             if t_next is not None:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    x0 = self.teacher.guided_x0(x, t, text, self.null, self.guidance)
+                    x0 = self.teacher.guided_x0(x, t, text, null, self.guidance)
                 x = x0 + (x - x0) * (t_next / t)  # x = x0 + sigma v
-        return torch.stack(kept)
+        return torch.stack(kept, dim=1)
 
 
 class CausalTrajectoryMaker(TrajectoryMaker):
@@ -79,27 +89,28 @@ class CausalTrajectoryMaker(TrajectoryMaker):
         return Student(causal_student(self.config, "teacher").to(self.device).eval().requires_grad_(False))
 
     @torch.no_grad()
-    def make(self, index: int) -> Tensor:
+    def make(self, indices: Sequence[int]) -> Tensor:
         network = self.teacher.model.config
-        both = 2 if self.guidance else 1  # with the prompt, and without: each has keys of its own
-        text = torch.cat([self.encoder([self.prompts[index]]), self.null][:both])
+        text = torch.cat(self._text(indices)[: 2 if self.guidance else 1])  # each branch has keys of its own
+        both = len(text)
         sizes = (network.num_layers, both, network.num_attention_heads, network.attention_head_dim)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.teacher.model.text_kv(text)
             dtype = text[0][1].dtype
             cache = StreamCache(*sizes, self.geometry, device=self.device, dtype=dtype, max_chunks=self.chunks)
-            return torch.cat([self._chunk(k, noise, text, cache) for k, noise in enumerate(self._noise(index))], dim=1)
+            noise = enumerate(self._noise(indices))
+            return torch.cat([self._chunk(k, x, text, cache) for k, x in noise], dim=2)
 
     def _chunk(self, chunk: int, x: Tensor, text: TextKV, cache: StreamCache) -> Tensor:
-        """States [S, f, C, H, W] of one chunk from its noise; leaves the keys of the clean end in the cache."""
-        kept, copies = [], (len(text[0][0]), 1, 1, 1, 1)
+        """States [B, S, f, C, H, W] of one chunk from its noise; leaves the keys of the clean end in the cache."""
+        kept, copies = [], (len(text[0][0]) // len(x), 1, 1, 1, 1)
         for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
             if t in self.timesteps:
-                kept.append(x[0])
+                kept.append(x)
             if t_next is not None:
                 v = self.teacher.v(x.repeat(copies), t, text, cache.begin(chunk), chunk * x.shape[1])
-                v = v[:1] + self.guidance * (v[:1] - v[-1:])
+                v = v[: len(x)] + self.guidance * (v[: len(x)] - v[-len(x) :])
                 x = x + v * ((t_next - t) / 1000)
         place = {"cache": cache, "chunk": chunk, "text": text}
         leave_context(self.teacher, x.repeat(copies), level=0.0, eps=lambda: x, **place)
-        return torch.stack(kept)
+        return torch.stack(kept, dim=1)
