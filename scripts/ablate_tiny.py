@@ -1,9 +1,9 @@
 """What each part of the method does, on the tiny world: every row trained from one start, measured, and set in a table.
 
-Every row is the run that made the shipped student, with one thing changed.
+Every row is the run that made the shipped student, but for what its title says.
 
     bash scripts/ablate_tiny.sh --output logs/ablation                 # one GPU, or a CPU
-    bash scripts/ablate_tiny.sh --rows teacher 4322222 no_flow --steps 300 --num_prompts 256 training.micro_batch=32
+    bash scripts/ablate_tiny.sh --rows teacher 4322222 no_flow --steps 500 --num_prompts 128 training.micro_batch=32
 
 A row that is finished is not made again; its training alone is not when only the prompts changed. The table is written
 after each row: table.md, table.json; rows/<row>.json holds a row, runs/<row>-<settings>/ its training.
@@ -33,6 +33,7 @@ from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E
 from utils.logs import console  # noqa: E402
 
 CPU = torch.device("cpu")
+ASKED = {"settings", "seed", "clips", "open_clips", "long_clips", "long_frames"}  # what a row was measured with
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,15 +41,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", default="configs/train_tiny_ablation.yaml", help="the base (%(default)s)")
     parser.add_argument("--output", default="logs/ablation", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {' '.join(row.name for row in ablation.ROWS)}")
-    parser.add_argument("--steps", type=int, help="critic updates of each training (training.steps)")
-    parser.add_argument("--num_prompts", type=int, default=256, help="clips a row of 81 frames (%(default)s)")
-    parser.add_argument("--open_prompts", type=int, help="clips a row without a stated direction (4 x num_prompts)")
+    parser.add_argument("--steps", type=int, help="critic updates of each training, warm-up included (training.steps)")
+    parser.add_argument("--num_prompts", type=int, default=256, help="clips a row, of 81 frames (%(default)s)")
+    parser.add_argument("--open_prompts", type=int, help="clips for the spread of headings (4 x num_prompts)")
     parser.add_argument("--long_prompts", type=int, help="clips a row that go on (as num_prompts); 0 = none")
     parser.add_argument("--long_frames", type=int, default=81, help="latent frames of those; 81 are 321 frames")
     parser.add_argument("--eval_batch", type=int, default=64, help="clips made together (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of prompts and noise (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every row, below what a row changes")
     args = parser.parse_intermixed_args(arguments)
+    if args.rows:  # it takes all words that follow it
+        args.settings += [word for word in args.rows if "=" in word]
+        args.rows = [word for word in args.rows if "=" not in word]
     args.long_prompts = args.num_prompts if args.long_prompts is None else args.long_prompts
     args.open_prompts = 4 * args.num_prompts if args.open_prompts is None else args.open_prompts
     least_of = {"num_prompts": 2, "open_prompts": 2, "long_prompts": 0, "long_frames": 1, "eval_batch": 1, "seed": 0}
@@ -84,9 +88,10 @@ def cost_of(row: ablation.Row, config: Config) -> str:
 
 
 def read_rows(folder: Path, rows: list[ablation.Row]) -> dict[str, dict]:
-    """Finished rows, in the table's order."""
-    files = {row.name: folder / f"{row.name}.json" for row in rows}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    """Finished rows, in the table's order, but for those that an earlier version measured otherwise."""
+    files = [folder / f"{row.name}.json" for row in rows]
+    found = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return {row["name"]: row for row in found if row["asked"].keys() == ASKED}
 
 
 def write_tables(out: Path, args: argparse.Namespace) -> str:

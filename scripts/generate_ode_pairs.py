@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=48, help="Euler steps of un-warped time (%(default)s)")
     parser.add_argument("--causal", action="store_true", help="training.init.teacher is causal: chunk by chunk")
     parser.add_argument("--count", type=int, help="only so many prompts")
-    parser.add_argument("--batch_size", type=int, default=1, help="made together; small networks gain (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts integrated together (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()
 
@@ -45,8 +45,9 @@ def main() -> int:
     from utils.distributed import Ranks
     from utils.files import atomic_path, check_writable
 
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size} is too few; give at least 1")
+    for name in ("steps", "count", "batch_size"):
+        if (value := vars(args)[name]) is not None and value < 1:
+            raise UserError(f"--{name} {value} is too few; give at least 1")
     given = [f"training.distill.prompts={json.dumps(args.caption_path)}", "training.open_captions=0"]
     extra = [] if args.caption_path is None else given
     config = load_config(args.config_path, [*extra, *args.settings])
@@ -58,8 +59,8 @@ def main() -> int:
     maker = kind(config, device, steps=args.steps, guidance=args.guidance_scale)
     if ranks.first:
         note(folder, maker.timesteps, causal=maker.causal)
-    todo = [i for i in range(len(maker.prompts[: args.count])) if not (folder / f"{i:05d}.pt").exists()]
-    mine = ranks.share(todo)
+    share = ranks.share(range(len(maker.prompts[: args.count])))  # and then look: other ranks are writing theirs
+    mine = [i for i in share if not (folder / f"{i:05d}.pt").exists()]
     with tqdm(total=len(mine), desc="trajectories", disable=not ranks.first) as bar:
         for first in range(0, len(mine), args.batch_size):
             batch = mine[first : first + args.batch_size]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 
 import pytest
 import torch
@@ -61,8 +62,19 @@ def test_rows_are_trained_measured_and_not_made_again(ablate, tmp_path):
     assert {t: (t / "export" / "card.json").stat().st_mtime_ns for t in trainings} == before
     assert (out / "rows" / "start.json").stat().st_mtime_ns > written
     written = (out / "rows" / "start.json").stat().st_mtime_ns
-    ablate("--rows", "start", "--num_prompts", "2")
+    older = json.loads((out / "rows" / "teacher.json").read_text())
+    del older["asked"]["open_clips"]
+    (out / "rows" / "teacher.json").write_text(json.dumps(older))
+    assert "teacher" not in ablate("--rows", "start", "--num_prompts", "2"), "an earlier version measured otherwise"
     assert (out / "rows" / "start.json").stat().st_mtime_ns == written, "it is there"
+
+
+def test_the_examples_of_its_help_are_valid(tiny_assets):
+    examples = [line.strip() for line in ablate_tiny.__doc__.splitlines() if line.startswith("    bash ")]
+    for example in [*examples, "bash it --rows start training.init.student=assets/tiny/student"]:
+        args = ablate_tiny.parse(shlex.split(example, comments=True)[2:])
+        assert [ablation.row_config(args.config_path, row, args.settings) for row in ablation.chosen(args.rows)]
+    assert (args.rows, args.settings) == (["start"], ["training.init.student=assets/tiny/student"])
 
 
 def test_every_row_is_a_run_of_the_base_with_its_own_settings(tiny_assets):

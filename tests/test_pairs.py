@@ -18,8 +18,12 @@ from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
 from utils.distributed import Ranks
 
 
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True)
+
+
 def script(name: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True)
+    done = run(name, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -35,6 +39,12 @@ def folder(tiny_assets, tmp_path_factory):
     assert "3 trajectories of 6 states" in script("generate_ode_pairs.py", *arguments, "--count", "3")
     assert (out / "pairs" / "00001.pt").stat().st_mtime_ns == first, "what is there is left alone"
     return out / "pairs"
+
+
+def test_counts_below_one_are_refused(tmp_path):
+    done = run("generate_ode_pairs.py", "--output_folder", str(tmp_path / "pairs"), "--batch_size", "0")
+    assert done.returncode == 2 and done.stderr == "error: --batch_size 0 is too few; give at least 1\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_trajectories_follow_the_teacher(tiny_assets):

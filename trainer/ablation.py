@@ -1,4 +1,4 @@
-"""Rows of the ablation: one base configuration, one start, one thing changed in each."""
+"""Rows of the ablation: one base configuration, one start, and what each row changes."""
 
 import gc
 import json
@@ -46,7 +46,7 @@ ROWS = (
     Row("conv", "ours, head `conv`", ("training.distill.flow.head=conv",)),
     Row("learned", "ours, head `learned`", ("training.distill.flow.head=learned",)),
     Row("guidance_1", "ours, teacher's guidance 1 in place of 0.5", ("training.distill.guidance=1",)),
-    Row("hot", "ours, rate 1e-4 in place of 3e-5, critic not warmed up",
+    Row("hot", "ours, rate 1e-4 in place of 3e-5, critic not warmed up (140 updates, not 80)",
         ("training.optimizer.lr=1.0e-4", "training.distill.critic_warmup=0")),
 )  # fmt: skip
 

@@ -26,9 +26,10 @@ TOWARDS_ZERO = ("frechet", "drift", "long_drift")
 
 def markdown(rows: Sequence[RowData]) -> str:
     """Two tables with a line a row: what each costs and shows, and the rest; figures with their 95% intervals."""
-    asked = [row["asked"] for row in rows]
-    notes = {f"{a['clips']} clips a row, {a['open_clips']} for the spread of headings, {a['long_clips']} of "
-             f"{pixel_frames(a['long_frames'])} frames." for a in asked}  # fmt: skip
+    asked = [row["asked"] | {"steps": row["steps"]} for row in rows]
+    notes = {f"{a['clips']} clips a row, {a['open_clips']} for the spread of headings, {a['long_clips']} long ones of "
+             f"{pixel_frames(a['long_frames'])} frames; {a['steps']} updates of the critic a training."
+             for a in asked}  # fmt: skip
     costs = {row["title"]: [str(row["nfe"]), f"{row['cpu_seconds']:.2f}"] for row in rows}
     rest = [name for name in COLUMNS if name not in MAIN]
     tables = (_table(rows, ["NFE", "CPU s a clip"], MAIN, costs), _table(rows, [], rest, {}))

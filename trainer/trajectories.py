@@ -92,8 +92,8 @@ class CausalTrajectoryMaker(TrajectoryMaker):
     def make(self, indices: Sequence[int]) -> Tensor:
         network = self.teacher.model.config
         text = torch.cat(self._text(indices)[: 2 if self.guidance else 1])  # each branch has keys of its own
-        both = len(text)
-        sizes = (network.num_layers, both, network.num_attention_heads, network.attention_head_dim)
+        streams = len(text)
+        sizes = (network.num_layers, streams, network.num_attention_heads, network.attention_head_dim)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.teacher.model.text_kv(text)
             dtype = text[0][1].dtype
