@@ -104,6 +104,14 @@ class DistillConfig:
         """Updates of the generator in the first `steps` steps."""
         return max(0, -((self.critic_warmup - steps) // self.dfake_gen_update_ratio))
 
+    def updates_generator(self, step: int) -> bool:
+        """Step `step` begins with one."""
+        return self.generator_updates(step + 1) > self.generator_updates(step)
+
+    def same_student_until(self, step: int, steps: int) -> int:
+        """The first step behind `step` that begins with one, or the end of a run of `steps`."""
+        return next((s for s in range(step + 1, steps) if self.updates_generator(s)), max(steps, step + 1))
+
     def __post_init__(self):
         at_least(1, "training.distill", self, "dfake_gen_update_ratio")
         at_least(0, "training.distill", self, "spatial_weight", "gamma", "regression_weight", "video_clips")

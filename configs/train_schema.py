@@ -10,6 +10,7 @@ from configs.validate import at_least, between, one_of
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "causal_ode", "ode_regression", "distill")
 ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
 SHARDINGS = ("none", "full", "hybrid")
+SEQUENCE_STUDENTS = ("whole", "shared")
 LOGGERS = ("wandb", "tensorboard")
 
 
@@ -90,6 +91,7 @@ class TrainingConfig:
     shard_ranks: int = 0  # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
     timeout_s: float = 900.0  # seconds that a rank waits for the others before it ends the run
     sequence_parallel: int = 1  # ranks that share each sample's tokens and heads; the rest of them see other samples
+    sequence_student: str = "whole"  # there the student is on each rank, or also "shared", with its chunks and keys
     log_every: int = 20  # steps
     loggers: list[str] = field(default_factory=list)  # beside the JSON lines: wandb, tensorboard
     checkpoint_every: int = 1000  # steps; 0 = only at the end
@@ -123,6 +125,7 @@ class TrainingConfig:
         at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
         at_least(0, "training", self, "shard_ranks")
         at_least(1, "training", self, "max_checkpoints", "sequence_parallel", "timeout_s")
+        one_of(SEQUENCE_STUDENTS, "training", self, "sequence_student")
         if self.stage == "distill" and not self.distill.generator_updates(self.steps):
             raise UserError(
                 f"training.distill.critic_warmup={self.distill.critic_warmup} leaves no update of the generator in "
@@ -146,9 +149,13 @@ class TrainingConfig:
                 f"training.open_captions={self.open_captions} is for captions of the tiny world, and "
                 f"training.distill.prompts={self.distill.prompts} gives others; set open_captions=0 or prompts=null"
             )
-        begins = self.stage in ("teacher_forcing", "few_steps", "distill") and self.sequence_parallel == 1
-        if self.image_start and not begins:
+        if self.image_start and self.stage not in ("teacher_forcing", "few_steps", "distill"):
             raise UserError(
-                f"training.image_start={self.image_start} is for stages teacher_forcing, few_steps and distill with "
-                f"training.sequence_parallel=1; set it to 0 for stage {self.stage}"
+                f"training.image_start={self.image_start} is for stages teacher_forcing, few_steps and distill; "
+                f"set it to 0 for stage {self.stage}"
+            )
+        if self.image_start and self.sequence_parallel > 1 and self.sequence_student == "shared":
+            raise UserError(
+                f"training.image_start={self.image_start} needs the student whole on each rank that makes an image; "
+                "set image_start=0 or training.sequence_student=whole"
             )

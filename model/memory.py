@@ -317,14 +317,15 @@ def distill_plan(
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
     # of this GPU, where several share a sample: tokens outside attention, and as many of all heads' tokens inside
     window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame // t.sequence_parallel
-    rolled = t.micro_batch * frames * geometry.tokens_per_frame // t.sequence_parallel
+    sharing = t.sequence_parallel if t.sequence_student == "shared" else 1  # the student
+    rolled = t.micro_batch * frames * geometry.tokens_per_frame // sharing
 
     def whole(network: Network, number: int) -> dict[str, float]:
         return {"blocks at work": 2 * network.block * number} if shards > 1 else {}
 
     keys = {"keys of the rollout": 4 * student.layers * rolled * student.dim}
     # each chunk is a forward pass of its own, so that what is recomputed at once is a chunk
-    chunk = t.micro_batch * geometry.tokens_per_chunk // t.sequence_parallel
+    chunk = t.micro_batch * geometry.tokens_per_chunk // sharing
     held, others = (graph_held(student, n, attention=False) for n in (rolled, rolled - chunk))
     work = others + graph_bytes(student, chunk, True, attention=False)
     rollout = keys | {"activations": work if t.checkpointing else graph_bytes(student, rolled, False)}

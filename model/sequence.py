@@ -47,12 +47,12 @@ class SequenceGroup:
             return x
         return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
 
-    def first(self, x: Tensor) -> Tensor:
-        """x of the group's first rank, on every rank; written over x where that is contiguous."""
+    def same(self, x: Tensor, source: int = 0) -> Tensor:
+        """x of the group's rank `source`, on every rank; written over x where that is contiguous."""
         if not self._on:
             return x
         x = x.contiguous()
-        dist.broadcast(x, group=self.group, group_src=0)
+        dist.broadcast(x, group=self.group, group_src=source)
         return x
 
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -272,9 +272,9 @@ def check_all(bench: Bench, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
     rows, alone = [], {}
     several = [layout for layout in layouts if layout.gpus > 1]
     batches = [bench.micro * layout.gpus // layout.sequence * layout.accumulate for layout in several]
-    jobs = len(several) + len(set(batches))
-    for layout, batch in zip(several, batches, strict=True):
-        key = (batch, layout.settings, tuple(layout.sizes.items()))
+    keys = [(b, layout.settings, tuple(layout.sizes.items())) for b, layout in zip(batches, several, strict=True)]
+    jobs = len(several) + len(set(keys))
+    for layout, batch, key in zip(several, batches, keys, strict=True):
         if key not in alone:
             one = Layout.parse(",".join(["none:1", *layout.text.split(",")[1:]]))
             alone[key], jobs = bench.run(one, jobs, batch=batch, layers=2), jobs - 1

@@ -1,6 +1,7 @@
 """The training benchmark: layouts, phases, sums, projection, plan without GPUs, and the check against one rank."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,6 +33,26 @@ FULL = "configs/train_wan2.1_t2v_1.3b.yaml"
 SMALL = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6", "training.micro_batch=1"]
 SMALL += ["training.distill.dfake_gen_update_ratio=2"]
 SMALL += [word for role in ("student", "teacher", "critic") for word in (f"--{role}", "tiny/1")]
+
+
+def test_the_examples_of_its_help_are_valid():
+    examples = [line for line in script.__doc__.replace("\\\n", "").splitlines() if line.startswith("    python ")]
+    for example in examples:
+        args = script.parse(shlex.split(example, comments=True)[2:])
+        for layout in args.layouts:
+            load_config(args.config_path, [*args.settings, *layout.overrides(1)])
+    assert len(examples) == 5
+
+
+def test_a_check_counts_its_runs(monkeypatch):
+    """Down to the last one, which takes what is left of the budget: layouts of other settings have a rank of their own
+    to be compared with."""
+    jobs = []
+    bench = SimpleNamespace(micro=1, run=lambda layout, left, **_: jobs.append((layout.text, left)))
+    monkeypatch.setattr(script, "compare", lambda ours, theirs: {})
+    texts = ["sequence:2", "sequence:2,training.sequence_student=shared", "sequence4:4"]
+    script.check_all(bench, [Layout.parse(text) for text in texts])
+    assert [left for _, left in jobs] == [5, 4, 3, 2, 1] and [text for text, _ in jobs if text in texts] == texts
 
 
 def test_what_is_inside_counts_for_the_inner_phase_alone(monkeypatch):

@@ -72,14 +72,28 @@ def test_two_ranks_are_one_with_twice_the_batches(tiny_assets, alone, tmp_path, 
 LOOKS = ("training.validation_clips=2", "training.distill.video_clips=1")
 
 
-@pytest.mark.parametrize("ranks, sharding, looks", [(2, "none", LOOKS), (4, "full", ()), (2, "full", (FAST,))])
+SHARED = "training.sequence_student=shared"
+
+
+@pytest.mark.parametrize("ranks, sharding, looks", [
+    (2, "none", LOOKS), (2, "full", (SHARED,)), (4, "full", ()), (4, "full", (SHARED, FAST)),
+])  # fmt: skip
 def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, sharding, looks):
-    """Two share each sample's tokens; of four, the others see other samples. The first one also validates. With the
-    fast twin each makes the whole of the critic's rollouts."""
+    """Two share each sample's tokens; of four, the others see other samples. The first one also validates. Where each
+    has the student whole, or its fast twin, they make the critic's rollouts in turns: of two the micro-batches of a
+    step, of four the steps."""
     more = ["training.sequence_parallel=2", f"training.sharding={sharding}", "training.checkpointing=true", *looks]
     start(tiny_assets, tmp_path, ranks, *more)
     assert_same(alone, tmp_path)
     assert (tmp_path / "export" / "config.json").exists()
+
+
+def test_ranks_that_share_samples_begin_with_images_too(tiny_assets, tmp_path):
+    """Which the whole student makes, beside its fast twin, in turns: of three updates one rank makes the third."""
+    image = ("training.image_start=1", "training.global_batch=2")
+    start(tiny_assets, tmp_path / "one", 1, *image)
+    start(tiny_assets, tmp_path / "two", 2, *image, "training.sequence_parallel=2", "training.sharding=full", FAST)
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_sharded_run_resumes_recomputes_and_validates(tiny_assets, alone, tmp_path):

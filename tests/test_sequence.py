@@ -3,18 +3,23 @@
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import ROOT, SEVERAL_RANKS
-from distill_case import distill_config, distill_stage
+from distill_case import CPU, distill_config, distill_stage
 from small_wan import build, sizes
 
+from configs.distill_schema import DistillConfig
 from configs.errors import UserError
 from model.memory import distill_plan
 from model.sequence import SequenceGroup
 from pipeline.preflight import Report, _batch
 from trainer.sequence import check_tokens, data_ranks, parallelize, sequence_group
+from trainer.turns import Turns
 from utils.distributed import Ranks
 
 
@@ -72,8 +77,75 @@ def test_batches_count_samples_once(tiny_assets):
 
 
 def test_the_memory_plan_shares_activations_and_keys(tiny_assets):
-    plans = [distill_plan(distill_config(tiny_assets, f"training.sequence_parallel={n}"), gpus=2) for n in (1, 2)]
-    for whole, shared in zip(*(plan.phases for plan in plans), strict=True):
-        for name in ("activations", "keys of the rollout"):
-            if name in whole.parts:
-                assert shared.parts[name] == pytest.approx(whole.parts[name] / 2)
+    two = "training.sequence_parallel=2"
+    cases = ((), (two,), (two, "training.sequence_student=shared"))
+    plans = [distill_plan(distill_config(tiny_assets, *case), gpus=2) for case in cases]
+    for alone, whole, shared in zip(*(plan.phases for plan in plans), strict=True):
+        for name in {"activations", "keys of the rollout"} & alone.parts.keys():
+            assert shared.parts[name] == pytest.approx(alone.parts[name] / 2)
+            of_student = name == "keys of the rollout" or alone.name == "rollout"
+            assert whole.parts[name] == (alone if of_student else shared).parts[name]
+
+
+class Threads(SequenceGroup):
+    """Rank `rank` of `size` threads."""
+
+    def __init__(self, rank: int, size: int, slot: list[torch.Tensor], barrier: threading.Barrier):
+        super().__init__()
+        self.rank, self.size, self.slot, self.barrier = rank, size, slot, barrier
+
+    def same(self, x, source=0):
+        if self.rank == source:
+            self.slot[0] = x
+        self.barrier.wait(60)
+        x = self.slot[0]
+        self.barrier.wait(60)
+        return x
+
+
+@pytest.mark.parametrize("size, micro_batches", [(2, 1), (3, 2), (4, 3), (3, 7)])
+def test_turns_make_each_sample_once_and_none_of_another_student(size, micro_batches):
+    """With updates of the generator before steps 1 and 6, an end at 11, and resumed at step 4."""
+    settings, steps = DistillConfig(dfake_gen_update_ratio=5, critic_warmup=1), 11
+    made, slot, barrier = [], [torch.empty(1)], threading.Barrier(size)
+
+    def rank(number: int, first: int, last: int) -> None:
+        turns = Turns(Threads(number, size, slot, barrier), micro_batches, (1,), torch.device("cpu"))
+
+        def make(step: int, micro: int) -> torch.Tensor:
+            made.append((now, number, step, micro))
+            return torch.tensor([100.0 * step + micro])
+
+        for now in range(first, last):
+            turns.begin(now, settings.same_student_until(now, steps))
+            taken = [float(turns.take(make)) for _ in range(micro_batches)]
+            assert taken == [100.0 * now + micro for micro in range(micro_batches)]
+
+    for first, last in ((0, 11), (4, 11)):
+        made.clear()
+        with ThreadPoolExecutor(size) as pool:
+            list(pool.map(rank, range(size), [first] * size, [last] * size))
+        places = [(step, micro) for _, _, step, micro in made]
+        assert sorted(places) == [(step, i) for step in range(first, last) for i in range(micro_batches)]
+        student = [settings.generator_updates(step + 1) for step in range(steps)]
+        assert all(student[now] == student[step] for now, _, step, _ in made), "made by the student of its own step"
+        shares = Counter(number for _, number, step, _ in made if 1 <= step < 6)
+        assert first or max(shares.values()) == -(-5 * micro_batches // size)
+
+
+@pytest.mark.parametrize("more", [(), ("training.distill.fast_rollout=true",)], ids=["whole", "fast"])
+def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, more):
+    """The second of two ranks, in a step behind which the student changes: it makes no rollout, and the first one would
+    wait for its part of the student for ever."""
+    stage = distill_stage(tiny_assets, *more, "training.distill.dfake_gen_update_ratio=1")
+    gathered, group = [], Threads(1, 2, [torch.zeros(2, 12, 16, 4, 6)], threading.Barrier(1))
+    monkeypatch.setattr("trainer.distillation.gather", gathered.append)
+    monkeypatch.setattr("trainer.fast_rollout.gather", gathered.append)
+    monkeypatch.setattr(stage, "_sample", lambda *_, grad, **__: pytest.fail("it made one") if not grad else None)
+    monkeypatch.setattr(stage, "_generator_step", lambda step, count: {})
+    stage.turns = Turns(group, 1, (2, 12, 16, 4, 6), CPU)
+    for step in range(2):
+        if stage.fast is not None:
+            stage.fast.stale = True
+        logs = stage.update(step)
+        assert logs["critic_loss"] > 0 and gathered == [stage.student.model] * (step + 1)

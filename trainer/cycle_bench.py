@@ -8,7 +8,7 @@ waiting, a profile of one step tells (`communication`).
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class Watch:
         wrap(stage, "_draw", self._name(INPUTS))
         wrap(stage.prompts, "batch", self._name(TEXT))
         wrap(stage, "_sample", self._name(ROLLOUT))
+        if stage.turns is not None:
+            wrap(stage.turns, "take", self._name(ROLLOUT))
         wrap(stage.student, "x0", lambda: self._name(STUDENT if graph() else ROLLOUT)())
         wrap(stage.teacher, "v", self._name(TEACHER))
         wrap(stage.critic, "v", lambda: self._name(CRITIC if graph() else SCORE)())
@@ -228,11 +230,15 @@ def gathered(mine: dict[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, stage: Distill) -> dict[str, Any]:
-    """Median seconds of each phase, its operations on this GPU, and what checkpointing added."""
+    """Median seconds of each phase, this GPU's share of its operations, and what checkpointing added.
+
+    What several GPUs compute alike counts once. The mean of rollouts made in turns: some updates wait for none.
+    """
     share = stage.micro_batches / stage.config.training.sequence_parallel
     out = {}
     for name in dict.fromkeys(phase for one in spans for phase in one):
-        out[name] = {"s": median(one.get(name, 0.0) for one in spans)}
+        middle = mean if name == ROLLOUT and stage.turns is not None else median
+        out[name] = {"s": middle([one.get(name, 0.0) for one in spans])}
         if name in price:
             out[name]["flops"] = price[name] * share
         if name == BACKWARD:

@@ -9,18 +9,18 @@
 
 No data but prompts. All that is drawn is a function of (seed, name, step, part), where `part` numbers the micro-batches
 of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees. Ranks that share a
-sample's tokens (training.sequence_parallel) draw the same and compute the same losses.
+sample's tokens (training.sequence_parallel) draw the same and compute the same losses; they make rollouts for the
+critic in turns (trainer/turns.py).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import Geometry
@@ -33,21 +33,21 @@ from model.schedule import Schedule
 from model.weights import save_student
 from pipeline.rollout import DrawnNoise, last_steps, rollout
 from pipeline.switch import switched
-from trainer.audit import Audit, gradient_audit
+from trainer.audit import Audit, gradient_audit, switches
 from trainer.backward import Backward
 from trainer.build import frozen_codec
 from trainer.fast_rollout import FastTwin
-from trainer.flow_heads import build_head
 from trainer.health import SIGNS, vital_signs, warnings
 from trainer.long_tuning import Plan, Planner, window_of
 from trainer.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
-from trainer.optim import Average, Player
+from trainer.optim import Player
 from trainer.pairs import Pairs, open_pairs
 from trainer.parallel import Placing, gather, mean_over_ranks, mesh_of
-from trainer.players import critic_player, frozen_teacher, merged, student_player
+from trainer.players import critic_player, flow_head, frozen_teacher, merged, student_player
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.sequence import check_tokens, data_ranks, sequence_group
 from trainer.stage import Stage, accumulation
+from trainer.turns import Turns
 from trainer.validation import Validator
 from utils.device import pick_dtype
 from utils.distributed import Ranks
@@ -58,7 +58,6 @@ from utils.seeds import generator
 log = get_logger(__name__)
 
 SIGN_UPDATES = 10  # generator updates that a logged vital sign is averaged over
-HEAD_DECAY = 0.95  # of the learned head's target; the public releases' value
 
 
 class Distill(Stage):
@@ -95,9 +94,14 @@ class Distill(Stage):
         self.student = Student(self._players["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
         self.critic = Score(self._players["critic"].module)
-        self.head = self._flow_head()
+        self.head, player = flow_head(config, self.geometry.latent_channels, device)
+        if player is not None:
+            self._players["head"] = player
 
         self.fast = self._fast_twin()
+        together = self.sequence.size == 1 or (t.sequence_student == "shared" and self.fast is None)
+        shape = self.geometry.latent_shape(t.micro_batch, config.video.num_latent_frames)
+        self.turns = None if together else Turns(self.sequence, self.micro_batches, shape, device)
         self.generator_logs: dict[str, Tensor] = {}
         self.generator_done = -1  # the newest step whose generator update was made
         self.newest: dict[str, Any] = {}
@@ -116,25 +120,9 @@ class Distill(Stage):
         pairs = open_pairs("training.distill.pairs", d.pairs)
         return pairs, PromptBank(pairs.prompts, self.encoder, ahead=d.encode_ahead)
 
-    def _flow_head(self) -> nn.Module:
-        """The head that the flow loss uses, frozen: the target of a learned one, whose online twin is a player."""
-        t = self.config.training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            head = build_head(self.settings.flow, self.geometry.latent_channels).to(self.device)
-        if self.settings.flow.head != "learned":
-            return head
-        knobs = replace(self.settings.critic_optimizer, lr=self.settings.flow.head_lr, betas=[0.9, 0.999])
-        player = Player(head, t, optimizer=knobs, averaged=False)
-        player.average = Average(head, HEAD_DECAY, start_step=0)
-        self._players["head"] = player
-        return player.average.module
-
     def _fast_twin(self) -> FastTwin | None:
-        if not self.settings.fast_rollout:
-            return None
-        chunks = self.planner.longest
-        return FastTwin(self.student.model, self.config, self.geometry, self.device, self.dtype, chunks)
+        sizes = (self.geometry, self.device, self.dtype, self.planner.longest)
+        return FastTwin(self.student.model, self.config, *sizes) if self.settings.fast_rollout else None
 
     def _family(self, loss, parameters) -> Backward:
         graphed = self.config.training.cuda_graphs and self.sequence.size == 1  # not with messages within a pass
@@ -241,8 +229,6 @@ class Distill(Stage):
                 recache_at=plan.switch if how == "recache" else None,
                 start=image,
             )
-        if self.fast is not None and not grad:
-            x = self.sequence.first(x)
         long, frames = d.long, self.config.video.num_latent_frames
         return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
 
@@ -250,7 +236,7 @@ class Distill(Stage):
     def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher's and critic's x0 of a noised copy of x."""
         d, null = self.settings, self.null.expand_as(text)
-        x_t = add_noise(x.detach(), eps, t)
+        x_t = add_noise(self.sequence.same(x.detach().clone()), eps, t)
         if d.guidance:
             real = self.teacher.guided_x0(x_t, t, text, null, d.guidance)
         else:
@@ -301,20 +287,40 @@ class Distill(Stage):
         image: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         with torch.no_grad():
-            x = self._sample(plan, text, noise, text_after, grad=False, image=image)
+            if self.turns is None:
+                x = self._sample(plan, text, noise, text_after, grad=False, image=image)
+            else:
+                self._gather_student()
+                x = self.turns.take(self._critic_sample)
             x_t = add_noise(x, eps, t)
         v = self.critic.v(x_t, t, text if text_after is None else text_after)
         loss, _ = critic_loss(v, v_target(x, eps), frames=plan.frames)
         return {"loss": loss}
 
+    def _gather_student(self) -> None:
+        """On all ranks: of those that take turns some make no rollout."""
+        if self.fast is not None:
+            self.fast.refresh(self.student.model)
+        if self.fast is None or self.config.training.image_start:  # it makes the images
+            gather(self.student.model)
+
+    def _critic_sample(self, step: int, micro: int) -> Tensor:
+        """What the critic learns from in a micro-batch of a step, made by this rank alone."""
+        plan = self.planner.draw("critic", step)
+        batch = self._draw("critic", step, micro, plan)
+        text, after, image = batch["text"], batch.get("text_after"), batch.get("image")
+        return self._sample(plan, text, batch["noise"], after, grad=False, image=image)
+
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def update(self, step: int) -> dict[str, Tensor]:
-        done = self.settings.generator_updates(step)
-        if self.settings.generator_updates(step + 1) > done and self.generator_done < step:  # or a signal came after it
-            self.generator_logs = self._generator_step(step, done)
+        d = self.settings
+        if d.updates_generator(step) and self.generator_done < step:  # or a signal came after it
+            self.generator_logs = self._generator_step(step, d.generator_updates(step))
             self.generator_done = step
         plan, batches = self._batches("critic", step)
+        if self.turns is not None:
+            self.turns.begin(step, d.same_student_until(step, self.config.training.steps))
         logs = self.critic_backward.run(plan, batches, self.between)
         norm = self._players["critic"].step(step)
         return self.generator_logs | {"critic_loss": logs["loss"], "critic_grad_norm": norm}
@@ -351,13 +357,9 @@ class Distill(Stage):
             with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
                 return self._generator_terms(plan, **batch)[0]
 
-        d = self.settings
-        flow = "" if d.flow.gradient_cut else f"training.distill.flow.weight={d.flow.weight}"
-        settings = {"spatial": f"training.distill.spatial_weight={d.spatial_weight}", "flow": flow}
-        settings |= dict.fromkeys(("regression", "regression_flow"), f"training.distill.pairs={d.pairs}")
-        if d.flow.gradient_cut and d.flow.weight:
+        if self.settings.flow.gradient_cut and self.settings.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
-        return gradient_audit(terms, self._players["generator"].parameters, settings=settings)
+        return gradient_audit(terms, self._players["generator"].parameters, settings=switches(self.settings))
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
         return warnings(rows)

@@ -53,14 +53,19 @@ class FastTwin:
     def ready(self, student: CausalWanModel) -> Iterator[tuple[FastStudent, StreamCache]]:
         """The fast form of `student` as it is now, and an empty cache; without autocast, as in inference."""
         with torch.autocast(self.student.model.device.type, enabled=False), torch.no_grad():
-            if self.stale:
-                gather(student)
-                now = dict(student.named_parameters())
-                torch._foreach_copy_(list(self._places.values()), [now[name] for name in self._places])
-                drop_gathered(student)
-                self.stale = False
+            self.refresh(student)
             self.cache.reset()
             yield self.student, self.cache
+
+    @torch.no_grad()
+    def refresh(self, student: CausalWanModel) -> None:
+        """Take in the weights of `student` if it has changed; where it is sharded, on all ranks together."""
+        if self.stale:
+            gather(student)
+            now = dict(student.named_parameters())
+            torch._foreach_copy_(list(self._places.values()), [now[name] for name in self._places])
+            drop_gathered(student)
+            self.stale = False
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,19 +3,22 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.fp8_teacher import in_float8, round_and_compare
+from model.sequence import SequenceGroup
 from model.weight_plans import Plan
+from trainer.flow_heads import build_head
 from trainer.networks import start_network
-from trainer.optim import Player
+from trainer.optim import Average, Player
 from trainer.parallel import Placing, placed
 from trainer.sharded_weights import copy_parts, empty, fill_parts, init_plan
 from utils.device import pick_dtype
@@ -25,6 +28,7 @@ from utils.seeds import generator
 log = get_logger(__name__)
 
 FLOAT = torch.float32  # of what is trained, and of its average
+HEAD_DECAY = 0.95  # of the learned flow head's target; the public releases' value
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
@@ -49,6 +53,8 @@ def frozen_teacher(config: Config, where: Placing) -> tuple[WanTransformer3DMode
 def student_player(config: Config, where: Placing) -> Player:
     """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
     t, rank = config.training, config.training.distill.lora.student_rank
+    if t.sequence_student == "whole":
+        where = replace(where, sequence=SequenceGroup())
     plan = init_plan(config, "student", where, causal=True)
     student = start_network(config, "student", where.device, causal=True) if plan is None else empty(plan, FLOAT)
     _prepare(student, config, rank)
@@ -69,6 +75,20 @@ def critic_player(config: Config, where: Placing) -> Player:
     _prepare(critic, config, t.distill.lora.critic_rank)
     critic = _trained(critic, "critic", config, where, plan)
     return Player(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
+
+
+def flow_head(config: Config, channels: int, device: torch.device) -> tuple[nn.Module, Player | None]:
+    """The head that the flow loss uses, frozen; where it is learned, the average of a twin, which is the player."""
+    t, d = config.training, config.training.distill
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = build_head(d.flow, channels).to(device)
+    if d.flow.head != "learned":
+        return head, None
+    knobs = replace(d.critic_optimizer, lr=d.flow.head_lr, betas=[0.9, 0.999])
+    player = Player(head, t, optimizer=knobs, averaged=False)
+    player.average = Average(head, HEAD_DECAY, start_step=0)
+    return player.average.module, player
 
 
 def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:

@@ -22,7 +22,8 @@ log = get_logger(__name__)
 FREE = (
     "name", "device", "inference",
     "training.attention", "training.checkpointing", "training.compile", "training.cuda_graphs",
-    "training.sharding", "training.shard_ranks", "training.sequence_parallel", "training.timeout_s",
+    "training.sharding", "training.shard_ranks", "training.sequence_parallel",
+    "training.sequence_student", "training.timeout_s",
     "training.log_every", "training.loggers", "training.checkpoint_every", "training.max_checkpoints",
     "training.validate_every", "training.validation_clips", "training.export", "training.accept_changes",
     "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
