@@ -108,9 +108,10 @@ class DistillConfig:
         """Step `step` begins with one."""
         return self.generator_updates(step + 1) > self.generator_updates(step)
 
-    def same_student_until(self, step: int, steps: int) -> int:
-        """The first step behind `step` that begins with one, or the end of a run of `steps`."""
-        return next((s for s in range(step + 1, steps) if self.updates_generator(s)), max(steps, step + 1))
+    def same_student(self, step: int, steps: int) -> tuple[int, int]:
+        """From the last step up to `step` that begins with one to the next that does, or to the end of `steps`."""
+        start = next((s for s in range(step, 0, -1) if self.updates_generator(s)), 0)
+        return start, next((s for s in range(step + 1, steps) if self.updates_generator(s)), max(steps, step + 1))
 
     def __post_init__(self):
         at_least(1, "training.distill", self, "dfake_gen_update_ratio")

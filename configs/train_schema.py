@@ -91,7 +91,7 @@ class TrainingConfig:
     shard_ranks: int = 0  # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
     timeout_s: float = 900.0  # seconds that a rank waits for the others before it ends the run
     sequence_parallel: int = 1  # ranks that share each sample's tokens and heads; the rest of them see other samples
-    sequence_student: str = "whole"  # there the student is on each rank, or also "shared", with its chunks and keys
+    sequence_student: str = "whole"  # on each of those ranks, or "shared": its chunks and their keys, too
     log_every: int = 20  # steps
     loggers: list[str] = field(default_factory=list)  # beside the JSON lines: wandb, tensorboard
     checkpoint_every: int = 1000  # steps; 0 = only at the end

@@ -317,7 +317,7 @@ def distill_plan(
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
     # of this GPU, where several share a sample: tokens outside attention, and as many of all heads' tokens inside
     window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame // t.sequence_parallel
-    sharing = t.sequence_parallel if t.sequence_student == "shared" else 1  # the student
+    sharing = t.sequence_parallel if t.sequence_student == "shared" else 1  # the student's are whole but then
     rolled = t.micro_batch * frames * geometry.tokens_per_frame // sharing
 
     def whole(network: Network, number: int) -> dict[str, float]:

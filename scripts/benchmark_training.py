@@ -18,12 +18,12 @@ are written as trainer/layouts.py says, run one after another in processes of th
 are named with a sentence. --budget seconds are not exceeded by more than a few: the table always comes. MFU: operations
 of the model (model/training_cost.py), without what checkpointing computes again, to the measured matrix peak.
 
---check trains networks of two layers and full width for three updates of both networks, on N ranks and on one with the
-same global batch. Bounds in bfloat16: a number is rounded by up to 2^-9, and sums over other shards or in another order
-differ by a few of these, so losses may differ by 2% and gradient norms by 5%. AdamW without momentum moves each weight
-by lr x sign(gradient) at first: where noise of a share e of the gradient's size turns a sign, which it does for e / pi
-of the weights, the change differs by twice its length, so that the changes differ by 2 sqrt(e / pi); the bound 0.3 is
-e = 7%. In float32 the same three are 1e-4, 1e-3 and 2e-2.
+--check trains networks of two layers and full width for three updates of the generator and five of the critic, on N
+ranks and on one with the same global batch. Bounds in bfloat16: a number is rounded by up to 2^-9, and sums over other
+shards or in another order differ by a few of these, so losses may differ by 2% and gradient norms by 5%. AdamW without
+momentum moves each weight by lr x sign(gradient) at first: where noise of a share e of the gradient's size turns a
+sign, which it does for e / pi of the weights, the change differs by twice its length, so that the changes differ by 2
+sqrt(e / pi); the bound 0.3 is e = 7%. In float32 the same three are 1e-4, 1e-3 and 2e-2.
 """
 
 import argparse
@@ -168,7 +168,7 @@ class Bench:
         sizes = {**self.sizes, **layout.sizes}
         sizes = {role: f"{name.partition('/')[0]}/{layers}" for role, name in sizes.items()} if layers else sizes
         init = ", ".join(f"{role}: random:{name}" for role, name in sizes.items())
-        steps = ["training.distill.dfake_gen_update_ratio=1"] if layers else []
+        steps = ["training.distill.dfake_gen_update_ratio=2"] if layers else []  # so that ranks take turns
         settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
         settings += layout.overrides(self.micro, batch)
         found: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}

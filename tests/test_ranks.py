@@ -89,11 +89,21 @@ def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, s
 
 
 def test_ranks_that_share_samples_begin_with_images_too(tiny_assets, tmp_path):
-    """Which the whole student makes, beside its fast twin, in turns: of three updates one rank makes the third."""
-    image = ("training.image_start=1", "training.global_batch=2")
+    """Which the whole student makes, and with the student changed before each update of the critic, so that the first
+    rank makes all of its rollouts and the other one gathers alone; also beside the fast twin."""
+    image = ("training.image_start=1", "training.global_batch=2", "training.distill.dfake_gen_update_ratio=1")
     start(tiny_assets, tmp_path / "one", 1, *image)
-    start(tiny_assets, tmp_path / "two", 2, *image, "training.sequence_parallel=2", "training.sharding=full", FAST)
-    assert_same(tmp_path / "one", tmp_path / "two")
+    for name, more in (("two", ()), ("fast", (FAST,))):
+        shared = ("training.sequence_parallel=2", "training.sharding=full", *more)
+        start(tiny_assets, tmp_path / name, 2, *image, *shared)
+        assert_same(tmp_path / "one", tmp_path / name)
+
+
+def test_ranks_that_share_samples_encode_together(tiny_assets, alone, tmp_path):
+    """Prompts in each update, by a text encoder that is sharded: rollouts are not made in turns."""
+    more = ("training.sequence_parallel=2", "training.sharding=full", "training.distill.encode_ahead=false")
+    start(tiny_assets, tmp_path, 2, *more)
+    assert_same(alone, tmp_path)
 
 
 def test_a_sharded_run_resumes_recomputes_and_validates(tiny_assets, alone, tmp_path):

@@ -19,7 +19,7 @@ from model.memory import distill_plan
 from model.sequence import SequenceGroup
 from pipeline.preflight import Report, _batch
 from trainer.sequence import check_tokens, data_ranks, parallelize, sequence_group
-from trainer.turns import Turns
+from trainer.turns import Turns, in_turns
 from utils.distributed import Ranks
 
 
@@ -107,17 +107,17 @@ class Threads(SequenceGroup):
 def test_turns_make_each_sample_once_and_none_of_another_student(size, micro_batches):
     """With updates of the generator before steps 1 and 6, an end at 11, and resumed at step 4."""
     settings, steps = DistillConfig(dfake_gen_update_ratio=5, critic_warmup=1), 11
-    made, slot, barrier = [], [torch.empty(1)], threading.Barrier(size)
+    made, makers, slot, barrier = [], {}, [torch.empty(1)], threading.Barrier(size)
 
     def rank(number: int, first: int, last: int) -> None:
         turns = Turns(Threads(number, size, slot, barrier), micro_batches, (1,), torch.device("cpu"))
 
         def make(step: int, micro: int) -> torch.Tensor:
-            made.append((now, number, step, micro))
+            made.append((now, number, (step, micro)))
             return torch.tensor([100.0 * step + micro])
 
         for now in range(first, last):
-            turns.begin(now, settings.same_student_until(now, steps))
+            turns.begin(now, *settings.same_student(now, steps))
             taken = [float(turns.take(make)) for _ in range(micro_batches)]
             assert taken == [100.0 * now + micro for micro in range(micro_batches)]
 
@@ -125,11 +125,11 @@ def test_turns_make_each_sample_once_and_none_of_another_student(size, micro_bat
         made.clear()
         with ThreadPoolExecutor(size) as pool:
             list(pool.map(rank, range(size), [first] * size, [last] * size))
-        places = [(step, micro) for _, _, step, micro in made]
-        assert sorted(places) == [(step, i) for step in range(first, last) for i in range(micro_batches)]
+        assert sorted(place for *_, place in made) == [(s, i) for s in range(first, last) for i in range(micro_batches)]
         student = [settings.generator_updates(step + 1) for step in range(steps)]
-        assert all(student[now] == student[step] for now, _, step, _ in made), "made by the student of its own step"
-        shares = Counter(number for _, number, step, _ in made if 1 <= step < 6)
+        assert all(student[now] == student[step] for now, _, (step, _) in made), "made by the student of its own step"
+        assert all(makers.setdefault(place, number) == number for _, number, place in made), "resumed as it was"
+        shares = Counter(number for _, number, (step, _) in made if 1 <= step < 6)
         assert first or max(shares.values()) == -(-5 * micro_batches // size)
 
 
@@ -139,6 +139,8 @@ def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, m
     wait for its part of the student for ever."""
     stage = distill_stage(tiny_assets, *more, "training.distill.dfake_gen_update_ratio=1")
     gathered, group = [], Threads(1, 2, [torch.zeros(2, 12, 16, 4, 6)], threading.Barrier(1))
+    handed = []
+    monkeypatch.setattr(group, "same", lambda x, owner: handed.append(len(gathered)) or torch.zeros_like(x))
     monkeypatch.setattr("trainer.distillation.gather", gathered.append)
     monkeypatch.setattr("trainer.fast_rollout.gather", gathered.append)
     monkeypatch.setattr(stage, "_sample", lambda *_, grad, **__: pytest.fail("it made one") if not grad else None)
@@ -149,3 +151,27 @@ def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, m
             stage.fast.stale = True
         logs = stage.update(step)
         assert logs["critic_loss"] > 0 and gathered == [stage.student.model] * (step + 1)
+    assert handed == [1, 2], "gathered before it waits for what another makes"
+
+
+def test_ranks_score_what_the_first_has(tiny_assets):
+    """Should their rollouts differ in rounding, teacher and critic see one; each keeps its own, which has the graph."""
+    stage, other = (distill_stage(tiny_assets) for _ in range(2))
+    plan, (batch,) = stage._batches("generator", 0)
+    x = torch.randn(2, 12, 16, 4, 6)
+    kept, theirs = x.clone(), torch.randn(2, 12, 16, 4, 6)
+    stage.sequence.size, stage.sequence.same = 2, lambda mine, source=0: mine.copy_(theirs)
+    rest = batch["text"], batch["t"], batch["eps"]
+    for ours, expected in zip(stage._scores(x, *rest), other._scores(theirs, *rest), strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(("settings", "wanted"), [
+    ((), False), (("training.sequence_parallel=2",), True),
+    (("training.sequence_parallel=2", "training.distill.encode_ahead=false"), False),
+    (("training.sequence_parallel=2", "training.sequence_student=shared"), False),
+    (("training.sequence_parallel=2", "training.sequence_student=shared", "training.distill.fast_rollout=true"), True),
+])  # fmt: skip
+def test_ranks_take_turns_where_none_needs_another(tiny_assets, settings, wanted):
+    assert in_turns(distill_config(tiny_assets, *settings).training) is wanted

@@ -33,7 +33,7 @@ from utils.timers import Phases
 
 TEXT, INPUTS, FLOW, LOSSES, OPTIMISER, REST = "text", "noise", "flow loss", "other losses", "optimiser", "rest"
 GB = 1e9
-CHECK_STEPS = 3
+CHECK_STEPS = 5
 
 
 def cost_of(stage: Distill) -> DistillCost:
@@ -232,12 +232,12 @@ def gathered(mine: dict[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
 def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, stage: Distill) -> dict[str, Any]:
     """Median seconds of each phase, this GPU's share of its operations, and what checkpointing added.
 
-    What several GPUs compute alike counts once. The mean of rollouts made in turns: some updates wait for none.
+    What several GPUs compute alike counts once. The mean of what is made in turns: some updates wait for none.
     """
     share = stage.micro_batches / stage.config.training.sequence_parallel
     out = {}
     for name in dict.fromkeys(phase for one in spans for phase in one):
-        middle = mean if name == ROLLOUT and stage.turns is not None else median
+        middle = mean if name in (ROLLOUT, INPUTS, TEXT) and stage.turns is not None else median
         out[name] = {"s": middle([one.get(name, 0.0) for one in spans])}
         if name in price:
             out[name]["flops"] = price[name] * share
@@ -263,7 +263,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Config, device: torch.device, ranks: Ranks, out: Path) -> None:
-    """Three updates of both networks; losses, gradient norms and weights before and after, for a comparison."""
+    """Five updates of the critic and three of the generator: losses, gradient norms, weights before and after."""
     stage = Distill(config, device, ranks)
 
     def weights() -> dict[str, torch.Tensor]:

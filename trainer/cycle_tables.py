@@ -138,5 +138,5 @@ def check_text(rows: Sequence[Found]) -> str:
             continue
         cells = [f"{row[key][i]:.2e}" for key in ("losses", "norms", "weights") for i in (0, 1)]
         table.append([row["layout"], *cells, "equal" if row["passed"] else "DIFFERS"])
-    head = "after 3 updates of both networks, N ranks against 1 with the same global batch: relative differences"
+    head = "after 5 critic and 3 generator updates, N ranks against 1 with the same global batch: relative differences"
     return "\n".join([head, grid(table), *failed])

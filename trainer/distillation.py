@@ -9,8 +9,8 @@
 
 No data but prompts. All that is drawn is a function of (seed, name, step, part), where `part` numbers the micro-batches
 of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees. Ranks that share a
-sample's tokens (training.sequence_parallel) draw the same and compute the same losses; they make rollouts for the
-critic in turns (trainer/turns.py).
+sample's tokens (training.sequence_parallel) draw the same and compute the same losses; where they can, they make
+rollouts for the critic in turns (trainer/turns.py).
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ from trainer.players import critic_player, flow_head, frozen_teacher, merged, st
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.sequence import check_tokens, data_ranks, sequence_group
 from trainer.stage import Stage, accumulation
-from trainer.turns import Turns
+from trainer.turns import Turns, in_turns
 from trainer.validation import Validator
 from utils.device import pick_dtype
 from utils.distributed import Ranks
@@ -99,9 +99,8 @@ class Distill(Stage):
             self._players["head"] = player
 
         self.fast = self._fast_twin()
-        together = self.sequence.size == 1 or (t.sequence_student == "shared" and self.fast is None)
         shape = self.geometry.latent_shape(t.micro_batch, config.video.num_latent_frames)
-        self.turns = None if together else Turns(self.sequence, self.micro_batches, shape, device)
+        self.turns = Turns(self.sequence, self.micro_batches, shape, device) if in_turns(t) else None
         self.generator_logs: dict[str, Tensor] = {}
         self.generator_done = -1  # the newest step whose generator update was made
         self.newest: dict[str, Any] = {}
@@ -138,8 +137,8 @@ class Distill(Stage):
 
     # --- what is drawn ------------------------------------------------------------------------------------------------
 
-    def _draw(self, who: str, step: int, micro: int, plan: Plan) -> dict[str, Tensor]:
-        """Inputs of one micro-batch of `who` at a step."""
+    def _draw(self, who: str, step: int, micro: int, plan: Plan, *, image: bool = True) -> dict[str, Tensor]:
+        """Inputs of one micro-batch of `who` at a step. image: that of a rollout which begins with one, too."""
         t, d = self.config.training, self.settings
         part = micro * self.data.world + self.data.rank
         rng = generator(self.config.seed, "distill", who, step, part, device=self.device)
@@ -160,7 +159,7 @@ class Distill(Stage):
             states = self.pairs.read(index.tolist()).to(self.device).float()
             DrawnNoise(batch["noise"], self.schedule).start_from(states[:, 0])
             batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
-        if plan.image:
+        if plan.image and image:
             target = batch.get("target")
             batch["image"] = self._own_image(batch["text"], rng) if target is None else target[:, :1]
         return batch
@@ -181,7 +180,8 @@ class Distill(Stage):
 
     def _batches(self, who: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
         plan = self.planner.draw(who, step)
-        batches = [self._draw(who, step, micro, plan) for micro in range(self.micro_batches)]
+        image = who == "generator" or self.turns is None  # else whoever makes the rollout makes it
+        batches = [self._draw(who, step, micro, plan, image=image) for micro in range(self.micro_batches)]
         self.newest[who] = {"plan": str(plan), "batches": batches}
         return plan, batches
 
@@ -236,7 +236,7 @@ class Distill(Stage):
     def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher's and critic's x0 of a noised copy of x."""
         d, null = self.settings, self.null.expand_as(text)
-        x_t = add_noise(self.sequence.same(x.detach().clone()), eps, t)
+        x_t = add_noise(x.detach() if self.sequence.size == 1 else self.sequence.same(x.detach().clone()), eps, t)
         if d.guidance:
             real = self.teacher.guided_x0(x_t, t, text, null, d.guidance)
         else:
@@ -288,7 +288,7 @@ class Distill(Stage):
     ) -> dict[str, Tensor]:  # fmt: skip
         with torch.no_grad():
             if self.turns is None:
-                x = self._sample(plan, text, noise, text_after, grad=False, image=image)
+                x = self.sequence.same(self._sample(plan, text, noise, text_after, grad=False, image=image))
             else:
                 self._gather_student()
                 x = self.turns.take(self._critic_sample)
@@ -320,7 +320,7 @@ class Distill(Stage):
             self.generator_done = step
         plan, batches = self._batches("critic", step)
         if self.turns is not None:
-            self.turns.begin(step, d.same_student_until(step, self.config.training.steps))
+            self.turns.begin(step, *d.same_student(step, self.config.training.steps))
         logs = self.critic_backward.run(plan, batches, self.between)
         norm = self._players["critic"].step(step)
         return self.generator_logs | {"critic_loss": logs["loss"], "critic_grad_norm": norm}

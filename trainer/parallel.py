@@ -82,7 +82,7 @@ def placed(
 ) -> nn.Module:
     """Apply to a network, in this order, what its own code does not know of. Returns it, on the device.
 
-    1. the group that shares tokens (trainer/sequence.py), in the network that a loss calls
+    1. the group that shares tokens (trainer/sequence.py), in the network that a loss calls; a student's may be one rank
     2. `training.attention`: the kernel, by what its activations are: those of an average are float32, cuDNN's never
     3. `training.checkpointing`: the backward pass of a trained network computes each block again; where a block sees
        whole clips, self-attention not (model/checkpointing.py)

@@ -12,7 +12,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from configs.train_schema import TrainingConfig
 from model.sequence import SequenceGroup
+
+
+def in_turns(t: TrainingConfig) -> bool:
+    """Whether a rank that shares samples can make a rollout without the others: it has the student or its fast twin
+    whole, and prompts are encoded ahead (a sharded text encoder works on all ranks together).
+    """
+    whole = t.sequence_student == "whole" or t.distill.fast_rollout
+    return t.sequence_parallel > 1 and whole and (t.distill.encode_ahead or t.distill.encoded_prompts is not None)
 
 
 class Turns:
@@ -20,20 +29,24 @@ class Turns:
 
     def __init__(self, group: SequenceGroup, micro_batches: int, shape: tuple[int, ...], device: torch.device):
         self.group, self.micro_batches, self.shape, self.device = group, micro_batches, shape, device
-        self.next = self.end = self.first = self.until = 0  # micro-batches, counted from the first step's
-        self.own: Tensor | None = None
+        self.next = self.start = self.end = 0  # micro-batches, counted from the run's first
+        self.round, self.own = -1, torch.empty(0)
 
-    def begin(self, step: int, end: int) -> None:
-        """What is taken next is the first micro-batch of `step`; the student is the same until before step `end`."""
-        self.next, self.end = step * self.micro_batches, end * self.micro_batches
+    def begin(self, step: int, start: int, end: int) -> None:
+        """What is taken next is the first micro-batch of `step`; the student is the same from step `start` to `end`."""
+        self.next, self.start, self.end = (n * self.micro_batches for n in (step, start, end))
 
     def take(self, make: Callable[[int, int], Tensor]) -> Tensor:
-        """The sample of the next micro-batch, on every rank. make: of (step, micro-batch)."""
+        """The sample of the next micro-batch, on every rank. make: of (step, micro-batch).
+
+        Who makes which depends on nothing but its place, so that a resumed run has it of the same rank.
+        """
         place, self.next = self.next, self.next + 1
-        if not self.first <= place < self.until:
-            self.first, self.until = place, min(place + self.group.size, self.end)
-            own = place + self.group.rank
-            self.own = make(*divmod(own, self.micro_batches)).float() if own < self.until else None
-        owner = place - self.first
+        owner = (place - self.start) % self.group.size
+        if self.round != place - owner:
+            self.round = place - owner
+            own = self.round + self.group.rank
+            if place <= own < self.end:
+                self.own = make(*divmod(own, self.micro_batches)).float()
         x = self.own if owner == self.group.rank else torch.empty(self.shape, device=self.device)
         return self.group.same(x, owner)
