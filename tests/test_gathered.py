@@ -29,6 +29,7 @@ SETTINGS = (
     "training.optimizer.eps=1e-3", "training.distill.critic_optimizer.eps=1e-3",
 )  # fmt: skip
 LORA = ("training.distill.lora.student_rank=3", "training.distill.lora.critic_rank=3")
+SHARED = ("training.sequence_parallel=2", "training.sequence_student=shared")
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
     [
         ((), ("training.sharding=full",)),
         (LORA, ("training.sharding=hybrid", "training.shard_ranks=2")),
-        (LORA, ("training.sharding=full", "training.sequence_parallel=2", "training.checkpointing=true")),
+        (LORA, ("training.sharding=full", *SHARED, "training.checkpointing=true")),
         ((), ("training.sharding=full", "training.checkpointing=true", "training.compile=true")),
     ],
     ids=["full", "adapters", "sequence", "compiled"],
