@@ -51,7 +51,7 @@ SETTINGS = (
     Setting("critic updates a generator update", 5, "training.distill.dfake_gen_update_ratio",
             "trainer/distillation.py", "release"),
     Setting("learning rate, generator", 2e-6, "training.optimizer.lr", "trainer/optim.py"),
-    Setting("learning rate, critic", 4e-7, "training.distill.critic_optimizer.lr", "trainer/distillation.py"),
+    Setting("learning rate, critic", 4e-7, "training.distill.critic_optimizer.lr", "trainer/players.py"),
     Setting("Adam betas", [0.0, 0.999], "training.optimizer.betas", "trainer/optim.py", "release"),
     Setting("gradient norm, at most", 10.0, "training.optimizer.max_grad_norm", "trainer/optim.py", "release"),
     Setting("decay of the averaged weights", 0.99, "training.ema_decay", "trainer/optim.py", "release"),
