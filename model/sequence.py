@@ -48,12 +48,13 @@ class SequenceGroup:
         return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
 
     def same(self, x: Tensor, source: int = 0) -> Tensor:
-        """x of the group's rank `source`, on every rank; written over x where that is contiguous."""
+        """x of the group's rank `source`, on every rank; of the others' only the shape and the type matter."""
         if not self._on:
             return x
-        x = x.contiguous()
-        dist.broadcast(x, group=self.group, group_src=source)
-        return x
+        own = self.rank == source
+        out = x.contiguous() if own else torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.broadcast(out, group=self.group, group_src=source)
+        return out
 
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """All tokens, own heads [B, L, heads / n, head_dim], from [B, L / n, heads, head_dim]; one message."""

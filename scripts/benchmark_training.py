@@ -55,9 +55,11 @@ from model.memory import Network  # noqa: E402
 from model.random_weights import transformer_sizes  # noqa: E402
 from trainer import cycle_tables as tables  # noqa: E402
 from trainer.cycle_bench import cap_memory, check, measure  # noqa: E402
-from trainer.fake_ranks import count_shards  # noqa: E402
+from trainer.fake_ranks import count_shards, fake_group  # noqa: E402
 from trainer.layouts import ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
+from trainer.lone_rank import Messages  # noqa: E402
 from trainer.prompt_bank import prompt_groups  # noqa: E402
+from trainer.team import Team  # noqa: E402
 from utils import exits  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
@@ -91,6 +93,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
     parser.add_argument("--iterations", type=int, default=600, help="critic updates of the projected run (600)")
     parser.add_argument("--network_gb_s", type=float, default=50, help="between machines, a GPU, assumed (50)")
+    parser.add_argument("--link_gb_s", type=float, default=300, help="inside a machine, a GPU, assumed (300)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
@@ -117,11 +120,17 @@ def worker(file: Path) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         set_threads(0)
     out = Path(spec["out"])
+    if spec["alone"]:
+        team = Team()  # of this process: what it waits for is not there
+        with fake_group(spec["alone"]), Messages() as sent:
+            measure(config, device, Ranks(0, spec["alone"]), out, spec["deadline"], team, sent=sent)
+        return 0
     with process_group(ranks, device, timeout_s=spec["limit"]):
         if spec["check"]:
             check(config, device, ranks, out)
         else:
-            measure(config, device, ranks, out, spec["deadline"], spec["save"] and Path(spec["save"]))
+            save = spec["save"] and Path(spec["save"])
+            measure(config, device, ranks, out, spec["deadline"], Team(), save=save)
     return 0
 
 
@@ -172,24 +181,26 @@ class Bench:
         settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
         settings += layout.overrides(self.micro, batch)
         found: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
+        found["link_gb_s"] = self.args.link_gb_s
         try:
             config = load_config(self.args.config_path, settings)
             there = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else layout.gpus
         except UserError as error:
             return found | {"why": f"refused: {error}"}
-        if there < layout.gpus:
-            return found | {"why": f"needs {layout.gpus} GPUs and there are {there}"}
+        if there < layout.processes:
+            return found | {"why": f"needs {layout.processes} GPUs and there are {there}"}
         if self.left < LEAST:
             return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
         share = self.left / jobs
         limit = min(self.left - 5, 2 * share + 20)
         out, card = self.folder / f"{self.began}.json", layout.card_gb
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
-        spec |= {"check": bool(layers), "card_gb": self.args.card_gb if card is None else card}
+        spec |= {"alone": layout.gpus if layout.alone else 0, "check": bool(layers)}
+        spec |= {"card_gb": self.args.card_gb if card is None else card}
         saved = self.args.save and self.args.save / f"benchmark-{os.getpid()}-{self.began}"
         spec["save"] = saved and str(saved)
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
-        why = self._start(layout.gpus, spec, limit)
+        why = self._start(layout.processes, spec, limit)
         if saved:
             shutil.rmtree(saved, ignore_errors=True)
         if out.exists():
@@ -270,7 +281,7 @@ def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
 def check_all(bench: Bench, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
     """Each layout of several ranks against one rank, with two layers."""
     rows, alone = [], {}
-    several = [layout for layout in layouts if layout.gpus > 1]
+    several = [layout for layout in layouts if layout.processes > 1]
     batches = [bench.micro * layout.gpus // layout.sequence * layout.accumulate for layout in several]
     keys = [(b, layout.settings, tuple(layout.sizes.items())) for b, layout in zip(batches, several, strict=True)]
     jobs = len(several) + len(set(keys))
@@ -288,7 +299,7 @@ def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], tra
     settings = {"global_batch": args.global_batch, "steps": args.iterations, "network_gb_s": args.network_gb_s}
     rows = []
     for one, layout in zip(results, args.layouts, strict=True):
-        if "updates" not in one:
+        if "updates" not in one or layout.alone:
             continue
         for gpus in sorted({layout.gpus, *args.gpus}):
             if gpus >= layout.gpus and gpus % layout.sequence == 0:
@@ -317,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(tables.plan_text(found["plan"], world, args.card_gb, found["counted"]))
         results = found["layouts"] = []
         for i, layout in enumerate(args.layouts):
-            several = sum(one.gpus > 1 for one in args.layouts) if args.check else 0
+            several = sum(one.processes > 1 for one in args.layouts) if args.check else 0
             results.append(bench.run(layout, len(args.layouts) - i + 2 * several))
             newest = results[-1]
             print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)

@@ -82,7 +82,9 @@ def main() -> None:
         group = sequence_group(2, ranks, CPU)
         assert group.size == 2 and group.rank == ranks.rank
         assert torch.equal(group.same(torch.full((2, 3), float(ranks.rank)).t()), torch.zeros(3, 2))
-        assert torch.equal(group.same(torch.full((2,), float(ranks.rank)), source=1), torch.ones(2))
+        mine = torch.full((2,), float(ranks.rank))
+        assert torch.equal(group.same(mine, source=1), torch.ones(2))
+        assert torch.equal(mine, torch.full((2,), float(ranks.rank))), "each keeps its own"
         student, score = build(num_attention_heads=4, attention_head_dim=12)
         latents, t, text = inputs(GEOMETRY, 6)
         compare("score", score, group, lambda m: Score(m).v(latents, t[:, 0], text))

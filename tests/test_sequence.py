@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from small_wan import build, sizes
 
 from configs.distill_schema import DistillConfig
 from configs.errors import UserError
+from configs.train_schema import TrainingConfig
 from model.memory import distill_plan
 from model.sequence import SequenceGroup
 from pipeline.preflight import Report, _batch
@@ -52,8 +54,12 @@ def test_neighbours_share_samples():
 def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(UserError, match=r"sequence_parallel=2 does not divide 3 ranks; start a multiple of 2"):
         data_ranks(2, Ranks(0, 3, 0))
+    eight = TrainingConfig(stage="distill", sequence_parallel=8)
+    with pytest.raises(UserError, match=r"=8 does not divide the 36 tokens of a clip of 48x32.*use 1, 2, 3, 4, 6, 9"):
+        check_tokens(eight, sizes(window=3, sink=1), 6)
+    check_tokens(eight, sizes(window=3, sink=1), 12)
     with pytest.raises(UserError, match=r"=8 does not divide the 12 tokens of a chunk of 48x32.*use 1, 2, 3, 4, 6 or"):
-        check_tokens(8, sizes(window=3, sink=1))
+        check_tokens(replace(eight, sequence_student="shared"), sizes(window=3, sink=1), 12)
     group = SequenceGroup()
     group.size = 3
     with pytest.raises(UserError, match=r"=3 does not divide the 2 attention heads of the critic; use 1 or 2"):
@@ -160,7 +166,7 @@ def test_ranks_score_what_the_first_has(tiny_assets):
     plan, (batch,) = stage._batches("generator", 0)
     x = torch.randn(2, 12, 16, 4, 6)
     kept, theirs = x.clone(), torch.randn(2, 12, 16, 4, 6)
-    stage.sequence.size, stage.sequence.same = 2, lambda mine, source=0: mine.copy_(theirs)
+    stage.sequence.same = lambda mine, source=0: theirs
     rest = batch["text"], batch["t"], batch["eps"]
     for ours, expected in zip(stage._scores(x, *rest), other._scores(theirs, *rest), strict=True):
         assert torch.equal(ours, expected)

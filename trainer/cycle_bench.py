@@ -22,6 +22,7 @@ from configs.schema import Config
 from model.memory import CONTEXT, Network
 from model.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distillation import Distill
+from trainer.lone_rank import Messages
 from trainer.loop import save_checkpoint
 from trainer.parallel import mean_over_ranks, module_state
 from trainer.team import Team
@@ -171,16 +172,17 @@ def matrix_peak(device: torch.device) -> float:
 
 
 def measure(
-    config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, save: Path | None = None
-) -> None:
+    config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, team: Team, *,
+    save: Path | None = None, sent: Messages | None = None,
+) -> None:  # fmt: skip
     """Warm up, time a cycle (as much of it as fits before `deadline`, of time.time()), profile a step; write `out`.
 
-    save: an empty folder, to time a checkpoint in, too. The file is written again after every step, so that a run that
-    is cut off has told what it knows.
+    save: an empty folder, to time a checkpoint in, too. sent: of a rank by itself, in place of both. The file is
+    written again after every step, so that a run that is cut off has told what it knows.
     """
     peak, began = matrix_peak(device), time.perf_counter()
     stage = Distill(config, device, ranks)
-    watch, late, ratio = Watch(stage, device), Team(), config.training.distill.dfake_gen_update_ratio
+    watch, ratio = Watch(stage, device), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
     found: dict[str, Any] = {
         "machine": versions(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
@@ -192,9 +194,11 @@ def measure(
     watch.run(lambda: stage.update(0))
     found["warm_up_s"] = time.perf_counter() - warm
     watch.phases.peaks.clear()
+    if sent is not None:
+        sent.restart(lambda: watch.who)
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
     for step in range(ratio, 2 * ratio):
-        if len(updates["critic"]) > 1 and late.any(time.time() > deadline):
+        if len(updates["critic"]) > 1 and team.any(time.time() > deadline):
             break
         for who, spans in watch.run(lambda step=step: stage.update(step)).items():
             if spans:
@@ -206,27 +210,21 @@ def measure(
         extra = {who: cost.recomputed(who, stage.planner.draw(who, step).exits) for who in prices}
         found["updates"] = {who: _phases(spans, prices[who], extra[who], stage) for who, spans in updates.items()}
         found["timed"] = {who: len(spans) for who, spans in updates.items()}
-        memory = gathered(memory_of(device, watch), ranks)
+        found["sent"] = sent and {who: sent.bytes[who] / count for who, count in found["timed"].items()}
+        memory = team.gather(memory_of(device, watch))
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
-    if not late.any(time.time() > deadline):
+    if sent is not None:
+        return
+    if not team.any(time.time() > deadline):
         found["communication"] = communication(stage, 2 * ratio, device)
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
     if save is not None:
-        in_time = not late.any(time.time() > deadline)
-        found["saving"] = saving(stage, save, device, late) if in_time else {"why": "no time was left"}
+        in_time = not team.any(time.time() > deadline)
+        found["saving"] = saving(stage, save, device, team) if in_time else {"why": "no time was left"}
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
-
-
-def gathered(mine: dict[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
-    """What every rank has, in order of ranks."""
-    if ranks.world == 1:
-        return [mine]
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, stage: Distill) -> dict[str, Any]:
@@ -257,6 +255,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         totals[who] = {key: sum(p.get(key, 0.0) for p in phases.values()) for key in ("s", "flops")}
     cycle = {key: totals["generator"][key] + found["ratio"] * totals["critic"][key] for key in ("s", "flops")}
     found |= {"totals": totals, "cycle_s": cycle["s"], "mfu": cycle["flops"] / cycle["s"] / peak}
+    if found.get("sent"):
+        found["sent_bytes"] = found["sent"]["generator"] + found["ratio"] * found["sent"]["critic"]
     found["samples_per_s"] = found["ratio"] * found["global_batch"] / cycle["s"]
     found["peak_bytes"] = max((one.get("peak", 0) for one in found["memory"]), default=0)
     return found

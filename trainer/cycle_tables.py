@@ -55,13 +55,24 @@ def phase_table(one: Found) -> str:
             cells += [f"{phase['flops'] / 1e12:.4g}" if "flops" in phase else "", _percent(phase.get("mfu"))]
             rows.append([f"{who}: {name}", *cells, _percent(again), f"{max(peaks) / GB:.1f}" if peaks else ""])
     head = f"{one['layout']}: global batch {one['global_batch']}, {one['ratio']} critic updates a cycle"
-    return "\n".join([head, grid(rows), *error_text(one), *saving_text(one)])
+    return "\n".join([head, grid(rows), *error_text(one), *sent_text(one), *saving_text(one)])
 
 
 def error_text(one: Found) -> list[str]:
     """How far off a teacher in float8 is."""
     errors = one["teacher_errors"].items()
     return [f"teacher in float8: v off by {', '.join(f'{e:.1%} at t={t}' for t, e in errors)}"] if errors else []
+
+
+def sent_text(one: Found) -> list[str]:
+    """Of a rank by itself: what it did not send, and what that would take."""
+    if "sent_bytes" not in one:
+        return []
+    size, rate = one["sent_bytes"], one["link_gb_s"]
+    return [
+        f"one of {one['ranks']} ranks by itself: {size / GB:.3g} GB of messages a cycle were not sent, "
+        f"{size / GB / rate:.2g} s at {rate:g} GB/s if nothing hid them"
+    ]
 
 
 def saving_text(one: Found) -> list[str]:

@@ -74,7 +74,7 @@ class Distill(Stage):
         self.data = data_ranks(t.sequence_parallel, ranks)
         self.micro_batches = accumulation(t, self.data)
         self.geometry = Geometry.from_config(config)
-        check_tokens(t.sequence_parallel, self.geometry)
+        check_tokens(t, self.geometry, config.video.num_latent_frames)
         self.sequence = sequence_group(t.sequence_parallel, ranks, device)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         self.planner = Planner(config, self.schedule, self.geometry)
@@ -236,7 +236,7 @@ class Distill(Stage):
     def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher's and critic's x0 of a noised copy of x."""
         d, null = self.settings, self.null.expand_as(text)
-        x_t = add_noise(x.detach() if self.sequence.size == 1 else self.sequence.same(x.detach().clone()), eps, t)
+        x_t = add_noise(self.sequence.same(x.detach()), eps, t)
         if d.guidance:
             real = self.teacher.guided_x0(x_t, t, text, null, d.guidance)
         else:

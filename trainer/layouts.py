@@ -6,7 +6,8 @@
     hybrid     sharded within a machine, copied between        sequenceN  full, and N GPUs share a sample's tokens (all,
                                                                           without N)
     options    student, teacher, critic: sizes; accumulate: micro-batches; card: GB that the allocator is capped at;
-               any setting, such as training.distill.lora.student_rank=64
+               alone=true: the first rank by itself, on one GPU (trainer/lone_rank.py); any setting, such as
+               training.distill.lora.student_rank=64
 """
 
 import re
@@ -21,6 +22,7 @@ from model.memory import CONTEXT, WAN_1_3B, WAN_14B, MemoryPlan, Network, distil
 
 KINDS = ("none", "full", "hybrid", "sequence")
 ROLES = ("student", "teacher", "critic")
+WORDS = ("accumulate", "card", "alone")
 NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 MACHINE = 8  # GPUs in one
 GB = 1e9
@@ -36,6 +38,7 @@ class Layout:
     sequence: int = 1  # GPUs that share a sample
     accumulate: int = 1
     card_gb: float | None = None
+    alone: bool = False
     sizes: Mapping[str, str]
     settings: tuple[str, ...] = ()
 
@@ -53,18 +56,26 @@ class Layout:
         values: dict[str, str] = {}
         for option in options:
             key, equals, value = option.partition("=")
-            if not equals or not (key in (*ROLES, "accumulate", "card") or "." in key):
-                raise UserError(f"--layouts {text}: {option} is no option; use {', '.join(ROLES)}, accumulate, card")
+            if not equals or not (key in (*ROLES, *WORDS) or "." in key):
+                raise UserError(f"--layouts {text}: {option} is no option; use {', '.join((*ROLES, *WORDS))}")
             values[key] = value
         try:
             accumulate, card = int(values.pop("accumulate", 1)), values.pop("card", None)
             card = None if card is None else float(card)
         except ValueError as error:
             raise UserError(f"--layouts {text}: accumulate and card are numbers; try accumulate=2") from error
+        alone = values.pop("alone", "false")
+        if alone not in ("true", "false") or (alone == "true" and gpus == 1):
+            raise UserError(f"--layouts {text}: alone=true is for one of several GPUs; try full:2,alone=true")
         sizes = {role: values.pop(role) for role in ROLES if role in values}
         settings = tuple(f"{key}={value}" for key, value in values.items())
-        return cls(text=text, kind=kind, gpus=gpus, sequence=degree, accumulate=accumulate, card_gb=card, sizes=sizes,
-                   settings=settings)  # fmt: skip
+        return cls(text=text, kind=kind, gpus=gpus, sequence=degree, accumulate=accumulate, card_gb=card,
+                   alone=alone == "true", sizes=sizes, settings=settings)  # fmt: skip
+
+    @property
+    def processes(self) -> int:
+        """That run, one a GPU."""
+        return 1 if self.alone else self.gpus
 
     def overrides(self, micro_batch: int, global_batch: int | None = None) -> list[str]:
         """Settings of the layout; the batch is what its GPUs take at once, times `accumulate`, or `global_batch`."""

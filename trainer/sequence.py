@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from configs.errors import UserError
 from configs.geometry import Geometry
+from configs.train_schema import TrainingConfig
 from model.block_parts import in_parts
 from model.causal_wan import CausalWanModel
 from model.sequence import SequenceGroup
@@ -42,12 +43,14 @@ def data_ranks(degree: int, ranks: Ranks) -> Ranks:
     return Ranks(ranks.rank // degree, ranks.world // degree, ranks.local_rank)
 
 
-def check_tokens(degree: int, geometry: Geometry) -> None:
-    """Refuse chunks whose tokens cannot be shared out evenly; whole clips are whole chunks."""
-    tokens = geometry.tokens_per_chunk
+def check_tokens(training: TrainingConfig, geometry: Geometry, frames: int) -> None:
+    """Refuse what cannot be shared out evenly: the tokens of clips of `frames` latent frames, and a chunk's, of which
+    clips are made, where the student is shared out, too."""
+    degree, shared = training.sequence_parallel, training.sequence_student == "shared"
+    tokens, what = (geometry.tokens_per_chunk, "chunk") if shared else (frames * geometry.tokens_per_frame, "clip")
     if tokens % degree:
         raise UserError(
-            f"training.sequence_parallel={degree} does not divide the {tokens} tokens of a chunk of {geometry.width}x"
+            f"training.sequence_parallel={degree} does not divide the {tokens} tokens of a {what} of {geometry.width}x"
             f"{geometry.height} pixels; use {_divisors(tokens, 16)}"
         )
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,7 @@ class HashedFile:
     """A new file that is written from start to end, and its SHA-256, which a thread computes beside the writing."""
 
     def __init__(self, path: str | os.PathLike):
-        self._file, self._digest = open(path, "wb"), hashlib.sha256()
-        self._thread, self._newest = ThreadPoolExecutor(1), Future()
-        self._newest.set_result(None)
+        self._file, self._digest, self._thread = open(path, "wb"), hashlib.sha256(), ThreadPoolExecutor(1)
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -98,18 +96,18 @@ class HashedFile:
         self._file.close()
 
     def write(self, data: bytes | memoryview) -> int:
-        """All of `data`, of which one copy is kept until the next call."""
-        self._newest.result()
-        kept = bytes(data)  # the caller's memory may be another's by the time the thread reads it
-        self._newest = self._thread.submit(self._digest.update, kept)
-        return self._file.write(data)
+        """All of `data`, which is no longer looked at when this returns."""
+        hashed = self._thread.submit(self._digest.update, data)
+        try:
+            return self._file.write(data)
+        finally:
+            hashed.result()
 
     def flush(self) -> None:
         self._file.flush()
 
     def hexdigest(self) -> str:
         """Of what has been written so far."""
-        self._newest.result()
         return self._digest.hexdigest()
 
 
