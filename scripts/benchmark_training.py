@@ -4,7 +4,7 @@
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --fake_ranks 64
 
 Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the baseline that one cannot hold, in under
-9 minutes; on 4 GPUs; and what one GPU of 80 GB can do:
+9 minutes; on 4 GPUs; what one GPU of 80 GB can do; and one rank of several by itself, in place of those two:
 
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json two.json --budget 590 --check --save logs --layouts full:2 sequence:2 none:1,card=140 none:1,teacher=1.3B
@@ -12,6 +12,8 @@ Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the ba
       --json four.json --budget 520 --check --layouts full:4 sequence:4 sequence2:4 hybrid:4 full:2 none:1,card=140
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json one.json --budget 520 --save logs --layouts none:1,training.distill.teacher_fp8=true none:1,teacher=1.3B
+    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
+      --json alone.json --budget 520 --layouts full:2,alone=true sequence:2,alone=true full:4,alone=true none:1,card=140
 
 Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
 are written as trainer/layouts.py says, run one after another in processes of their own, and those that do not work here
