@@ -188,6 +188,7 @@ def measure(
         "machine": versions(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
         "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
         "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
+        "turns": stage.turns is not None,
         "teacher_errors": {f"{t:.0f}": error for t, error in stage.teacher_errors.items()},
     }  # fmt: skip
     warm = time.perf_counter()

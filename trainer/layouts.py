@@ -19,6 +19,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from model.memory import CONTEXT, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan
+from model.training_cost import ROLLOUT
 
 KINDS = ("none", "full", "hybrid", "sequence")
 ROLES = ("student", "teacher", "critic")
@@ -177,7 +178,8 @@ def project(
     """Hours of `steps` critic updates (and the generator's between them) on `gpus`, from a measured layout.
 
     The phases of a micro-batch are taken as measured and the optimiser's once an update. What of the communication was
-    not hidden (profiled, if it was) grows with (G - 1) / G. Machines of 8 shard within themselves, and send the
+    not hidden (profiled, if it was) grows with (G - 1) / G. Ranks that take turns with the critic's rollouts make fewer
+    of them, a micro-batch, the more evenly these come out. Machines of 8 shard within themselves, and send the
     gradients of `trained` parameters once a micro-batch, 4 bytes each, at `network_gb_s` a GPU, hidden by nothing.
     None: the batch does not come out on so many GPUs.
     """
@@ -186,7 +188,13 @@ def project(
     if rest or not rounds:
         return None
     measured, machine = found["ranks"], min(gpus, MACHINE)
-    update = {who: _update_seconds(phases) for who, phases in found["updates"].items()}
+    updates = found["updates"]
+    if found.get("turns"):
+        share = [_rounds(n * found["ratio"], sequence) / n for n in (rounds, found["micro_batches"])]
+        critic = updates["critic"]
+        fewer = critic | {ROLLOUT: {"s": critic[ROLLOUT]["s"] * share[0] / share[1]}}
+        updates = updates | {"critic": fewer}
+    update = {who: _update_seconds(phases) for who, phases in updates.items()}
     talk = (found.get("communication") or {}).get("exposed_s", 0.0)
     both = sum(work for work, _ in update.values())
     growth = (1 - 1 / machine) / (1 - 1 / measured) if measured > 1 else 1.0
@@ -202,6 +210,10 @@ def project(
         "gpus": gpus, "from": found["layout"], "accumulated": rounds, "generator_s": seconds["generator"],
         "critic_s": seconds["critic"], "hours": total / 3600, "measured_gpus": gpus == measured,
     }  # fmt: skip
+
+
+def _rounds(jobs: int, ranks: int) -> int:
+    return -(-jobs // ranks)
 
 
 def _update_seconds(phases: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
