@@ -58,7 +58,7 @@ from model.random_weights import transformer_sizes  # noqa: E402
 from trainer import cycle_tables as tables  # noqa: E402
 from trainer.cycle_bench import cap_memory, check, measure  # noqa: E402
 from trainer.fake_ranks import count_shards, fake_group  # noqa: E402
-from trainer.layouts import ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
+from trainer.layouts import MACHINE, ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
 from trainer.lone_rank import Messages  # noqa: E402
 from trainer.prompt_bank import prompt_groups  # noqa: E402
 from trainer.team import Team  # noqa: E402
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")
     parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
     parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="time a checkpoint of each layout on its disk")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="time checkpoints there (not of ranks alone)")
     parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
     parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
@@ -100,6 +100,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
+    for name in ("network_gb_s", "link_gb_s"):
+        if not vars(args)[name] > 0:
+            raise UserError(f"--{name}={vars(args)[name]:g} is no rate; give GB a second above 0, or leave it out")
     given = [text for text in args.layouts if "=" in text.partition(",")[0]]  # settings that --layouts has swallowed
     args.layouts = [Layout.parse(text) for text in args.layouts if text not in given]
     args.settings = [*args.settings, *given]
@@ -123,6 +126,7 @@ def worker(file: Path) -> int:
         set_threads(0)
     out = Path(spec["out"])
     if spec["alone"]:
+        os.environ["LOCAL_WORLD_SIZE"] = str(min(MACHINE, spec["alone"]))
         team = Team()  # of this process: what it waits for is not there
         with fake_group(spec["alone"]), Messages() as sent:
             measure(config, device, Ranks(0, spec["alone"]), out, spec["deadline"], team, sent=sent)
@@ -183,14 +187,15 @@ class Bench:
         settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
         settings += layout.overrides(self.micro, batch)
         found: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
-        found["link_gb_s"] = self.args.link_gb_s
+        if layout.alone:
+            found["link_gb_s"] = self.args.link_gb_s
         try:
             config = load_config(self.args.config_path, settings)
             there = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else layout.gpus
         except UserError as error:
             return found | {"why": f"refused: {error}"}
         if there < layout.processes:
-            return found | {"why": f"needs {layout.processes} GPUs and there are {there}"}
+            return found | {"why": f"needs GPUs: {layout.processes}; there are {there}"}
         if self.left < LEAST:
             return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
         share = self.left / jobs
@@ -199,7 +204,7 @@ class Bench:
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
         spec |= {"alone": layout.gpus if layout.alone else 0, "check": bool(layers)}
         spec |= {"card_gb": self.args.card_gb if card is None else card}
-        saved = self.args.save and self.args.save / f"benchmark-{os.getpid()}-{self.began}"
+        saved = self.args.save and not layout.alone and self.args.save / f"benchmark-{os.getpid()}-{self.began}"
         spec["save"] = saved and str(saved)
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
         why = self._start(layout.processes, spec, limit)
@@ -283,6 +288,10 @@ def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
 def check_all(bench: Bench, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
     """Each layout of several ranks against one rank, with two layers."""
     rows, alone = [], {}
+    rows += [
+        {"layout": one.text, "why": "not compared, for its other ranks are not there", "passed": True}
+        for one in layouts if one.alone
+    ]  # fmt: skip
     several = [layout for layout in layouts if layout.processes > 1]
     batches = [bench.micro * layout.gpus // layout.sequence * layout.accumulate for layout in several]
     keys = [(b, layout.settings, tuple(layout.sizes.items())) for b, layout in zip(batches, several, strict=True)]
@@ -333,9 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             several = sum(one.processes > 1 for one in args.layouts) if args.check else 0
             results.append(bench.run(layout, len(args.layouts) - i + 2 * several))
             newest = results[-1]
-            print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)
             if args.json:
                 write_json_atomic(args.json, found)
+            print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)
         found["check"] = check_all(bench, args.layouts) if args.check else []
         small = {gpus: advice(*where, gpus, args.card_gb) for gpus in (1, 2, 4)}
         found["advice"] = [(gpus, best and best[0], best[1].peak.total if best else 0) for gpus, best in small.items()]

@@ -211,7 +211,8 @@ def measure(
         extra = {who: cost.recomputed(who, stage.planner.draw(who, step).exits) for who in prices}
         found["updates"] = {who: _phases(spans, prices[who], extra[who], stage) for who, spans in updates.items()}
         found["timed"] = {who: len(spans) for who, spans in updates.items()}
-        found["sent"] = sent and {who: sent.bytes[who] / count for who, count in found["timed"].items()}
+        if sent is not None:
+            found["sent"] = {who: sent.bytes[who] / count for who, count in found["timed"].items()}
         memory = team.gather(memory_of(device, watch))
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
@@ -256,7 +257,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         totals[who] = {key: sum(p.get(key, 0.0) for p in phases.values()) for key in ("s", "flops")}
     cycle = {key: totals["generator"][key] + found["ratio"] * totals["critic"][key] for key in ("s", "flops")}
     found |= {"totals": totals, "cycle_s": cycle["s"], "mfu": cycle["flops"] / cycle["s"] / peak}
-    if found.get("sent"):
+    if "sent" in found:
         found["sent_bytes"] = found["sent"]["generator"] + found["ratio"] * found["sent"]["critic"]
     found["samples_per_s"] = found["ratio"] * found["global_batch"] / cycle["s"]
     found["peak_bytes"] = max((one.get("peak", 0) for one in found["memory"]), default=0)

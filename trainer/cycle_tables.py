@@ -5,6 +5,7 @@ from typing import Any
 
 from model.training_cost import BACKWARD
 from pipeline.speed_tables import grid
+from trainer.layouts import MACHINE
 
 GB = 1e9
 Found = Mapping[str, Any]
@@ -40,6 +41,8 @@ def overview(results: Sequence[Found], card_gb: float) -> str:
         about.insert(0, f"{machine['device']}, torch {machine['torch']}, weights: random, matrix peak measured "
                         f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
     note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran"
+    if any("sent_bytes" in one for one in results):
+        note += "\nalone=true: one rank by itself, without messages; what all of them reach is at best this"
     return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note, *missing])
 
 
@@ -68,11 +71,9 @@ def sent_text(one: Found) -> list[str]:
     """Of a rank by itself: what it did not send, and what that would take."""
     if "sent_bytes" not in one:
         return []
-    size, rate = one["sent_bytes"], one["link_gb_s"]
-    return [
-        f"one of {one['ranks']} ranks by itself: {size / GB:.3g} GB of messages a cycle were not sent, "
-        f"{size / GB / rate:.2g} s at {rate:g} GB/s if nothing hid them"
-    ]
+    size, rate = one["sent_bytes"] / GB, one["link_gb_s"]
+    least = f", {size / rate:.2g} s at {rate:g} GB/s if nothing hid them" if one["ranks"] <= MACHINE else ""
+    return [f"one of {one['ranks']} ranks by itself: {size:.3g} GB of messages a cycle were not sent{least}"]
 
 
 def saving_text(one: Found) -> list[str]:
@@ -90,8 +91,8 @@ def saving_text(one: Found) -> list[str]:
 
 
 def scaling(results: Sequence[Found]) -> str:
-    """Samples a second of each layout to those of the first, and to those of the first on half its GPUs."""
-    ran = [one for one in results if "updates" in one]
+    """Samples a second of each layout to those of the others, but for ranks by themselves."""
+    ran = [one for one in results if "updates" in one and "sent_bytes" not in one]
     if len(ran) < 2:
         return ""
     rows = [["measured", *(f"to {one['layout']}" for one in ran)]]

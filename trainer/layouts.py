@@ -66,7 +66,9 @@ class Layout:
         except ValueError as error:
             raise UserError(f"--layouts {text}: accumulate and card are numbers; try accumulate=2") from error
         alone = values.pop("alone", "false")
-        if alone not in ("true", "false") or (alone == "true" and gpus == 1):
+        if alone not in ("true", "false"):
+            raise UserError(f"--layouts {text}: alone is true or false; try full:2,alone=true")
+        if alone == "true" and gpus == 1:
             raise UserError(f"--layouts {text}: alone=true is for one of several GPUs; try full:2,alone=true")
         sizes = {role: values.pop(role) for role in ROLES if role in values}
         settings = tuple(f"{key}={value}" for key, value in values.items())
@@ -75,7 +77,7 @@ class Layout:
 
     @property
     def processes(self) -> int:
-        """That run, one a GPU."""
+        """How many are started, one a GPU."""
         return 1 if self.alone else self.gpus
 
     def overrides(self, micro_batch: int, global_batch: int | None = None) -> list[str]:

@@ -5,6 +5,7 @@ into it, so that numbers stay numbers: over rubbish a GPU draws less power, and 
 sent is counted; how long that takes, only a run of all ranks shows.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
@@ -20,7 +21,8 @@ ROUNDS = {  # how often the message of all ranks goes round; names of torch 2.11
 
 
 class Messages:
-    """Answers and counts the collectives of tensors for as long as the block runs. bytes: that this rank would send."""
+    """Answers and counts messages for as long as the block runs: those of FSDP and of this project; DTensor's, numbers
+    of a few bytes, go uncounted to the fake group. bytes: sent by a rank, on average over the ranks of a ring."""
 
     def __init__(self):
         self.bytes, self._before = Counter(), {}
@@ -43,17 +45,19 @@ class Messages:
 
     def _counted(self, name: str) -> Callable[..., Any]:
         inner, rounds = self._before[name], ROUNDS[name]
+        order = inspect.signature(inner)
 
         @wraps(inner)
         def counted(*args, **kwargs):
-            first, *rest = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            group = kwargs.get("group")
+            given = order.bind(*args, **kwargs).arguments  # in the function's own order: results come first
+            first, *rest = (value for value in given.values() if isinstance(value, Tensor))
+            group, source = given.get("group"), given.get("group_src")
             size, rank = dist.get_world_size(group), dist.get_rank(group)
             whole = max((first, *rest), key=Tensor.numel)
             self.bytes[self.who()] += rounds * whole.numel() * whole.element_size() * (size - 1) / size
             if rest and first.numel() <= rest[0].numel():  # torch 2.11 leaves these results as they are
                 first.copy_(rest[0].view(-1)[: first.numel()].view_as(first))
-            if kwargs.get("group_src", rank) != rank:  # what another rank would have made
+            if source is not None and source != rank:  # what another rank would have made
                 first.normal_()
             return inner(*args, **kwargs)
 

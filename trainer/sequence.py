@@ -44,10 +44,12 @@ def data_ranks(degree: int, ranks: Ranks) -> Ranks:
 
 
 def check_tokens(training: TrainingConfig, geometry: Geometry, frames: int) -> None:
-    """Refuse what cannot be shared out evenly: the tokens of clips of `frames` latent frames, and a chunk's, of which
-    clips are made, where the student is shared out, too."""
-    degree, shared = training.sequence_parallel, training.sequence_student == "shared"
-    tokens, what = (geometry.tokens_per_chunk, "chunk") if shared else (frames * geometry.tokens_per_frame, "clip")
+    """Refuse tokens that cannot be shared out evenly: those of a clip of `frames` latent frames, or those of a chunk
+    where the student is shared out, too."""
+    degree = training.sequence_parallel
+    tokens, what = frames * geometry.tokens_per_frame, f"clip of {frames} latent frames"
+    if training.sequence_student == "shared":
+        tokens, what = geometry.tokens_per_chunk, f"chunk of {geometry.chunk_frames} latent frames"
     if tokens % degree:
         raise UserError(
             f"training.sequence_parallel={degree} does not divide the {tokens} tokens of a {what} of {geometry.width}x"
