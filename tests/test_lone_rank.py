@@ -1,6 +1,7 @@
 """One rank of several by itself: what it sends and how it is answered, against ranks that are all there."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,8 @@ def test_messages_are_answered_and_counted():
     assert all(vars(dist)[name] is value for name, value in before.items())
 
 
-def test_a_layout_alone_is_measured_in_one_process(tmp_path):
+def test_a_layout_alone_is_measured_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "START", time.time())
     layout = "sequence:2,alone=true"
     small = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6", "training.micro_batch=1"]
     small += ["training.distill.dfake_gen_update_ratio=2", "--save", str(tmp_path / "disk")]
@@ -109,6 +111,7 @@ def test_a_layout_alone_is_measured_in_one_process(tmp_path):
 
 def test_machines_of_a_rank_alone(tmp_path, monkeypatch):
     """A group of hybrid sharding is a machine, not what the shell of the call says."""
+    monkeypatch.setattr(script, "START", time.time())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     small = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6", "training.micro_batch=1"]
     small += ["training.distill.dfake_gen_update_ratio=1"]
