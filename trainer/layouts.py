@@ -10,6 +10,7 @@
                training.distill.lora.student_rank=64
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -192,7 +193,7 @@ def project(
     measured, machine = found["ranks"], min(gpus, MACHINE)
     updates = found["updates"]
     if found.get("turns"):
-        share = [_rounds(n * found["ratio"], sequence) / n for n in (rounds, found["micro_batches"])]
+        share = [math.ceil(n * found["ratio"] / sequence) / n for n in (rounds, found["micro_batches"])]
         critic = updates["critic"]
         fewer = critic | {ROLLOUT: {"s": critic[ROLLOUT]["s"] * share[0] / share[1]}}
         updates = updates | {"critic": fewer}
@@ -212,10 +213,6 @@ def project(
         "gpus": gpus, "from": found["layout"], "accumulated": rounds, "generator_s": seconds["generator"],
         "critic_s": seconds["critic"], "hours": total / 3600, "measured_gpus": gpus == measured,
     }  # fmt: skip
-
-
-def _rounds(jobs: int, ranks: int) -> int:
-    return -(-jobs // ranks)
 
 
 def _update_seconds(phases: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
