@@ -4,9 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.errors import UserError
 from configs.load import CHECKOUT, load_config, to_dict
+from model.flow import shift_time
 
 SPEC = importlib.util.spec_from_file_location("paper_table", CHECKOUT / "scripts" / "paper_table.py")
 paper = importlib.util.module_from_spec(SPEC)
@@ -34,6 +36,13 @@ def test_the_presets_of_inference_agree_with_that_of_training():
         inference.schedule,
         inference.stream,
     )
+
+
+def test_teacher_and_critic_look_where_the_releases_do():
+    """Self-Forcing and diagdistill draw 0..999 evenly, shift by 5 and clamp to 20..980: 746 on average."""
+    d = load_config(paper.PRESET).training.distill
+    drawn = shift_time(torch.arange(1000.0), d.shift).clamp(d.min_timestep, d.max_timestep)
+    assert round(float(drawn.mean())) == 746
 
 
 def test_a_change_of_a_preset_shows(tmp_path, monkeypatch):
