@@ -6,6 +6,7 @@ over earlier: defaults of the schema, the base, the file, the overrides. Lists a
 
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
@@ -21,18 +22,33 @@ from configs.errors import UserError
 from configs.schema import Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # every key of a stored schedule
+log = logging.getLogger(f"diagonal.{__name__}")
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The tree that `path` and `overrides` describe; UserError for anything unknown, mistyped or out of range."""
     layers = [*_layers(Path(path), ()), *(_override(text) for text in overrides)]
-    layers = [_check(layer, Config, "") for layer in layers]
+    layers = [as_meant(_check(layer, Config, "")) for layer in layers]
     try:
         merged = OmegaConf.merge(_writable_schema(), *layers)
         return OmegaConf.to_object(merged)
     except REFUSED as error:
         raise UserError(_describe(error, layers)) from None
+
+
+def as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, where a stored tree names a preset whose meaning has changed, with the name of what it meant then.
+
+    What is stored has every key and, since presets are dated, a date: `release` there is from before and was the
+    release of March 2026. In a file that somebody wrote it is today's.
+    """
+    schedule = values.get("schedule")
+    if not isinstance(schedule, dict) or not STORED <= schedule.keys() or schedule["preset"] != "release":
+        return values
+    log.warning("schedule.preset=release was stored when it meant release_2026_03, and is read as that")
+    return values | {"schedule": schedule | {"preset": "release_2026_03"}}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

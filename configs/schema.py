@@ -16,6 +16,7 @@ CONTEXTS = ("last_step", "clean", "renoise")
 SWITCHES = ("recache", "blend", "cut")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
+DATED = {"release": "release_2026_11"}  # preset -> what it means today: the name that is stored
 STUDENT_PLACES = ("keep", "stream")
 PRECISION = ("auto", "float32", "bfloat16", "float16", "fp8")
 
@@ -37,13 +38,16 @@ class VideoConfig:
 class ScheduleConfig:
     """Denoising steps of each chunk (model/schedule.py). The last row repeats for all later chunks."""
 
-    preset: str | None = None  # a name in model.schedule.PRESETS; the other fields must then be left alone
+    preset: str | None = None  # a name in model.schedule.PRESETS or DATED; the other fields must then be left alone
     steps: Any = "4322222"  # steps of chunk 0, 1, ...: digits, or a list of integers
     first: float = 1000.0  # un-warped timestep of a chunk's first step
     last: float = 100.0  # un-warped timestep of a chunk's last step
     warp: bool = True  # map un-warped timesteps through the shift
     shift: float = 5.0  # sigma' = s sigma / (1 + (s - 1) sigma)
     timesteps: list[list[float]] | None = None  # instead of steps: the timesteps of each chunk, taken as they are
+
+    def __post_init__(self):
+        object.__setattr__(self, "preset", DATED.get(self.preset, self.preset))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,20 @@ def test_tiny_preset_is_the_paper_s_schedule_at_the_tiny_size():
     assert (config.stream.window_frames, config.stream.sink_frames, config.model.text_tokens) == (12, 3, 32)
 
 
+def test_a_stored_release_is_that_of_its_time(tmp_path, caplog):
+    """In what a run or a video stored, the old name means the old rows; in a file that somebody wrote, today's."""
+    written, stored = tmp_path / "written.yaml", tmp_path / "stored.yaml"
+    written.write_text(f"base: {CHECKOUT / 'configs/tiny.yaml'}\nschedule: {{preset: release}}\n")
+    today = load_config(written)
+    assert today.schedule.preset == "release_2026_11" and not caplog.records
+    stored.write_text(to_yaml(today).replace("release_2026_11", "release"))
+    assert load_config(stored).schedule.preset == "release_2026_03"
+    (record,) = caplog.records
+    assert "schedule.preset=release was stored when it meant release_2026_03" in record.message
+    stored.write_text(to_yaml(today))
+    assert load_config(stored) == today
+
+
 def test_a_preset_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(TINY) == load_config(CHECKOUT / TINY)

@@ -129,6 +129,18 @@ def test_what_may_change(change, said, tmp_path, caplog):
     assert ("from here on" in caplog.text) == (said is not None)
 
 
+def test_a_run_that_began_with_the_release_of_march_goes_on_with_it(tmp_path, caplog):
+    def of(preset):
+        return load_config("configs/train_tiny.yaml", [f"schedule={{preset: {preset}, steps: '4322222'}}"])
+
+    before = to_dict(of("release"))
+    before["schedule"]["preset"] = "release"  # as checkpoints had it
+    check_changes(before, of("release_2026_03"), tmp_path)
+    assert "read as that" in caplog.text
+    with pytest.raises(UserError, match="schedule.preset=release_2026_11 was release_2026_03 when"):
+        check_changes(before, of("release"), tmp_path)
+
+
 def test_settings_named_in_the_lists_exist():
     from configs.load import _fields
     from configs.schema import Config

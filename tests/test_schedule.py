@@ -11,8 +11,9 @@ import pytest
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from configs.schema import ScheduleConfig, StreamConfig
+from configs.schema import DATED, ScheduleConfig, StreamConfig
 from model.schedule import PRESETS, Schedule
+from model.timesteps import warp
 
 GOLDEN = Path(__file__).parent / "golden"
 FULL = Geometry(height=480, width=832)
@@ -69,14 +70,25 @@ def test_unwarped_values():
     assert build(steps="4", warp=False).row(0) == pytest.approx([1000, 700, 400, 100])
 
 
-def test_release_is_taken_as_it_is_written():
-    release = build(preset="release")
-    assert release.rows == ((1000, 933, 733, 357.142857), (1000, 933, 357.142857), (1000, 357.142857))
+def test_releases_are_taken_as_their_code_passes_them():
+    march, today = build(preset="release_2026_03"), build(preset="release")
+    assert march.rows == ((1000, 933, 733, 357), (1000, 933, 357), (1000, 357.142857))
+    four, two = ([warp(t / 1000, 5.0) for t in row] for row in ((1000, 750, 500, 100), (1000, 100)))
+    assert [pytest.approx(row) for row in (four, [four[0], four[1], four[3]], two)] == [list(r) for r in today.rows]
+    assert {march.policy, today.policy} == {"last_step"}
+
+
+def test_a_preset_is_stored_under_its_date():
+    assert ScheduleConfig(preset="release").preset == "release_2026_11" in PRESETS
+    assert all(name in PRESETS for name in DATED.values())
 
 
 @pytest.mark.parametrize(
     "preset, nfe",
-    [("paper_4322222", 17), ("paper_5432222", 20), ("paper_4222222", 16), ("release", 17), ("self_forcing", 35)],
+    [
+        ("paper_4322222", 17), ("paper_5432222", 20), ("paper_4222222", 16), ("release", 17), ("release_2026_03", 17),
+        ("self_forcing", 35),
+    ],
 )
 def test_evaluations_of_seven_chunks(preset, nfe):
     assert build(preset=preset).nfe(7) == nfe
@@ -153,7 +165,7 @@ def test_round_trip_through_json(preset):
         ({"timesteps": [[1000.0, 0.0]]}, "schedule.timesteps.0=0.0 is not a timestep"),
         ({"timesteps": [[1001.0]]}, "schedule.timesteps.0=1001.0 is not a timestep"),
         ({"preset": "papr"}, "schedule.preset=papr is unknown; use one of paper_5432222"),
-        ({"preset": "release", "steps": "43"}, "schedule.steps=43 has no effect beside schedule.preset=release"),
+        ({"preset": "release", "steps": "43"}, "schedule.steps=43 has no effect beside schedule.preset=rel"),
         ({"preset": "release", "shift": 3.0}, "schedule.shift=3.0 has no effect"),
         ({"preset": "release", "timesteps": [[1000.0]]}, "schedule.timesteps=.* has no effect"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.load import to_dict
+from configs.load import as_meant, to_dict
 from configs.schema import Config
 from model.run_folders import MANIFEST
 from trainer.checkpoint import folders
@@ -66,7 +66,7 @@ def check_changes(before: dict[str, Any], config: Config, logdir: Path) -> None:
     Settings that did not exist then are left out.
     """
     now = dict(_leaves(to_dict(config)))
-    changed = {key: (old, now[key]) for key, old in _leaves(before) if key in now and now[key] != old}
+    changed = {key: (old, now[key]) for key, old in _leaves(as_meant(before)) if key in now and now[key] != old}
     accepted = config.training.accept_changes
     refused = [key for key in changed if not _in(key, (*FREE, *TUNED, *accepted))]
     if refused:
