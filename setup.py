@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 TORCH = "torch>=2.11,<2.14"  # requirements.txt pins one of these
@@ -23,8 +23,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=["configs", "model", "pipeline", "server", "trainer", "utils"],
-    package_data={"server": ["static/*"], "configs": ["*.yaml", "networks/*.json"], "utils": ["*.html"]},
+    packages=find_packages(include=["configs*", "model*", "pipeline*", "server*", "trainer*", "utils*"]),
+    package_data={"server": ["static/*"], "configs": ["*.yaml", "networks/*.json"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own

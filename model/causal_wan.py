@@ -38,7 +38,7 @@ class CausalWanModel(WanTransformer3DModel):
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
     _cp_plan = None  # the base's plan splits tokens, which would tear frames from their modulation
-    sequence: SequenceGroup | None = None  # ranks that the tokens are shared out to; trainer/sequence.py sets it
+    sequence: SequenceGroup | None = None  # ranks that share the tokens; set by trainer/parallel/sequence.py
 
     @functools.wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):

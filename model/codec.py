@@ -9,7 +9,7 @@ decodes and not to the module, so that any number of streams can share one VAE, 
 place, so that gradients flow and a snapshot of a stream is a shallow copy.
 
 The first latent frame takes its own call (it becomes 1 pixel frame and not 4). All later frames may share calls: a
-call with n frames gives what n calls with one frame give (tests/test_codec.py), at the price of n times the memory.
+call with n frames gives what n calls with one frame give (tests/model/test_codec.py), and takes n times the memory.
 """
 
 from collections.abc import Iterator

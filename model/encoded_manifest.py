@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.errors import UserError
-from model.weight_files import read_json, resolve
+from model.weights.files import read_json, resolve
 from utils.files import write_json_atomic
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.json"

@@ -30,8 +30,8 @@ from model.encoded_manifest import (
     read_manifest,
 )
 from model.text import TextEncoder
-from model.weight_files import TOKENIZER_FILES, find_tokenizer, resolve
-from model.weight_plans import plan_text_encoder
+from model.weights.files import TOKENIZER_FILES, find_tokenizer, resolve
+from model.weights.plans import plan_text_encoder
 from utils.device import DTYPES
 from utils.files import atomic_path, sampled_hash, sha256_of, write_json_atomic
 

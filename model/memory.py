@@ -1,7 +1,7 @@
 """How much memory a configuration takes, from formulas, before anything is loaded. Needs no torch.
 
 Bytes are those of tensors that live at once on one GPU. Added to them: CONTEXT, which the driver and its kernels take,
-and SLACK, which the allocator loses between blocks. tests/test_memory.py holds the formulas to a count of every
+and SLACK, which the allocator loses between blocks. tests/model/test_memory.py holds the formulas to a count of every
 storage that a run on the meta device makes and to peaks measured on an H100; `scripts/measure_memory.py` measures.
 
 T tokens, D width, F feed-forward width, b bytes a number, 2 for bfloat16. A block at work in inference: its input and
@@ -91,7 +91,7 @@ class Network:
 
     @property
     def streamed_bytes(self) -> int:
-        """The same with the blocks on the host: slots for two of them (model/offload.py), and what is not a block."""
+        """The same with the blocks on the host (model/fast/offload.py): slots for two of them, and the rest."""
         return self.inference_bytes - (self.layers - 2) * (2 * self.block + 2 * 8 * self.dim)
 
 
@@ -182,7 +182,7 @@ def decoding(config: Config, batch: int = 1) -> tuple[dict[str, int], float]:
 
 
 def fast(setting: str, config: Config) -> bool:
-    """Whether `inference.compile` or `cuda_graphs` comes to be on a GPU (model/fast_wan.py)."""
+    """Whether `inference.compile` or `cuda_graphs` comes to be on a GPU (model/fast/student.py)."""
     return setting != "off" and config.inference.student == "keep"
 
 
@@ -289,7 +289,7 @@ def distill_plan(
     """Memory of stage `distill` on one of `gpus`: float32 weights, gradients and AdamW, an average, bfloat16 compute.
 
     Sharded (training.sharding) each GPU holds its share, two blocks whole while they are at work, and the student whole
-    in bfloat16 (trainer/parallel.py); hybrid without shard_ranks is reckoned with machines of eight.
+    in bfloat16 (trainer/parallel/apply.py); hybrid without shard_ranks is reckoned with machines of eight.
     """
     t, geometry, critic = config.training, Geometry.from_config(config), critic or student
     shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]

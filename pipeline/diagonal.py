@@ -26,15 +26,15 @@ from model.attention import DIFFUSERS
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
-from model.fast_codec import optimise_codec
-from model.fast_wan import FastPlan, optimise
-from model.int8 import convert
-from model.lora import Loras, plan_lora
-from model.offload import BlockStream, HostTextEncoder, SmallSteps
+from model.fast.codec import optimise_codec
+from model.fast.int8 import convert
+from model.fast.offload import BlockStream, HostTextEncoder, SmallSteps
+from model.fast.student import FastPlan, optimise
 from model.schedule import Schedule
 from model.text import TextEncoder, clean_prompt
 from model.tiny_decoder import TinyDecoderCodec
-from model.weights import load_student, load_text_encoder, load_tiny_decoder, load_vae
+from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
+from model.weights.lora import Loras, plan_lora
 from pipeline.delivery import ahead
 from pipeline.start import encode_start, read_start, warn_of_start
 from pipeline.stream import StreamSession

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.load import to_dict
 from configs.schema import Config
-from model.weight_files import resolve
+from model.weights.files import resolve
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.story import Story, is_story, play_story, read_stories
 from utils.files import safe_name, short_hash, write_json_atomic

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from configs.load import to_dict
-from model.weights import WeightCheck
+from model.weights.load import WeightCheck
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.plan import Job
 from pipeline.provenance import versions, weight_hashes

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from configs.geometry import Geometry
 from configs.load import to_dict
 from configs.schema import Config
-from model.fast_wan import FastPlan
-from model.weight_files import resolve
-from model.weights import WeightCheck, check_weights
+from model.fast.student import FastPlan
+from model.weights.files import resolve
+from model.weights.load import WeightCheck, check_weights
 from pipeline.diagonal import check_attention
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint

@@ -12,8 +12,8 @@ from configs.schema import Config
 from model.encoded_manifest import read_manifest
 from model.memory import CARDS, GIB, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
 from model.schedule import Schedule
-from model.weight_files import read_json, resolve
-from model.weight_peek import Peek, peek, wanted
+from model.weights.files import read_json, resolve
+from model.weights.peek import Peek, peek, wanted
 from utils import machine
 from utils.prompts import read_prompts
 

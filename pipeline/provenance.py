@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.load import to_dict
 from configs.schema import Config
 from model.schedule import Schedule
-from model.weights import WeightCheck
+from model.weights.load import WeightCheck
 from utils.files import sampled_hash, sha256_of
 
 LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")

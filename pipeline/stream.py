@@ -121,7 +121,7 @@ class StreamSession:
         A single seed serves all prompts, and so does a single number of chunks; of several, `ChunkResult.alive` says
         whose have been reached. The batch keeps its size, so that nothing is compiled or captured anew; no stream
         depends on another's length, bit by bit. (Against playing it alone: kernels for another batch size sum in
-        another order, which in float32 is 1e-4 at most on the tiny model; tests/test_session.py.)
+        another order, which in float32 is 1e-4 at most on the tiny model; tests/pipeline/test_session.py.)
         start: clean latents [B or 1, g, C, h, w] that the videos begin with (pipeline/chunk.py). They count as chunks
         and are decoded like them, by the same decoder: the first frames are the given ones, none lost or repeated.
 

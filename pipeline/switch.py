@@ -9,8 +9,8 @@ Three ways, `stream.switch`, each from the next chunk on:
 LongLive recaches clean latents in one pass over the whole window, which attends in both directions. Here the passes
 that left the window's keys are made again, chunk by chunk and in order: same noisy inputs, same timesteps, so the same
 noise level as the context policy wants, and no chunk sees a later one. Under the same text this gives back the very
-same cache, bit by bit, as long as nothing has been evicted (tests/test_session.py); afterwards a chunk misses those of
-its predecessors that are gone.
+same cache, bit by bit, as long as nothing has been evicted (tests/pipeline/test_session.py); afterwards a chunk
+misses those of its predecessors that are gone.
 
 Legend: B streams, f latent frames a chunk; inputs `[B, f, C, H, W]`; text `[B, text tokens, dim]`.
 """

@@ -24,9 +24,9 @@ from configs.errors import UserError  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model.schedule import Schedule  # noqa: E402
 from pipeline.preflight import check_training  # noqa: E402
-from trainer import ablation  # noqa: E402
-from trainer.ablation_table import goals, markdown  # noqa: E402
-from trainer.bench import TEACHER_STEPS, Bench, System, cpu_seconds  # noqa: E402
+from scripts.studies import ablation  # noqa: E402
+from scripts.studies.ablation_table import goals, markdown  # noqa: E402
+from scripts.studies.clips import TEACHER_STEPS, Bench, System, cpu_seconds  # noqa: E402
 from utils import exits  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
 from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402

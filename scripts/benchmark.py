@@ -33,20 +33,20 @@ from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model import fp8  # noqa: E402
 from model.denoiser import Student  # noqa: E402
-from model.fast_wan import FastPlan  # noqa: E402
-from model.offload import BlockStream  # noqa: E402
-from model.random_weights import RandomText, network_of, random_codec, random_student, random_umt5  # noqa: E402
+from model.fast.offload import BlockStream  # noqa: E402
+from model.fast.student import FastPlan  # noqa: E402
 from model.schedule import Schedule  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
-from model.weight_files import read_json  # noqa: E402
-from model.weights import check_weights  # noqa: E402
-from pipeline import speed  # noqa: E402
+from model.weights.files import read_json  # noqa: E402
+from model.weights.load import check_weights  # noqa: E402
+from model.weights.random import RandomText, network_of, random_codec, random_student, random_umt5  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, home, quick  # noqa: E402
-from pipeline.speed_tables import comparison, suite_table, table  # noqa: E402
-from pipeline.speed_variants import SUITES, Variant  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
+from scripts.bench import speed  # noqa: E402
+from scripts.bench.roofline import ceilings, versions  # noqa: E402
+from scripts.bench.speed_suites import SUITES, Variant  # noqa: E402
+from scripts.bench.speed_tables import comparison, suite_table, table  # noqa: E402
 from utils import exits  # noqa: E402
-from utils.ceilings import ceilings, versions  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402

@@ -16,9 +16,10 @@ Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the ba
       --json alone.json --budget 520 --layouts full:2,alone=true sequence:2,alone=true full:4,alone=true none:1,card=140
 
 Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
-are written as trainer/layouts.py says, run one after another in processes of their own, and those that do not work here
-are named with a sentence. --budget seconds are not exceeded by more than a few: the table always comes. MFU: operations
-of the model (model/training_cost.py), without what checkpointing computes again, to the measured matrix peak.
+are written as scripts/bench/layouts.py says, run one after another in processes of their own, and those that do not
+work here are named with a sentence. --budget seconds are not exceeded by more than a few: the table always comes. MFU:
+operations of the model (scripts/bench/training_cost.py), without what checkpointing computes again, to the measured
+matrix peak.
 
 --check trains networks of two layers and full width for three updates of the generator and five of the critic, on N
 ranks and on one with the same global batch. Bounds in bfloat16: a number is rounded by up to 2^-9, and sums over other
@@ -54,14 +55,14 @@ from configs.load import load_config  # noqa: E402
 from model.encoded_text import EncodingJob  # noqa: E402
 from model.fp8 import check_fp8  # noqa: E402
 from model.memory import Network  # noqa: E402
-from model.random_weights import transformer_sizes  # noqa: E402
-from trainer import cycle_tables as tables  # noqa: E402
-from trainer.cycle_bench import cap_memory, check, measure  # noqa: E402
-from trainer.fake_ranks import count_shards, fake_group  # noqa: E402
-from trainer.layouts import MACHINE, ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
-from trainer.lone_rank import Messages  # noqa: E402
+from model.weights.random import transformer_sizes  # noqa: E402
+from scripts.bench import cycle_tables as tables  # noqa: E402
+from scripts.bench.cycle import cap_memory, check, measure  # noqa: E402
+from scripts.bench.fake_ranks import count_shards, fake_group  # noqa: E402
+from scripts.bench.layouts import MACHINE, ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
+from scripts.bench.lone_rank import Messages  # noqa: E402
+from trainer.parallel.control_group import Team  # noqa: E402
 from trainer.prompt_bank import prompt_groups  # noqa: E402
-from trainer.team import Team  # noqa: E402
 from utils import exits  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
@@ -83,7 +84,7 @@ FIXED = (
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
-    parser.add_argument("--layouts", nargs="+", default=[], metavar="KIND:GPUS", help="see trainer/layouts.py")
+    parser.add_argument("--layouts", nargs="+", default=[], metavar="KIND:GPUS", help="see scripts/bench/layouts.py")
     for role in ROLES:
         parser.add_argument(f"--{role}", metavar="SIZE", help="tiny, 1.3B, 14B; 14B/2 for two layers of it")
     parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import CHECKOUT, load_config  # noqa: E402
-from utils.clip_folder import measure_video, read_record  # noqa: E402
+from scripts.quality.clip_folder import measure_video, read_record  # noqa: E402
+from scripts.quality.report_page import report_data, report_page  # noqa: E402
 from utils.clip_measures import MEASURES  # noqa: E402
 from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
 from utils.intervals import Interval, paired_interval  # noqa: E402
 from utils.prompts import check_prompt, read_prompts  # noqa: E402
-from utils.report_page import report_data, report_page  # noqa: E402
 
 SIDES = ("theirs", "ours")
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def strip_objects(args: argparse.Namespace) -> int:
     import torch
 
-    from model.weight_export import tensors_of
+    from model.weights.export import tensors_of
     from utils.files import atomic_path
 
     if args.out.suffix != ".pt" or not Path(args.source).is_file():
@@ -69,10 +69,9 @@ def convert(args: argparse.Namespace) -> int:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from model import weight_export as export
-    from model import weight_names as names
-    from model.lora import plan_lora
-    from model.weight_plans import config_of, has_average, plan_transformer
+    from model.weights import export, names
+    from model.weights.lora import plan_lora
+    from model.weights.plans import config_of, has_average, plan_transformer
 
     form = args.to or ("self-forcing" if args.out.suffix == ".pt" else "ours")
     scales = args.lora_scale or [1.0] * len(args.lora)

@@ -185,7 +185,7 @@ def check_all(name: str, wanted: Download, folder: Path) -> None:
 def check_structure(name: str, path: Path) -> None:
     """A file that is cut short, or a web page in the place of weights, is refused."""
     if path.suffix in (".safetensors", ".pt", ".pth"):
-        from model.weight_files import open_file
+        from model.weights.files import open_file
 
         open_file(name, path)
     elif path.suffix == ".json":

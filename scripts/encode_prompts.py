@@ -40,9 +40,9 @@ def main(argv=None) -> int:
 
     from configs.load import load_config
     from model.encoded_text import EncodingJob, encoder_hash, rows_of
-    from model.offload import HostTextEncoder
-    from model.weight_files import resolve
-    from model.weights import load_text_encoder
+    from model.fast.offload import HostTextEncoder
+    from model.weights.files import resolve
+    from model.weights.load import load_text_encoder
     from trainer.prompt_bank import prompt_groups
     from utils.device import DTYPES, pick_device, pick_dtype
     from utils.distributed import Ranks

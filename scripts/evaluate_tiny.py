@@ -20,21 +20,21 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import Geometry, pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from utils.clip_measures import motion_energy, seam_score  # noqa: E402
-from utils.files import check_writable, safe_name, write_json_atomic  # noqa: E402
-from utils.intervals import mean_interval  # noqa: E402
-from utils.logs import console  # noqa: E402
-from utils.progress import progress_bar  # noqa: E402
-from utils.seeds import sample_seed  # noqa: E402
-from utils.tiny_features import (  # noqa: E402
+from scripts.quality.tiny_features import (  # noqa: E402
     clip_features,
     frechet_distance,
     heading_spread,
     saturation_drift,
     start_spread,
 )
-from utils.tiny_measures import Scores, measure, score_measured  # noqa: E402
-from utils.tiny_world import TinyScene, TinyWorld, caption  # noqa: E402
+from trainer.tiny.measures import Scores, measure, score_measured  # noqa: E402
+from trainer.tiny.world import TinyScene, TinyWorld, caption  # noqa: E402
+from utils.clip_measures import motion_energy, seam_score  # noqa: E402
+from utils.files import check_writable, safe_name, write_json_atomic  # noqa: E402
+from utils.intervals import mean_interval  # noqa: E402
+from utils.logs import console  # noqa: E402
+from utils.progress import progress_bar  # noqa: E402
+from utils.seeds import sample_seed  # noqa: E402
 from utils.video import VideoWriter  # noqa: E402
 
 Maker = Callable[[list[TinyScene], list[int]], Tensor]  # scenes, seeds -> uint8 clips [B, T, 3, H, W]

@@ -25,10 +25,13 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import Geometry  # noqa: E402
 from configs.load import load_config, to_yaml  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from model.weight_files import resolve  # noqa: E402
+from model.weights.files import resolve  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline  # noqa: E402
-from pipeline.schedule_search import Candidate, Costs, Point, front, next_candidate  # noqa: E402
-from utils.clip_folder import chunk_borders  # noqa: E402
+from scripts.quality.clip_folder import chunk_borders  # noqa: E402
+from scripts.studies.schedule_search import Candidate, Costs, Point, front, next_candidate  # noqa: E402
+from trainer.tiny.captions import ATTRIBUTES, parse_caption  # noqa: E402
+from trainer.tiny.measures import score  # noqa: E402
+from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils.clip_measures import MEASURES, as_clip, series, summary  # noqa: E402
 from utils.device import set_threads  # noqa: E402
 from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
@@ -37,9 +40,6 @@ from utils.logs import console  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 from utils.prompts import read_prompts  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
-from utils.tiny_captions import ATTRIBUTES, parse_caption  # noqa: E402
-from utils.tiny_measures import score  # noqa: E402
-from utils.tiny_world import TinyWorld  # noqa: E402
 
 GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
 PAPER = "4322222"  # drawn apart in the plot

@@ -20,7 +20,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from configs.errors import UserError
-    from model.weights import load_student, save_student
+    from model.weights.load import load_student, save_student
     from utils.device import DTYPES
     from utils.files import check_writable
 

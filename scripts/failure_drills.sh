@@ -8,4 +8,4 @@ set_up requirements.txt requirements-dev.txt
 
 cd "$ROOT"
 export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
-exec "$PYTHON" -m pytest -v --durations=0 tests/test_failure_drills.py "$@"
+exec "$PYTHON" -m pytest -v --durations=0 tests/trainer/parallel/test_failure_drills.py "$@"

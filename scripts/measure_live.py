@@ -29,15 +29,15 @@ from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model.denoiser import Student  # noqa: E402
-from model.fast_wan import FastPlan  # noqa: E402
-from model.random_weights import RandomText, random_codec, random_student  # noqa: E402
+from model.fast.student import FastPlan  # noqa: E402
+from model.weights.random import RandomText, random_codec, random_student  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, quick  # noqa: E402
-from pipeline.live_measures import lines, long_stream, switches  # noqa: E402
+from scripts.bench.live import lines, long_stream, switches  # noqa: E402
+from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils import exits  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
-from utils.tiny_world import TinyWorld  # noqa: E402
 
 PROMPT = "a red circle moves right"
 

@@ -39,15 +39,15 @@ from model.codec import WanCodec  # noqa: E402
 from model.memory import CONTEXT, GIB, WAN_1_3B, WAN_14B, Network, graph_bytes, inference_plan  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec  # noqa: E402
-from model.weight_files import Tensors  # noqa: E402
-from model.weight_names import original_config, original_name  # noqa: E402
-from model.weight_plans import Plan, stored  # noqa: E402
-from model.weights import fill, load_score  # noqa: E402
+from model.weights.files import Tensors  # noqa: E402
+from model.weights.load import fill, load_score  # noqa: E402
+from model.weights.names import original_config, original_name  # noqa: E402
+from model.weights.plans import Plan, stored  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, home  # noqa: E402
+from scripts.bench.host_peak import HostPeak  # noqa: E402
 from utils import exits  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
-from utils.host_peak import HostPeak  # noqa: E402
 
 NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.errors import UserError  # noqa: E402
-from utils.clip_folder import ClipReport, find_videos, measure_video  # noqa: E402
+from scripts.quality.clip_folder import ClipReport, find_videos, measure_video  # noqa: E402
+from scripts.quality.report_page import report_data, report_page  # noqa: E402
 from utils.clip_measures import FLOW_MEASURES  # noqa: E402
 from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
-from utils.report_page import report_data, report_page  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.clip_defects import KINDS, find_defects  # noqa: E402
+from scripts.quality.clip_defects import KINDS, find_defects  # noqa: E402
+from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils.clip_measures import as_clip, luma, series  # noqa: E402
-from utils.tiny_world import TinyWorld  # noqa: E402
 from utils.video import VideoWriter, read_video  # noqa: E402
 
 BORDERS = (9, 21, 33, 45, 57, 69)

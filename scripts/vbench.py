@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config, to_dict  # noqa: E402
-from model.weights import check_weights  # noqa: E402
+from model.weights.load import check_weights  # noqa: E402
 from pipeline.provenance import fingerprint  # noqa: E402
+from scripts.quality.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_results, read_suite, totals  # noqa: E402
 from utils.distributed import Ranks  # noqa: E402
 from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 from utils.seeds import stable_hash  # noqa: E402
-from utils.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_results, read_suite, totals  # noqa: E402
 from utils.video import VideoWriter  # noqa: E402
 
 # Total, Quality, Semantic in percent, as their authors published them.

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 
 from configs.load import load_config
 from configs.schema import Config
-from trainer.distillation import Distill
+from trainer.distill.stage import Distill
 from trainer.registry import build_stage
 from utils.distributed import Ranks
 

@@ -1,4 +1,4 @@
-"""Inputs for the operators of model/fast_kernels.py and, run as a program, the Triton kernels against plain torch.
+"""Inputs for the operators of model/fast/ops.py and, run as a program, the Triton kernels against plain torch.
 
 `TRITON_INTERPRET=1 python kernels_case.py` interprets them on a CPU, in float16: the interpreter cuts to bfloat16
 rather than rounding, and its float8 loses a carry, so that the last cast is torch's.
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model import fast_kernels
 from model.cache import E4M3
-from model.fast_kernels import FFN_SHIFT, GATE, NONE, SHIFT
+from model.fast import ops as fast_kernels
+from model.fast.ops import FFN_SHIFT, GATE, NONE, SHIFT
 
 HEADS = {96: (4, 24), 1536: (12, 128)}
 
@@ -120,7 +120,7 @@ def interpreted(kernels, **tiling) -> tuple:
 
 
 def main() -> None:
-    from model import triton_kernels
+    from model.fast import triton_kernels
 
     half = torch.float16
     for width, (rows, warps) in itertools.product(HEADS, ((1, 1), (2, 4))):

@@ -23,7 +23,7 @@ import torch
 from distill_case import distill_stage
 
 from trainer.loop import run
-from trainer.parallel import local
+from trainer.parallel.apply import local
 from utils.distributed import Ranks, process_group
 
 LIMIT_S = 900  # of a test's processes, on a machine that is busy

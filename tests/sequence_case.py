@@ -1,4 +1,4 @@
-"""What two processes run for tests/test_sequence.py: each network whole by itself, then with its tokens shared out.
+"""What two processes run for test_sequence.py: each network whole by itself, then with its tokens shared out.
 
 Prints nothing and fails with an AssertionError if outputs or gradients differ.
 """
@@ -19,8 +19,8 @@ from model.denoiser import Score, Student
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
 from pipeline.rollout import DrawnNoise, rollout
-from trainer.parallel import average_gradients, mesh_of, shard, whole
-from trainer.sequence import parallelize, sequence_group
+from trainer.parallel.apply import average_gradients, mesh_of, shard, whole
+from trainer.parallel.sequence import parallelize, sequence_group
 from utils.distributed import Ranks, process_group
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Every published layout, as small random files: tables from our names to the foreign ones, and networks to fill them.
 
-model/weight_names.py goes the other way, from tables of its own.
+model/weights/names.py goes the other way, from tables of its own.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Networks that a stage starts from: what `training.init` names, or `model.*`, loaded or fresh.
 
-`training.init` maps a module's name to weights (a folder or file that model/weights.py reads) or to a `config.json`,
-which gives a network of those sizes with fresh weights drawn from (seed, name).
+`training.init` maps a module's name to weights (a folder or file that model/weights/load.py reads) or to a
+`config.json`, which gives a network of those sizes with fresh weights drawn from (seed, name).
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import WanCodec
 from model.text import TextEncoder, word_tokenizer
-from model.weights import load_score, load_student, load_text_encoder, load_vae, new_network
+from model.weights.load import load_score, load_student, load_text_encoder, load_vae, new_network
+from trainer.tiny.world import VOCABULARY
 from utils.seeds import stable_hash
-from utils.tiny_world import VOCABULARY
 
 CPU = torch.device("cpu")
 

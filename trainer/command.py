@@ -9,9 +9,9 @@ import torch
 from configs.load import load_config, to_yaml
 from model.fp8 import check_fp8
 from pipeline.preflight import check_training
+from trainer.checkpoint.resume import check_resumable
 from trainer.loop import make_sinks, run
 from trainer.registry import build_stage
-from trainer.resume import check_resumable
 from utils.device import gpu_memory, pick_device, set_threads
 from utils.distributed import Ranks, process_group
 from utils.files import check_writable

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from configs.load import CHECKOUT, to_dict
 from configs.schema import Config
-from trainer import checkpoint, sharded_checkpoint
-from trainer.parallel import mean_over_ranks
-from trainer.resume import check_changes
+from trainer.checkpoint import save as checkpoint
+from trainer.checkpoint import sharded as sharded_checkpoint
+from trainer.checkpoint.resume import check_changes
+from trainer.parallel.apply import mean_over_ranks
+from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
-from trainer.team import Team, noticing_loss
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 

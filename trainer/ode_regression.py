@@ -20,15 +20,15 @@ from configs.schema import Config
 from model.causal_wan import chunk_causal_mask
 from model.flow import add_noise, x0_from_v
 from model.schedule import Schedule
-from model.weights import save_student
+from model.weights.load import save_student
 from trainer.build import causal_student, frozen_codec, frozen_text_encoder
 from trainer.pairs import open_pairs
 from trainer.prompt_bank import PromptBank
 from trainer.stage import Supervised
+from trainer.tiny.world import TinyWorld
 from trainer.validation import causal_clips, judge
 from utils.distributed import Ranks
 from utils.seeds import generator
-from utils.tiny_world import TinyWorld
 
 
 class ODERegression(Supervised):

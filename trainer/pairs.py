@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.flow import shift_time
-from model.weight_files import resolve
+from model.weights.files import resolve
 
 TIMESTEPS = "timesteps.json"
 SELF_FORCING = tuple(shift_time(t, 8.0) for t in (1000.0, 750.0, 500.0, 250.0, 0.0))

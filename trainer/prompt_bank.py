@@ -11,14 +11,14 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.encoded_text import EncodedText
 from model.text import TextEncoder
-from model.weight_files import resolve
+from model.weights.files import resolve
 from trainer.build import frozen_text_encoder
 from trainer.pairs import open_pairs
-from trainer.parallel import Placing
-from trainer.sharded_weights import sharded_text_encoder
+from trainer.parallel.apply import Placing
+from trainer.parallel.sharded_weights import sharded_text_encoder
+from trainer.tiny.world import TinyWorld, training_caption
 from utils.prompts import read_prompts
 from utils.seeds import stable_hash
-from utils.tiny_world import TinyWorld, training_caption
 
 
 def training_prompts(config: Config) -> list[str]:

@@ -3,14 +3,14 @@
 import torch
 
 from configs.schema import Config
-from trainer.causal_ode import CausalODE
-from trainer.codec_stage import CodecStage
-from trainer.distillation import Distill
-from trainer.few_steps import FewSteps
-from trainer.flow_stages import Pretrain, TeacherForcing
+from trainer.distill.stage import Distill
 from trainer.ode_regression import ODERegression
 from trainer.stage import Stage
-from trainer.text_stage import TextStage
+from trainer.tiny.causal_ode import CausalODE
+from trainer.tiny.codec import CodecStage
+from trainer.tiny.few_steps import FewSteps
+from trainer.tiny.flow import Pretrain, TeacherForcing
+from trainer.tiny.text import TextStage
 from utils.distributed import Ranks
 
 STAGES: dict[str, type[Stage]] = {

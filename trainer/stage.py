@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from configs.train_schema import TrainingConfig
 from trainer.backward import Backward
-from trainer.optim import Player
+from trainer.optim.train_state import Player
 from utils.compiling import TRAINED
 from utils.device import pick_dtype
 from utils.distributed import Ranks

@@ -14,10 +14,10 @@ from model.schedule import Schedule
 from pipeline.chunk import leave_context
 from pipeline.noise import NoiseSource
 from trainer.build import causal_student, frozen_text_encoder
-from trainer.causal_ode import trajectory_grid
-from trainer.parallel import Placing
-from trainer.players import frozen_teacher
+from trainer.distill.networks import frozen_teacher
+from trainer.parallel.apply import Placing
 from trainer.prompt_bank import training_prompts
+from trainer.tiny.causal_ode import trajectory_grid
 from utils.device import pick_dtype
 from utils.seeds import stable_hash
 

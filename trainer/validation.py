@@ -19,11 +19,11 @@ from pipeline.bidirectional import sample
 from pipeline.delivery import to_frames
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
-from trainer.data import LatentBank
 from trainer.prompt_bank import validation_prompts
+from trainer.tiny.data import LatentBank
+from trainer.tiny.measures import score as score_clips
+from trainer.tiny.world import ATTRIBUTES, caption, flip_attribute
 from utils.seeds import generator, sample_seed
-from utils.tiny_measures import score as score_clips
-from utils.tiny_world import ATTRIBUTES, caption, flip_attribute
 from utils.video import VideoWriter, contact_sheet
 
 

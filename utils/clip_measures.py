@@ -5,7 +5,7 @@ clip [T, 3, H, W]. Brightness and chroma are in [0, 1]; luma is BT.709's 0.2126 
 as they are stored; chroma is max(R, G, B) - min(R, G, B). `borders` are the first frames of chunks: 9, 21, 33, ...
 
 None of these measures knows what is right: a pan drifts, a strobe light flickers, fog is not sharp. They are for
-comparing clips of the same prompts, and for finding those that are worth looking at (utils/clip_defects.py).
+comparing clips of the same prompts, and for finding those that are worth looking at (scripts/quality/clip_defects.py).
 
 Optical flow (FLOW_MEASURES) needs OpenCV, an optional package. It is DIS (Kroeger et al., arXiv 1603.03590), which runs
 on a CPU and has no weights; a network such as RAFT would be nearer the truth where motion is large, and is not used.

@@ -1,0 +1,86 @@
+"""`enter`, `cross` and `leave` of model/fast/student.py through the operators of model/fast/ops.py.
+
+    tables   what modulates each block
+    enter    norm | fused QKV | norms, rotary, slots                        | is a cut between kernels
+    cross    output projection | gate, sum, norm | query of the text | its norm
+    leave    output projection | sum, norm | feed-forward | gate, sum
+
+In float8 a norm, or the GELU, writes the rows that the next product reads; what attention gives is rounded by itself.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.causal_wan import CausalWanBlock, CausalWanModel, Rotation
+from model.fast.ops import FFN_GATE, FFN_SHIFT, GATE, SHIFT, linear_gelu, qk_norm_rope, quantise_rows, residual_norm
+from model.fp8 import Fp8Linear
+
+
+def fits(model: CausalWanModel) -> bool:
+    """Whether these functions are the model's: q, k and v in one product, all of one type, float8 scaled by row."""
+    dtype = model.patch_embedding.weight.dtype
+    return all(
+        block.attn1.fused_projections
+        and isinstance(block.norm2, nn.LayerNorm)
+        and all(norm.weight.dtype is dtype for norm in (block.attn1.norm_q, block.attn1.norm_k))
+        and all(part.scaling == "row" for part in block.modules() if isinstance(part, Fp8Linear))
+        for block in model.blocks
+    )
+
+
+def tables(model: CausalWanModel, modulation: Tensor) -> list[Tensor]:
+    """Modulation [B, 1 or F, 6, D] -> that of each block, float32."""
+    wide = modulation.float()
+    return [block.scale_shift_table + wide for block in model.blocks]
+
+
+def enter(block: CausalWanBlock, x: Tensor, table: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor):
+    """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
+    attn = block.attn1
+    q, k = attn.norm_q, attn.norm_k
+    rows = _norm(block.norm1, attn.to_qkv, x, table, shift=SHIFT)
+    qkv = _product(attn.to_qkv, rows, x)
+    return qk_norm_rope(qkv, q.weight, k.weight, *rotation, k_slot, v_slot, q.eps, k.eps)
+
+
+def cross(block: CausalWanBlock, x: Tensor, table: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, L, D] and what self-attention saw [B, L, heads, head_dim] -> x, queries of the text."""
+    attn = block.attn2
+    y = _linear(block.attn1.to_out[0], seen.flatten(2, 3))
+    x, *rows = _norm(block.norm2, attn.to_q, x, table, branch=y, gate=GATE)
+    return x, attn.norm_q(_product(attn.to_q, rows, x)).type_as(x).unflatten(2, (attn.heads, -1))
+
+
+def leave(block: CausalWanBlock, x: Tensor, table: Tensor, read: Tensor, fused_gelu: bool) -> Tensor:
+    """x [B, L, D] and what the text said [B, L, heads, head_dim] -> x."""
+    wide, _, narrow = block.ffn.net
+    y = _linear(block.attn2.to_out[0], read.flatten(2, 3))
+    x, *rows = _norm(block.norm3, wide.proj, x, table, branch=y, shift=FFN_SHIFT)
+    if fused_gelu and type(wide.proj) is nn.Linear:
+        y = _linear(narrow, linear_gelu(*rows, wide.proj.weight, wide.proj.bias))
+    else:
+        y = _linear(narrow, _product(wide.proj, rows, x), gelu=True)
+    return residual_norm(x, table, branch=y, gate=FFN_GATE)[0]
+
+
+def _norm(norm: nn.LayerNorm, reader: nn.Module, x: Tensor, table: Tensor, **changes) -> list[Tensor]:
+    """`residual_norm`, as the linear layer that reads it wants it."""
+    affine = None if norm.weight is None else (norm.weight, norm.bias)
+    return residual_norm(x, table, affine=affine, eps=norm.eps, scaled=isinstance(reader, Fp8Linear), **changes)
+
+
+def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """linear of [y], or of [float8, scales]; tokens and type of `like`."""
+    if not isinstance(linear, Fp8Linear):
+        return linear(rows[0])
+    value, scale = rows
+    return linear.multiply(value.flatten(0, -2), scale).view(*like.shape[:-1], -1).type_as(like)
+
+
+def _linear(linear: nn.Module, y: Tensor, gelu: bool = False) -> Tensor:
+    """linear of y [B, L, D], or of its GELU."""
+    if isinstance(linear, Fp8Linear):
+        return _product(linear, quantise_rows(y.flatten(0, -2), gelu), y)
+    return linear(functional.gelu(y, approximate="tanh") if gelu else y)

@@ -1,0 +1,45 @@
+"""A frozen network over whole clips with its large linears in float8: less memory, and how far off it is."""
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from model.denoiser import Score
+from model.fast.ops import quantise_rows
+from model.fp8 import Fp8Linear, convert_blocks
+
+TIMES = (250.0, 500.0, 750.0)  # timesteps of the probe
+PROBE = (3, 16, 24)  # its latent frames, height and width
+WORDS = 32  # of its text
+
+
+class FrozenFp8Linear(Fp8Linear):
+    """Rounds its inputs in one kernel, compiled or not."""
+
+    def rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise_rows(rows, False)
+
+
+def in_float8(network: WanTransformer3DModel) -> str:
+    """Round `network` in place; on the meta device, make room for rounded weights. What was done, in words."""
+    return convert_blocks(network.blocks, kind=FrozenFp8Linear)
+
+
+@torch.no_grad()
+def round_and_compare(network: WanTransformer3DModel) -> tuple[str, dict[float, float]]:
+    """`in_float8`, and what it costs: ||v - v before|| / ||v before|| of noise under random text, by timestep."""
+    before = _probe(network)
+    said = in_float8(network)
+    off = _probe(network) - before
+    errors = off.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    return said, dict(zip(TIMES, errors.tolist(), strict=True))
+
+
+def _probe(network: WanTransformer3DModel) -> Tensor:
+    rng, config = torch.Generator().manual_seed(0), network.config
+    frames, height, width = PROBE
+    x = torch.randn(1, frames, config.in_channels, height, width, generator=rng).to(network.device)
+    text = torch.randn(1, WORDS, config.text_dim, generator=rng).to(network.device)
+    n = len(TIMES)
+    times = torch.tensor(TIMES, device=network.device)
+    return Score(network).v(x.expand(n, -1, -1, -1, -1), times, text.expand(n, -1, -1)).double()

@@ -1,0 +1,157 @@
+"""What of a step is bound by memory, as operators of our own: on a GPU a kernel each, elsewhere plain torch.
+
+    residual_norm   sum of a branch, norm and modulation, rounding to float8
+    qk_norm_rope    norms of queries and keys, rotary turn, keys and values into their slots
+    quantise_rows   GELU and rounding to float8
+    linear_gelu     GELU in the epilogue of a matrix product; torch has that kernel
+
+Tokens [B, L, D] are frame-major, and a table [B, 1 or F, 6, D], float32, holds shift, scale and gate of self-attention
+and of the feed-forward for each frame. Float8 is e4m3 with a scale a row, as in model/fp8.py. Roundings are those of
+model/causal_wan.py. Operators are opaque to torch.compile, which leaves their inputs' layouts alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.cache import narrowed
+from model.causal_wan import _gate, _modulate, _rotate
+from model.fp8 import E4M3, quantise
+
+GATE, FFN_GATE, SHIFT, FFN_SHIFT = 2, 5, 0, 3  # rows of a table; a scale follows its shift
+NONE = -1
+
+
+@torch.library.custom_op(
+    "diagonal::residual_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? branch, Tensor table, int gate, int shift, Tensor? weight, Tensor? bias, float eps, "
+    "bool scaled) -> Tensor[]",
+)
+def _residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled):
+    if x.is_cuda:
+        from model.fast import triton_kernels
+
+        dtype = E4M3 if scaled else x.dtype
+        return triton_kernels.residual_norm(x, branch, table, gate, shift, weight, bias, eps, dtype, scaled)
+    return plain_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled)
+
+
+@_residual_norm.register_fake
+def _(x, branch, table, gate, shift, weight, bias, eps, scaled):
+    out = [] if branch is None else [x.new_empty(x.shape)]
+    if shift >= 0 or weight is not None:
+        out.append(x.new_empty(x.shape, dtype=E4M3 if scaled else x.dtype))
+    if scaled:
+        out.append(x.new_empty(x.shape[0] * x.shape[1], 1, dtype=torch.float32))
+    return out
+
+
+def plain_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
+    """What the kernel computes, in torch."""
+    rows, out = table.unsqueeze(3).unbind(2), []
+    if branch is not None:
+        x = x + branch if gate < 0 else (x.float() + _gate(branch.float(), rows[gate])).type_as(x)
+        out.append(x)
+    if shift < 0 and weight is None:
+        return out
+    weight, bias = (None if y is None else y.float() for y in (weight, bias))
+    y = functional.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+    y = (y if shift < 0 else _modulate(y, rows[shift], rows[shift + 1])).type_as(x)
+    if not scaled:
+        return [*out, y]
+    value, scale = quantise(y.flatten(0, 1), "row")
+    return [*out, value.view_as(y), scale]
+
+
+def residual_norm(
+    x: Tensor,
+    table: Tensor,
+    *,
+    branch: Tensor | None = None,
+    gate: int = NONE,
+    shift: int = NONE,
+    affine: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    scaled: bool = False,
+) -> list[Tensor]:
+    """x [B, L, D] -> [x + gate branch, its layer norm, the norm's scales [B L, 1]], each where it is asked for.
+
+    branch: added, times row `gate` of the table in float32, or as it is. shift: first of two rows that modulate the
+    norm, or affine: its weight and bias; neither = no norm. scaled: the norm in float8.
+    """
+    return torch.ops.diagonal.residual_norm(x, branch, table, gate, shift, *(affine or (None, None)), eps, scaled)
+
+
+@torch.library.custom_op("diagonal::qk_norm_rope", mutates_args=("k_slot", "v_slot"))
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_slot: Tensor,
+    v_slot: Tensor,
+    q_eps: float,
+    k_eps: float,
+) -> Tensor:
+    """qkv [B, L, 3 D] -> queries, normed and turned, as the slots [B, L, heads, head_dim], which are filled.
+
+    cos and sin [1, L, 1, head_dim / 2]. Slots of any strides but the last; where they are float8, queries are, too.
+    """
+    if qkv.is_cuda:
+        from model.fast import triton_kernels
+
+        narrow = k_slot.dtype is E4M3
+        return triton_kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps, narrow)
+    return plain_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps)
+
+
+@qk_norm_rope.register_fake
+def _(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps):
+    return qkv.new_empty(k_slot.shape, dtype=E4M3 if k_slot.dtype is E4M3 else qkv.dtype)
+
+
+def plain_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps) -> Tensor:
+    """What the kernel computes, in torch."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    q = functional.rms_norm(q, q_weight.shape, q_weight, q_eps)
+    k = functional.rms_norm(k, k_weight.shape, k_weight, k_eps)
+    q, k, v = (x.unflatten(2, k_slot.shape[2:]) for x in (q, k, v))
+    k_slot.copy_(narrowed(_rotate(k, (cos, sin)), k_slot.dtype))
+    v_slot.copy_(narrowed(v, v_slot.dtype))
+    return narrowed(_rotate(q, (cos, sin)).type_as(v), k_slot.dtype).contiguous()
+
+
+@torch.library.custom_op("diagonal::quantise_rows", mutates_args=())
+def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """x [N, D] -> e4m3 [N, D] and scales [N, 1] of x, or of gelu(x), tanh approximation."""
+    if x.is_cuda:
+        from model.fast import triton_kernels
+
+        return triton_kernels.quantise_rows(x, gelu, E4M3)
+    return plain_quantise_rows(x, gelu)
+
+
+@quantise_rows.register_fake
+def _(x: Tensor, gelu: bool):
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+def plain_quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """What the kernel computes, in torch."""
+    return quantise(functional.gelu(x, approximate="tanh") if gelu else x, "row")
+
+
+@torch.library.custom_op("diagonal::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x w^T + b), tanh approximation; on a GPU in the epilogue of the product, whose result is rounded once."""
+    if not x.is_cuda:
+        return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
+    rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], -1)
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

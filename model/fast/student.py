@@ -1,0 +1,333 @@
+"""The causal student made fast for streaming, from outside: `optimise(student, plan)`.
+
+A step is cut where its shapes stop being the same for every chunk. Between the cuts nothing depends on the cache, so
+that three functions are compiled once each and serve every block and every chunk:
+
+    enter   norm, modulation, fused QKV, rotary; writes keys and values straight into the chunk's slot -> q
+            .. attention to the visible slots (a kernel of its own, any number of keys)
+    cross   output projection, gate, norm, query of the text -> x, q
+            .. attention to the text
+    leave   output projection, norm, modulation, feed-forward, gate -> x
+
+Around them CUDA graphs: one for each cache state, that is each pair (slot written, slots visible). A bounded window has
+window + ring - 1 of them however long the stream is; `cache_states` lists them. A state runs as it is the first time,
+is captured the second, and replayed from then on. Nothing here waits for the GPU.
+
+Same algebra and roundings as model/causal_wan.py; what differs is the order of sums within fused kernels. Where a plan
+says `fused_norms`, model/fast/blocks.py has the three functions.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import InferenceConfig
+from model import fp8
+from model.attention import Kernels, attend, here, pick_kernels
+from model.cache import E4M3, StreamLayer, StreamView, View, narrowed, slot, visible
+from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _gate, _modulate, _rotate
+from model.denoiser import Student, as_timestep
+from model.fast import blocks as fused_wan
+from model.fast.ops import linear_gelu
+from model.flow import x0_from_v
+from model.fp8 import KEPT
+from utils.logs import get_logger
+
+log = get_logger(__name__)
+
+MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; those beyond run without a graph
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # work over fixed buffers, which has run once -> its replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastPlan:
+    """What is done to a student, in this order."""
+
+    kernels: Kernels
+    fuse_qkv: bool = True
+    fp8: str | None = None  # how numbers are scaled: row, tensor; None = linears stay as they are
+    fp8_keep: tuple[int, ...] = KEPT  # blocks whose linears stay
+    fp8_cache: bool = False  # queries, keys and values in float8 as well
+    fused_gelu: bool = False  # GELU inside the matrix product
+    fused_norms: bool = False  # norms, rotary and rounding to float8 by kernels of our own, where the student fits them
+    compile: bool = False
+    cuda_graphs: bool = False
+
+    @classmethod
+    def from_config(cls, config: InferenceConfig, device: torch.device) -> "FastPlan":
+        """The plan that `config` asks for on `device`; `auto` is all of it on a GPU, nothing on a CPU, nor where the
+        student's blocks come and go.
+
+        Raises UserError for what cannot be done here.
+        """
+        gpu = device.type == "cuda"
+        stays = config.student == "keep"
+        triton = importlib.util.find_spec("triton") is not None
+        if config.precision == "fp8":
+            fp8.check_fp8(device)
+        if config.cuda_graphs == "on" and not gpu:
+            raise UserError(f"inference.cuda_graphs=on needs a GPU and device={device} is none; use auto")
+        if config.compile == "blocks" and gpu and not triton:
+            raise UserError("inference.compile=blocks needs triton, which is not installed; use inference.compile=off")
+        kernels = pick_kernels(config.attention, *here(device))
+        compiled = config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays)
+        return cls(
+            kernels=kernels,
+            fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.past == "fa3",
+            fp8=config.fp8_scaling if config.precision == "fp8" else None,
+            fused_gelu=config.fused_gelu and gpu,
+            fused_norms=config.fused_norms and gpu and compiled,
+            compile=compiled,
+            cuda_graphs=config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and gpu and stays),
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.compile or self.cuda_graphs or self.fp8 or self.fp8_cache)
+
+
+@torch.no_grad()
+def optimise(student: Student, plan: FastPlan) -> "FastStudent":
+    """Do to `student` what `plan` says, in place, and return it in its fast form. It cannot be trained afterwards.
+
+    Projections with adapters on them (LoRA that is not merged) are left as they are.
+    """
+    model = student.model
+    log.info(str(plan.kernels))
+    if plan.fuse_qkv:
+        for block in model.blocks:
+            fuse(block.attn1)
+    if plan.fp8:
+        log.info(fp8.convert_blocks(model.blocks, plan.fp8, plan.fp8_keep))
+    return FastStudent(model, plan)
+
+
+def fuse(attn: nn.Module) -> None:
+    """One matrix product for q, k and v of self-attention, in place of three; theirs are let go."""
+    parts = (attn.to_q, attn.to_k, attn.to_v)
+    if attn.fused_projections or any(type(part) is not nn.Linear for part in parts):
+        return
+    attn.fuse_projections()
+    del attn.to_q, attn.to_k, attn.to_v
+
+
+def cache_states(geometry: Geometry, num_chunks: int) -> list[tuple[int, int]]:
+    """(slot written, slots visible) of the chunks of a stream, each pair once, in the order in which they come up."""
+    return list(dict.fromkeys((slot(geometry, k), visible(geometry, k)) for k in range(num_chunks)))
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def enter(block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor):
+    """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
+    attn = block.attn1
+    shift, scale = _table(block, modulation)[:2]
+    y = _modulate(block.norm1(x.float()), shift, scale).type_as(x)
+    if attn.fused_projections:
+        q, k, v = attn.to_qkv(y).chunk(3, dim=-1)
+    else:
+        q, k, v = attn.to_q(y), attn.to_k(y), attn.to_v(y)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+    k_slot.copy_(narrowed(_rotate(k, rotation), k_slot.dtype))
+    v_slot.copy_(narrowed(v, v_slot.dtype))
+    return narrowed(_rotate(q, rotation).type_as(v), k_slot.dtype)
+
+
+def cross(block: CausalWanBlock, x: Tensor, modulation: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, L, D] and what self-attention saw [B, L, heads, head_dim] -> x, queries of the text."""
+    attn = block.attn2
+    gate = _table(block, modulation)[2]
+    x = (x.float() + _gate(block.attn1.to_out[0](seen.flatten(2, 3)), gate)).type_as(x)
+    y = block.norm2(x.float()).type_as(x)
+    return x, attn.norm_q(attn.to_q(y)).type_as(x).unflatten(2, (attn.heads, -1))
+
+
+def leave(block: CausalWanBlock, x: Tensor, modulation: Tensor, read: Tensor, fused_gelu: bool) -> Tensor:
+    """x [B, L, D] and what the text said [B, L, heads, head_dim] -> x."""
+    shift, scale, gate = _table(block, modulation)[3:]
+    x = x + block.attn2.to_out[0](read.flatten(2, 3))
+    y = _modulate(block.norm3(x.float()), shift, scale).type_as(x)
+    wide, _, narrow = block.ffn.net
+    if fused_gelu and type(wide.proj) is nn.Linear:
+        y = narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias))
+    else:
+        y = narrow(wide(y))
+    return (x.float() + _gate(y.float(), gate)).type_as(x)
+
+
+def _table(block: CausalWanBlock, modulation: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale, gate, and those of the feed-forward: each [B, 1 or F, 1, D], float32."""
+    return (block.scale_shift_table + modulation.float()).unsqueeze(3).unbind(2)
+
+
+def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
+    """Latents [B, F, C, H, W] -> tokens [B, L, D]: the patch embedding as one matrix product."""
+    conv = model.patch_embedding
+    _, p, q = model.config.patch_size
+    cells = rearrange(latents.to(conv.weight.dtype), "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+    return functional.linear(cells, conv.weight.flatten(1), conv.bias)
+
+
+def head(model: CausalWanModel, x: Tensor, temb: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Tokens [B, L, D] -> x0 [B, F, C, H, W]."""
+    _, p, q = model.config.patch_size
+    frames, height, width = x_t.shape[1], x_t.shape[3] // p, x_t.shape[4] // q
+    shift, scale = (model.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
+    y = model.proj_out(_modulate(model.norm_out(x.float()), shift, scale).type_as(x))
+    v = rearrange(y, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=p, q=q)
+    return x0_from_v(x_t, v, t)
+
+
+class FastStep:
+    """x0 of a chunk, through the functions above, compiled or not."""
+
+    def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
+        self.model, self.plan = model, plan
+        self.fused = plan.fused_norms and fused_wan.fits(model)
+        own = (fused_wan.enter, fused_wan.cross, fused_wan.leave)
+        parts = (patches, head, fused_wan.tables, *(own if self.fused else (enter, cross, leave)))
+        if plan.compile:
+            parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
+        self._patches, self._head, self._tables, self._enter, self._cross, self._leave = parts
+
+    def __call__(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]):
+        model, kernels = self.model, self.plan.kernels
+        x = self._patches(model, x_t)
+        temb, modulation = model._embed_time(t, x.dtype)
+        modulations = self._tables(model, modulation) if self.fused else [modulation] * len(layers)
+        for block, table, past, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
+            own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
+            q = self._enter(block, x, table, rotation, past.keys[:, own], past.values[:, own])
+            x, q = self._cross(block, x, table, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
+            x = self._leave(block, x, table, attend(kernels.text, q, k, v), self.plan.fused_gelu)
+        return self._head(model, x, temb, x_t, t)
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+class FastStudent(Student):
+    """A student whose steps of a stream are fast; whatever else is asked of it goes the plain way."""
+
+    def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
+        super().__init__(model)
+        self.plan, self.step = plan, FastStep(model, plan, backend)
+        self.cache_dtype = E4M3 if plan.fp8_cache else None
+        self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
+        self._books = WeakTensorKeyDictionary()  # by the keys of the first layer: a book goes with its cache
+        self._rotation: tuple[tuple, Rotation] | None = None
+
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs captured, of all caches that are about."""
+        return sum(len(book.replays) for book in self._books.values())
+
+    def x0(
+        self,
+        x_t: Tensor,
+        t: float | Tensor,
+        text: TextKV | Tensor,
+        view: View | None = None,
+        start_frame: int = 0,
+        *,
+        mask: Mask | None = None,
+        frame_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x0 = x_t - sigma v."""
+        if torch.is_grad_enabled() or not isinstance(view, StreamView) or isinstance(text, Tensor):
+            return super().x0(x_t, t, text, view, start_frame, mask=mask, frame_ids=frame_ids)
+        t = as_timestep(t, x_t)
+        if t.ndim == 2:  # a chunk that begins with given frames: a few passes a stream, not worth kernels of their own
+            return super().x0(x_t, t, text, view, start_frame, frame_ids=frame_ids)
+        x_t = x_t.contiguous()  # other strides would be other kernels
+        layers = [view.layer(i) for i in range(len(self.model.blocks))]
+        rotation = self._rotary(x_t, start_frame, frame_ids)
+        if self.recorder is None:
+            return self.step(x_t, t, rotation, text, layers)
+        book = self._books.get(layers[0].keys)
+        if book is None or not book.fits(x_t, t, text):
+            self._books[layers[0].keys] = book = GraphBook(self.step, self.recorder(), x_t, t, rotation, text)
+        return book.run(x_t, t, rotation, text, layers)
+
+    def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:
+        """cos and sin; the same tensors for every step of a chunk."""
+        _, p, q = self.model.config.patch_size
+        height, width = x_t.shape[3] // p, x_t.shape[4] // q
+        if frame_ids is not None:
+            return self.model.rope(frame_ids, height, width)
+        key = (start_frame, x_t.shape[1], height, width, x_t.device)
+        if self._rotation is None or self._rotation[0] != key:
+            ids = torch.arange(start_frame, start_frame + x_t.shape[1], device=x_t.device)
+            self._rotation = (key, self.model.rope(ids, height, width))
+        return self._rotation[1]
+
+
+class GraphBook:
+    """Graphs over one cache's buffers, by (first token written, tokens visible), and the inputs that they read."""
+
+    def __init__(self, step: FastStep, record: Record, x_t, t, rotation: Rotation, text: TextKV):
+        self._step, self._record = step, record
+        self._x, self._t, self._out = x_t.clone(), t.clone(), torch.empty_like(x_t)
+        self._rotation = tuple(part.clone() for part in rotation)
+        self._text = [(k.clone(), v.clone()) for k, v in text]
+        self._source: tuple = (rotation, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
+        self._tried: set[tuple[int, int]] = set()
+        self.replays: dict[tuple[int, int], Callable[[], None]] = {}
+
+    def fits(self, x_t: Tensor, t: Tensor, text: TextKV) -> bool:
+        """Whether these inputs have the shapes that the graphs know."""
+        return (
+            x_t.shape == self._x.shape
+            and x_t.dtype == self._x.dtype
+            and t.shape == self._t.shape
+            and text[0][0].shape == self._text[0][0].shape
+        )
+
+    def run(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:
+        """x0, in a tensor of its own."""
+        key = (layers[0].start, layers[0].end)
+        if key not in self._tried or (key not in self.replays and len(self.replays) >= MAX_GRAPHS):
+            self._tried.add(key)
+            return self._step(x_t, t, rotation, text, layers)
+        self._x.copy_(x_t)
+        self._t.copy_(t)
+        self._refresh(rotation, text)
+        if key not in self.replays:
+            self.replays[key] = self._record(lambda: self._fixed(layers))
+        self.replays[key]()
+        return self._out.clone()
+
+    def _fixed(self, layers: Sequence[StreamLayer]) -> None:
+        self._out.copy_(self._step(self._x, self._t, self._rotation, self._text, layers))
+
+    def _refresh(self, rotation: Rotation, text: TextKV) -> None:
+        old_rotation, old_text = self._source
+        if rotation is not old_rotation:
+            torch._foreach_copy_(list(self._rotation), list(rotation))
+        if text is not old_text:
+            torch._foreach_copy_([x for kv in self._text for x in kv], [x for kv in text for x in kv])
+        self._source = (rotation, text)
+
+
+class CudaRecorder:
+    """Captures work into CUDA graphs that share one pool of memory, for they never run side by side."""
+
+    def __init__(self):
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The replay of `work`. Capturing computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay

@@ -1,0 +1,224 @@
+"""Weights from one format to another, tensor by tensor: what is read is mapped, what is written is streamed.
+
+    ours          folder: config.json, safetensors by our names, card.json; averaged weights beside them
+    diffusers     the same without a card, weights or averages alone
+    wan           folder: config.json of the original kind, safetensors by original names
+    self-forcing  .pt: {"generator": {"model.<original name>": ...}, "generator_ema": ...}
+
+Tensors are neither transposed nor cast unless that is asked for, so that there and back gives the same bits.
+"""
+
+import json
+import struct
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from model.weights import names
+from model.weights.files import CARD, DIFFUSERS_STEM, EMA_STEM, open_safetensors
+from model.weights.lora import LoraPlan
+from model.weights.plans import Plan
+from model.weights.safe_pickle import StorageRef, TensorRef, dry_run
+from utils.files import atomic_folder, atomic_path, write_json_atomic
+
+FORMS = ("ours", "diffusers", "wan", "self-forcing")
+SHARD_BYTES = 5_000_000_000  # of one safetensors file; a whole 1.3B network is one
+SAFETENSORS_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+STORAGE_TYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
+STORAGE_TYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8}
+STORAGE_TYPES |= {"Byte": torch.uint8, "Bool": torch.bool}
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def contents(
+    plan: Plan, loras: Sequence[tuple[LoraPlan, float]] = (), dtype: torch.dtype | None = None
+) -> dict[str, Lazy]:
+    """The tensors of `plan` by our names, adapters merged in, cast to `dtype` (None: as they are)."""
+
+    def lazy(name: str) -> Lazy:
+        own = plan.tensors.read(name).dtype  # of a map: nothing is read yet
+        layer = name.removesuffix(".weight")
+        here = [(lora, scale) for lora, scale in loras if f"{layer}.A" in lora.tensors.shapes]
+
+        def read() -> Tensor:
+            value = plan.tensors.read(name)
+            if here:
+                value = value.float()
+            for lora, scale in here:
+                factor = scale * lora.alphas[layer] / lora.rank(layer)
+                down, up = (lora.tensors.read(f"{layer}.{part}").float() for part in "AB")
+                value = value + factor * (up @ down)
+            return value.to(dtype or own)
+
+        return Lazy(plan.tensors.shapes[name], dtype or own, read)
+
+    return {name: lazy(name) for name in plan.tensors.shapes}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Lazy], done: Callable[[int], Any] = lambda size: None) -> None:
+    """One safetensors file, written as its tensors are read: widest numbers first, then by name, as the library has it.
+
+    done: called with the bytes of each tensor when it is written.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        place = [end, end := end + tensor.size]
+        header[name] = {
+            "dtype": SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": place,
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that values are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            value = tensors[name].read().contiguous()
+            assert (tuple(value.shape), value.dtype) == (tensors[name].shape, tensors[name].dtype), name
+            if not torch.isfinite(value.float()).all():
+                raise UserError(f"{name} holds values that {value.dtype} does not; convert with another --dtype")
+            file.write(value.reshape(-1).view(torch.uint8).numpy())
+            done(tensors[name].size)
+
+
+def write_shards(
+    folder: Path, stem: str, tensors: Mapping[str, Lazy], done: Callable[[int], Any], limit: int = SHARD_BYTES
+) -> None:
+    """`stem.safetensors`, or shards of at most `limit` bytes with their index, as diffusers names them."""
+    shards: list[dict[str, Lazy]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.size for t in shards[-1].values()) + tensor.size > limit:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", tensors, done)
+        return
+    places = {}
+    for i, shard in enumerate(shards):
+        file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard, done)
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.size for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    write_json_atomic(folder / f"{stem}.safetensors.index.json", index)
+
+
+def write(
+    form: str,
+    out: Path,
+    weights: Mapping[str, Lazy],
+    config: Mapping[str, Any],
+    *,
+    ema: Mapping[str, Lazy] | None = None,
+    card: Mapping[str, Any] | None = None,
+    part: str = "generator",
+    done: Callable[[int], Any] = lambda size: None,
+    limit: int = SHARD_BYTES,
+) -> None:
+    """Write a transformer in one of FORMS; it is there whole or not at all.
+
+    Args:
+        config: sizes, as diffusers has them.
+        ema: averaged weights, for the two forms that hold both.
+        part: of self-forcing's file.
+        limit: bytes of a shard.
+    """
+    assert form in FORMS and (ema is None or form in ("ours", "self-forcing")), form
+    if form == "self-forcing":
+        parts = {part: weights} | ({"generator_ema": ema} if ema is not None else {})
+        _write_checkpoint(out, parts, done)
+        return
+    with atomic_folder(out) as folder:
+        if form == "wan":
+            weights = {names.original_name(name): tensor for name, tensor in weights.items()}
+            write_json_atomic(folder / "config.json", names.original_config(config))
+        else:
+            kept = {key: value for key, value in config.items() if not key.startswith("_")}
+            write_json_atomic(folder / "config.json", {"_class_name": "WanTransformer3DModel"} | kept)
+        if form == "ours":
+            write_json_atomic(folder / CARD, dict(card or {}))
+            if ema is not None:
+                write_safetensors(folder / f"{EMA_STEM}.safetensors", ema, done)
+            write_safetensors(folder / f"{DIFFUSERS_STEM}.safetensors", weights, done)
+        else:
+            write_shards(folder, DIFFUSERS_STEM, weights, done, limit)
+
+
+def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, Lazy]], done: Callable[[int], Any]) -> None:
+    """A .pt. torch.save wants all tensors at once, so they go through a file that can be mapped."""
+    if out.suffix != ".pt":
+        raise UserError(f"out={out} is not the name of a .pt file, which form self-forcing is; give one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    flat = {f"{part}:{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as folder:
+        between = Path(folder) / "tensors.safetensors"
+        write_safetensors(between, flat, done)
+        tensors = open_safetensors("out", between)
+        state = {
+            part: {f"model.{names.original_name(name)}": tensors.read(f"{part}:{name}") for name in weights}
+            for part, weights in parts.items()
+        }
+        with atomic_path(out) as temporary:
+            torch.save(state, temporary)
+
+
+# --- tensors out of a file that holds more ----------------------------------------------------------------------------
+
+
+def tensors_of(path: Path) -> dict[str, Any]:
+    """Named tensors of a `.pt` that holds objects, too, which are left out and never made; dictionaries stay nested.
+
+    Raises:
+        UserError: there are none, or the file is damaged.
+    """
+    try:
+        found = dry_run(path, keep_going=True)
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        raise UserError(f"in={path} cannot be read ({error or type(error).__name__}); fetch it again") from error
+    if not found.zipped:
+        raise UserError(f"in={path} is of a kind from before torch 1.6; save it with a newer torch")
+    whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+    def made(ref: TensorRef) -> Tensor:
+        storage: StorageRef = ref.storage
+        start = found.places[storage.key]
+        values = whole[start : start + storage.size]
+        return torch.empty(0, dtype=STORAGE_TYPES[storage.kind]).set_(values, ref.offset, ref.shape, ref.stride)
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, TensorRef):
+            return made(value) if value.storage.kind in STORAGE_TYPES else None
+        if isinstance(value, Mapping):
+            inner = {key: walk(v) for key, v in value.items() if isinstance(key, str)}
+            return {key: v for key, v in inner.items() if v is not None} or None
+        return value if isinstance(value, int | float | str) else None
+
+    tensors = walk(found.value)
+    if not isinstance(tensors, dict):
+        raise UserError(f"in={path} holds no named tensors; choose another file")
+    return tensors

@@ -1,0 +1,279 @@
+"""Weight files, checked and opened without reading what is in them.
+
+Tensors are read one at a time: safetensors through its own mapping of the file, `.pt` and `.pth` through
+`torch.load(mmap=True)`. Opening costs the headers; a file that is missing, cut short or not what its name says is
+refused in one sentence.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from configs.errors import UserError
+from model.weights.safe_pickle import NeedsCode, TensorRef, dry_run
+
+if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before tensors are
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout; relative paths start here
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+MAX_HEADER = 100_000_000  # bytes of names and shapes, as safetensors has it
+MAX_JSON = 16_000_000  # bytes; of the index of a thousand tensors 0.1 MB
+MAX_SHARDS = 4096
+BARE = ""  # the part of a file that is one flat dictionary of tensors
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+HF_STEM = "model"
+EMA_STEM = f"{DIFFUSERS_STEM}.ema"  # diffusers' way to name a variant
+CARD = "card.json"
+VAE_FILE = "Wan2.1_VAE.pth"
+T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+# Words in a path, and what `scripts/download.py` calls the thing that is missing there.
+DOWNLOADS = (
+    ("self_forcing", "self-forcing"),
+    ("ode_init", "self-forcing"),
+    ("longlive", "longlive"),
+    ("taew", "taew2.1"),
+    ("umt5", "umt5"),
+    ("vae", "vae"),
+    ("14b", "wan-14b"),
+)
+DOWNLOAD_OF_FIELD = {
+    "model.vae": "vae",
+    "model.tiny_decoder": "taew2.1",
+    "model.text_encoder": "umt5",
+    "model.tokenizer": "umt5",
+    "model.lora": None,  # of which there are any number
+    "IN": None,  # of scripts/convert_checkpoint.py
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors on disk: names and shapes now, values when `read`."""
+
+    files: tuple[Path, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], "Tensor"]
+    odd: Mapping[str, str] = field(default_factory=dict)  # those that hold no ordinary numbers: name -> their dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
+        """The same tensors under other names; those that `rename` maps to None are left out."""
+        origin = {new: old for old in self.shapes if (new := rename(old)) is not None}
+        shapes = {new: self.shapes[old] for new, old in origin.items()}
+        odd = {new: self.odd[old] for new, old in origin.items() if old in self.odd}
+        return Tensors(self.files, shapes, lambda name: self.read(origin[name]), odd)
+
+
+def resolve(path: str | Path) -> Path:
+    """An absolute path, or one relative to the working directory if it is there, else to the checkout."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+def missing(field: str, path: Path, what: str) -> UserError:
+    """The sentence for something that is not there: which, where it was looked for, and how to get it."""
+    if (ROOT / "assets") in path.parents:
+        here = path.relative_to(ROOT)
+        fix = f"restore it with `git checkout -- {here}`, or make it with `python scripts/train_tiny.py`"
+    else:
+        words = "/".join(path.parts[-3:]).lower()
+        default = DOWNLOAD_OF_FIELD.get(field, "wan-1.3b")
+        name = next((download for word, download in DOWNLOADS if word in words), default)
+        fix = f"fetch it with `python scripts/download.py {name}` or set {field}" if name else f"set {field}"
+    return UserError(f"{field}={path} {what}; {fix}")
+
+
+def read_json(field: str, path: Path) -> dict[str, Any]:
+    """A JSON object, such as a config.json."""
+    try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON):
+            raise UserError(f"{field}: {path} cannot be what its name says; fetch it again")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise missing(field, path.parent, f"has no {path.name}") from error
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read ({error.strerror}); give another path") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{field}: {path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{field}: {path} is not a JSON object; fetch it again")
+    return data
+
+
+def subfolder(path: Path, name: str) -> Path:
+    """`path`, or its folder `name` where `path` is the root of a Diffusers pipeline."""
+    return path / name if (path / name / "config.json").exists() else path
+
+
+def find_tokenizer(path: str | Path, name: str = "model.tokenizer") -> Path:
+    """The folder with the tokenizer's files: `path`, its `tokenizer` folder, or the one in an original Wan folder."""
+    path = resolve(path)
+    for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
+        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return folder
+    raise missing(name, path, f"has no {' or '.join(TOKENIZER_FILES)}" if path.exists() else "does not exist")
+
+
+def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
+    """The safetensors files `stem*.safetensors` of a folder, one or many, none of them missing."""
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return (single,)
+    if index.exists():
+        places = read_json(field, index).get("weight_map")
+        names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+        if not names or any(Path(name).name != name or "\\" in name for name in names):
+            raise UserError(f"{field}: {index} does not name files of its own folder; fetch the folder again")
+    else:
+        found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+        if not found:
+            raise missing(field, folder, f"has no {single.name}")
+        count = found[0].stem.rsplit("-of-", 1)[1]
+        if not count.isdecimal() or int(count) > MAX_SHARDS:
+            raise UserError(f"{field}: {found[0]} is not named as a shard is; fetch the folder again")
+        names = [f"{stem}-{i + 1:0{len(count)}d}-of-{count}.safetensors" for i in range(int(count))]
+    lost = [name for name in names if not (folder / name).exists()]
+    if lost:
+        raise missing(field, folder, f"lacks {len(lost)} of {len(names)} shards, the first being {lost[0]}")
+    return tuple(folder / name for name in names)
+
+
+def _check_safetensors(field: str, path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; and what is wrong with a file that is not whole, in words, as the library has its own."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start.startswith(b"version "):
+            raise UserError(f"{field}: {path} is a Git LFS pointer and not the file; fetch it with `git lfs pull`")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+            raise UserError(f"{field}: {path} is cut short or not a safetensors file ({size:,} bytes); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if size < whole:
+                raise UserError(f"{field}: {path} is cut short ({size:,} of {whole:,} bytes); fetch it again")
+            return {name: tuple(entry["shape"]) for name, entry in header.items()}
+        except UserError:
+            raise
+        except Exception as error:  # whatever a header of other types leads to
+            raise UserError(f"{field}: {path} is not a safetensors file; fetch it again") from error
+
+
+def open_safetensors(field: str, *files: Path) -> Tensors:
+    """Tensors of one or more safetensors files, each mapped and none read."""
+    handles: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    odd: dict[str, str] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{field}={file} is no ordinary file; give a folder or a file of weights")
+        _check_safetensors(field, file)
+        try:
+            handle = safe_open(file, framework="pt")  # which checks that sizes, types and places agree
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
+        for name in handle.keys():
+            part = handle.get_slice(name)
+            handles[name], shapes[name] = handle, tuple(part.get_shape())
+            if not part.get_dtype().startswith(("F", "BF")):
+                odd[name] = part.get_dtype()
+    return Tensors(files, shapes, lambda name: handles[name].get_tensor(name), odd)
+
+
+def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
+    """What a `.pt` holds; `dry`: with a TensorRef in the place of each tensor."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    try:
+        walked = dry_run(path)
+        if dry:
+            return walked.value
+        import torch
+
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=walked.zipped)
+        except pickle.UnpicklingError as error:
+            raise NeedsCode(str(error).splitlines()[0]) from error
+    except NeedsCode as error:
+        raise UserError(
+            f"{field}: {path} holds Python objects beside tensors, which can run code when they are read "
+            f"({str(error)[:80]}); ask its author for safetensors, or take its tensors alone with "
+            f"`python scripts/convert_checkpoint.py --tensors_only`"
+        ) from error
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):  # its directory is at the end
+            state = "is cut short"
+        elif not start.startswith((b"PK", b"\x80")):
+            state = "is not a PyTorch file"
+        else:
+            reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            state = f"is damaged: {reason}"
+        raise UserError(f"{field}: {path} {state} ({path.stat().st_size:,} bytes); fetch it again") from error
+
+
+def open_file(field: str, path: Path) -> dict[str, Tensors]:
+    """The parts of a file: a flat dictionary of tensors is the part `BARE`; a training checkpoint has several.
+
+    Dictionaries in dictionaries are parts, too: `module.average`.
+    """
+    if not path.exists():
+        raise missing(field, path, "does not exist")
+    if not path.is_file():
+        raise UserError(f"{field}={path} is no ordinary file; give a folder or a file of weights")
+    if path.suffix == ".safetensors":
+        return {BARE: open_safetensors(field, path)}
+    if path.suffix not in PICKLES:
+        raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
+    parts = _parts(field, path, _load_pickle(field, path))
+    return {name: tensors for name, value in parts.items() if (tensors := _flat(path, value)).shapes}
+
+
+def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
+    """The dictionaries in what a `.pt` holds, two deep, by name."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"{field}: {path} holds a {type(data).__name__} and not named tensors; choose another file")
+    parts = {BARE: data} | {name: value for name, value in data.items() if isinstance(value, Mapping)}
+    for name in [*parts][1:]:
+        parts |= {f"{name}.{key}": value for key, value in parts[name].items() if isinstance(value, Mapping)}
+    return parts
+
+
+def shapes_in(field: str, path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors in each part of a file, as `open_file` has them, without torch."""
+    if path.suffix == ".safetensors":
+        return {BARE: _check_safetensors(field, path)}
+    if path.suffix not in PICKLES:
+        raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
+    parts = _parts(field, path, _load_pickle(field, path, dry=True))
+    found = {
+        part: {name: value.shape for name, value in values.items() if isinstance(value, TensorRef)}
+        for part, values in parts.items()
+    }
+    return {part: shapes for part, shapes in found.items() if shapes}
+
+
+def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:
+    from torch import Tensor
+
+    values = {name: value for name, value in data.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    odd = {name: str(value.dtype) for name, value in values.items() if not value.is_floating_point()}
+    return Tensors((path,), {name: tuple(value.shape) for name, value in values.items()}, values.__getitem__, odd)

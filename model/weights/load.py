@@ -1,0 +1,282 @@
+"""Weights in and out: every network from every file that holds it.
+
+- our own: folder with config.json, diffusion_pytorch_model.safetensors (and .ema), card.json
+- Diffusers: folder, or the root of a pipeline with its `transformer`, `vae`, `text_encoder` folders
+- original Wan: folder with config.json and shards; Wan2.1_VAE.pth; models_t5_umt5-xxl-enc-bf16.pth
+- Self-Forcing: .pt with `generator`, `generator_ema`, `critic`, as trained or released
+- TAEHV: taew2_1.pth or .safetensors
+
+Loading first makes a plan (model/weights/plans.py), at which `check_weights` stops, then makes the network on the meta
+device and gives it the tensors one by one, so that there is never a second copy.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from configs.errors import UserError
+from configs.schema import ModelConfig
+from model.causal_wan import CausalWanModel
+from model.text import TextEncoder
+from model.tiny_decoder import TinyDecoder
+from model.weights import names
+from model.weights.files import (
+    CARD,
+    DIFFUSERS_STEM,
+    EMA_STEM,
+    HF_STEM,
+    TOKENIZER_FILES,
+    find_tokenizer,
+    read_json,
+    resolve,
+)
+from model.weights.lora import plan_lora
+from model.weights.plans import (
+    Plan,
+    diffusers_network,
+    plan_text_encoder,
+    plan_tiny_decoder,
+    plan_transformer,
+    plan_vae,
+    stored,
+)
+from utils.files import atomic_folder, write_json_atomic
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class WeightCheck(NamedTuple):
+    """One line of a pre-flight report."""
+
+    role: str
+    path: Path
+    size: int  # bytes
+    kind: str
+    files: tuple[Path, ...]  # all that are read, in the order of their names
+
+
+def _plan_score(name: str, path: str | Path) -> Plan:
+    parts = names.SCORE_PARTS if name == "model.critic" else names.STUDENT_PARTS
+    return plan_transformer(name, path, WanTransformer3DModel, parts)
+
+
+def check_weights(config: ModelConfig, *, training: bool = False) -> list[WeightCheck]:
+    """Find and check every file that `config` names, reading headers only.
+
+    Raises:
+        UserError: a file is missing, cut short, or not what its role needs.
+    """
+    parts = names.STUDENT_EMA_PARTS if config.use_ema else names.STUDENT_PARTS
+    plans = {"student": plan_transformer("model.student", config.student, CausalWanModel, parts)}
+    if training and config.teacher:
+        plans["teacher"] = _plan_score("model.teacher", config.teacher)
+    if training and config.critic:
+        plans["critic"] = _plan_score("model.critic", config.critic)
+    if config.codec == "wan":
+        plans["vae"] = plan_vae(config.vae)
+    else:
+        plans["tiny_decoder"] = plan_tiny_decoder(config.tiny_decoder)
+    plans["text_encoder"] = plan_text_encoder(config.text_encoder)
+    checks = [
+        WeightCheck(role, plan.path, plan.tensors.size, plan.kind, tuple(sorted(plan.tensors.files)))
+        for role, plan in plans.items()
+    ]
+    for i, path in enumerate(config.lora):
+        lora = plan_lora(path, plans["student"].tensors.shapes)
+        checks.append(WeightCheck(f"lora {i}", lora.path, lora.tensors.size, lora.kind, lora.tensors.files))
+    folder = find_tokenizer(config.tokenizer)
+    files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"))
+    size = sum((folder / file).stat().st_size for file in TOKENIZER_FILES if (folder / file).exists())
+    return [*checks, WeightCheck("tokenizer", folder, size, "transformers", files)]
+
+
+def stored_dtype(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a tensor of a network in `dtype` is kept in.
+
+    What the network's own library keeps in float32 stays so (norms and time embedding of Wan; T5's `wo` in float16).
+    """
+    keep: set[str] = set()
+    if isinstance(model, WanTransformer3DModel) or (isinstance(model, UMT5EncoderModel) and dtype == torch.float16):
+        keep = set(model._keep_in_fp32_modules or ())
+    return torch.float32 if dtype in HALF and not keep.isdisjoint(key.split(".")) else dtype
+
+
+def values(
+    plan: Plan, model: nn.Module, device: str | torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `plan` one by one, moved, cast, and looked at."""
+    for key in plan.tensors.shapes:
+        value = plan.tensors.read(key).to(device=device, dtype=stored_dtype(model, key, dtype)).contiguous()
+        if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+            raise UserError(
+                f"{plan.path} holds values in {key} that are no numbers, or beyond the range of {dtype}; fetch it "
+                f"again, or set inference.precision=bfloat16"
+            )
+        yield key, value
+
+
+def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one."""
+    with init_empty_weights(include_buffers=False):
+        model = plan.make()
+    state = dict(values(plan, model, device, dtype))
+    if isinstance(model, UMT5EncoderModel):
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    model.load_state_dict(state, assign=True)
+    if isinstance(model, UMT5EncoderModel):
+        model.tie_weights()
+    return model.to(device).eval()
+
+
+def load_student(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    use_ema: bool = False,
+    name: str = "model.student",
+) -> CausalWanModel:
+    """The causal student from any format; `.card` says how it was trained ({} where nothing is known)."""
+    parts = names.STUDENT_EMA_PARTS if use_ema else names.STUDENT_PARTS
+    plan = plan_transformer(name, path, CausalWanModel, parts)
+    student = fill(plan, device, dtype)
+    student.card = dict(plan.card)
+    return student
+
+
+def load_score(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    name: str = "model.teacher",
+) -> WanTransformer3DModel:
+    """A bidirectional network from any format. With name="model.critic", the critic of a training checkpoint."""
+    return fill(_plan_score(name, path), device, dtype)
+
+
+def load_vae(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> AutoencoderKLWan:
+    """The Wan 2.1 VAE; WanCodec(load_vae(...)) is the codec."""
+    return fill(plan_vae(path), device, dtype)
+
+
+def load_tiny_decoder(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TinyDecoder:
+    """The tiny decoder; TinyDecoderCodec(load_tiny_decoder(...)) is the codec."""
+    return fill(plan_tiny_decoder(path), device, dtype)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder; nothing is fetched, and no code that the folder may bring is run."""
+    folder = find_tokenizer(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"model.tokenizer={folder} cannot be read ({reason}); fetch it again") from error
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path,
+    text_tokens: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
+    """UMT5 with its tokenizer, giving `text_tokens` rows a prompt."""
+    return TextEncoder(fill(plan_text_encoder(path), device, dtype), load_tokenizer(tokenizer), text_tokens)
+
+
+# --- fresh and saved --------------------------------------------------------------------------------------------------
+
+
+def new_network(path: str | Path, *, causal: bool = False) -> nn.Module:
+    """A network of the sizes in a config.json, with random weights from torch's global generator.
+
+    `causal` makes the student's class of a Wan transformer.
+    """
+    path = resolve(path)
+    config = read_json("training.init", path)
+    if config.get("model_type") == "umt5":
+        return UMT5EncoderModel(UMT5Config.from_dict(config))
+    classes = {
+        "AutoencoderKLWan": AutoencoderKLWan,
+        "WanTransformer3DModel": CausalWanModel if causal else WanTransformer3DModel,
+        "CausalWanModel": CausalWanModel if causal else WanTransformer3DModel,
+    }
+    if config.get("_class_name") not in classes:
+        raise UserError(
+            f"training.init={path} has _class_name={config.get('_class_name')}; use one of {', '.join(classes)}"
+        )
+    return diffusers_network(classes[config["_class_name"]], config)
+
+
+def _on_disk(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """`state` on the CPU in `dtype` (None: as it is), wrappers' segments taken out of the names."""
+    out = {}
+    for key, value in state.items():
+        value = value.detach()
+        half = value.to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+        if not torch.isfinite(half).all() and torch.isfinite(value).all():
+            raise ValueError(f"{key} has values beyond the range of {dtype}; save it as bfloat16")
+        out[names.WRAPPERS.sub("", key)] = half
+    return out
+
+
+def save_network(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    state: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
+    card: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a folder that the loaders here, diffusers and transformers read; it is there whole or not at all.
+
+    Args:
+        dtype: of the numbers on disk; None keeps theirs. The same weights give the same bytes.
+        state: weights to write instead of the model's own (gathered from shards).
+        ema: averaged weights, for a Wan transformer.
+        card: what is known of the training.
+        tokenizer: goes into the same folder.
+    """
+    text = isinstance(model, UMT5EncoderModel)
+    stem = HF_STEM if text else DIFFUSERS_STEM
+    weights = {stem: stored(model) if state is None else state} | ({} if ema is None else {EMA_STEM: ema})
+    with atomic_folder(folder) as partial:
+        if text:
+            model.config.save_pretrained(partial)
+        else:
+            model.save_config(partial)
+        for name, tensors in weights.items():
+            file = partial / f"{name}.safetensors"
+            save_file(_on_disk(tensors, dtype), file, metadata={"format": "pt"})
+            shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
+        if card is not None:
+            write_json_atomic(partial / CARD, dict(card))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def save_student(
+    model: WanTransformer3DModel,
+    folder: str | Path,
+    card: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    state: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
+) -> None:
+    """A student in our own format: `save_network` with its card (stage, step, schedule it was trained for, ...)."""
+    save_network(model, folder, dtype=dtype, state=state, ema=ema, card=card)

@@ -1,0 +1,117 @@
+"""Networks of the published sizes with random weights, made on the device: for speed and memory, which need no file.
+
+The numbers are such that activations stay of order one; the same seed gives the same weights.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from configs.errors import UserError
+from configs.schema import Config
+from model.causal_wan import CausalWanModel
+from model.codec import Codec, WanCodec
+from model.memory import WAN_1_3B, WAN_14B, Network
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
+from model.weights.files import Tensors, read_json, resolve
+from model.weights.load import fill
+from model.weights.plans import Plan, stored
+
+NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
+TINY = "configs/networks/tiny_{}.json"
+HEAD = 128  # width of a head in the published networks
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+UMT5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False}
+
+
+def random_plan(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Plan:
+    """A file that does not exist: its tensors are drawn on `device`, one after the other, as they are read."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in stored(make()).items()}
+    g = torch.Generator(device).manual_seed(seed)
+
+    def draw(name: str) -> Tensor:
+        shape = shapes[name]
+        if "norm" in name and name.endswith(("weight", "gamma")):
+            return torch.ones(shape, device=device, dtype=dtype)
+        spread = max(1, torch.Size(shape[1:]).numel()) ** -0.5 if len(shape) > 1 else 0.02
+        return torch.randn(shape, generator=g, device=device, dtype=dtype).mul_(spread)
+
+    return Plan(path=Path("random"), kind="random", make=make, tensors=Tensors((), shapes, draw))
+
+
+def random_network(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The network of `make` with weights drawn on `device`; in float32 what its library keeps so."""
+    return fill(random_plan(make, device, dtype, seed), device, dtype)
+
+
+def random_student(size: str, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
+    """size: tiny, 1.3B, 14B."""
+    return random_transformer(size, device, dtype, causal=True)
+
+
+def random_transformer(
+    size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0
+) -> WanTransformer3DModel:
+    """A student (causal) or a score network of `size`; `14B/2` is two layers of full width."""
+    return fill(transformer_plan(size, device, dtype, causal=causal, seed=seed), device, dtype)
+
+
+def transformer_plan(size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0) -> Plan:
+    """The same, not drawn yet."""
+    sizes = transformer_sizes(size)
+    kind = CausalWanModel if causal else WanTransformer3DModel
+    return random_plan(lambda: kind.from_config(sizes), device, dtype, seed)
+
+
+def transformer_sizes(size: str) -> dict[str, Any]:
+    """The config.json of tiny, 1.3B, 14B, or of fewer layers of one of them."""
+    name, _, layers = size.partition("/")
+    if name not in ("tiny", *NETWORKS) or not (layers.isdecimal() or layers == ""):
+        raise UserError(f"network size {size} is unknown; use tiny, {', '.join(NETWORKS)}, or 14B/2 for two layers")
+    if name == "tiny":
+        sizes = dict(read_json("network", resolve(TINY.format("transformer"))))
+    else:
+        n = NETWORKS[name]
+        sizes = {"num_attention_heads": n.dim // HEAD, "attention_head_dim": HEAD, "num_layers": n.layers}
+        sizes |= {"ffn_dim": n.ffn, "text_dim": n.text_dim, "freq_dim": n.freq_dim}
+    return sizes | ({"num_layers": int(layers)} if layers else {})
+
+
+def random_codec(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> Codec:
+    """The codec that `model.codec` names."""
+    if config.model.codec == "taehv":
+        return TinyDecoderCodec(random_network(TinyDecoder, device, dtype))
+    sizes = read_json("network", resolve(TINY.format("vae"))) if size == "tiny" else {}
+    return WanCodec(random_network(lambda: AutoencoderKLWan.from_config(sizes), device, dtype))
+
+
+def random_umt5(size: str, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
+    """The text encoder; XXL unless the size is tiny."""
+    sizes = read_json("network", resolve(TINY.format("text_encoder"))) if size == "tiny" else UMT5_XXL
+    return random_network(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(sizes))), device, dtype)
+
+
+def network_of(model: CausalWanModel) -> Network:
+    """Sizes of a student, for the accounting."""
+    return Network.from_config(model.config)
+
+
+class RandomText:
+    """Stands for a text encoder: an embedding of each prompt that depends on its words, and costs nothing."""
+
+    def __init__(self, tokens: int, dim: int, device: torch.device):
+        self.tokens, self.dim, self.device = tokens, dim, device
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, text_tokens, dim] on the device, zeros after as many rows as the prompt has words."""
+        rows = torch.zeros(len(prompts), self.tokens, self.dim)
+        for row, prompt in zip(rows, prompts, strict=True):
+            words = min(self.tokens, len(prompt.split()))
+            row[:words] = torch.randn(words, self.dim, generator=torch.Generator().manual_seed(len(prompt)))
+        return rows.to(self.device)

@@ -1,0 +1,84 @@
+"""Folders that training leaves: which of the files in one hold the network that is asked for.
+
+    <run>/export/                       what a run of ours made of its averaged weights, in our own format
+    <run>/checkpoint_000200/state.pt    its newest state: players, each with weights (module) and averages (average)
+                           /manifest.json
+                           /shards/             the same of a sharded run, in the place of state.pt
+    <run>/checkpoint_model_000600/model.pt    Self-Forcing's and its forks'
+"""
+
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from model.weights import names
+from model.weights.files import Tensors, open_file, read_json, resolve
+
+STATE, MANIFEST, MODEL, EXPORT, SHARDS = "state.pt", "manifest.json", "model.pt", "export", "shards"
+STUDENTS = ("generator", "student", "module")  # what stages call the player that is the student, best first
+CRITICS = ("critic", "fake_score", "module")
+
+
+def find(path: Path, averaged: bool) -> Path:
+    """`path` itself, or what to read in its place where it is a run's folder: a folder of ours, model.pt, state.pt,
+    or the shards in its place.
+
+    averaged: not the export, which no longer tells averages and weights apart.
+    """
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path
+    for file in (MODEL, STATE, SHARDS):
+        if (path / file).exists():
+            return path / file
+    checkpoints = [p for p in path.glob("checkpoint_*") if p.name.rpartition("_")[2].isdecimal()]
+    newest = max(checkpoints, key=lambda p: int(p.name.rpartition("_")[2]), default=None)
+    export = path / EXPORT
+    if not averaged and (export / "config.json").is_file():
+        return export
+    found = [newest / file for file in (STATE, MODEL, SHARDS) if newest is not None and (newest / file).exists()]
+    return found[0] if found else path
+
+
+def open_parts(name: str, path: Path) -> dict[str, Tensors]:
+    """Parts of a state: `generator.module`, `generator.average`, ..."""
+    if path.name != SHARDS:
+        return open_file(name, path)
+    from model.weights.sharded_files import open_sharded  # torch comes with it, which looking for a file does not need
+
+    return open_sharded(name, path)
+
+
+def open_state(name: str, path: Path, critic: bool, averaged: bool) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
+    """Tensors, config.json and card of a network in a `state.pt` or in shards.
+
+    The state does not say the network's sizes; the run's export or what the run started from does.
+    """
+    part = "average" if averaged else "module"
+    parts = open_parts(name, path)
+    found = [player for player in (CRITICS if critic else STUDENTS) if f"{player}.{part}" in parts]
+    if not found:
+        role = "critic" if critic else "student"
+        raise UserError(f"{name}={path} holds no {role} with {part} weights; choose another checkpoint of the run")
+    player, tensors = found[0], parts[f"{found[0]}.{part}"].renamed(names.unwrapped)
+    manifest = read_json(name, path.parent / MANIFEST)
+    card = {key: manifest[key] for key in ("stage", "step") if key in manifest}
+    sources = [path.parent.parent / EXPORT / "config.json", *_beginnings(manifest, player, critic)]
+    for source in sources:
+        source = source / "config.json" if source.is_dir() else source
+        if source.suffix == ".json" and source.is_file():
+            return tensors, read_json(name, source), card
+    raise UserError(
+        f"{name}={path} does not say the sizes of its network, and what it started from is gone; "
+        f"put the config.json of that into {path.parent.parent / EXPORT}"
+    )
+
+
+def _beginnings(manifest: dict[str, Any], player: str, critic: bool) -> list[Path]:
+    """Weights or config.json that a run's configuration names for the network, likeliest first."""
+    config = manifest.get("config")
+    config = config if isinstance(config, dict) else {}
+    training, model = (config[key] if isinstance(config.get(key), dict) else {} for key in ("training", "model"))
+    init = training["init"] if isinstance(training.get("init"), dict) else {}
+    places = [init.get(key) for key in (player, *(("critic", "teacher") if critic else ()), "student", "transformer")]
+    places += [model.get(key) for key in (("critic", "teacher") if critic else ("student",))]
+    return [resolve(name) for name in places if isinstance(name, str)]

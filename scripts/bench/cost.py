@@ -1,0 +1,76 @@
+"""What a step costs by counting: operations of its matrix products, and bytes that must move through GPU memory.
+
+A multiplication and an addition are two operations. Norms, activations and rotations are left out of the operations
+(under 1% at full size) and are in the bytes only as the inputs and outputs of the products around them. Time is at
+least operations / matrix rate and at least bytes / copy rate; a step that takes longer has that much left to gain.
+
+tests/scripts/bench/test_cost.py holds the operations to what torch's FlopCounterMode sees of a real step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from configs.geometry import Geometry
+from model.memory import Network
+from model.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One network evaluation of the student for one chunk of `batch` streams."""
+
+    flops: Mapping[str, int]  # by part
+    bytes: Mapping[str, int]  # by part, each input read once and each output written once
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """Seconds below which no program runs it."""
+        return max(self.total_flops / flops_per_second, self.total_bytes / bytes_per_second)
+
+
+def step_cost(
+    network: Network, geometry: Geometry, *, visible: int, text_tokens: int, batch: int = 1, fp8: bool = False,
+    key_bytes: int = 2,
+) -> StepCost:  # fmt: skip
+    """A step whose chunk sees `visible` chunks, itself included, and whose text keys are made already.
+
+    fp8: weights of the blocks are one byte a number (which blocks keep theirs is left out).
+    key_bytes: of a number in the cache.
+    """
+    n, d, f = batch * geometry.tokens_per_chunk, network.dim, network.ffn
+    keys, cell = visible * geometry.tokens_per_chunk, network.channels * network.patch[1] * network.patch[2]
+    time = batch * (network.freq_dim * d + d * d + 6 * d * d)
+    flops = {
+        "projections": network.layers * 2 * n * 6 * d * d,  # q, k, v, out; q and out of the text's
+        "feed-forward": network.layers * 2 * n * 2 * d * f,
+        "attention to the past": network.layers * 2 * n * 2 * keys * d,
+        "attention to the text": network.layers * 2 * n * 2 * text_tokens * d,
+        "ends": 2 * (n * 2 * cell * d + time),
+    }
+    weight = 1 if fp8 else 2
+    moved = {
+        "weights": network.layers * (6 * d * d + 2 * d * f) * weight + 2 * (2 * cell * d + network.freq_dim * d),
+        "activations": network.layers * 2 * n * (12 * d + 2 * f),  # inputs and outputs of the six products
+        "keys and values": network.layers * 2 * d * (key_bytes * (batch * keys + n) + 2 * batch * text_tokens),
+    }
+    return StepCost(flops, moved)
+
+
+def clip_flops(
+    network: Network, geometry: Geometry, schedule: Schedule, chunks: int, *, text_tokens: int, batch: int = 1
+) -> int:
+    """Operations of all passes of a clip, context passes included."""
+    total = 0
+    for chunk in range(chunks):
+        passes = len(schedule.row(chunk)) + (schedule.context_timestep(chunk) is not None)
+        seen = len(geometry.visible_chunks(chunk))
+        one = step_cost(network, geometry, visible=seen, text_tokens=text_tokens, batch=batch)
+        total += passes * one.total_flops
+    return total

@@ -1,0 +1,283 @@
+"""One layout of distillation, run and timed by phase: what scripts/benchmark_training.py starts on every rank.
+
+The stage is the real one. Its parts are put into phases from outside, so that what is timed is what trains: on a GPU a
+phase is the time between two events of the compute stream, waiting for other ranks' data included. How much of that is
+waiting, a profile of one step tells (`communication`).
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from configs.schema import Config
+from model.memory import CONTEXT, Network
+from scripts.bench.host_peak import HostPeak
+from scripts.bench.lone_rank import Messages
+from scripts.bench.roofline import matrix_rate, versions
+from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
+from trainer.distill.stage import Distill
+from trainer.loop import save_checkpoint
+from trainer.parallel.apply import mean_over_ranks, module_state
+from trainer.parallel.control_group import Team
+from utils.distributed import Ranks
+from utils.files import write_json_atomic
+from utils.timers import Phases
+
+TEXT, INPUTS, FLOW, LOSSES, OPTIMISER, REST = "text", "noise", "flow loss", "other losses", "optimiser", "rest"
+GB = 1e9
+CHECK_STEPS = 5
+
+
+def cost_of(stage: Distill) -> DistillCost:
+    """Operations of a stage's updates."""
+    d, config = stage.settings, stage.config
+    networks = {"student": stage.student.model, "teacher": stage.teacher.model, "critic": stage.critic.model}
+    return DistillCost(
+        **{name: Network.from_config(model.config) for name, model in networks.items()},
+        geometry=stage.geometry,
+        schedule=stage.schedule,
+        frames=config.video.num_latent_frames,
+        text_tokens=config.model.text_tokens,
+        batch=config.training.micro_batch,
+        guidance=bool(d.guidance),
+        fake_guidance=bool(d.fake_guidance),
+        release_context=d.rollout_context == "release",
+        frozen=bool(d.lora.student_rank),
+    )
+
+
+class Watch:
+    """Phases of a stage's updates, by whom they belong to."""
+
+    def __init__(self, stage: Distill, device: torch.device):
+        self.phases, self.who = Phases(device), "critic"
+        wrap, graph = self.phases.wrap, torch.is_grad_enabled
+        wrap(stage, "update", self._name(REST))
+        wrap(stage, "_draw", self._name(INPUTS))
+        wrap(stage.prompts, "batch", self._name(TEXT))
+        wrap(stage, "_sample", self._name(ROLLOUT))
+        if stage.turns is not None:
+            wrap(stage.turns, "take", self._name(ROLLOUT))
+        wrap(stage.student, "x0", lambda: self._name(STUDENT if graph() else ROLLOUT)())
+        wrap(stage.teacher, "v", self._name(TEACHER))
+        wrap(stage.critic, "v", lambda: self._name(CRITIC if graph() else SCORE)())
+        wrap(stage, "_flow_loss", self._name(FLOW))
+        for family in (stage.generator_backward, stage.critic_backward):
+            wrap(family, "loss", self._name(LOSSES))
+            wrap(family, "once", self._name(BACKWARD))
+        for player in stage.players.values():
+            wrap(player, "step", self._name(OPTIMISER))
+        inner = stage._generator_step
+
+        def generator_step(*args):
+            self.who = "generator"
+            try:
+                return inner(*args)
+            finally:
+                self.who = "critic"
+
+        stage._generator_step = generator_step
+
+    def _name(self, phase: str) -> Callable[[], str]:
+        return lambda: f"{self.who}/{phase}"
+
+    def run(self, update: Callable[[], Any]) -> dict[str, dict[str, float]]:
+        """Seconds by phase of the generator's and of the critic's part of one update."""
+        self.phases.restart()
+        update()
+        found: dict[str, dict[str, float]] = {"generator": {}, "critic": {}}
+        for name, seconds in self.phases.spans().items():
+            who, slash, phase = name.partition("/")
+            if slash:
+                found[who][phase] = seconds
+        return found
+
+
+def cap_memory(card_gb: float, device: torch.device) -> None:
+    """Let torch's allocator take what it could on a card of so many GB (1e9 bytes), driver and kernels aside."""
+    if device.type == "cuda" and card_gb:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gb * GB - CONTEXT) / total), device)
+
+
+def memory_of(device: torch.device, watch: Watch) -> dict[str, Any]:
+    """Bytes on this rank's GPU: in use at most by phase, reserved at most, and taken on the card by everything."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    peaks = {name: peak for name, peak in watch.phases.peaks.items() if "/" in name}
+    reserved = torch.cuda.max_memory_reserved(device)
+    return {"peak": max(peaks.values()), "reserved": reserved, "taken": total - free, "phases": peaks}
+
+
+def communication(stage: Distill, step: int, device: torch.device) -> dict[str, float] | None:
+    """Of one step: seconds of communication kernels, and those of them in which nothing else ran on this GPU."""
+    if device.type != "cuda" or not dist.is_initialized():
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        stage.update(step)
+        torch.cuda.synchronize(device)
+    return exposed(seen.events())
+
+
+def exposed(events: Iterable[FunctionEvent]) -> dict[str, float]:
+    """Seconds of communication among what a GPU did (microseconds, as torch's profiler has it), and those by itself."""
+    done = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    spans = [("nccl" in e.name.lower(), (e.time_range.start, e.time_range.end)) for e in done]
+    talk, work = ([span for is_talk, span in spans if is_talk is wanted] for wanted in (True, False))
+    return {"kernels_s": covered(talk) / 1e6, "exposed_s": (covered(talk + work) - covered(work)) / 1e6}
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def saving(stage: Distill, folder: Path, device: torch.device, team: Team) -> dict[str, float]:
+    """Seconds that a checkpoint takes, checksums and the export for inference included, and what it needs.
+
+    bytes: on the disk. gpu_bytes, host_bytes: the most that this rank took for it, beyond what it had before.
+    """
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    with HostPeak() as host:
+        save_checkpoint(stage, folder, 1, team)
+        team.wait()
+    took = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    extra = torch.cuda.max_memory_allocated(device) - before if cuda else 0
+    return {"s": took, "bytes": size, "gpu_bytes": extra, "host_bytes": host.own}
+
+
+def matrix_peak(device: torch.device) -> float:
+    """Operations a second of a large product in the precision of training."""
+    dtype, edge = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 512)
+    return matrix_rate(device, dtype, edge, edge, edge)
+
+
+def measure(
+    config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, team: Team, *,
+    save: Path | None = None, sent: Messages | None = None,
+) -> None:  # fmt: skip
+    """Warm up, time a cycle (as much of it as fits before `deadline`, of time.time()), profile a step; write `out`.
+
+    save: an empty folder, to time a checkpoint in, too. sent: of a rank by itself, in place of both. The file is
+    written again after every step, so that a run that is cut off has told what it knows.
+    """
+    peak, began = matrix_peak(device), time.perf_counter()
+    stage = Distill(config, device, ranks)
+    watch, ratio = Watch(stage, device), config.training.distill.dfake_gen_update_ratio
+    cost = cost_of(stage)
+    found: dict[str, Any] = {
+        "machine": versions(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
+        "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
+        "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
+        "turns": stage.turns is not None,
+        "teacher_errors": {f"{t:.0f}": error for t, error in stage.teacher_errors.items()},
+    }  # fmt: skip
+    warm = time.perf_counter()
+    watch.run(lambda: stage.update(0))
+    found["warm_up_s"] = time.perf_counter() - warm
+    watch.phases.peaks.clear()
+    if sent is not None:
+        sent.restart(lambda: watch.who)
+    updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
+    for step in range(ratio, 2 * ratio):
+        if len(updates["critic"]) > 1 and team.any(time.time() > deadline):
+            break
+        for who, spans in watch.run(lambda step=step: stage.update(step)).items():
+            if spans:
+                updates[who].append(spans)
+        prices = {
+            "generator": cost.generator(stage.planner.draw("generator", ratio).exits),
+            "critic": cost.critic_update(stage.planner.draw("critic", step).exits),
+        }
+        extra = {who: cost.recomputed(who, stage.planner.draw(who, step).exits) for who in prices}
+        found["updates"] = {who: _phases(spans, prices[who], extra[who], stage) for who, spans in updates.items()}
+        found["timed"] = {who: len(spans) for who, spans in updates.items()}
+        if sent is not None:
+            found["sent"] = {who: sent.bytes[who] / count for who, count in found["timed"].items()}
+        memory = team.gather(memory_of(device, watch))
+        if ranks.first:
+            write_json_atomic(out, summary(found | {"memory": memory}))
+    if sent is not None:
+        return
+    if not team.any(time.time() > deadline):
+        found["communication"] = communication(stage, 2 * ratio, device)
+        if ranks.first:
+            write_json_atomic(out, summary(found | {"memory": memory}))
+    if save is not None:
+        in_time = not team.any(time.time() > deadline)
+        found["saving"] = saving(stage, save, device, team) if in_time else {"why": "no time was left"}
+        if ranks.first:
+            write_json_atomic(out, summary(found | {"memory": memory}))
+
+
+def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, stage: Distill) -> dict[str, Any]:
+    """Median seconds of each phase, this GPU's share of its operations, and what checkpointing added.
+
+    What several GPUs compute alike counts once. The mean of what is made in turns: some updates wait for none.
+    """
+    share = stage.micro_batches / stage.config.training.sequence_parallel
+    out = {}
+    for name in dict.fromkeys(phase for one in spans for phase in one):
+        middle = mean if name in (ROLLOUT, INPUTS, TEXT) and stage.turns is not None else median
+        out[name] = {"s": middle([one.get(name, 0.0) for one in spans])}
+        if name in price:
+            out[name]["flops"] = price[name] * share
+        if name == BACKWARD:
+            out[name]["recomputed"] = again * share if stage.config.training.checkpointing else 0.0
+    return out
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """With sums: seconds and operations of an update and of a cycle, utilisation, samples a second."""
+    peak, totals = found["matrix_peak"], {}
+    for who, phases in found["updates"].items():
+        for phase in phases.values():
+            if "flops" in phase and phase["s"] > 0:
+                phase["mfu"] = phase["flops"] / phase["s"] / peak
+                phase["with_recomputation"] = (phase["flops"] + phase.get("recomputed", 0.0)) / phase["s"] / peak
+        totals[who] = {key: sum(p.get(key, 0.0) for p in phases.values()) for key in ("s", "flops")}
+    cycle = {key: totals["generator"][key] + found["ratio"] * totals["critic"][key] for key in ("s", "flops")}
+    found |= {"totals": totals, "cycle_s": cycle["s"], "mfu": cycle["flops"] / cycle["s"] / peak}
+    if "sent" in found:
+        found["sent_bytes"] = found["sent"]["generator"] + found["ratio"] * found["sent"]["critic"]
+    found["samples_per_s"] = found["ratio"] * found["global_batch"] / cycle["s"]
+    found["peak_bytes"] = max((one.get("peak", 0) for one in found["memory"]), default=0)
+    return found
+
+
+def check(config: Config, device: torch.device, ranks: Ranks, out: Path) -> None:
+    """Five updates of the critic and three of the generator: losses, gradient norms, weights before and after."""
+    stage = Distill(config, device, ranks)
+
+    def weights() -> dict[str, torch.Tensor]:
+        states = {name: module_state(player.module) for name, player in stage.players.items()}
+        return {f"{name}.{key}": x.detach().float().cpu().clone() for name, s in states.items() for key, x in s.items()}
+
+    before, logs = weights(), []
+    for step in range(CHECK_STEPS):
+        values = stage.update(step)
+        logs.append({name: float(value) for name, value in mean_over_ranks(values).items()})
+    after = weights()
+    if ranks.first:
+        both = {f"before.{k}": x for k, x in before.items()} | {f"after.{k}": x for k, x in after.items()}
+        save_file(both, out.with_suffix(".safetensors"))
+        write_json_atomic(out, {"logs": logs, "bfloat16": stage.dtype == torch.bfloat16})

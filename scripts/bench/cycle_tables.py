@@ -1,0 +1,154 @@
+"""What scripts/benchmark_training.py found, as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scripts.bench.layouts import MACHINE
+from scripts.bench.speed_tables import grid
+from scripts.bench.training_cost import BACKWARD
+
+GB = 1e9
+Found = Mapping[str, Any]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def overview(results: Sequence[Found], card_gb: float) -> str:
+    """A row a layout, and the sentences of those that did not run."""
+    head = ["layout", "batch", "generator s", "critic s", "cycle s", "samples/s", "MFU", "peak GB", "reserved GB"]
+    head += ["on card GB", "exposed comm. s", "build s", "timed"]
+    rows, missing = [head], []
+    for one in results:
+        if "updates" not in one:
+            missing.append(f"{one['layout']}: {one['why']}")
+            continue
+        memory, talk = one["memory"], one.get("communication")
+        most = [max((m.get(key, 0) for m in memory), default=0) / GB for key in ("peak", "reserved", "taken")]
+        cells = [str(one["global_batch"]), f"{one['totals']['generator']['s']:.3f}"]
+        cells += [f"{one['totals']['critic']['s']:.3f}", f"{one['cycle_s']:.3f}", f"{one['samples_per_s']:.3f}"]
+        cells += [_percent(one["mfu"]), *(f"{x:.1f}" if x else "" for x in most)]
+        cells += [f"{talk['exposed_s']:.3f} of {talk['kernels_s']:.3f}" if talk else "", f"{one['build_s']:.0f}"]
+        cells += [f"{one['timed']['generator']}+{one['timed']['critic']}" + ("" if one["whole"] else ", cut off")]
+        rows.append([one["layout"], *cells])
+    first = next((one for one in results if "updates" in one), None)
+    about = [f"allocator capped at {card_gb:g} GB a GPU unless the layout says otherwise" if card_gb else "no cap"]
+    if first and not first["peak_bytes"]:
+        about = ["no GPU memory to speak of"]
+    if first:
+        machine = first["machine"]
+        about.insert(0, f"{machine['device']}, torch {machine['torch']}, weights: random, matrix peak measured "
+                        f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
+    note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran"
+    if any("sent_bytes" in one for one in results):
+        note += "\nalone=true: one rank by itself, without messages; what all of them reach is at best this"
+    return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note, *missing])
+
+
+def phase_table(one: Found) -> str:
+    """A row a phase of one layout."""
+    rows = [["", "s", "share of cycle", "TFLOP", "MFU", "with recomputation", "peak GB"]]
+    for who, phases in one["updates"].items():
+        times = one["ratio"] if who == "critic" else 1
+        for name, phase in phases.items():
+            peaks = [m["phases"].get(f"{who}/{name}", 0) for m in one["memory"] if "phases" in m]
+            again = phase.get("with_recomputation") if name == BACKWARD and one["checkpointing"] else None
+            cells = [f"{phase['s']:.4f}", _percent(times * phase["s"] / one["cycle_s"])]
+            cells += [f"{phase['flops'] / 1e12:.4g}" if "flops" in phase else "", _percent(phase.get("mfu"))]
+            rows.append([f"{who}: {name}", *cells, _percent(again), f"{max(peaks) / GB:.1f}" if peaks else ""])
+    head = f"{one['layout']}: global batch {one['global_batch']}, {one['ratio']} critic updates a cycle"
+    return "\n".join([head, grid(rows), *error_text(one), *sent_text(one), *saving_text(one)])
+
+
+def error_text(one: Found) -> list[str]:
+    """How far off a teacher in float8 is."""
+    errors = one["teacher_errors"].items()
+    return [f"teacher in float8: v off by {', '.join(f'{e:.1%} at t={t}' for t, e in errors)}"] if errors else []
+
+
+def sent_text(one: Found) -> list[str]:
+    """Of a rank by itself: what it did not send, and what that would take."""
+    if "sent_bytes" not in one:
+        return []
+    size, rate = one["sent_bytes"] / GB, one["link_gb_s"]
+    least = f", {size / rate:.2g} s at {rate:g} GB/s if nothing hid them" if one["ranks"] <= MACHINE else ""
+    return [f"one of {one['ranks']} ranks by itself: {size:.3g} GB of messages a cycle were not sent{least}"]
+
+
+def saving_text(one: Found) -> list[str]:
+    """What a checkpoint took, if one was made."""
+    if "saving" not in one:
+        return []
+    made = one["saving"]
+    if "why" in made:
+        return [f"checkpoint: {made['why']}"]
+    disk, gpu, host = (made[key] / GB for key in ("bytes", "gpu_bytes", "host_bytes"))
+    return [
+        f"checkpoint, checksums and export included: {made['s']:.1f} s for {disk:.3g} GB; at most {gpu:.2g} GB more on "
+        f"the first GPU and {host:.2g} GB more of the host's memory for its process"
+    ]
+
+
+def scaling(results: Sequence[Found]) -> str:
+    """Samples a second of each layout to those of the others, but for ranks by themselves."""
+    ran = [one for one in results if "updates" in one and "sent_bytes" not in one]
+    if len(ran) < 2:
+        return ""
+    rows = [["measured", *(f"to {one['layout']}" for one in ran)]]
+    for one in ran:
+        rows.append([one["layout"], *(f"x{one['samples_per_s'] / other['samples_per_s']:.2f}" for other in ran)])
+    return "samples a second, row to column\n" + grid(rows)
+
+
+def projection_table(rows: Sequence[Found], steps: int, global_batch: int, network_gb_s: float) -> str:
+    """Hours of a whole run by number of GPUs."""
+    table = [["GPUs", "from layout", "accumulated", "generator s", "critic s", "hours", "basis"]]
+    for row in rows:
+        basis = "measured cycle, repeated" if row["measured_gpus"] else "projected"
+        seconds = [f"{row['generator_s']:.1f}", f"{row['critic_s']:.1f}", f"{row['hours']:.2f}"]
+        table.append([str(row["gpus"]), row["from"], str(row["accumulated"]), *seconds, basis])
+    return (
+        f"{steps} critic updates at global batch {global_batch}, PROJECTED: measured phases x accumulated batches; "
+        f"between machines of 8, gradients at {network_gb_s:g} GB/s a GPU, not hidden. No validation, no saving.\n"
+        f"{grid(table)}\nthe release's own statement: under 2 hours on 64 H100, under 16 hours on 8"
+    )
+
+
+def plan_text(rows: Sequence[Found], world: int, card_gb: float, counted: Found | None) -> str:
+    """A row a layout on GPUs that are not there."""
+    phases = list(next(row["phases"] for row in rows if "phases" in row))
+    table = [["layout", "shards", "accumulated", *(f"{name} GB" for name in phases), f"fits {card_gb:g} GB"]]
+    refused = [f"{row['layout']}: {row['refused']}" for row in rows if "refused" in row]
+    for row in rows:
+        if "phases" in row:
+            memory = [f"{row['phases'][name] / GB:.1f}" for name in phases]
+            rounds = "does not come out" if row["accumulated"] is None else str(row["accumulated"])
+            table.append([row["layout"], str(row["shards"]), rounds, *memory, "yes" if row["fits"] else "no"])
+    lines = [f"planned on {world} GPUs, by formulas (model/memory.py), prompts encoded ahead", grid(table), *refused]
+    if counted:
+        parts = ", ".join(f"{name} {size / GB:.3f} GB" for name, size in counted.items())
+        lines.append(f"weights of rank 0 of {world}, counted on the meta device: {parts}")
+    return "\n".join(lines)
+
+
+def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -> str:
+    """What to set on few GPUs."""
+    table = [["GPUs", "layout that fits", "planned peak GB"]]
+    for gpus, layout, peak in rows:
+        table.append([str(gpus), layout or "none of the ladder", f"{peak / GB:.1f}" if layout else ""])
+    return f"least change that fits {card_gb:g} GB a GPU, by formulas, prompts encoded ahead\n{grid(table)}"
+
+
+def check_text(rows: Sequence[Found]) -> str:
+    """Differences of N ranks to one."""
+    table = [["layout", "losses", "bound", "gradient norms", "bound", "change of weights", "bound", ""]]
+    failed = []
+    for row in rows:
+        if "why" in row:
+            failed.append(f"{row['layout']}: {row['why']}")
+            continue
+        cells = [f"{row[key][i]:.2e}" for key in ("losses", "norms", "weights") for i in (0, 1)]
+        table.append([row["layout"], *cells, "equal" if row["passed"] else "DIFFERS"])
+    head = "after 5 critic and 3 generator updates, N ranks against 1 with the same global batch: relative differences"
+    return "\n".join([head, grid(table), *failed])

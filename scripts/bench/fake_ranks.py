@@ -1,0 +1,50 @@
+"""What one of many ranks holds of the weights, counted with the real sharding on no device and with no others."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from configs.train_schema import TrainingConfig
+from model.fast.fp8_teacher import in_float8
+from model.fp8 import E4M3
+from model.memory import trained_bytes
+from model.weights.random import transformer_sizes
+from trainer.parallel.apply import local, mesh_of, shard
+
+NAMES = {"student": "student, gradients, AdamW, average", "teacher": "teacher", "critic": "critic, gradients, AdamW"}
+GATHERED = "student, gathered"
+
+
+@contextmanager
+def fake_group(world: int) -> Iterator[None]:
+    """A process group of `world` ranks, this one the first, whose messages go nowhere."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int) -> dict[str, int]:
+    """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full; and of the student's
+    copy in bfloat16, which is whole."""
+    found, critic = {}, training.distill.critic_optimizer
+    size_of = {"student": trained_bytes(training.optimizer.betas, True), "critic": trained_bytes(critic.betas, False)}
+    cpu = torch.device("cpu")
+    with fake_group(world):
+        mesh = mesh_of(TrainingConfig(sharding="full"), cpu)
+        for role, size in sizes.items():
+            with torch.device("meta"):
+                network = WanTransformer3DModel.from_config(transformer_sizes(size))
+            if role == "teacher" and training.distill.teacher_fp8:
+                in_float8(network)
+            shard(network, mesh)
+            held = [(local(p).numel(), 1 if p.dtype == E4M3 else 2) for p in network.parameters()]
+            found[NAMES[role]] = sum(size_of.get(role, bytes_each) * count for count, bytes_each in held)
+            if role == "student":
+                found[GATHERED] = 2 * sum(p.numel() for p in network.parameters())
+    return found

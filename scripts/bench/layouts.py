@@ -1,0 +1,221 @@
+"""Ways to lay a distillation out on GPUs: written as text, turned into settings, planned from formulas, projected.
+
+    KIND:GPUS[,OPTION=VALUE...]      full:2    hybrid:4    sequence:2    sequence2:4    none:1,teacher=1.3B,card=140
+
+    none       each GPU holds everything                       full       sharded over all of them (FSDP2)
+    hybrid     sharded within a machine, copied between        sequenceN  full, and N GPUs share a sample's tokens (all,
+                                                                          without N)
+    options    student, teacher, critic: sizes; accumulate: micro-batches; card: GB that the allocator is capped at;
+               alone=true: the first rank by itself, on one GPU (scripts/bench/lone_rank.py); any setting, such as
+               training.distill.lora.student_rank=64
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from model.memory import CONTEXT, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan
+from scripts.bench.training_cost import ROLLOUT
+
+KINDS = ("none", "full", "hybrid", "sequence")
+ROLES = ("student", "teacher", "critic")
+WORDS = ("accumulate", "card", "alone")
+NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
+MACHINE = 8  # GPUs in one
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way; `sizes` and `settings` are what differs from the rest of the call."""
+
+    text: str
+    kind: str
+    gpus: int
+    sequence: int = 1  # GPUs that share a sample
+    accumulate: int = 1
+    card_gb: float | None = None
+    alone: bool = False
+    sizes: Mapping[str, str]
+    settings: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """Of the form above; UserError for any other."""
+        head, *options = text.split(",")
+        found = re.fullmatch(rf"({'|'.join(KINDS)})(\d*):(\d+)", head)
+        if not found or (found[2] and found[1] != "sequence") or int(found[3]) < 1:
+            raise UserError(f"--layouts {text} is not KIND:GPUS with a kind of {', '.join(KINDS)}; try full:2")
+        kind, gpus = found[1], int(found[3])
+        degree = int(found[2] or gpus) if kind == "sequence" else 1
+        if degree < 1 or gpus % degree:
+            raise UserError(f"--layouts {text}: {degree} GPUs a sample do not divide {gpus}; try sequence:{gpus}")
+        values: dict[str, str] = {}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals or not (key in (*ROLES, *WORDS) or "." in key):
+                raise UserError(f"--layouts {text}: {option} is no option; use {', '.join((*ROLES, *WORDS))}")
+            values[key] = value
+        try:
+            accumulate, card = int(values.pop("accumulate", 1)), values.pop("card", None)
+            card = None if card is None else float(card)
+        except ValueError as error:
+            raise UserError(f"--layouts {text}: accumulate and card are numbers; try accumulate=2") from error
+        alone = values.pop("alone", "false")
+        if alone not in ("true", "false"):
+            raise UserError(f"--layouts {text}: alone is true or false; try full:2,alone=true")
+        if alone == "true" and gpus == 1:
+            raise UserError(f"--layouts {text}: alone=true is for one of several GPUs; try full:2,alone=true")
+        sizes = {role: values.pop(role) for role in ROLES if role in values}
+        settings = tuple(f"{key}={value}" for key, value in values.items())
+        return cls(text=text, kind=kind, gpus=gpus, sequence=degree, accumulate=accumulate, card_gb=card,
+                   alone=alone == "true", sizes=sizes, settings=settings)  # fmt: skip
+
+    @property
+    def processes(self) -> int:
+        """How many are started, one a GPU."""
+        return 1 if self.alone else self.gpus
+
+    def overrides(self, micro_batch: int, global_batch: int | None = None) -> list[str]:
+        """Settings of the layout; the batch is what its GPUs take at once, times `accumulate`, or `global_batch`."""
+        sharding = "none" if self.gpus == 1 else "full" if self.kind == "sequence" else self.kind
+        batch = global_batch or micro_batch * self.gpus // self.sequence * self.accumulate
+        degree = [f"training.sequence_parallel={self.sequence}"] if self.sequence > 1 else []
+        return [f"training.sharding={sharding}", f"training.global_batch={batch}", *degree, *self.settings]
+
+
+# --- planned from formulas --------------------------------------------------------------------------------------------
+
+
+def sizes_of(names: Mapping[str, str], tiny: Network) -> dict[str, Network]:
+    """Networks by role, from the names of model/weights/random.py; `1.3B/2` has two layers."""
+    out = {}
+    for role, text in names.items():
+        name, _, layers = text.partition("/")
+        network = tiny if name == "tiny" else NETWORKS[name]
+        out[role] = replace(network, layers=int(layers)) if layers else network
+    return out
+
+
+def planned(config: Config, networks: Mapping[str, Network], *, shards: int, encoded: bool = True) -> MemoryPlan:
+    """Memory of one GPU whose weights are spread over `shards`; encoded: the prompts are made ahead."""
+    distill = replace(config.training.distill, encoded_prompts="ahead") if encoded else config.training.distill
+    training = replace(config.training, sharding="full" if shards > 1 else "none", distill=distill)
+    return distill_plan(replace(config, training=training), **networks, gpus=shards)
+
+
+def layouts_for(world: int) -> list[Layout]:
+    """Those that make sense on so many GPUs."""
+    if world == 1:
+        return [Layout.parse("none:1")]
+    texts = [f"full:{world}"]
+    if world > MACHINE and world % MACHINE == 0:
+        texts.append(f"hybrid:{world}")
+    texts += [f"sequence{degree}:{world}" for degree in (2, 4) if world % degree == 0]
+    return [Layout.parse(text) for text in texts]
+
+
+def plan_table(
+    config_path: str, settings: Sequence[str], networks: Mapping[str, Network], world: int, global_batch: int,
+    card_gb: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each layout on `world` GPUs: memory by phase in bytes, and how the batch comes out."""
+    rows = []
+    for layout in layouts_for(world):
+        try:
+            config = load_config(config_path, [*settings, *_plain(layout), *layout.settings])
+        except UserError as error:
+            rows.append({"layout": layout.text, "refused": str(error)})
+            continue
+        shards = min(world, MACHINE) if layout.kind == "hybrid" else world
+        plan, micro = planned(config, networks, shards=shards), config.training.micro_batch
+        rounds, rest = divmod(global_batch, micro * world // layout.sequence)
+        rows.append({
+            "layout": layout.text, "shards": shards, "accumulated": None if rest or not rounds else rounds,
+            "phases": {phase.name: phase.total for phase in plan.phases}, "parts": dict(plan.peak.parts),
+            "peak": plan.peak.total, "fits": plan.peak.total <= card_gb * GB,
+        })  # fmt: skip
+    return rows
+
+
+def _plain(layout: Layout) -> list[str]:
+    return [f"training.sequence_parallel={layout.sequence}"] if layout.sequence > 1 else []
+
+
+LADDER: tuple[tuple[str, ...], ...] = (
+    (),
+    ("training.distill.teacher_fp8=true",),
+    ("teacher=1.3B",),
+    ("training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64"),
+    ("teacher=1.3B", "training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64"),
+)
+
+
+def advice(
+    config_path: str, settings: Sequence[str], networks: Mapping[str, Network], world: int, card_gb: float
+) -> tuple[str, MemoryPlan] | None:
+    """The least that has to change for cards of `card_gb` GB: a layout, and its plan."""
+    kind = "none:1" if world == 1 else f"full:{world}"
+    for rung in LADDER:
+        layout = Layout.parse(",".join([kind, *rung]))
+        config = load_config(config_path, [*settings, *layout.settings])
+        sizes = {**networks, **({} if not layout.sizes else {"teacher": WAN_1_3B})}
+        plan = planned(config, sizes, shards=world)
+        if plan.peak.total <= card_gb * GB - CONTEXT:
+            return layout.text, plan
+    return None
+
+
+# --- projected from measured phases -----------------------------------------------------------------------------------
+
+
+def project(
+    found: Mapping[str, Any], gpus: int, *, sequence: int, global_batch: int, steps: int, network_gb_s: float,
+    trained: int,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Hours of `steps` critic updates (and the generator's between them) on `gpus`, from a measured layout.
+
+    The phases of a micro-batch are taken as measured and the optimiser's once an update. What of the communication was
+    not hidden (profiled, if it was) grows with (G - 1) / G. Ranks that take turns with the critic's rollouts make fewer
+    of them, a micro-batch, the more evenly these come out. Machines of 8 shard within themselves, and send the
+    gradients of `trained` parameters once a micro-batch, 4 bytes each, at `network_gb_s` a GPU, hidden by nothing.
+    None: the batch does not come out on so many GPUs.
+    """
+    at_once = gpus // sequence * found["micro_batch"]
+    rounds, rest = divmod(global_batch, at_once) if at_once else (0, 1)
+    if rest or not rounds:
+        return None
+    measured, machine = found["ranks"], min(gpus, MACHINE)
+    updates = found["updates"]
+    if found.get("turns"):
+        share = [math.ceil(n * found["ratio"] / sequence) / n for n in (rounds, found["micro_batches"])]
+        critic = updates["critic"]
+        fewer = critic | {ROLLOUT: {"s": critic[ROLLOUT]["s"] * share[0] / share[1]}}
+        updates = updates | {"critic": fewer}
+    update = {who: _update_seconds(phases) for who, phases in updates.items()}
+    talk = (found.get("communication") or {}).get("exposed_s", 0.0)
+    both = sum(work for work, _ in update.values())
+    growth = (1 - 1 / machine) / (1 - 1 / measured) if measured > 1 else 1.0
+    machines = gpus // machine
+    between = 0.0 if machines == 1 else 4 * trained / machine * 2 * (1 - 1 / machines) / (network_gb_s * GB)
+    seconds = {}
+    for who, (work, optimiser) in update.items():
+        each = work / found["micro_batches"] + talk * (growth - 1) * work / both / found["micro_batches"] + between
+        seconds[who] = rounds * each + optimiser
+    ratio = found["ratio"]
+    total = steps * seconds["critic"] + -(-steps // ratio) * seconds["generator"]
+    return {
+        "gpus": gpus, "from": found["layout"], "accumulated": rounds, "generator_s": seconds["generator"],
+        "critic_s": seconds["critic"], "hours": total / 3600, "measured_gpus": gpus == measured,
+    }  # fmt: skip
+
+
+def _update_seconds(phases: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
+    """Seconds of an update but for the optimiser, and of the optimiser."""
+    optimiser = phases.get("optimiser", {}).get("s", 0.0)
+    return sum(phase["s"] for phase in phases.values()) - optimiser, optimiser

@@ -1,0 +1,228 @@
+"""The speed card: how long a clip and its parts take, what it costs, and how near that is to what the machine can do.
+
+Times are medians over repeats after warm-up. Three rates, in pixel frames a second, that are often taken for another:
+
+    clip       frames of a clip / seconds from the call to its last frame in host memory
+    steady     frames of a chunk / seconds between two chunks of a stream that is under way
+    denoising  frames of a chunk / seconds of its denoising steps alone; neither decoding nor transfer
+
+All start from a prompt whose embedding is there; its keys are made within the clip. Encoding is timed by itself.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.memory import Network
+from pipeline.delivery import ahead, to_frames, to_host
+from pipeline.stream import ChunkResult, StreamSession
+from scripts.bench.cost import clip_flops, step_cost
+from scripts.bench.roofline import Energy, nbytes, timed
+
+PROMPT = "a red circle moves right"
+WARM_UPS = 2  # the first runs each cache state, the second may capture what was left
+
+
+@dataclass
+class Played:
+    """One run of a stream: when its chunks were in host memory, seconds from the call, and what their parts took."""
+
+    arrivals: list[float] = field(default_factory=list)
+    spans: list[dict[str, float]] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)  # of each chunk, of one stream
+    memory: list[int] = field(default_factory=list)  # bytes allocated on the GPU when the chunk had arrived
+    latents: Tensor | None = None  # of the last chunk, on the host
+
+
+def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROMPT) -> Played:
+    """Play `chunks` chunks as the pipeline does: on a GPU the next chunk is in the queue before one is waited for."""
+    gpu = session.device.type == "cuda"
+    out, last = Played(), None
+    begin = time.perf_counter()
+    results = session.play([prompt] * batch, list(range(batch)), chunks)
+    for result in ahead(results, int(gpu)):
+        result.wait()
+        out.arrivals.append(time.perf_counter() - begin)
+        out.frames.append(result.frames.shape[1])
+        out.memory.append(torch.cuda.memory_allocated(session.device) if gpu else 0)
+        out.spans.append(result.timings)
+        last = result
+    assert isinstance(last, ChunkResult), "a stream of no chunks"
+    out.latents = last.latents.float().cpu()
+    return out
+
+
+def card(
+    session: StreamSession, network: Network, *, chunks: int, batch: int, repeats: int, fps: int, text_tokens: int
+) -> dict[str, Any]:
+    """Everything but ceilings and the 60-second stream, for a session that may be cold. Rates are of all streams."""
+    device, gpu = session.device, session.device.type == "cuda"
+    began = time.perf_counter()
+    for _ in range(WARM_UPS):
+        play(session, chunks, batch)
+    warm_up = time.perf_counter() - began
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    energy = Energy(device)
+    before, began = energy.read(), time.perf_counter()
+    runs = [play(session, chunks, batch) for _ in range(repeats)]
+    joules = None if before is None else (energy.read() - before) / repeats
+    clip, first = (median(run.arrivals[i] for run in runs) for i in (-1, 0))
+    frames = batch * sum(runs[0].frames)
+    steps = [_median_spans([run.spans[k] for run in runs]) for k in range(chunks)]
+    rates = {"clip": frames / clip}
+    if chunks > 1:
+        gaps = [run.arrivals[-1] - run.arrivals[-2] for run in runs]
+        rates["steady"] = batch * runs[0].frames[-1] / median(gaps)
+    rates["denoising"] = batch * runs[0].frames[-1] / _denoising(steps[-1])
+    return {
+        "warm_up_s": warm_up,
+        "clip_s": clip,
+        "clip_spread_s": [min(run.arrivals[-1] for run in runs), max(run.arrivals[-1] for run in runs)],
+        "first_frames_s": first,
+        "frames": frames,
+        "rates_fps": rates,
+        "chunks": [{"arrives_s": median(run.arrivals[k] for run in runs), **steps[k]} for k in range(chunks)],
+        "realtime_at_fps": fps,
+        "joules_a_clip": joules,
+        "clip_flops": clip_flops(
+            network, session.geometry, session.schedule, chunks, text_tokens=text_tokens, batch=batch
+        ),
+        "memory_bytes": _memory(session),
+        "latents": runs[-1].latents,
+    }
+
+
+def _median_spans(spans: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: median(span[name] for span in spans) for name in spans[0]}
+
+
+def _denoising(spans: dict[str, float]) -> float:
+    return sum(seconds for name, seconds in spans.items() if name.startswith("step") or name == "context")
+
+
+def _memory(session: StreamSession) -> dict[str, int]:
+    """Bytes by part; peak and reserved are the whole process's since the warm-up."""
+    gpu, model = session.device.type == "cuda", session.student.model
+    found = {
+        "student": nbytes([*model.parameters(), *model.buffers()]),
+        "KV cache": session._cache.bytes,
+        "text keys": nbytes([x for kv in session._track.state.kv for x in kv]),
+    }
+    if gpu:
+        found["peak"] = torch.cuda.max_memory_allocated(session.device)
+        found["reserved"] = torch.cuda.memory_reserved(session.device)
+    return found
+
+
+# --- parts by themselves ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def parts(session: StreamSession, batch: int = 1, repeats: int = 10) -> dict[str, float]:
+    """Seconds of decoding and of the transfer of one chunk after the first, nothing else going on."""
+    geometry, device = session.geometry, session.device
+    decoder = session.codec.stream()
+    latents = torch.randn(geometry.latent_shape(batch, geometry.chunk_frames), device=device)
+    decoder.decode(latents)
+    frames = to_frames(decoder.decode(latents))
+    return {
+        "decode_s": timed(lambda: to_frames(decoder.decode(latents)), device, repeats),
+        "transfer_s": timed(lambda: to_host(frames), device, repeats),
+    }
+
+
+@torch.no_grad()
+def text_seconds(encode: Callable[[list[str]], Tensor], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of encoding one prompt, tokens to embedding."""
+
+    def work() -> None:
+        encode([PROMPT])
+
+    return timed(work, device, repeats, warm_up=2)
+
+
+def efficiency(
+    session: StreamSession, network: Network, found: dict[str, Any], rates: dict[str, float], *, batch: int, fp8: bool
+) -> list[dict[str, Any]]:
+    """Each chunk's last step against what the machine can do: operations, bytes, shares of the two ceilings."""
+    rows, text = [], session._track.state.kv[0][0].shape[1]
+    peak = max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"]
+    for k, chunk in enumerate(found["chunks"]):
+        visible = len(session.geometry.visible_chunks(k))
+        cost = step_cost(
+            network, session.geometry, visible=visible, text_tokens=text, batch=batch, fp8=fp8,
+            key_bytes=session._cache.dtype.itemsize,
+        )  # fmt: skip
+        seconds = chunk[max(name for name in chunk if name.startswith("step"))]
+        rows.append(
+            {
+                "chunk": k,
+                "key_frames": visible * session.geometry.chunk_frames,
+                "step_s": seconds,
+                "flops": cost.total_flops,
+                "bytes": cost.total_bytes,
+                "matrix_share": cost.total_flops / seconds / peak,
+                "copy_share": cost.total_bytes / seconds / rates["copy"],
+                "floor_s": cost.floor(peak, rates["copy"]),
+            }
+        )
+    return rows
+
+
+# --- a long stream ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """A stream watched at content rate. Seconds, of chunks after the first."""
+
+    chunks: int
+    interval_median: float
+    interval_p99: float
+    interval_max: float
+    slowdown: float  # median interval of the last quarter to that of the second
+    late_frames: int  # shown later than `fps` wants, if playing starts when the first frames arrive
+    buffer_needed: float  # seconds that playing would have to start later so that none is late
+    growth: int  # bytes allocated at the end more than after a quarter
+
+    @property
+    def keeps_up(self) -> bool:
+        return self.late_frames == 0
+
+
+def steadiness(played: Played, fps: int) -> Steadiness:
+    """What a viewer at `fps` frames a second would see of it."""
+    assert len(played.arrivals) >= 4, "too short to tell"
+    intervals = [b - a for a, b in zip(played.arrivals, played.arrivals[1:], strict=False)]
+    quarter = max(1, len(intervals) // 4)
+    late, wait, shown = 0, 0.0, 0
+    for arrival, frames in zip(played.arrivals, played.frames, strict=True):
+        due = played.arrivals[0] + shown / fps  # when the chunk's first frame is to be shown
+        wait = max(wait, arrival - due)
+        late += sum(arrival > due + i / fps for i in range(frames))
+        shown += frames
+    ordered = sorted(intervals)
+    return Steadiness(
+        chunks=len(played.arrivals),
+        interval_median=median(intervals),
+        interval_p99=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        interval_max=ordered[-1],
+        slowdown=median(intervals[-quarter:]) / median(intervals[quarter : 2 * quarter] or intervals),
+        late_frames=late,
+        buffer_needed=wait,
+        growth=played.memory[-1] - played.memory[len(played.memory) // 4],
+    )
+
+
+def long_stream(session: StreamSession, seconds: float, fps: int, batch: int = 1) -> dict[str, Any]:
+    """A stream of so many seconds of video."""
+    geometry = session.geometry
+    chunks = max(4, -(-int(seconds * fps) // (4 * geometry.chunk_frames)) + 1)
+    found = steadiness(play(session, chunks, batch), fps)
+    return asdict(found) | {"keeps_up": found.keeps_up, "fps": fps}

@@ -1,0 +1,169 @@
+"""A folder of videos as inference leaves it, measured: each clip with the JSON beside it, and two folders in pairs."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from configs.geometry import pixel_frames
+from scripts.quality.clip_defects import Defect, find_defects
+from utils.clip_measures import FLOW_MEASURES, MEASURES, Measure, as_clip, has_flow, series, summary
+from utils.intervals import Interval, mean_interval, paired_interval
+from utils.video import contact_sheet, read_video, shrink
+
+STRIP_CELLS, STRIP_WIDTH = 27, 96  # frames of a contact strip, and pixels across one
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """One measured clip. What its JSON does not say, or where there is none, is None."""
+
+    name: str  # file name
+    frames: int
+    size: tuple[int, int]  # height, width
+    fps: float | None
+    prompt: str | None
+    seed: int | None
+    borders: list[int]  # first pixel frames of chunks 1, 2, ...
+    schedule: dict[str, Any] | None
+    nfe: int | None
+    seconds: float | None  # wall-clock of the whole clip
+    first_frames: float | None  # seconds until the first frames
+    measures: dict[str, float]
+    defects: list[Defect]
+    series: dict[str, list[float]] = field(repr=False)  # levels of 255 and shares, frame by frame
+    strip: str = field(repr=False)  # contact strip, a JPEG as base64
+
+    @property
+    def key(self) -> tuple:
+        """What pairs a clip with one of another folder: prompt and seed, else the file's name."""
+        return (self.prompt, self.seed) if self.prompt is not None else (self.name,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: no NaN, no picture."""
+        plain = {name: value for name, value in asdict(self).items() if name != "strip"}
+        plain["measures"] = {name: _finite(value) for name, value in self.measures.items()}
+        return plain
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """The .mp4 files of a folder, or the one file that is named. UserError where there is none."""
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise UserError(f"videos={folder} does not exist; give a folder of .mp4 files")
+    found = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
+    if not found:
+        raise UserError(f"videos={folder} holds no .mp4 file; give the folder that inference wrote to")
+    return found
+
+
+def read_record(video: Path) -> dict[str, Any]:
+    """The JSON beside a video, {} where there is none. UserError where it is broken."""
+    path = video.with_suffix(".json")
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); remove it or make the video again") from error
+    return record if isinstance(record, dict) else {}
+
+
+def chunk_borders(frames: int, chunk_frames: int) -> list[int]:
+    """First pixel frames of all chunks but the first: 9, 21, 33, ... for chunks of 3 latent frames."""
+    borders, k = [], 1
+    while (border := pixel_frames(k * chunk_frames)) < frames:
+        borders.append(border)
+        k += 1
+    return borders
+
+
+def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
+    """Read and measure one file. chunk_frames: latent frames, of clips whose JSON does not say."""
+    record = read_record(video)
+    config = _section(record, "config")
+    timings = _section(record, "timings_s")
+    frames = read_video(video)
+    borders = chunk_borders(len(frames), _section(config, "stream").get("chunk_frames", chunk_frames))
+    found = series(as_clip(frames), flow=has_flow())
+    small = shrink(frames, STRIP_WIDTH)
+    return ClipReport(
+        name=video.name,
+        frames=len(frames),
+        size=frames.shape[1:3],
+        fps=_section(config, "video").get("fps"),
+        prompt=record.get("prompt"),
+        seed=record.get("seed"),
+        borders=borders,
+        schedule=record.get("schedule"),
+        nfe=record.get("nfe"),
+        seconds=timings.get("total"),
+        first_frames=timings.get("first_frames"),
+        measures=summary(found, borders),
+        defects=find_defects(found, borders),
+        series={
+            "motion": _rounded(255 * found.steps),
+            "luma": _rounded(255 * found.luma),
+            "contrast": _rounded(255 * found.contrast),
+            "saturation": _rounded(255 * found.saturation),
+            "sharpness": _rounded(found.sharpness),
+        },
+        strip=_strip(small, borders),
+    )
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a record, {} where it is missing or is something else."""
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _rounded(values) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _strip(frames, borders: Sequence[int]) -> str:
+    """Contact strip with a bar at each chunk's first frame, as a base64 JPEG."""
+    sheet = contact_sheet(frames, columns=9, chunk_borders=borders, max_cells=STRIP_CELLS)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def measured(clips: Sequence[ClipReport]) -> dict[str, Measure]:
+    """The measures that all of the clips have: MEASURES, and FLOW_MEASURES where OpenCV was there."""
+    known = MEASURES | FLOW_MEASURES
+    return {name: known[name] for name in known if all(name in clip.measures for clip in clips)}
+
+
+def averages(clips: Sequence[ClipReport], names: Iterable[str]) -> dict[str, Interval]:
+    """Mean of each named measure over clips, with its interval."""
+    return {name: mean_interval(_column(clips, name)) for name in names}
+
+
+def pair(ours: Sequence[ClipReport], others: Sequence[ClipReport]) -> list[tuple[ClipReport, ClipReport]]:
+    """Clips of the same prompt and seed (or file name), in the order of `ours`."""
+    by_key = {clip.key: clip for clip in others}
+    return [(clip, by_key[clip.key]) for clip in ours if clip.key in by_key]
+
+
+def differences(pairs: Sequence[tuple[ClipReport, ClipReport]], names: Iterable[str]) -> dict[str, Interval]:
+    """Mean of second minus first over pairs, with Student's interval."""
+    first, second = ([pair[i] for pair in pairs] for i in (0, 1))
+    return {name: paired_interval(_column(first, name), _column(second, name)) for name in names}
+
+
+def _column(clips: Sequence[ClipReport], name: str) -> torch.Tensor:
+    return torch.tensor([clip.measures[name] for clip in clips], dtype=torch.float64)

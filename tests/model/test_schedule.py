@@ -1,0 +1,183 @@
+"""The diagonal schedule: values of the family, golden tables, counts of evaluations, and what is refused.
+
+A golden table that should change: run with UPDATE_GOLDEN=1, and look at the difference before committing it.
+"""
+
+import json
+import os
+
+import pytest
+from conftest import ROOT
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import DATED, ScheduleConfig, StreamConfig
+from model.schedule import PRESETS, Schedule
+from model.timesteps import warp
+
+GOLDEN = ROOT / "tests" / "golden"
+FULL = Geometry(height=480, width=832)
+
+
+def build(stream: dict | None = None, **schedule) -> Schedule:
+    return Schedule.from_config(ScheduleConfig(**schedule), StreamConfig(**(stream or {})))
+
+
+def check_golden(name: str, text: str):
+    path = GOLDEN / f"{name}.txt"
+    if "UPDATE_GOLDEN" in os.environ:
+        path.write_text(text + "\n")
+    assert text + "\n" == path.read_text()
+
+
+def test_every_preset_prints_as_its_golden_table():
+    tables = [f"{name}\n{build(preset=name).table(7, FULL)}\n" for name in PRESETS]
+    check_golden("schedule_presets", "\n".join(tables))
+
+
+def test_context_exceptions_and_an_unbounded_window_print_as_their_golden_tables():
+    mixed = {"context": "renoise", "context_timestep": 20.0, "context_by_chunk": {0: "clean", 3: "last_step"}}
+    endless = Geometry(height=64, width=96, window_frames=0, sink_frames=0)
+    tables = [
+        build(mixed, steps=[3, 2]).table(9, FULL),
+        build(mixed, steps=[3, 2]).table(9),
+        str(build(mixed, steps=[3, 2])),
+        build(steps="21").table(5, endless),
+        build(steps="4322").table(2),
+        build(steps="1").table(1),
+    ]
+    check_golden("schedule_mixed", "\n\n".join(tables))
+
+
+@pytest.mark.parametrize(
+    "steps, rows",
+    [
+        ("4", [[1000, 921.0526, 769.2308, 357.142857]]),
+        ("32", [[1000, 859.375, 357.142857], [1000, 357.142857]]),
+        ("1", [[1000]]),
+    ],
+)
+def test_warped_values(steps, rows):
+    ours = build(steps=steps).rows
+    assert [pytest.approx(row, abs=1e-4) for row in rows] == [list(row) for row in ours]
+
+
+def test_self_forcing_is_the_list_of_the_family():
+    assert build(preset="self_forcing").row(0) == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-4)
+
+
+def test_unwarped_values():
+    assert build(steps="4", warp=False).row(0) == pytest.approx([1000, 700, 400, 100])
+
+
+def test_releases_are_taken_as_their_code_passes_them():
+    march, today = build(preset="release_2026_03"), build(preset="release")
+    assert march.rows == ((1000, 933, 733, 357), (1000, 933, 357), (1000, 357.142857))
+    four, two = ([warp(t / 1000, 5.0) for t in row] for row in ((1000, 750, 500, 100), (1000, 100)))
+    assert [pytest.approx(row) for row in (four, [four[0], four[1], four[3]], two)] == [list(r) for r in today.rows]
+    assert {march.policy, today.policy} == {"last_step"}
+
+
+def test_a_preset_is_stored_under_its_date():
+    assert ScheduleConfig(preset="release").preset == "release_2026_11" in PRESETS
+    assert all(name in PRESETS for name in DATED.values())
+
+
+@pytest.mark.parametrize(
+    "preset, nfe",
+    [
+        ("paper_4322222", 17), ("paper_5432222", 20), ("paper_4222222", 16), ("release", 17), ("release_2026_03", 17),
+        ("self_forcing", 35),
+    ],
+)
+def test_evaluations_of_seven_chunks(preset, nfe):
+    assert build(preset=preset).nfe(7) == nfe
+
+
+def test_context_passes_are_counted():
+    assert build({"context": "clean"}).nfe(7) == 24
+    assert build({"context_by_chunk": {0: "clean"}}, preset="release").nfe(7) == 18, "as the first release runs it"
+
+
+@pytest.mark.parametrize(
+    "context, timestep, level", [("last_step", None, 357.142857), ("clean", 0, 0), ("renoise", 20, 20)]
+)
+def test_levels_of_the_context(context, timestep, level):
+    schedule = build({"context": context, "context_timestep": 20.0})
+    assert schedule.context(5) == context
+    assert schedule.context_timestep(5) == timestep
+    assert schedule.context_level(5) == pytest.approx(level)
+
+
+def test_exceptions_hold_for_their_chunk_alone():
+    schedule = build({"context_by_chunk": {2: "clean"}})
+    assert [schedule.context(k) for k in range(4)] == ["last_step", "last_step", "clean", "last_step"]
+
+
+def test_the_last_row_repeats():
+    schedule = build(steps="432")
+    assert schedule.row(2) == schedule.row(3) == schedule.row(1000)
+    assert schedule.row(1) != schedule.row(2)
+
+
+def test_a_preset_that_fixes_the_context_goes_before_the_stream():
+    assert build({"context": "clean"}, preset="release").context(0) == "last_step"
+    assert build({"context": "clean"}, preset="paper_4322222").context(0) == "clean"
+
+
+@pytest.mark.parametrize("steps", ["4322", 4322, [4, 3, 2, 2], (4, 3, 2, 2)])
+def test_ways_to_write_steps_agree(steps):
+    assert build(steps=steps) == build(steps="4322")
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_round_trip_through_json(preset):
+    schedule = build({"context_by_chunk": {1: "clean"}}, preset=preset)
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"steps": "4302"}, "schedule.steps=4302 .* digits 1-9"),
+        ({"steps": "4,3"}, "schedule.steps=4,3 "),
+        ({"steps": ""}, "schedule.steps= "),
+        ({"steps": 0}, "schedule.steps=0 "),
+        ({"steps": -3}, "schedule.steps=-3 "),
+        ({"steps": 4.5}, "schedule.steps=4.5 "),
+        ({"steps": True}, "schedule.steps=True "),
+        ({"steps": None}, "schedule.steps=None "),
+        ({"steps": []}, r"schedule.steps=\[\] "),
+        ({"steps": [4, 0]}, r"schedule.steps=\[4, 0\] "),
+        ({"steps": [4, "3"]}, r"schedule.steps=\[4, '3'\] "),
+        ({"steps": [True]}, r"schedule.steps=\[True\] "),
+        ({"first": 0.0}, "schedule.first=0.0 is not a timestep"),
+        ({"first": 1000.5}, "schedule.first=1000.5 is not a timestep"),
+        ({"last": float("nan")}, "schedule.last=nan is not a timestep"),
+        ({"last": "low"}, "schedule.last=low is not a timestep"),
+        ({"first": 100.0, "last": 100.0}, "schedule.last=100 is not below schedule.first=100"),
+        ({"shift": 0.0}, "schedule.shift=0.0 is out of range"),
+        ({"timesteps": []}, r"schedule.timesteps=\[\] names no chunk"),
+        ({"timesteps": [[1000.0], []]}, r"schedule.timesteps.1=\[\] has no step"),
+        ({"timesteps": [1000.0, 500.0]}, "schedule.timesteps.0=1000.0 has no step"),
+        ({"timesteps": [[1000.0, 500.0, 500.0]]}, "schedule.timesteps.0=.* does not fall"),
+        ({"timesteps": [[1000.0], [500.0, 700.0]]}, "schedule.timesteps.1=.* does not fall"),
+        ({"timesteps": [[1000.0, 0.0]]}, "schedule.timesteps.0=0.0 is not a timestep"),
+        ({"timesteps": [[1001.0]]}, "schedule.timesteps.0=1001.0 is not a timestep"),
+        ({"preset": "papr"}, "schedule.preset=papr is unknown; use one of paper_5432222"),
+        ({"preset": "release", "steps": "43"}, "schedule.steps=43 has no effect beside schedule.preset=rel"),
+        ({"preset": "release", "shift": 3.0}, "schedule.shift=3.0 has no effect"),
+        ({"preset": "release", "timesteps": [[1000.0]]}, "schedule.timesteps=.* has no effect"),
+    ],
+)
+def test_mistakes_are_named_in_one_sentence(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(**fields)
+    assert "\n" not in str(error.value) and ";" in str(error.value), "and end with a fix"
+
+
+def test_a_schedule_is_a_frozen_value():
+    schedule = build()
+    with pytest.raises(AttributeError):
+        schedule.rows = ()
+    assert hash(schedule) == hash(build()) and schedule == build()

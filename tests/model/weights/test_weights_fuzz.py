@@ -1,0 +1,97 @@
+"""200 damaged or hostile weight files: each is refused in one sentence, quickly, in little memory, and runs nothing."""
+
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from bad_files import CASES, WHOLE, flipped, written
+
+from configs.errors import UserError
+from model.weights import load as weights
+
+LOADERS = {
+    "student": weights.load_student,
+    "teacher": weights.load_score,
+    "vae": weights.load_vae,
+    "text_encoder": lambda path: weights.load_text_encoder(path, path.parent, 8),
+    "tiny_decoder": weights.load_tiny_decoder,
+}
+MOST_SECONDS = 5
+MOST_MEMORY = 2 << 30  # bytes
+
+
+def virtual() -> tuple[int, int]:
+    """Address space of this process in bytes: now, and at most so far."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) << 10 for name in ("VmSize", "VmPeak"))
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """Fails what hangs, grows, or leaves a file."""
+    before = set(tmp_path.rglob("*"))
+    now, peak = virtual()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+    def late(*_):
+        raise BaseException(f"not refused within {MOST_SECONDS} s")
+
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.alarm(MOST_SECONDS)
+    begin = time.perf_counter()
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    assert time.perf_counter() - begin < MOST_SECONDS
+    assert virtual()[1] <= max(peak, now + MOST_MEMORY)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 <= resident + MOST_MEMORY
+    new = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
+    assert new <= {"case", "outside-case.safetensors"}
+    assert not (tmp_path / "case" / "executed").exists()
+
+
+def test_there_are_many():
+    assert len(CASES) >= 200
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(tmp_path, watched, case):
+    folder = tmp_path / "case"
+    folder.mkdir()
+    role, path = CASES[case](folder)
+    with pytest.raises(UserError) as caught:
+        LOADERS[role](path)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700 + 2 * len(str(path))
+    assert str(tmp_path) in message or "model." in message
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_ones_load(tmp_path, name):
+    """What the damaged files were made from is not refused for anything else."""
+    role, content = WHOLE[name]
+    if role != "text_encoder":  # which needs a tokenizer, too
+        LOADERS[role](written(tmp_path, role, name, content)[1])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_flip_among_values_cannot_be_seen_but_does_no_harm(tmp_path, watched, name, seed):
+    """No format but zip's has a checksum, and maps are not read through: a hash (download.py --verify) is."""
+    role, content = WHOLE[name]
+    rng, damaged = random.Random(f"value {name} {seed}"), bytearray(content)
+    damaged[rng.randrange(len(content) // 2, len(content) * 3 // 4)] ^= 1 << rng.randrange(8)
+    folder = tmp_path / "case"
+    folder.mkdir()
+    try:
+        LOADERS[role](written(folder, role, name, bytes(damaged))[1])
+    except UserError:
+        pass
+
+
+def test_makers_differ(tmp_path):
+    a, b = (flipped("student.pt", seed)(tmp_path)[1].read_bytes() for seed in (0, 1))
+    assert a != b

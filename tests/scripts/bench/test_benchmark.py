@@ -1,0 +1,172 @@
+"""The speed card: what is in it, what it refuses, how it reads."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_student, random_vae
+
+from configs.errors import UserError
+from configs.schema import ScheduleConfig, StreamConfig
+from model.codec import WanCodec
+from model.memory import Network
+from model.schedule import Schedule
+from model.weights.random import RandomText
+from pipeline.stream import StreamSession
+from scripts import benchmark
+from scripts.bench import speed
+from scripts.bench.roofline import Energy, ceilings, copy_rate, matrix_rate, nbytes
+from scripts.bench.speed_suites import SUITES
+from scripts.bench.speed_tables import comparison, grid, suite_table, table
+
+CPU = torch.device("cpu")
+SMALL = ["video.height=32", "video.width=48", "video.num_latent_frames=6", "--random_weights", "--repeats", "1"]
+
+
+@pytest.fixture
+def session(tiny_geometry) -> StreamSession:
+    student = random_student()
+    text = RandomText(12, student.model.config.text_dim, CPU)
+    schedule = Schedule.from_config(ScheduleConfig(steps="32"), StreamConfig())
+    return StreamSession(student, WanCodec(random_vae()), text, schedule, tiny_geometry)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(benchmark, "ceilings", lambda *_: {"matrix peak": 1e11, "copy": 1e10})
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory) -> dict:
+    """Of the tiny model, through the command line."""
+    file = tmp_path_factory.mktemp("card") / "card.json"
+    assert benchmark.main([*SMALL, "--json", str(file), "--stream", "2", "--text", "device=cpu"]) == 0
+    return json.loads(file.read_text())
+
+
+def test_the_card_holds_what_the_figures_need(card):
+    assert card["weights"] == "random, tiny"
+    assert card["settings"]["frames"] == card["frames"] == 21
+    assert card["settings"]["schedule"][0][0] == 1000
+    assert len(card["chunks"]) == len(card["steps"]) == 2
+    assert {"step 0", "step 3", "decode", "arrives_s"} <= set(card["chunks"][0])
+    assert set(card["rates_fps"]) == {"clip", "steady", "denoising"}
+    assert card["rates_fps"]["clip"] == pytest.approx(21 / card["clip_s"])
+    assert 0 < card["first_frames_s"] < card["clip_s"] <= card["since_start_s"]
+    assert card["text_encoding_s"] > 0 and card["decode_s"] > 0
+    assert {"student", "KV cache", "text keys"} <= set(card["memory_bytes"])
+    assert card["machine"]["torch"] == torch.__version__
+    assert "latents" not in card
+    assert card["stream"]["keeps_up"] in (True, False) and card["stream"]["chunks"] >= 4
+    for step in card["steps"]:
+        assert step["matrix_share"] == pytest.approx(step["flops"] / step["step_s"] / card["ceilings"]["matrix peak"])
+        peaks = card["ceilings"]
+        assert step["floor_s"] == pytest.approx(
+            max(step["flops"] / peaks["matrix peak"], step["bytes"] / peaks["copy"])
+        )
+
+
+def test_it_reads_as_a_table(card):
+    text = table(card)
+    for words in ("rate: clip", "rate: steady stream", "rate: denoising alone", "process start to first clip"):
+        assert words in text
+    assert "16 FPS is" in text and "no counter" in text
+
+
+def test_two_cards_side_by_side(card, tmp_path, capsys):
+    other = json.loads(json.dumps(card))
+    other["clip_s"] *= 2
+    other["settings"]["batch"] = 3
+    files = []
+    for name, content in (("a", card), ("b", other)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(content))
+    assert benchmark.main(["--compare", *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("clip_s")).endswith("2.000")
+    assert "settings.batch: 1 | 3" in lines
+    assert "same machine and settings" in comparison(card, card)
+
+
+def test_a_suite_goes_on_after_what_fails(tmp_path, capsys):
+    file = tmp_path / "suite.json"
+    args = ["--suite", "cpu", "--only", "plain,5432222,fp8", "--json", str(file), "device=cpu", *SMALL[:2]]
+    assert benchmark.main(args) == 0
+    cards = json.loads(file.read_text())
+    assert list(cards) == ["plain", "5432222", "fp8"]
+    assert cards["fp8"]["failed"].startswith("UserError: inference.precision=fp8 needs a GPU")
+    assert cards["5432222"]["chunks"][0].keys() > cards["plain"]["chunks"][0].keys()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("fp8: UserError")
+
+
+def test_a_suite_without_time_names_what_it_left_out(monkeypatch):
+    monkeypatch.setattr(benchmark, "START", -1e6)
+    args = benchmark.parse(["--suite", "h100"])
+    cards = benchmark.run_suite(args)
+    assert list(cards) == [variant.name for variant in SUITES["h100"]]
+    assert all(card["failed"].startswith("left out") for card in cards.values())
+
+
+def test_every_variant_is_a_configuration():
+    for variant in (*SUITES["h100"], *SUITES["cpu"]):
+        benchmark.load_config(variant.config, variant.settings)
+        assert set(variant.arguments) <= vars(benchmark.parse([])).keys()
+    assert [v.name for v in SUITES["h100"] if v.reference] == ["eager"]
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(UserError, match="--repeats 0"):
+        benchmark.main(["--repeats", "0"])
+    with pytest.raises(UserError, match="needs a GPU"):
+        benchmark.main([*SMALL, "device=cpu", "inference.cuda_graphs=on"])
+
+
+class TestSteadiness:
+    def played(self, arrivals, frames=12):
+        count = len(arrivals)
+        return speed.Played(arrivals, [{}] * count, [frames - 3] + [frames] * (count - 1), [0] * count)
+
+    def test_twice_as_fast_as_shown_is_never_late(self):
+        found = speed.steadiness(self.played([0.2 + 0.375 * k for k in range(20)]), 16)
+        assert found.keeps_up and found.buffer_needed == 0.0
+        assert found.interval_median == pytest.approx(0.375) and found.slowdown == pytest.approx(1.0)
+
+    def test_one_stall_makes_frames_late(self):
+        """The chunk that comes 2 s late, and those after it that have not caught up."""
+        arrivals = [0.2 + 0.7 * k + (2.0 if k >= 10 else 0.0) for k in range(20)]
+        found = speed.steadiness(self.played(arrivals), 16)
+        due = [0.2] + [0.2 + (9 + 12 * (k - 1)) / 16 for k in range(1, 20)]
+        assert found.late_frames > 0 and not found.keeps_up
+        assert found.buffer_needed == pytest.approx(max(a - d for a, d in zip(arrivals, due, strict=True)))
+        assert found.interval_max == pytest.approx(2.7)
+
+    def test_growth_and_slowdown(self):
+        played = self.played([0.1 * k + 0.01 * k * k for k in range(40)])
+        played.memory = [100 * k for k in range(40)]
+        found = speed.steadiness(played, 16)
+        assert found.slowdown > 1.5 and found.growth == 100 * (39 - 10)
+
+
+def test_the_session_s_parts(session):
+    found = speed.parts(session, repeats=1)
+    assert found["decode_s"] > 0 and found["transfer_s"] >= 0
+    network = Network.from_config(session.student.model.config)
+    card = speed.card(session, network, chunks=2, batch=2, repeats=1, fps=16, text_tokens=12)
+    assert card["frames"] == 2 * 21
+    assert card["latents"].shape[0] == 2
+    assert card["memory_bytes"]["KV cache"] == session._cache.bytes
+
+
+def test_ceilings_of_a_cpu():
+    assert matrix_rate(CPU, torch.float32, 64, 64, 64) > 0
+    assert copy_rate(CPU, 1 << 16) > 0
+    assert Energy(CPU).read() is None
+    x = torch.zeros(10)
+    assert nbytes([x, x[:5]]) == 40
+    assert set(ceilings(CPU, 8, 8, 16)) == {"matrix peak", "matrix qkv", "matrix ffn 1", "matrix ffn 2", "copy"}
+
+
+def test_tables():
+    assert grid([["a", "b"], ["long", "1"]]) == "a     b\nlong  1"
+    assert suite_table({"x": {"failed": "RuntimeError: no"}}).splitlines()[-1] == "x: RuntimeError: no"

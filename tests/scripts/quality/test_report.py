@@ -1,0 +1,172 @@
+"""scripts/report.py: one folder, two folders in pairs, records that lack things, and a page that a browser runs."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs.errors import UserError
+from scripts.quality.clip_folder import chunk_borders, find_videos, measure_video, pair
+from scripts.quality.report_page import report_page, schedule_text
+from utils.clip_measures import FLOW_MEASURES, MEASURES, has_flow
+from utils.video import VideoWriter
+
+SPEC = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
+report = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(report)
+
+HOSTILE = 'a "red" circle </script><img src=x onerror=alert(1)>'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+SHOWN = {*MEASURES, *(FLOW_MEASURES if has_flow() else ())}
+
+
+def write_clip(path: Path, seed: int, prompt: str | None, brightness: float = 0.0) -> Path:
+    """21 frames of a square that moves; `brightness` is added from frame 9, the first chunk border, on."""
+    frames = np.full((21, 32, 48, 3), 60.0 + seed)
+    for t in range(21):
+        frames[t, 8:20, 5 + t : 17 + t, 0] = 220
+    frames[9:] += 255 * brightness
+    with VideoWriter(path, 16, (32, 48)) as video:
+        video.write(frames.clip(0, 255).astype(np.uint8))
+    if prompt is not None:
+        record = {
+            "prompt": prompt,
+            "seed": seed,
+            "nfe": 5,
+            "schedule": {"rows": [[1000, 357.1]], "policy": "clean", "exceptions": [], "renoise_timestep": 0},
+            "timings_s": {"total": 1.5, "first_frames": 0.25, "chunks": []},
+            "config": {"stream": {"chunk_frames": 3}, "video": {"fps": 16}},
+        }
+        path.with_suffix(".json").write_text(json.dumps(record))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Two folders of three clips each, two of which pair up; the second's have a seam."""
+    root = tmp_path_factory.mktemp("videos")
+    for name, brightness in (("plain", 0.0), ("seamy", 0.03)):
+        write_clip(root / name / "b.mp4", 1, HOSTILE, brightness)
+        write_clip(root / name / f"{name}.mp4", 2, "a blue square", brightness)
+        write_clip(root / name / f"only-{name}.mp4", 3, f"only in {name}", brightness)
+    return root / "plain", root / "seamy"
+
+
+def test_borders_are_those_of_the_codec():
+    assert chunk_borders(81, 3) == [9, 21, 33, 45, 57, 69]
+    assert chunk_borders(9, 3) == [] and chunk_borders(10, 3) == [9] and chunk_borders(1, 1) == []
+
+
+def test_one_folder(folders, capsys):
+    assert report.main([str(folders[0]), "--workers", "1"]) == 0
+    data = json.loads((folders[0] / "report.json").read_text())
+    (folder,) = data["folders"]
+    assert [clip["name"] for clip in folder["clips"]] == ["b.mp4", "only-plain.mp4", "plain.mp4"]
+    clip = folder["clips"][0]
+    assert (clip["prompt"], clip["seed"], clip["frames"], clip["borders"]) == (HOSTILE, 1, 21, [9])
+    assert (clip["seconds"], clip["first_frames"], clip["nfe"]) == (1.5, 0.25, 5)
+    assert set(clip["measures"]) == SHOWN and not clip["defects"]
+    assert len(clip["series"]["motion"]) == 20 and len(clip["series"]["luma"]) == 21
+    assert "differences" not in data
+    assert "3 clips, 0 with something" in capsys.readouterr().out
+
+
+def test_two_folders_are_paired_by_prompt_and_seed(folders, tmp_path, capsys):
+    assert report.main([*map(str, folders), "--out", str(tmp_path), "--workers", "2"]) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["pairs"] == [[0, 0], [2, 2]]
+    seam = data["differences"]["seam"]
+    first, second = ([folder["clips"][i]["measures"]["seam"] for i in (0, 2)] for folder in data["folders"])
+    assert seam["n"] == 2 and seam["value"] == pytest.approx(np.mean(second) - np.mean(first))
+    assert seam["value"] > 0.5
+    assert all("seam" in [d["kind"] for d in clip["defects"]] for clip in data["folders"][1]["clips"])
+    assert "difference" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_flow(), reason="no OpenCV")
+def test_flow_is_paired_as_other_measures_are(folders, tmp_path, capsys):
+    assert report.main([*map(str, folders), "--out", str(tmp_path), "--workers", "1"]) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    for name in FLOW_MEASURES:
+        first, second = ([folder["clips"][i]["measures"][name] for i in (0, 2)] for folder in data["folders"])
+        assert data["differences"][name]["value"] == pytest.approx(np.mean(second) - np.mean(first))
+    assert data["differences"]["flow_warp"]["value"] > 0, "the step in brightness is no motion"
+    said = capsys.readouterr()
+    assert "flow_warp" in said.out and "opencv" not in said.err
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_without_opencv_the_columns_are_absent_and_a_line_says_so(folders, tmp_path, capsys, monkeypatch, others):
+    monkeypatch.setitem(sys.modules, "cv2", None)  # an import of it fails
+    assert report.main([*map(str, folders[: 1 + others]), "--out", str(tmp_path), "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("pip install opencv-python-headless") == 1 and "flow" not in said.out
+    data = json.loads((tmp_path / "report.json").read_text())
+    places = [data["measures"], *(folder["averages"] for folder in data["folders"])]
+    places += [clip["measures"] for folder in data["folders"] for clip in folder["clips"]]
+    places += [data["differences"]] if others else []
+    assert all(set(place) == set(MEASURES) for place in places)
+    assert "flow_warp" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_loads_nothing_and_is_not_broken_by_a_prompt(folders):
+    clips = [measure_video(path) for path in find_videos(folders[0])]
+    page = report_page([("plain", clips)])
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+    assert not re.search(r"<(link|iframe)|\ssrc=[\"']?(?!x\b)|@import|url\(", page)
+    assert page.count("</script>") == 2 and "\\u003c/script>\\u003cimg" in page
+    embedded = re.search(r'<script id="data" type="application/json">(.*)</script>\n', page).group(1)
+    assert json.loads(embedded)["folders"][0]["clips"][0]["prompt"] == HOSTILE
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_shows_every_clip(folders, tmp_path):
+    page = tmp_path / "report.html"
+    parts = [(folder.name, [measure_video(path) for path in find_videos(folder)]) for folder in folders]
+    sort = "<script>document.querySelectorAll('#clips th button')[3].click()</script></body>"
+    page.write_text(report_page(parts).replace("</body>", sort), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True).stdout
+    body = re.search(r'<table id="clips">.*?<tbody>(.*?)</tbody>', dom, re.DOTALL).group(1)
+    assert body.count("<tr>") == 6 and dom.count("data:image/jpeg;base64,") >= 6 and dom.count("<svg") == 30
+    assert "<img src=x" not in body and "&lt;img src=x" in body, "a prompt is text"
+    assert 'aria-sort="ascending"' in dom
+    heads = re.findall(r'<th title="[^"]*"[^>]*><button type="button">([^<]*)</button>', dom)
+    assert heads == [name.replace("_", " ") for name in (*MEASURES, *FLOW_MEASURES) if name in SHOWN]
+    assert body.count("<td") == 6 * (3 + len(SHOWN) + 3), "a cell for each column"
+    assert body.index('class="first"') < body.index('class="second"'), "sorted by seam: the plain folder comes first"
+
+
+def test_a_video_alone_is_measured(tmp_path):
+    clip = measure_video(write_clip(tmp_path / "alone.mp4", 4, None), chunk_frames=3)
+    assert (clip.prompt, clip.seed, clip.schedule, clip.seconds, clip.key) == (None, None, None, None, ("alone.mp4",))
+    assert pair([clip], [clip]) == [(clip, clip)]
+    path = tmp_path / "alone.json"
+    path.write_text('{"prompt": "x", "config": 3, "timings_s": null, "seed": 1}')
+    assert measure_video(tmp_path / "alone.mp4").prompt == "x"
+    path.write_text("{")
+    with pytest.raises(UserError, match="alone.json cannot be read"):
+        measure_video(tmp_path / "alone.mp4")
+
+
+@pytest.mark.parametrize("arguments, said", [(["missing"], "does not exist"), (["a", "b", "c"], "too many")])
+def test_mistakes_are_one_sentence(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report.main(arguments) == 2
+    assert said in capsys.readouterr().err
+    (tmp_path / "missing").mkdir()
+    assert report.main(["missing"]) == 2 and "holds no .mp4" in capsys.readouterr().err
+
+
+def test_schedules_on_one_line():
+    rows = {"rows": [[1000, 357.142857], [1000]], "policy": "clean"}
+    assert schedule_text(rows) == "1000 357.1 / 1000, context clean"
+    assert schedule_text(None) is None and schedule_text({}) is None

@@ -1,0 +1,109 @@
+"""The measures of live streams: what they say of streams whose faults are known."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_session import PROMPT, make  # noqa: F401  (fixture)
+
+from configs.load import CHECKOUT
+from scripts.bench.live import Numbered, Watch, change, lines, long_stream, read_numbers, recoloured
+from trainer.tiny.captions import COLOURS
+from trainer.tiny.world import TinyWorld
+from utils.video_live import LiveWriter
+
+SPEC = importlib.util.spec_from_file_location("measure_live", CHECKOUT / "scripts" / "measure_live.py")
+script = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(script)
+
+
+def plain(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels
+
+
+def test_numbers_survive_the_file_and_a_lost_or_repeated_frame_is_seen(tmp_path):
+    numbered = Numbered(plain)
+    frames = torch.cat([numbered(torch.full((1, 9, 64, 96, 3), 90, dtype=torch.uint8)) for _ in range(8)], 1)[0].numpy()
+    cases = {"good": frames, "lost": np.delete(frames, 31, 0), "twice": np.insert(frames, 31, frames[30], 0)}
+    for name, shown in cases.items():
+        with LiveWriter(tmp_path / f"{name}.mp4", 16, (64, 96)) as writer:
+            writer.write(shown)
+    assert read_numbers(tmp_path / "good.mp4") == list(range(72))
+    assert read_numbers(tmp_path / "lost.mp4") == [n for n in range(72) if n != 31]
+    assert read_numbers(tmp_path / "twice.mp4") == sorted([*range(72), 30])
+
+
+def test_a_long_stream_is_watched_and_left_as_it_was(make, tmp_path, tiny_geometry):  # noqa: F811
+    session = make()
+    before = session.delivery.to_frames
+    found = long_stream(session, PROMPT, 8, 16, tmp_path / "x.mp4", 12)
+    assert found["every_frame_once"] and found["frames"] == 93 and found["latent_frames"] == 24
+    assert session.delivery.to_frames is before
+    assert found["memory_change"] < 0.5 and found["chunk_seconds"] > 0
+    session.delivery.to_frames = lambda pixels: before(pixels)[:, :-1]  # one frame a chunk is lost before it is counted
+    assert not long_stream(session, PROMPT, 2, 16, tmp_path / "y.mp4", 12)["every_frame_once"]
+
+
+def test_drift_and_seams_of_a_made_up_stream():
+    """Chroma falls by half, and a jump at each border is four times a step inside."""
+    watch, level, number = Watch(), 10.0, 0
+    for chunk in range(10):
+        frames = []
+        for i in range(12):
+            level += 4.0 if i == 0 and chunk else 1.0
+            red = 200 - 100 * number / 119
+            frames.append(np.stack([np.full((16, 16), v) for v in (level / 4 + red / 2, level / 4, level / 4)], -1))
+            number += 1
+        watch.see(np.stack(frames).round().astype(np.uint8), 0.1, 100)
+    assert watch.borders == list(range(12, 120, 12))
+    assert -0.5 < watch.drift(120) < -0.3
+    assert watch.drift(12) > -0.1
+    assert len(watch.steps) == 119
+    # three latent frames a chunk; the VAE's step is 2, that between chunks 6, all others 1
+    watch.steps = [6.0 if t % 12 == 0 else 2.0 if t % 4 == 0 else 1.0 for t in range(1, 120)]
+    inside = [s for s in watch.steps if s < 6]
+    seams = watch.seams(3)
+    assert seams["seam_ratio"] == pytest.approx(6 * len(inside) / sum(inside), rel=1e-3)
+    assert seams["seam_against_latents"] == pytest.approx(3)
+
+
+def test_large_frames_are_thinned():
+    """What is measured of every so many rows and columns of smooth frames is what all of them show."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (24, 120, 120, 3), dtype=np.uint8)
+    found = []
+    for frames in (small, small.repeat(4, 1).repeat(4, 2)):
+        watch = Watch()
+        for chunk in np.split(frames, 2):
+            watch.see(chunk, 0.1, 100)
+        found.append(watch)
+    assert found[0].saturation == pytest.approx(found[1].saturation)
+    assert found[0].steps == pytest.approx(found[1].steps)
+    assert found[0]._last.shape == found[1]._last.shape
+
+
+def test_change_leaves_the_warming_up_out():
+    assert change([9.0] * 5 + [1.0] * 10 + [1.1] * 5) == pytest.approx(0.1)
+    assert change([1.0, 2.0]) == 0.0
+    table = lines({"long": {"memory_change": 0.02, "seam_ratio": 1.0}, "switches": {"seen_within_chunks": {"2": 0.95}}})
+    assert [line.rsplit(maxsplit=1)[-1] for line in table] == ["NO", "yes", "yes"]
+
+
+def test_a_recoloured_scene_has_another_colour_and_nothing_else():
+    for i, scene in enumerate(TinyWorld().scenes(7, 30)):
+        other = recoloured(scene, i)
+        assert other.colour != scene.colour and vars(other) | {"colour": scene.colour} == vars(scene)
+    assert len({recoloured(TinyWorld().scenes(7, 1)[0], i).colour for i in range(5)}) == len(COLOURS) - 1
+
+
+def test_the_script_in_seconds(tmp_path, capsys):
+    settings = ["--random_weights", "tiny", "--plays", "1", "--json", str(tmp_path / "live.json"), "device=cpu"]
+    assert script.main(["--minutes", "0.02", "--switches", "2", "--batch", "2", "--switch_chunk", "1", *settings]) == 0
+    printed = capsys.readouterr().out
+    for name in ("long.every_frame_once", "switches.seen_within_chunks.2", "demo.first_frame_ms"):
+        assert name in printed
+    assert Path(tmp_path / "live.json").exists()
+    with pytest.raises(script.UserError, match="--batch=0"):
+        script.parse(["--batch", "0"])

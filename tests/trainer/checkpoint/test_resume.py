@@ -1,0 +1,175 @@
+"""Checkpoints in parts by one process, a full disk, changed settings, and metadata that would run code."""
+
+import errno
+import os
+import pickle
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from configs.errors import UserError
+from configs.load import load_config, to_dict
+from model.weights.load import load_student
+from model.weights.safe_pickle import dry_run
+from model.weights.sharded_files import open_sharded
+from trainer.checkpoint import save as checkpoint
+from trainer.checkpoint import sharded as sharded_checkpoint
+from trainer.checkpoint.resume import check_changes
+from trainer.optim.train_state import Player
+from trainer.parallel.control_group import Team
+
+CONFIG = load_config("configs/train_tiny_text.yaml", ["training.ema_start_step=1"])
+
+
+def player(seed: int, updates: int) -> Player:
+    torch.manual_seed(seed)
+    made = Player(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), CONFIG.training)
+    for step in range(updates):
+        made.module(torch.randn(5, 3)).square().sum().backward()
+        made.step(step)
+        made.module.zero_grad()
+    return made
+
+
+def equal(one: Player, other: Player) -> bool:
+    pairs = [(one.module.state_dict(), other.module.state_dict())]
+    pairs += [(one.average.module.state_dict(), other.average.module.state_dict())]
+    states = [list(p.optimizer.state.values()) for p in (one, other)]
+    pairs += list(zip(*states, strict=True))
+    return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
+
+
+def test_parts_written_and_read_by_one_process(tmp_path):
+    """Weights, average, moments and counters; the next step is the same, too."""
+    before, after = player(0, 3), player(1, 0)
+    kept = {"logs": {"loss": torch.tensor(2.5)}, "done": torch.tensor(7)}
+    sharded_checkpoint.write(tmp_path / "shards", {"generator": before}, kept, Team())
+    found = checkpoint.restore(tmp_path, {"generator": after})
+    assert found["logs"]["loss"] == 2.5 and found["done"] == 7
+    assert equal(before, after)
+    for p in (before, after):
+        torch.manual_seed(9)
+        p.module(torch.randn(5, 3)).square().sum().backward()
+        p.step(3)
+    assert equal(before, after)
+    state = sharded_checkpoint.read_state(tmp_path / "shards")
+    assert state["stage"]["done"] == 7 and state["generator"]["module"]["0.weight"].shape == (4, 3)
+
+
+def test_sums_are_left_to_the_manifest(tmp_path):
+    """torch.save's own take long. What has them is still checked, and other files keep theirs."""
+    folder, state = tmp_path / "run", {"text": {"module": player(0, 1).module.state_dict()}}
+    file = checkpoint.save(folder, 1, state, {"stage": "text"}, keep=1) / "state.pt"
+    torch.save(state, tmp_path / "other.pt")
+    sums = []
+    for path in (file, tmp_path / "other.pt"):
+        assert dry_run(path).value["text"]["module"].keys() == state["text"]["module"].keys()
+        with zipfile.ZipFile(path) as archive:
+            sums.append([entry.CRC for entry in archive.infolist()])
+    assert not any(sums[0]) and all(sums[1])
+    with zipfile.ZipFile(tmp_path / "other.pt") as archive:
+        (place,) = [e.header_offset for e in archive.infolist() if e.filename.endswith("data.pkl")]
+    damaged = bytearray((tmp_path / "other.pt").read_bytes())
+    damaged[damaged.index(b"weight", place)] ^= 1
+    (tmp_path / "other.pt").write_bytes(damaged)
+    with pytest.raises(zipfile.BadZipFile, match="CRC"):
+        dry_run(tmp_path / "other.pt")
+
+
+def test_metadata_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="mkdir"):
+        open_sharded("model.student", tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, {"stage": "text"}, keep=2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(checkpoint.SaveFailed, match="step 2.*No space left.*checkpoint_000001 is whole.*make room"):
+        checkpoint.save(tmp_path, 2, {"x": torch.zeros(1)}, {"stage": "text"}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_000001"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("training.log_every=3", None),
+        ("training.sharding=full", None),
+        ("inference.output_folder=elsewhere", None),
+        ("training.optimizer.lr=0.5", "from here on"),
+        ("training.global_batch=8", "refused"),
+        ("video.height=32", "refused"),
+        ("training.init.text_encoder=other.json", "refused"),
+    ],
+)
+def test_what_may_change(change, said, tmp_path, caplog):
+    before = to_dict(CONFIG)
+    now = load_config("configs/train_tiny_text.yaml", ["training.ema_start_step=1", change])
+    if said == "refused":
+        with pytest.raises(UserError, match=change.split("=")[0]):
+            check_changes(before, now, tmp_path)
+        key = change.split("=")[0]
+        allowed = ["training.ema_start_step=1", change, f"training.accept_changes=[{key}]"]
+        check_changes(before, load_config("configs/train_tiny_text.yaml", allowed), tmp_path)
+        said = "from here on"
+    else:
+        check_changes(before, now, tmp_path)
+    assert ("from here on" in caplog.text) == (said is not None)
+
+
+def test_a_run_that_began_with_the_release_of_march_goes_on_with_it(tmp_path, caplog):
+    def of(preset):
+        return load_config("configs/train_tiny.yaml", [f"schedule={{preset: {preset}, steps: '4322222'}}"])
+
+    before = to_dict(of("release"))
+    before["schedule"]["preset"] = "release"  # as checkpoints had it
+    check_changes(before, of("release_2026_03"), tmp_path)
+    assert "read as that" in caplog.text
+    with pytest.raises(UserError, match="schedule.preset=release_2026_11 was release_2026_03 when"):
+        check_changes(before, of("release"), tmp_path)
+
+
+def test_settings_named_in_the_lists_exist():
+    from configs.load import _fields
+    from configs.schema import Config
+    from trainer.checkpoint.resume import FREE, TUNED
+
+    assert {*FREE, *TUNED} <= _fields(Config, "").keys()
+
+
+def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, capsys):
+    """What `scripts/export_checkpoint.py` and inference find in a sharded run: the student, its sizes, its average."""
+    from distill_case import distill_config, distill_stage
+
+    stage = distill_stage(tiny_assets)
+    with torch.no_grad():
+        stage.averaged.proj_out.bias.add_(1.0)
+    manifest = {"stage": "distill", "config": to_dict(distill_config(tiny_assets))}
+
+    def write(folder):
+        sharded_checkpoint.write(folder, stage.players, stage.state_dict(), Team())
+
+    folder = checkpoint.save(tmp_path / "run", 4, write, manifest, keep=2)
+    assert checkpoint.verified(folder)["files"]
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import export_checkpoint
+
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32"])
+    assert export_checkpoint.main() == 0 and "averaged weights of step 4" in capsys.readouterr().out
+    exported = load_student(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, exported[name]) for name, value in stage.averaged.state_dict().items())
+    raw = load_student(folder).state_dict()
+    assert all(torch.equal(value, raw[name]) for name, value in stage.student.model.state_dict().items())

@@ -1,0 +1,345 @@
+"""Stage `distill` on random tiny networks: who is moved by what, exact resume, variants, and what stops it."""
+
+import json
+
+import pytest
+import torch
+from distill_case import distill_config, distill_stage
+
+from configs.errors import UserError
+from model.weights.load import load_student
+from trainer.distill.diagnostics import warnings
+from trainer.distill.gradient_check import gradient_audit
+from trainer.loop import NonFiniteLoss, run
+from trainer.prompt_bank import training_prompts
+from trainer.registry import build_stage
+from trainer.tiny.captions import parse_caption
+from trainer.tiny.world import TinyWorld, training_caption
+from utils.distributed import Ranks
+from utils.logs import read_jsonl
+from utils.seeds import stable_hash
+from utils.video import read_video
+
+
+def tensors(state, prefix=""):
+    """Every tensor of a nested state, by path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {k: v for name, value in items for k, v in tensors(value, f"{prefix}/{name}").items()}
+
+
+def states(stage) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in tensors({n: p.state_dict() for n, p in stage.players.items()}).items()}
+
+
+def student_gradient(stage, step: int = 0) -> list[torch.Tensor]:
+    """Of the whole loss of a step."""
+    plan, batches = stage._batches("generator", step)
+    stage.generator_backward.run(plan, batches)
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in stage.student.model.parameters()]
+
+
+def largest_difference(a, b) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def test_a_cycle_is_one_generator_update_and_then_critic_updates(tiny_assets):
+    stage = distill_stage(tiny_assets)
+    teacher = {k: v.clone() for k, v in stage.teacher.model.state_dict().items()}
+    moved = []
+    for step in range(4):
+        before = states(stage)
+        stage.update(step)
+        after = states(stage)
+        moved.append({k.split("/")[1] for k in after if k in before and not torch.equal(before[k], after[k])})
+    assert moved == [{"generator", "critic"}, {"critic"}, {"critic"}, {"generator", "critic"}]
+    assert all(torch.equal(v, teacher[k]) for k, v in stage.teacher.model.state_dict().items())
+
+
+def test_the_critic_warms_up_before_the_generators_first_update(tiny_assets, tmp_path):
+    stage = distill_stage(tiny_assets, "training.distill.critic_warmup=2")  # of 6 steps, 3 a generator update
+    moved = []
+    for step in range(6):
+        before = states(stage)
+        stage.update(step)
+        after = states(stage)
+        moved.append(any(not torch.equal(before[k], after[k]) for k in before if k.startswith("/generator/")))
+    assert moved == [False, False, True, False, False, True]
+    stage.export(tmp_path, 6)
+    assert json.loads((tmp_path / "card.json").read_text())["generator_updates"] == 2
+
+
+def test_a_warm_up_of_all_steps_is_refused(tiny_assets):
+    with pytest.raises(UserError, match="critic_warmup=6 leaves no update of the generator in training.steps=6"):
+        distill_config(tiny_assets, "training.distill.critic_warmup=6")
+
+
+@pytest.mark.parametrize("head", ["difference", "conv", "learned"])
+def test_the_flow_loss_changes_the_students_gradient(tiny_assets, head):
+    on = student_gradient(distill_stage(tiny_assets, f"training.distill.flow.head={head}"))
+    off = student_gradient(distill_stage(tiny_assets, "training.distill.flow.weight=0"))
+    assert largest_difference(on, off) > 1e-3 * max(x.abs().max().item() for x in off)
+
+
+def test_the_releases_flow_loss_changes_nothing_and_is_called_so(tiny_assets, tmp_path, caplog):
+    cut = distill_stage(tiny_assets, "training.distill.flow.gradient_cut=true")
+    off = student_gradient(distill_stage(tiny_assets, "training.distill.flow.weight=0"))
+    assert largest_difference(student_gradient(cut), off) == 0.0
+    cut.begin(0, tmp_path)
+    assert "trains nothing" in caplog.text
+    assert json.loads((tmp_path / "audit.json").read_text())["audit_norm_flow"] == 0.0
+
+
+def test_audit_names_norms_and_cosines(tiny_assets, tmp_path):
+    stage = distill_stage(tiny_assets)
+    stage.begin(0, tmp_path)
+    figures = json.loads((tmp_path / "audit.json").read_text())
+    assert figures["audit_norm_spatial"] > 0 and figures["audit_norm_flow"] > 0
+    assert -1 < figures["audit_cos_spatial_flow"] < 1
+    whole = student_gradient(stage)
+    a, b, cos = figures["audit_norm_spatial"], figures["audit_norm_flow"], figures["audit_cos_spatial_flow"]
+    norm = sum(g.double().square().sum() for g in whole).sqrt().item()
+    assert norm == pytest.approx((a * a + b * b + 2 * a * b * cos) ** 0.5, rel=1e-4)
+
+
+def test_a_term_without_gradient_stops_the_run():
+    p = torch.nn.Parameter(torch.ones(3))
+    settings = {"spatial": "spatial_weight=1", "flow": "flow.weight=4"}
+
+    def terms():
+        return {"spatial": (p * p).sum(), "flow": (p.detach() * p.detach()).sum()}
+
+    with pytest.raises(UserError, match="flow.weight=4 switches the flow term on, but it sends no gradient"):
+        gradient_audit(terms, [p], settings=settings)
+    assert gradient_audit(terms, [p], settings=settings | {"flow": ""}).norms[1] == 0
+    assert p.grad is None
+
+
+@pytest.mark.parametrize(("stop_after", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2), (3, 2)])
+def test_resume_is_exact_in_the_middle_of_a_cycle(tiny_assets, tmp_path, stop_after, warmup):
+    extra = ["training.distill.flow.head=learned", f"training.distill.critic_warmup={warmup}"]
+    straight = distill_stage(tiny_assets, *extra)
+    run(straight, tmp_path / "straight")
+
+    first = distill_stage(tiny_assets, *extra, f"training.checkpoint_every={stop_after}")
+    update = first.update
+
+    class Killed(Exception):
+        pass
+
+    def die(step):
+        if step == stop_after:
+            raise Killed
+        return update(step)
+
+    first.update = die
+    with pytest.raises(Killed):
+        run(first, tmp_path / "resumed")
+    second = distill_stage(tiny_assets, *extra)
+    run(second, tmp_path / "resumed")
+    a, b = states(straight), states(second)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
+    rows = [[{k: v for k, v in row.items() if k != "seconds_per_step"} for row in part] for part in rows]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.checkpointing=true"],
+        ["training.precision=float32"],
+    ],
+)
+def test_what_must_not_change_the_gradient(tiny_assets, overrides):
+    plain = student_gradient(distill_stage(tiny_assets), 1)
+    other = student_gradient(distill_stage(tiny_assets, *overrides), 1)
+    assert largest_difference(plain, other) <= 1e-7
+
+
+def test_bfloat16_gradients_agree_roughly(tiny_assets):
+    """Also a guard: under autocast a weight that a step without gradients has cast must not lose its own."""
+    exact = student_gradient(distill_stage(tiny_assets))
+    rough = student_gradient(distill_stage(tiny_assets, "training.precision=bfloat16"))
+    a, b = (torch.cat([g.flatten() for g in part]) for part in (exact, rough))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    assert all(g.abs().max() > 0 for g, e in zip(rough, exact, strict=True) if e.abs().max() > 1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.distill.rollout_context=release"],
+        ["training.distill.context_grad=false"],
+        ["training.distill.exit=last"],
+        ["training.distill.fake_guidance=0.5"],
+        ["stream.context=clean"],
+        ["schedule.steps=2"],
+        ["training.distill.guidance=0"],
+    ],
+)
+def test_settings_change_the_gradient(tiny_assets, overrides):
+    stage = distill_stage(tiny_assets)
+    early = next(s for s in range(60) if stage.planner.draw("generator", s).exits == (1, 1, 0, 0))
+    other = student_gradient(distill_stage(tiny_assets, *overrides), early)
+    assert largest_difference(student_gradient(stage, early), other) > 1e-5
+
+
+def test_lora_moves_adapters_alone_and_exports_merged_weights(tiny_assets, tmp_path):
+    lora = "training.distill.lora={student_rank: 4, critic_rank: 2}"
+    stage = distill_stage(tiny_assets, lora, "training.steps=4")
+    before = states(stage)
+    run(stage, tmp_path)
+    after = states(stage)
+    moved = [k for k in after if k in before and "/module/" in k and not torch.equal(before[k], after[k])]
+    assert moved and all("lora_" in k for k in moved)
+    exported = load_student(tmp_path / "export")
+    x, t, text = torch.randn(1, 3, 16, 4, 6), torch.tensor([500.0]), torch.randn(1, 12, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x, t, text), stage.averaged(x, t, text), rtol=1e-2, atol=1e-2)
+        base = load_student(tiny_assets / "student")
+        assert (exported(x, t, text) - base(x, t, text)).abs().max() > 1e-4
+
+
+class TestLong:
+    LONG = "training.distill.long={max_frames: 18, min_frames: 12, switch_share: 1.0, decode_frames: 3}"
+
+    def test_lengths_switches_and_counted_frames(self, tiny_assets):
+        stage = distill_stage(tiny_assets, self.LONG)
+        plans = [stage.planner.draw("generator", step) for step in range(60)]
+        assert {len(plan.exits) for plan in plans} == {4, 5, 6}
+        for plan in plans:
+            before = len(plan.exits) - 4
+            assert plan.first_grad == (before + 1 if before else 0)
+            assert (plan.switch is None) == (before == 0) and (not before or 1 <= plan.switch <= before)
+            assert plan.frames == (slice(3, 12) if before else None)
+            assert plan.exits[:before] == (3, 2, 1, 1, 1, 1)[:before], "chunks before the window walk whole rows"
+
+    def test_the_window_is_a_clip_and_its_first_chunk_has_no_gradient(self, tiny_assets):
+        stage = distill_stage(tiny_assets, self.LONG)
+        step = next(s for s in range(60) if len(stage.planner.draw("generator", s).exits) == 6)
+        plan = stage.planner.draw("generator", step)
+        batch = stage._draw("generator", step, 0, plan)
+        x = stage._sample(plan, batch["text"], batch["noise"], batch["text_after"], grad=True)
+        assert x.shape[1] == 12
+        x.retain_grad()
+        (gradient,) = torch.autograd.grad(x[:, :3].sum(), [stage.student.model.proj_out.weight], allow_unused=True)
+        assert gradient is None or not gradient.any()
+        same_text = stage._sample(plan, batch["text"], batch["noise"], batch["text"], grad=False)
+        assert not torch.equal(same_text, x)
+        logs = stage.generator_backward.run(plan, [batch])
+        assert logs["loss"].isfinite()
+
+    def test_steps_run(self, tiny_assets):
+        stage = distill_stage(tiny_assets, self.LONG)
+        assert all(v.isfinite() for step in range(4) for v in stage.update(step).values())
+
+
+def test_rollout_shorter_than_the_window_is_refused(tiny_assets):
+    with pytest.raises(UserError, match="long.max_frames=9 is shorter"):
+        distill_stage(tiny_assets, "training.distill.long.max_frames=9")
+
+
+def test_nan_stops_the_run_with_its_batch_and_without_a_checkpoint(tiny_assets, tmp_path):
+    stage = distill_stage(tiny_assets, "training.checkpoint_every=1", "training.log_every=100")
+    update = stage.update
+
+    def poison(step):
+        if step == 2:
+            with torch.no_grad():
+                stage.critic.model.proj_out.bias[0] = float("nan")
+        return update(step)
+
+    stage.update = poison
+    with pytest.raises(NonFiniteLoss, match="critic_loss.*not finite at step 3.*lower the learning rate"):
+        run(stage, tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint_*")) == ["checkpoint_000001", "checkpoint_000002"]
+    kept = torch.load(tmp_path / "not_finite_rank0.pt", weights_only=True)
+    assert kept["step"] == 3 and kept["critic"]["batches"][0]["noise"].shape[0] == 2
+
+
+def test_validation_writes_a_video_with_the_teachers_clips(tiny_assets, tmp_path):
+    stage = distill_stage(tiny_assets, "training.validation_clips=3", "training.distill.video_clips=2")
+    figures = stage.validate(5, tmp_path)
+    assert "shape" in figures
+    assert read_video(tmp_path / "distill_000005.mp4").shape == (45, 2 * 32, 2 * 48, 3)
+
+
+def test_prompts_of_a_file(tiny_assets, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle moves right\na blue square\n")
+    for ahead in ("true", "false"):
+        extra = [f"training.distill.prompts={tmp_path / 'p.txt'}", f"training.distill.encode_ahead={ahead}"]
+        stage = distill_stage(tiny_assets, *extra)
+        assert len(stage.prompts) == 2 and stage.update(0)["critic_loss"].isfinite()
+
+
+def test_open_captions_are_a_share_and_leave_the_others_alone(tiny_assets):
+    def captions(share: float) -> list[str]:
+        prompts = training_prompts(
+            distill_config(tiny_assets, "training.bank_clips=2000", f"training.open_captions={share}")
+        )
+        assert len(prompts) == 2000
+        return prompts
+
+    def is_open(prompt: str) -> bool:
+        said = parse_caption(prompt)
+        return said["direction"] is None and said["speed"] is None
+
+    scenes = TinyWorld(32, 48).scenes(stable_hash(0, "prompts"), 2000)
+    plain, some, more = captions(0), captions(0.3), captions(0.6)
+    assert plain == [training_caption(scene) for scene in scenes]
+    assert sum(map(is_open, plain)) < 60
+    assert some == captions(0.3)
+    changed = [i for i, (a, b) in enumerate(zip(plain, some, strict=True)) if a != b]
+    assert all(is_open(some[i]) and some[i] == more[i] for i in changed)
+    for prompts, share in ((some, 0.3), (more, 0.6), (captions(1), 1.0)):
+        count = sum(map(is_open, prompts)) / 2000
+        assert abs(count - share) < 0.05
+    for scene, prompt in zip(scenes, some, strict=True):
+        assert all(value in (None, vars(scene)[name]) for name, value in parse_caption(prompt).items())
+    grounds = sum(parse_caption(prompt)["background"] is not None for prompt in captions(1))
+    assert 0.5 < grounds / 2000 < 0.7  # the other attributes come and go as ever
+
+
+def test_open_captions_of_given_prompts_are_refused(tiny_assets):
+    with pytest.raises(UserError, match=r"open_captions=0.2 is .*distill.prompts=p.txt.*; set open_captions=0 or"):
+        distill_config(tiny_assets, "training.distill.prompts=p.txt", "training.open_captions=0.2")
+    for share in ("-0.1", "1.5"):
+        with pytest.raises(UserError, match=f"open_captions={share} is out of range"):
+            distill_config(tiny_assets, f"training.open_captions={share}")
+
+
+def test_health_warns_once_with_a_remedy():
+    good = {"critic_gap": 0.9, "motion": 1.0, "contrast": 0.9, "seam": 1.0}
+    rows = [dict(good) for _ in range(8)]
+    assert not warnings(rows)
+    rows += [good | {"motion": 0.3} for _ in range(3)]
+    said = [warning for end in range(1, len(rows) + 1) for warning in warnings(rows[:end])]
+    assert len(said) == 1 and "flow.weight" in said[0]
+    for bad in ({"critic_gap": 2.0}, {"contrast": 1.5}, {"seam": 2.0}):
+        assert len(warnings([good] * 6 + [good | bad] * 3)) + len(warnings([good] * 6 + [good | bad] * 2)) >= 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("head", ["difference", "learned"])
+def test_graphs_of_several_plans_give_the_eager_gradients(tiny_assets, head):
+    """Each plan captured when it comes up, replayed in another order, with one and with two micro-batches."""
+    stages = {}
+    for graphs in (False, True):
+        extra = [f"training.cuda_graphs={str(graphs).lower()}", "training.precision=float32", "device=cuda"]
+        extra += ["training.global_batch=4", f"training.distill.flow.head={head}"]
+        stages[graphs] = build_stage(distill_config(tiny_assets, *extra), torch.device("cuda", 0), Ranks())
+    for step in (0, 3, 6, 0, 9, 3, 12):
+        for who in ("generator", "critic"):
+            found = []
+            for stage in stages.values():
+                family = {"generator": stage.generator_backward, "critic": stage.critic_backward}[who]
+                logs = family.run(*stage._batches(who, step))
+                found.append((logs, [p.grad.clone() for p in family.parameters if p.grad is not None]))
+            (a, eager), (b, graphed) = found
+            assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
+            one, two = (torch.cat([g.flatten() for g in part if g.any()]) for part in (eager, graphed))
+            assert torch.nn.functional.cosine_similarity(one, two, dim=0) > 0.9999
+    assert len(stages[True].generator_backward.graphs) > 1

@@ -1,0 +1,138 @@
+"""A trained student that is sharded stays gathered from its first pass after a step to its next step, and no longer."""
+
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SEVERAL_RANKS
+from distill_case import distill_config, distill_stage
+from ranks_case import group, on_ranks
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
+
+from model.weights.load import load_student
+from trainer.checkpoint.sharded import read_state, write
+from trainer.distill.stage import Distill
+from trainer.parallel.apply import drop_gathered, gather, mean_over_ranks, optimized, optimizer_state, whole
+from trainer.parallel.control_group import Team
+
+pytestmark = SEVERAL_RANKS
+CYCLE = 3  # steps, of which the first begins with an update of the generator
+SETTINGS = (
+    f"training.distill.dfake_gen_update_ratio={CYCLE}", "training.global_batch=4", "training.micro_batch=1",
+    "video.num_latent_frames=9", "training.validation_clips=2", "training.distill.video_clips=1",
+    "training.optimizer.eps=1e-3", "training.distill.critic_optimizer.eps=1e-3",
+)  # fmt: skip
+LORA = ("training.distill.lora.student_rank=3", "training.distill.lora.critic_rank=3")
+SHARED = ("training.sequence_parallel=2", "training.sequence_student=shared")
+
+
+@contextmanager
+def gathers(networks: dict[str, nn.Module]):
+    """Messages that gather a unit of each network's, while it is open."""
+    seen, inner = Counter(), _fsdp_param_group.foreach_all_gather
+    owner = {id(part): role for role, network in networks.items() for part in network.modules()}
+
+    def counted(params, *args, **kwargs):
+        seen[owner.get(id(params[0]._module_info.module))] += 1
+        return inner(params, *args, **kwargs)
+
+    _fsdp_param_group.foreach_all_gather = counted
+    try:
+        yield seen
+    finally:
+        _fsdp_param_group.foreach_all_gather = inner
+
+
+def units(network: nn.Module) -> int:
+    return sum(isinstance(part, FSDPModule) for part in network.modules())
+
+
+def networks(stage: Distill) -> dict[str, nn.Module]:
+    return {"student": stage.student.model, "critic": stage.critic.model, "average": stage.averaged}
+
+
+def values(stage: Distill) -> dict[str, Tensor]:
+    """Every parameter of what is trained and of the average; sharded ones are gathered from their parts."""
+    for network in networks(stage).values():
+        drop_gathered(network)
+    named = {role: network.named_parameters() for role, network in networks(stage).items()}
+    return {f"{role} {name}": whole(p.detach()).clone() for role, some in named.items() for name, p in some}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, ...]) -> bool:
+    """Two cycles of one process, then the same of all ranks; then what these save."""
+    settings, expected = (*SETTINGS, *network), []
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)  # of this process
+    alone = distill_stage(Path(assets), *settings)
+    for step in range(2 * CYCLE):
+        logs = {name: value.clone() for name, value in alone.update(step).items()}
+        expected.append((logs, values(alone)))
+    with group() as ranks:
+        stage, counts = distill_stage(Path(assets), *settings, *parallel, ranks=ranks), []
+        student = stage.student.model
+        text_kv, made = student.text_kv, []
+        student.text_kv = lambda text: made.append(step) or text_kv(text)
+        for step in range(2 * CYCLE):
+            with gathers(networks(stage)) as seen:
+                logs = stage.update(step)
+            counts.append(seen["student"])
+            assert_close(mean_over_ranks(logs), expected[step][0])
+            assert not any(isinstance(p, DTensor) for p in student.parameters())
+            assert seen["critic"] > units(stage.critic.model), "forward, and blocks again"
+            if step == 1:  # the average is gathered by this, and changes next
+                stage.validate(step, Path(out))
+        once = units(student)
+        assert counts == [2 * once, 0, 0, once, 0, 0], "once for the first update, and once after each step"
+        assert made.count(CYCLE - 1) == stage.micro_batches, "keys of a text once a rollout"
+        held = {f"student {name}": p.detach().clone() for name, p in student.named_parameters()}
+        player = stage.players["generator"]
+        assert [p for _, p in optimized(student, player.optimizer)] == player.parameters
+        gather(student)
+        named = optimizer_state(student, player.optimizer)
+        assert not ranks.first or len(named["state"]) == len(player.parameters)
+        gather(student)
+        team = Team()
+        if ranks.first:
+            Path(out, "shards").mkdir()
+        team.wait()
+        write(Path(out, "shards"), stage.players, stage.state_dict(), team)
+        stage.export(Path(out, "export"), 2 * CYCLE)
+        parts = values(stage)
+        assert all(torch.equal(value, parts[name]) for name, value in held.items()), "weights of before the step"
+        assert_close(parts, expected[-1][1])
+        saved = read_state(Path(out, "shards"))
+        for role, player, part in (("student", "generator", "module"), ("average", "generator", "average")):
+            for name, value in saved[player][part].items():
+                assert torch.equal(value, parts[f"{role} {name}"]), f"{role} {name}"
+        if ranks.first:
+            alone.export(Path(out, "alone"), 2 * CYCLE)
+            assert_close(*(dict(load_student(Path(out, name)).named_parameters()) for name in ("export", "alone")))
+    return True
+
+
+@pytest.mark.parametrize(
+    "network, parallel",
+    [
+        ((), ("training.sharding=full",)),
+        (LORA, ("training.sharding=hybrid", "training.shard_ranks=2")),
+        (LORA, ("training.sharding=full", *SHARED, "training.checkpointing=true")),
+        ((), ("training.sharding=full", "training.checkpointing=true", "training.compile=true")),
+    ],
+    ids=["full", "adapters", "sequence", "compiled"],
+)
+def test_gathered_once_a_cycle_and_never_stale(tiny_assets, tmp_path, network, parallel):
+    distill_config(tiny_assets)  # makes the teacher
+    outcomes = on_ranks(2, train, str(tiny_assets), str(tmp_path), network, parallel)
+    assert [o.ended for o in outcomes] == ["done"] * 2, outcomes

@@ -1,0 +1,137 @@
+"""train.py: flags, sinks, a run from end to end, and that inference plays what it leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+from distill_case import distill_config
+
+from configs.errors import UserError
+from configs.load import load_config, to_yaml
+from pipeline import DiagonalPipeline
+from trainer.cli import parse
+from trainer.loop import make_sinks
+from utils.logs import read_jsonl
+
+sys.path.insert(0, str(ROOT))
+
+
+def train(monkeypatch, *arguments):
+    import train as entry
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    threads = torch.get_num_threads()
+    try:
+        return entry.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config_file(tiny_assets, tmp_path):
+    path = tmp_path / "case.yaml"
+    path.write_text(to_yaml(distill_config(tiny_assets, "training.steps=3", "training.validation_clips=2")))
+    return path
+
+
+def test_flags_become_settings():
+    args = parse(["--config_path", "a.yaml", "--max_checkpoints", "3", "--no_visualize", "seed=1"])
+    assert args.overrides == ["training.max_checkpoints=\"3\"", "training.validation_clips=0", "seed=1"]
+    assert load_config("configs/train_tiny.yaml", args.overrides).training.max_checkpoints == 3
+    assert parse(["--disable-wandb"]).disable_wandb and parse([]).config_path == "configs/train_tiny.yaml"
+    with pytest.raises(UserError, match="--wrong"):
+        parse(["--wrong"])
+
+
+def test_a_run_that_inference_plays(config_file, tiny_assets, tmp_path, monkeypatch):
+    logdir = tmp_path / "run"
+    assert train(monkeypatch, "--config_path", str(config_file), "--logdir", str(logdir)) == 0
+    rows = read_jsonl(logdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 3] and "validation_shape" in rows[-1]
+    assert len(list((logdir / "validation").glob("*.mp4"))) == 1
+    assert load_config(logdir / "config.yaml").training.steps == 3
+    for path in (logdir, logdir / "export"):
+        pipe = DiagonalPipeline.from_config(str(tiny_assets / "tiny.yaml"), f"model.student={path}")
+        assert pipe("a red circle").frames.shape == (21, 32, 48, 3)
+
+
+def test_no_save_leaves_metrics_only(config_file, tmp_path, monkeypatch):
+    logdir = tmp_path / "run"
+    train(monkeypatch, "--config_path", str(config_file), "--logdir", str(logdir), "--no_save", "--no_visualize")
+    assert {p.name for p in logdir.iterdir()} == {"config.yaml", "metrics.jsonl", "audit.json"}
+
+
+def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("wandb")
+
+    class Run:
+        def log(self, values, step):
+            calls.append(("log", step, values))
+
+        def finish(self, exit_code):
+            calls.append(("finish", exit_code))
+
+    fake.init = lambda **options: calls.append(("init", options["id"], options["resume"])) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = load_config("configs/train_tiny.yaml", ["training.loggers=[wandb]"])
+    for _ in range(2):
+        _, sink = make_sinks(config, tmp_path)(0)
+        with sink:
+            sink.write(3, loss=1.0)
+    assert [call[0] for call in calls] == ["init", "log", "finish"] * 2 and calls[0] == calls[3]
+    assert len(make_sinks(config, tmp_path, wandb=False)(0)) == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb, or pass --disable-wandb"):
+        make_sinks(config, tmp_path)(0)
+
+
+def test_an_unknown_logger_is_refused():
+    with pytest.raises(UserError, match="training.loggers"):
+        load_config("configs/train_tiny.yaml", ["training.loggers=[mlflow]"])
+
+
+def test_export_of_a_checkpoint(config_file, tmp_path):
+    """Averaged by default, the weights themselves on demand; both load."""
+    from model.weights.load import load_student
+    from trainer.loop import run
+    from trainer.registry import build_stage
+    from utils.distributed import Ranks
+
+    config = load_config(config_file, ["training.validation_clips=0"])
+    stage = build_stage(config, torch.device("cpu"), Ranks())
+    run(stage, tmp_path / "run")
+    for flags, wanted in ([], stage.averaged), (["--raw"], stage.student.model):
+        out = tmp_path / f"out{len(flags)}"
+        command = [sys.executable, str(ROOT / "scripts" / "export_checkpoint.py"), str(tmp_path / "run"), str(out)]
+        done = subprocess.run([*command, "--dtype", "float32", *flags], capture_output=True, text=True)
+        assert done.returncode == 0 and "weights of step 3" in done.stdout, done.stderr
+        loaded = load_student(out).state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in wanted.state_dict().items())
+
+
+def test_sigterm_and_the_same_command_again(config_file, tmp_path):
+    """A run stopped in the middle says so, exits 0, and ends with the bytes of one that was not stopped."""
+    more = ["training.steps=30", "training.log_every=1", "training.validation_clips=0"]
+    command = [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), *more, "--logdir"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    subprocess.run([*command, str(straight)], env=env, capture_output=True, check=True, timeout=120)
+
+    process = subprocess.Popen([*command, str(stopped)], env=env, stdout=subprocess.PIPE, text=True)
+    metrics = stopped / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(read_jsonl(metrics)) >= 4):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command resumes" in said
+    assert 4 <= len(read_jsonl(metrics)) < 30 and (stopped / "export" / "config.json").exists()
+    subprocess.run([*command, str(stopped)], env=env, capture_output=True, check=True, timeout=120)
+    weights = "export/diffusion_pytorch_model.safetensors"
+    assert (straight / weights).read_bytes() == (stopped / weights).read_bytes()

@@ -1,0 +1,152 @@
+"""The training machinery on tiny things: schedules, averages, accumulation, checkpoints, exact resume."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.train_schema import OptimizerConfig
+from trainer.checkpoint import save as checkpoint
+from trainer.loop import run
+from trainer.optim.train_state import Average, learning_rate
+from trainer.registry import build_stage
+from trainer.tiny.causal_ode import trajectory_grid
+from utils.distributed import Ranks
+from utils.logs import read_jsonl
+
+CPU = torch.device("cpu")
+
+
+def text_stage(tmp_path: Path, *overrides: str):
+    """A text stage of a few steps."""
+    small = ["training.bank_clips=64", "training.validation_clips=0", "training.log_every=1"]
+    sizes = ["training.steps=6", "training.global_batch=4", "training.micro_batch=4"]
+    export = f"training.export={tmp_path / 'export'}"
+    config = load_config("configs/train_tiny_text.yaml", [*small, *sizes, export, *overrides])
+    return build_stage(config, CPU, Ranks())
+
+
+def tensors(state, prefix=""):
+    """Every tensor of a nested state, by path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {k: v for name, value in items for k, v in tensors(value, f"{prefix}/{name}").items()}
+
+
+def assert_same_state(one, other):
+    a, b = tensors(one.players["module"].state_dict()), tensors(other.players["module"].state_dict())
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(lr=1.0, warmup_steps=10, final_lr_share=0.1)
+    rates = [learning_rate(config, step, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_average_copies_then_decays():
+    module = nn.Linear(3, 2)
+    average = Average(module, decay=0.9, start_step=2)
+    expected = None
+    for step in range(6):
+        with torch.no_grad():
+            module.weight.add_(torch.randn(2, 3))
+        average.update(module, step)
+        weight = module.weight.detach()
+        expected = weight.clone() if step < 2 else 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(average.module.weight, expected)
+    assert not any(p.requires_grad for p in average.module.parameters())
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    whole, parts = text_stage(tmp_path), text_stage(tmp_path, "training.micro_batch=2")
+    assert parts.micro_batches == 2
+    for step in range(3):
+        one, two = whole.update(step), parts.update(step)
+        torch.testing.assert_close(one["loss"], two["loss"])
+    for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_global_batch_must_divide(tmp_path):
+    with pytest.raises(UserError, match="training.global_batch=4.*training.micro_batch=3"):
+        text_stage(tmp_path, "training.micro_batch=3")
+
+
+def test_resume_is_exact(tmp_path):
+    straight = text_stage(tmp_path)
+    run(straight, tmp_path / "straight")
+
+    class Killed(Exception):
+        pass
+
+    first = text_stage(tmp_path, "training.checkpoint_every=2")
+    update = first.update
+
+    def die_at_five(step):
+        if step == 5:
+            raise Killed
+        return update(step)
+
+    first.update = die_at_five
+    with pytest.raises(Killed):
+        run(first, tmp_path / "resumed")
+    second = text_stage(tmp_path, "training.checkpoint_every=2")
+    run(second, tmp_path / "resumed")
+
+    assert_same_state(straight, second)
+    metrics = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
+    losses = [[row["loss"] for row in rows] for rows in metrics]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"x": torch.tensor([step])}, {"stage": "text"}, keep=3)
+    newest = checkpoint.folders(tmp_path)[-1] / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    state, manifest = checkpoint.latest(tmp_path, "text")
+    assert manifest["step"] == 1 and state["x"].item() == 1
+    assert "damaged" in caplog.text
+
+
+def test_checkpoints_are_kept_to_a_number_and_leave_nothing_behind(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, step, {"x": torch.zeros(1)}, {"stage": "text"}, keep=2)
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["checkpoint_000004", "checkpoint_000005"]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert json.loads((checkpoint.folders(tmp_path)[-1] / "manifest.json").read_text())["step"] == 5
+
+
+def test_another_stage_does_not_resume(tmp_path):
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, {"stage": "codec"}, keep=2)
+    with pytest.raises(UserError, match="stage codec.*--logdir"):
+        checkpoint.latest(tmp_path, "text")
+
+
+def test_trajectory_grid_holds_every_row():
+    rows = [(1000.0, 921.0526, 769.2308, 357.142857), (1000.0, 859.375, 357.142857), (1000.0, 357.142857)]
+    grid = trajectory_grid(rows, 50.0, 5.0)
+    assert grid[0] == 1000.0 and grid[-1] == 0.0 and sorted(grid, reverse=True) == grid
+    assert all(t in grid for row in rows for t in row)
+    gaps = [a - b for a, b in zip(grid, grid[1:], strict=False)]
+    assert min(gaps) > 1e-3
+
+
+def test_every_stage_has_a_preset():
+    from configs.train_schema import STAGES
+
+    for stage in STAGES:
+        config = load_config(f"configs/train_tiny_{stage}.yaml")
+        assert config.training.stage == stage
+        assert dataclasses.asdict(config)["video"]["height"] == 64

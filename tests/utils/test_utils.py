@@ -1,0 +1,315 @@
+"""Seeds, files, prompts, logs, ranks, devices, timers and exits."""
+
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from conftest import ROOT
+
+from configs.errors import UserError
+from utils import exits
+from utils.device import available_cpus, pick_device, pick_dtype
+from utils.distributed import Ranks
+from utils.files import (
+    HashedFile,
+    atomic_path,
+    check_writable,
+    safe_name,
+    sampled_hash,
+    sha256_of,
+    short_hash,
+    write_json_atomic,
+)
+from utils.logs import JsonlSink, console, get_logger, read_jsonl
+from utils.progress import progress_bar
+from utils.prompts import check_prompt, read_prompts
+from utils.seeds import generator, sample_seed, stable_hash
+from utils.timers import SpanTimer
+
+NASTY = ["a/b\\c", "..", "🚀🎉", "line\nbreak\ttab", "x" * 10_000, "中文提示" * 99, "con", "-rf *", "\u202e?"]
+NASTY += ["a" * 59 + "é" * 9, "word " * 99]
+
+
+def test_seeds_are_the_same_everywhere_and_for_ever():
+    # printf '[0, "noise", 3]' | sha256sum, the first 8 bytes, halved; another value would change every video
+    assert stable_hash(0, "noise", 3) == 0x68937FC49FC40DE9 >> 1
+    assert generator(1, "a").initial_seed() != generator(1, "b").initial_seed()
+    assert torch.equal(torch.randn(3, generator=generator(1, "a", 2)), torch.randn(3, generator=generator(1, "a", 2)))
+    assert stable_hash(1, "a", 2) != stable_hash(1, "a2") and stable_hash(1, 1) != stable_hash(1, "1")
+
+
+def test_sample_seeds():
+    assert sample_seed(42, 0) == 42
+    seeds = [sample_seed(seed, i) for seed in range(20) for i in range(1, 50)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_atomic_path_keeps_the_old_file_on_failure(tmp_path, error):
+    path = tmp_path / "new" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists() and temporary.suffix == ".txt"
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_path_takes_the_longest_names(tmp_path):
+    path = tmp_path / ("x" * 251 + ".txt")
+    with atomic_path(path) as temporary:
+        temporary.touch()
+    assert path.exists()
+
+
+def test_json_is_strict(tmp_path):
+    write_json_atomic(tmp_path / "a.json", {"prompt": "é🚀\n", "x": [1, 2.5]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"prompt": "é🚀\n", "x": [1, 2.5]}
+    with pytest.raises(ValueError):
+        write_json_atomic(tmp_path / "b.json", {"x": float("nan")})
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize("prompt", NASTY)
+def test_safe_name_works_on_disk(tmp_path, prompt):
+    name = safe_name(prompt)
+    assert 0 < len(name.encode()) <= 60 and not set(name) & set("/\\:*?\"<>|. \n\t")
+    (tmp_path / name).touch()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_safe_name_is_readable_and_cuts_at_words():
+    assert safe_name("A red circle, moving right!") == "A_red_circle_moving_right"
+    assert safe_name("one two three", limit=9) == "one_two"
+    assert safe_name("one two three", limit=7) == "one_two"
+
+
+def test_hashes(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert short_hash("a", 1) != short_hash("a1") and len(short_hash("a")) == 10
+    before = sampled_hash(path)
+    path.write_bytes(b"abd")
+    assert sampled_hash(path) != before
+    path.write_bytes(b"")
+    assert sampled_hash(path) != before
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path):
+    """In order, whatever becomes of the caller's memory; and a full disk is an error."""
+
+    class Slow:
+        def __init__(self):
+            self.digest = hashlib.sha256()
+            self.hexdigest = self.digest.hexdigest
+
+        def update(self, data: bytes) -> None:
+            time.sleep(0.01)
+            self.digest.update(data)
+
+    path, data = tmp_path / "state", bytearray(3 << 20)
+    with HashedFile(path) as file:
+        file._digest = Slow()
+        for value in range(8):
+            data[:] = bytes([value]) * len(data)
+            assert file.write(memoryview(data)) == len(data)
+            data[:] = bytes(len(data))
+            file.write(b"end")
+        file.flush()
+        assert file.hexdigest() == sha256_of(path)
+    assert path.stat().st_size == 8 * (len(data) + 3) and path.read_bytes()[-4:] == b"\x07end"
+    with pytest.raises(OSError, match="No space left"), HashedFile("/dev/full") as file:
+        torch.save(torch.zeros(1 << 20), file)
+
+
+def test_check_writable(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert check_writable(folder, "out") == folder and not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out=.*is a file"):
+        check_writable(tmp_path / "file" / "sub", "out")
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable("/proc/none", "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_read_prompts_tolerates_windows(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone\r\n\r\n  zwei ä \r\nthree\u2028still three\n\n".encode())
+    assert read_prompts(path) == ["one", "zwei ä", "three\u2028still three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "holds no prompt"),
+        (b"\xef\xbb\xbf\n \n", "holds no prompt"),
+        (b"ok\n\xff\xfe", "UTF-8 at byte 3"),
+        ("utf-16 text".encode("utf-16"), "UTF-8"),
+        (b"ok\na\0b\n", "line 2.*NUL"),
+    ],
+)
+def test_read_prompts_refuses(tmp_path, content, message):
+    path = tmp_path / "p.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t", "a\0b", "bad \udcff byte"])
+def test_check_prompt_refuses(prompt):
+    with pytest.raises(UserError):
+        check_prompt(prompt)
+
+
+def test_jsonl_resumes_without_doubles(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with JsonlSink(path) as sink:
+        for step in range(4):
+            sink.write(step, loss=torch.tensor(0.5), note="x", bad=float("nan"))
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    with JsonlSink(path, resume_step=2) as sink:
+        sink.write(3, loss=1)
+    rows = read_jsonl(path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0] == {"step": 0, "loss": 0.5, "note": "x", "bad": "nan"} and rows[3]["loss"] == 1
+
+
+def test_console_speaks_in_the_right_voice(capsys):
+    console()
+    get_logger("test").info("hello")
+    get_logger("test").warning("careful")
+    console(quiet=True)
+    get_logger("test").info("not shown")
+    captured = capsys.readouterr()
+    assert captured.out == "hello\n" and captured.err == "warning: careful\n"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_share_loses_none(world):
+    items = list(range(10))
+    shares = [Ranks(rank, world).share(items) for rank in range(world)]
+    assert sorted(sum(shares, [])) == items and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_ranks_from_env(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.from_env() == Ranks(0, 1, 0) and Ranks.from_env().first
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="RANK=3"):
+        Ranks.from_env()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Ranks.from_env() == Ranks(3, 4, 0)
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    with pytest.raises(UserError, match="integers"):
+        Ranks.from_env()
+
+
+def test_process_group_of_two():
+    code = (
+        "import os, sys, torch, torch.distributed as dist\n"
+        "from utils.distributed import Ranks, process_group\n"
+        "with process_group(Ranks.from_env(), torch.device('cpu')):\n"
+        "    x = torch.tensor([dist.get_rank() + 1.0]); dist.all_reduce(x); assert x.item() == 3, x\n"
+        "assert not dist.is_initialized()\n"
+    )
+    port = str(20_000 + os.getpid() % 20_000)
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+def test_devices_and_precision():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UserError, match="device=gpu"):
+        pick_device("gpu")
+    with pytest.raises(UserError, match="device=cuda:99"):
+        pick_device("cuda:99")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("float16", torch.device("cpu")) == torch.float16
+    with pytest.raises(UserError, match="precision=fp4"):
+        pick_dtype("fp4", torch.device("cpu"))
+    assert 1 <= available_cpus() <= os.cpu_count()
+
+
+def test_timer_names_spans_and_adds_up():
+    timer = SpanTimer(torch.device("cpu"))
+    time.sleep(0.02)
+    timer.mark("sleep")
+    timer.mark("nothing")
+    time.sleep(0.02)
+    timer.mark("sleep")
+    spans = timer.spans()
+    assert list(spans) == ["sleep", "nothing"] and 0.04 <= spans["sleep"] < 0.5 and spans["nothing"] < 0.02
+
+
+def test_progress_bar_says_nothing_without_a_terminal(capfd):
+    with progress_bar("a\nprompt" * 50, 3) as bar:
+        bar.update(3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_bar_stays_on_its_line(monkeypatch):
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(ours, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with progress_bar("a\nprompt " * 50, 3) as bar:
+            for _ in range(3):
+                bar.update()
+                bar.refresh()  # left to itself, tqdm decides by the clock when to redraw
+    parts = []
+    with suppress(OSError):  # the end: nobody has the terminal open any more. It may give what was written in parts
+        while True:
+            parts.append(os.read(terminal, 100_000))
+    os.close(terminal)
+    shown = b"".join(parts).decode()
+    assert "3/3" in shown and "\n" not in shown and shown.count("\r") > 3
+    assert not shown.split("\r")[-2].strip(), "it vanishes"
+
+
+def test_exits(capsys):
+    def bad():
+        raise UserError("x=1 is wrong;\ntry 2")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def broken():
+        raise RuntimeError("ours")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for main, code in ((lambda: None, 0), (lambda: 3, 3), (bad, 2), (interrupted, 130)):
+            with pytest.raises(SystemExit) as stop:
+                exits.run(main)
+            assert stop.value.code == code
+        with pytest.raises(RuntimeError):
+            exits.run(broken)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: x=1 is wrong; try 2" and lines[1].startswith("interrupted") and len(lines) == 2

@@ -1,0 +1,108 @@
+"""Video files: what is written is what is read, whole or not at all."""
+
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from conftest import ROOT, alike
+
+from configs.errors import UserError
+from utils.video import VideoWriter, contact_sheet, read_video, shrink, to_yuv
+
+
+def clip(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """A smooth clip with saturated colours, uint8 [T, H, W, 3]."""
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    parts = 255 * x / width, 255 * (t / frames) + 0 * y, 255 * (1 - y / height)
+    return np.stack(parts, axis=-1).astype(np.uint8)
+
+
+def test_round_trip_and_format(tmp_path):
+    frames = clip(21)
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, 16, (64, 96)) as video:
+        for part in (frames[:9], frames[9:]):
+            video.write(part)
+            assert not path.exists()
+    back = read_video(path)
+    assert back.shape == frames.shape and back.dtype == np.uint8
+    assert np.abs(back.astype(int) - frames).mean() < 3
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.name, stream.pix_fmt, stream.average_rate, stream.frames) == ("h264", "yuv420p", 16, 21)
+    assert path.read_bytes().find(b"moov") < path.read_bytes().find(b"mdat"), "a browser would wait for the whole file"
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (128, 128, 128)])
+def test_colours_survive(tmp_path, colour):
+    """Wrong matrix coefficients (BT.601 against BT.709) would move these by 20 and more."""
+    frames = np.full((4, 32, 32, 3), colour, np.uint8)
+    with VideoWriter(tmp_path / "c.mp4", 16, (32, 32)) as video:
+        video.write(frames)
+    assert np.abs(read_video(tmp_path / "c.mp4").astype(int) - frames).max() <= 6
+
+
+def test_same_frames_reach_the_encoder_and_others_do_not_look_like_them(tmp_path):
+    planes = [to_yuv(clip(13)[5], 5, 16).to_ndarray() for _ in range(2)]
+    assert np.array_equal(*planes)
+    for name, frames in (("a", clip(13)), ("b", clip(13)), ("later", clip(14)[1:])):
+        with VideoWriter(tmp_path / f"{name}.mp4", 16, (64, 96)) as video:
+            video.write(frames)
+    a, b, later = (read_video(tmp_path / f"{name}.mp4") for name in ("a", "b", "later"))
+    assert alike(a, b) and not alike(a, later)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_failed_video(tmp_path, error):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"before")
+    with pytest.raises(error), VideoWriter(path, 16, (64, 96)) as video:
+        video.write(clip(9))
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"] and path.read_bytes() == b"before"
+
+
+def test_bad_frames_and_sizes(tmp_path):
+    with pytest.raises(UserError, match="odd"):
+        VideoWriter(tmp_path / "clip.mp4", 16, (63, 96))
+    with pytest.raises(ValueError, match="uint8"), VideoWriter(tmp_path / "clip.mp4", 16, (64, 96)) as video:
+        video.write(clip(3).astype(np.float32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_read_video_refuses_what_is_none(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    for name in ("text.mp4", "missing.mp4"):
+        with pytest.raises(UserError, match=name):
+            read_video(tmp_path / name)
+
+
+def test_contact_sheet_places_frames_and_marks_chunks():
+    frames = np.zeros((21, 10, 20, 3), np.uint8) + np.arange(21, dtype=np.uint8)[:, None, None, None]
+    sheet = np.asarray(contact_sheet(frames, columns=9, chunk_borders=[9]))
+    assert sheet.shape == (30, 180, 3)
+    assert sheet[15, 30].tolist() == [10] * 3, "frame 10 is the second of the second row"
+    marked = [i for i in range(21) if sheet[i // 9 * 10 + 5, i % 9 * 20, 0] == 255]
+    assert marked == [9]
+
+
+def test_contact_sheet_of_a_long_clip_stays_small():
+    frames = np.zeros((500, 90, 400, 3), np.uint8)
+    sheet = contact_sheet(frames, chunk_borders=range(9, 500, 12))
+    assert sheet.size == (9 * 160, 9 * 36)
+
+
+def test_shrink_keeps_small_frames_and_aspect():
+    assert shrink(clip(2), 160).shape == (2, 64, 96, 3)
+    assert shrink(clip(2, 480, 832), 160).shape == (2, 92, 160, 3)
+
+
+def test_killed_process_leaves_no_whole_file(tmp_path):
+    code = (
+        "import os, sys, numpy as np\nfrom utils.video import VideoWriter\n"
+        "with VideoWriter(sys.argv[1], 16, (64, 96)) as v: v.write(np.zeros((9, 64, 96, 3), np.uint8)); os._exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "clip.mp4")], cwd=ROOT).returncode == 7
+    assert not (tmp_path / "clip.mp4").exists()

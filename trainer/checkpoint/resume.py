@@ -1,0 +1,96 @@
+"""What may be other in the configuration of a run that goes on, and what may not.
+
+A resumed run is the run that was stopped. FREE settings change nothing in its numbers; with TUNED ones it goes on from
+here in another way, which is said; any other change is refused, unless `training.accept_changes` names it. The number
+of processes is no setting: it may change as long as `training.global_batch` stays.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.load import as_meant, to_dict
+from configs.schema import Config
+from model.weights.run_folders import MANIFEST
+from trainer.checkpoint.save import folders
+from utils.logs import get_logger
+
+log = get_logger(__name__)
+
+FREE = (
+    "name", "device", "inference",
+    "training.attention", "training.checkpointing", "training.compile", "training.cuda_graphs",
+    "training.sharding", "training.shard_ranks", "training.sequence_parallel",
+    "training.sequence_student", "training.timeout_s",
+    "training.log_every", "training.loggers", "training.checkpoint_every", "training.max_checkpoints",
+    "training.validate_every", "training.validation_clips", "training.export", "training.accept_changes",
+    "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
+)  # fmt: skip
+KNOBS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "final_lr_share", "max_grad_norm")
+TUNED = (
+    "training.steps", "training.micro_batch", "training.precision", "training.ema_decay", "training.ema_start_step",
+    "training.distill.spatial_weight", "training.distill.gamma", "training.distill.flow.weight",
+    "training.distill.regression_weight", "training.distill.guidance", "training.distill.fake_guidance",
+    "training.distill.teacher_fp8", "training.distill.fast_rollout",
+    "training.flow", "training.codec",
+    *(f"training.{name}.{knob}" for name in ("optimizer", "distill.critic_optimizer") for knob in KNOBS),
+)  # fmt: skip
+
+
+def check_resumable(config: Config, logdir: Path) -> None:
+    """`check_changes` against what `logdir` holds, if anything, before a network is made."""
+    for folder in reversed(folders(logdir)):
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            stage, before = manifest["stage"], manifest["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: the one before may be what the run goes on from
+        check_stage(stage, config.training.stage, logdir)
+        check_changes(before, config, logdir)
+        return
+
+
+def check_stage(before: str, now: str, logdir: Path) -> None:
+    """Refuse to go on with a run of another stage."""
+    if before != now:
+        raise UserError(
+            f"--logdir {logdir} holds a run of stage {before} and this is stage {now}; choose another --logdir"
+        )
+
+
+def check_changes(before: dict[str, Any], config: Config, logdir: Path) -> None:
+    """Refuse what may not be other than in `before`, the configuration in a checkpoint's manifest; warn of the rest.
+
+    Settings that did not exist then are left out.
+    """
+    now = dict(_leaves(to_dict(config)))
+    changed = {key: (old, now[key]) for key, old in _leaves(as_meant(before)) if key in now and now[key] != old}
+    accepted = config.training.accept_changes
+    refused = [key for key in changed if not _in(key, (*FREE, *TUNED, *accepted))]
+    if refused:
+        key = refused[0]
+        old, new = changed[key]
+        more = f" ({len(refused) - 1} more: {', '.join(refused[1:4])})" if refused[1:] else ""
+        raise UserError(
+            f"{key}={new} was {old} when {logdir} was saved{more}, and a run goes on as it began; set it back, choose "
+            f"another --logdir, or name it in training.accept_changes"
+        )
+    for key, (old, new) in changed.items():
+        if not _in(key, FREE):
+            log.warning(
+                "%s was %s and is %s from here on: the run is no longer that of one configuration", key, old, new
+            )
+
+
+def _in(key: str, settings: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in settings)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

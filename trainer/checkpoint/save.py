@@ -1,0 +1,191 @@
+"""Checkpoints of a run: whole or not there, verified when read.
+
+    <logdir>/checkpoint_000200/manifest.json  stage, step, schedule, config and the SHA-256 of each file
+                              /state.pt       tensors of every player (weights, average, optimiser); of a run that is
+                              /shards/...     sharded, in its place: each rank's own parts (sharded_checkpoint.py)
+
+A checkpoint is written aside and renamed. One that does not verify is skipped, with a warning, for the one before.
+Either form can be read by any number of ranks, sharded or not.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from configs.errors import UserError
+from model.weights.run_folders import MANIFEST, SHARDS, STATE
+from trainer.checkpoint import sharded as sharded_checkpoint
+from trainer.optim.train_state import Player
+from trainer.parallel.control_group import FailedElsewhere, Team
+from utils.files import HashedFile, sha256_of
+from utils.logs import get_logger
+
+log = get_logger(__name__)
+
+PREFIX, ASIDE = "checkpoint_", ".partial-"
+WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left", "File too large")  # torch.save's own words
+
+
+class SaveFailed(UserError):
+    """The disk did not take a checkpoint."""
+
+
+def folders(logdir: Path) -> list[Path]:
+    """Checkpoints under `logdir`, oldest first."""
+    return sorted(p for p in logdir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit())
+
+
+def save(
+    logdir: Path,
+    step: int,
+    state: dict[str, Any] | Callable[[Path], None],
+    manifest: dict[str, Any],
+    keep: int,
+    team: Team | None = None,
+) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep`. All ranks take part and fail together.
+
+    state: what the first rank writes; or a function by which each rank writes its parts into an empty folder.
+    Raises SaveFailed, with the checkpoints that were there before left alone.
+    """
+    team = team or Team()
+    first, final = team.rank == 0, logdir / f"{PREFIX}{step:06d}"
+    aside, hashes = logdir / f"{ASIDE}{final.name}", {}
+
+    def on_first(work: Callable[[], Any]) -> None:
+        team.together("saving", lambda: work() if first else None)
+
+    try:
+        on_first(lambda: _make_empty(aside))
+        with _without_crc():
+            if callable(state):
+                state(aside / SHARDS)
+            else:
+                on_first(lambda: hashes.update(sha256=_write(state, aside / STATE)))
+        if callable(state):
+            hashes["files"] = _hashes(aside, team)
+        on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": team.world} | hashes))
+    except (OSError, RuntimeError, FailedElsewhere) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITER_ERRORS):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        last = [p.name for p in folders(logdir) if p != final]
+        raise SaveFailed(
+            f"--logdir {logdir}: the checkpoint of step {step} could not be written ({reason}); "
+            f"{f'{last[-1]} is whole' if last else 'there is none before it'}; make room, and start the same command "
+            f"again"
+        ) from error
+    finally:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+    if first:
+        for old in folders(logdir)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch.save without a CRC-32 of each tensor, which takes long and is not needed: the manifest has SHA-256."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write(state: dict[str, Any], path: Path) -> str:
+    """The SHA-256 of what was written."""
+    with HashedFile(path) as file:
+        torch.save(state, file)
+        return file.hexdigest()
+
+
+def _hashes(aside: Path, team: Team) -> dict[str, str]:
+    """The SHA-256 of each part, of which each rank reads its share."""
+    names = sorted(file.relative_to(aside).as_posix() for file in (aside / SHARDS).iterdir())
+    own = team.together("saving", lambda: {n: sha256_of(aside / n) for n in names[team.rank :: team.world]})
+    return {name: value for part in team.gather(own) for name, value in part.items()}
+
+
+def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+
+
+def verified(folder: Path, team: Team | None = None) -> dict[str, Any] | None:
+    """The manifest of `folder`, or None (with a warning) if the checkpoint is not whole. Ranks share the reading."""
+    team = team or Team()
+    manifest, reason = None, None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"] if "files" in manifest else {STATE: manifest["sha256"]}
+        own = sorted(files)[team.rank :: team.world]
+        wrong = [name for name in own if sha256_of(folder / name) != files[name]]
+        reason = f"{wrong[0]} does not match its hash" if wrong else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) or type(error).__name__
+    reasons = [text for text in team.gather(reason) if text]
+    if not reasons:
+        return manifest
+    if team.rank == 0:
+        log.warning("%s is damaged (%s); falling back to the one before", folder, reasons[0])
+    return None
+
+
+def newest(logdir: Path, stage: str, team: Team | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, manifest) of the newest whole checkpoint under `logdir`, or None. Refuses another stage's folder."""
+    team = team or Team()
+    names = team.gather([folder.name for folder in folders(logdir)])[0]  # all go by what the first one sees
+    for folder in (logdir / name for name in reversed(names)):
+        manifest = verified(folder, team)
+        if manifest is None:
+            continue
+        if manifest["stage"] != stage:
+            raise UserError(
+                f"--logdir {logdir} holds a run of stage {manifest['stage']} and this is stage {stage}; "
+                f"choose another --logdir"
+            )
+        return folder, manifest
+    return None
+
+
+def restore(folder: Path, players: dict[str, Player], team: Team | None = None) -> dict[str, Any]:
+    """Read the players' state into them, each rank what it holds of it; returns what the stage kept besides."""
+    if (folder / SHARDS).exists():
+        return sharded_checkpoint.read(folder / SHARDS, players, team or Team())
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    for name, player in players.items():
+        player.load_state_dict(state[name])
+    return state["stage"] if "stage" in state else {}
+
+
+def latest(logdir: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(state, manifest) of the newest whole checkpoint, its tensors whole and on the CPU; for one process."""
+    found = newest(logdir, stage)
+    if found is None:
+        return None
+    folder, manifest = found
+    if (folder / SHARDS).exists():
+        return sharded_checkpoint.read_state(folder / SHARDS), manifest
+    return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True), manifest
+
+
+def clear_leftovers(logdir: Path) -> None:
+    """Remove what a process that was killed while it saved has left."""
+    for folder in logdir.glob(f"{ASIDE}{PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)

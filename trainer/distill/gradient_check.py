@@ -1,0 +1,88 @@
+"""Gradient audit: what each term of the loss does to the student, before training begins.
+
+A term that is switched on and moves nothing is an error of set-up or of code that no loss curve shows: the flow loss
+of both public releases was one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.distill_schema import DistillConfig
+from configs.errors import UserError
+from trainer.parallel.apply import average_gradients, local, sum_over_shards
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Norm of each term's gradient and the cosines between them."""
+
+    names: tuple[str, ...]
+    norms: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...]
+
+    def table(self) -> str:
+        """As text: a line a term."""
+        width = max(len("term"), *(len(name) for name in self.names))
+        head = f"{'term':<{width}}  {'gradient norm':>13}  " + "  ".join(f"cos {name}" for name in self.names)
+        lines = [head]
+        for name, norm, row in zip(self.names, self.norms, self.cosines, strict=True):
+            cells = [f"{value:>{len('cos ' + other)}.3f}" for other, value in zip(self.names, row, strict=True)]
+            lines.append(f"{name:<{width}}  {norm:>13.4g}  " + "  ".join(cells))
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, float]:
+        """As numbers by name, for a metric sink."""
+        found = {f"audit_norm_{name}": norm for name, norm in zip(self.names, self.norms, strict=True)}
+        for i, a in enumerate(self.names):
+            found |= {f"audit_cos_{a}_{b}": self.cosines[i][j] for j, b in enumerate(self.names) if j > i}
+        return found
+
+
+def switches(d: DistillConfig) -> dict[str, str]:
+    """What switches each term of the generator's loss on; nothing for one whose gradient is cut."""
+    return {
+        "spatial": f"training.distill.spatial_weight={d.spatial_weight}",
+        "flow": "" if d.flow.gradient_cut else f"training.distill.flow.weight={d.flow.weight}",
+        "regression": f"training.distill.pairs={d.pairs}",
+        "regression_flow": f"training.distill.pairs={d.pairs}",
+    }
+
+
+def gradient_audit(
+    terms: Callable[[], Mapping[str, Tensor]], parameters: Sequence[Tensor], *, settings: dict[str, str]
+) -> Audit:
+    """Differentiate the terms one by one; `terms()` computes them all afresh, with their weights, always the same.
+
+    settings: of each term, what switched it on. An empty string: its gradient is known to be cut.
+    Raises UserError for a term without a gradient. Leaves no gradient behind.
+    """
+    names, gradients = [], []
+    for name in terms():
+        value = terms()[name]  # again for each: a sharded model's graph cannot be walked twice
+        if value.requires_grad:
+            value.backward()
+            average_gradients(parameters)
+        names.append(name)
+        gradients.append([torch.zeros_like(local(p)) if p.grad is None else local(p.grad).clone() for p in parameters])
+        for p in parameters:
+            p.grad = None
+    products = torch.stack([_dot(x, y) for x in gradients for y in gradients])
+    products = sum_over_shards(products, parameters[0]).view(len(names), len(names)).cpu()
+    norms = products.diagonal().sqrt()
+    cosines = products / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
+    for name, norm in zip(names, norms.tolist(), strict=True):
+        if not norm > 0 and settings[name]:
+            what = "no gradient" if norm == 0 else f"a gradient of {norm}"
+            raise UserError(
+                f"{settings[name]} switches the {name} term on, but it sends {what} to the student; switch it off, "
+                f"or find out what cuts it"
+            )
+    return Audit(tuple(names), tuple(norms.tolist()), tuple(tuple(row) for row in cosines.tolist()))
+
+
+def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Sum of the products of all numbers, in float64."""
+    return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(x, y, strict=True)]).sum()

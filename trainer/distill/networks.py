@@ -1,0 +1,144 @@
+"""Student, critic and teacher of a distillation: loaded, adapted, sharded."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from configs.schema import Config
+from model.causal_wan import CausalWanModel
+from model.fast.fp8_teacher import in_float8, round_and_compare
+from model.sequence import SequenceGroup
+from model.weights.plans import Plan
+from trainer.distill.flow_heads import build_head
+from trainer.optim.train_state import Average, Player
+from trainer.parallel.apply import Placing, placed
+from trainer.parallel.sharded_weights import copy_parts, empty, fill_parts, init_plan
+from trainer.start_network import start_network
+from utils.device import pick_dtype
+from utils.logs import get_logger
+from utils.seeds import generator
+
+log = get_logger(__name__)
+
+FLOAT = torch.float32  # of what is trained, and of its average
+HEAD_DECAY = 0.95  # of the learned flow head's target; the public releases' value
+ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
+
+
+def frozen_teacher(config: Config, where: Placing) -> tuple[WanTransformer3DModel, dict[float, float]]:
+    """The teacher, in the precision of activations; with `training.distill.teacher_fp8` its large linears in float8.
+
+    And how far off that makes its v, by timestep, where it is whole at first; one that is read in parts never is.
+    """
+    dtype = pick_dtype(config.training.precision, where.device)
+    plan = init_plan(config, "teacher", where, dtype)
+    teacher = start_network(config, "teacher", where.device, dtype) if plan is None else empty(plan, dtype)
+    errors: dict[float, float] = {}
+    if config.training.distill.teacher_fp8 and plan is not None:
+        log.info("teacher in %s", in_float8(teacher))
+    elif config.training.distill.teacher_fp8:
+        said, errors = round_and_compare(teacher.to(where.device))
+        log.info("teacher in %s; v off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
+    teacher = placed(teacher.eval().requires_grad_(False), where, role="teacher")
+    return (teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)), errors
+
+
+def student_player(config: Config, where: Placing) -> Player:
+    """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
+    t, rank = config.training, config.training.distill.lora.student_rank
+    if t.sequence_student == "whole":
+        where = replace(where, sequence=SequenceGroup())
+    plan = init_plan(config, "student", where, causal=True)
+    student = start_network(config, "student", where.device, causal=True) if plan is None else empty(plan, FLOAT)
+    _prepare(student, config, rank)
+    twin = copy.deepcopy(student).requires_grad_(False)  # before sharding, which forbids copies
+    twin = placed(twin, where, streams=True)
+    student = _trained(student, "student", config, where, plan)
+    if plan is not None:
+        copy_parts(twin, student, where.device)
+    return Player(student, t, steps=t.distill.generator_updates(t.steps), twin=twin)
+
+
+def critic_player(config: Config, where: Placing) -> Player:
+    """The critic with its optimiser; it starts from the teacher unless `training.init` names its own weights."""
+    t = config.training
+    name = "critic" if "critic" in t.init else "teacher"
+    plan = init_plan(config, name, where)
+    critic = start_network(config, name, where.device) if plan is None else empty(plan, FLOAT)
+    _prepare(critic, config, t.distill.lora.critic_rank)
+    critic = _trained(critic, "critic", config, where, plan)
+    return Player(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
+
+
+def flow_head(config: Config, channels: int, device: torch.device) -> tuple[nn.Module, Player | None]:
+    """The head that the flow loss uses, frozen; where it is learned, the average of a twin, which is the player."""
+    t, d = config.training, config.training.distill
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = build_head(d.flow, channels).to(device)
+    if d.flow.head != "learned":
+        return head, None
+    knobs = replace(d.critic_optimizer, lr=d.flow.head_lr, betas=[0.9, 0.999])
+    player = Player(head, t, optimizer=knobs, averaged=False)
+    player.average = Average(head, HEAD_DECAY, start_step=0)
+    return player.average.module, player
+
+
+def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
+    """Adapters, and what is trained. Evaluation mode all through: there is no dropout to turn on."""
+    lora = config.training.distill.lora
+    if rank:
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.alpha or rank, target_modules=ADAPTED))
+        draw = _adapter(config)
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                if "lora_" in name and not p.is_meta:
+                    p.copy_(draw(name, p))
+    else:
+        network.requires_grad_(True)
+    network.eval()
+
+
+def _adapter(config: Config) -> Callable[[str, Tensor], Tensor]:
+    """Values of an adapter's matrices, distributed as peft's, from (seed, name): the same however they are sharded."""
+
+    def draw(name: str, p: Tensor) -> Tensor:
+        assert "lora_" in name, f"there are no weights for {name}"
+        if "lora_B" in name:
+            return torch.zeros(p.shape)
+        bound = 1 / math.sqrt(p.shape[1])
+        return torch.empty(p.shape).uniform_(-bound, bound, generator=generator(config.seed, "lora", name))
+
+    return draw
+
+
+def _trained(
+    network: WanTransformer3DModel, role: str, config: Config, where: Placing, plan: Plan | None
+) -> WanTransformer3DModel:
+    network = placed(network, where, dtype=pick_dtype(config.training.precision, where.device), role=role)
+    return network if plan is None else fill_parts(network, plan, where.device, FLOAT, rest=_adapter(config))
+
+
+def merged(student: CausalWanModel, state: dict[str, Tensor] | None = None) -> CausalWanModel:
+    """`student` itself, or a copy in which its adapters are part of the weights. state: of a sharded one, gathered."""
+    if not any("lora_" in name for name, _ in student.named_parameters()):
+        return student
+    if state is None:
+        student = copy.deepcopy(student)
+    else:  # FSDP forbids copies
+        adapters = student.peft_config["default"]
+        with init_empty_weights():
+            student = CausalWanModel.from_config(student.config)
+            student.add_adapter(adapters)
+        student.load_state_dict(state, assign=True)
+    student.fuse_lora()
+    student.unload_lora()
+    return student

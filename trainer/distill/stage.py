@@ -1,0 +1,400 @@
+"""Stage `distill`: diagonal distillation (arXiv 2603.09488), distribution matching along the diagonal schedule.
+
+    a step      = one critic update; every `dfake_gen_update_ratio`-th step begins with an update of the generator, from
+                  step `critic_warmup` on
+    generator   x = rollout of the student, with a graph at the drawn step of each chunk
+                lambda_spatial L + L_reg + gamma (lambda_flow L_F + L_reg^F)         trainer/distill/losses.py
+    critic      flow matching on x, rolled out without a graph
+    scores      at x_t = (1 - sigma) x + sigma eps: f = critic's x0, r = teacher's with cond + s (cond - uncond)
+
+No data but prompts. All that is drawn is a function of (seed, name, step, part), where `part` numbers the micro-batches
+of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees. Ranks that share a
+sample's tokens (training.sequence_parallel) draw the same and compute the same losses; where they can, they make
+rollouts for the critic in turns (trainer/distill/rollout_sharing.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.schema import Config
+from model.cache import GraphCache, StreamCache
+from model.causal_wan import CausalWanModel
+from model.denoiser import Score, Student
+from model.flow import add_noise, shift_time, v_target
+from model.schedule import Schedule
+from model.weights.load import save_student
+from pipeline.rollout import DrawnNoise, last_steps, rollout
+from pipeline.switch import switched
+from trainer.backward import Backward
+from trainer.build import frozen_codec
+from trainer.distill.diagnostics import SIGNS, vital_signs, warnings
+from trainer.distill.fast_rollout import FastTwin
+from trainer.distill.gradient_check import Audit, gradient_audit, switches
+from trainer.distill.long_tuning import Plan, Planner, window_of
+from trainer.distill.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
+from trainer.distill.networks import critic_player, flow_head, frozen_teacher, merged, student_player
+from trainer.distill.rollout_sharing import Turns, in_turns
+from trainer.optim.train_state import Player
+from trainer.pairs import Pairs, open_pairs
+from trainer.parallel.apply import Placing, gather, mean_over_ranks, mesh_of
+from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group
+from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
+from trainer.stage import Stage, accumulation
+from trainer.validation import Validator
+from utils.device import pick_dtype
+from utils.distributed import Ranks
+from utils.files import write_json_atomic
+from utils.logs import get_logger
+from utils.seeds import generator
+
+log = get_logger(__name__)
+
+SIGN_UPDATES = 10  # generator updates that a logged vital sign is averaged over
+
+
+class Distill(Stage):
+    """Generator and critic in turns, against a frozen teacher."""
+
+    name = "distill"
+    export_often = True
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks)
+        t = config.training
+        self.settings, self.mesh = t.distill, mesh_of(t, device)
+        self.sharded = self.mesh is not None
+        self.data = data_ranks(t.sequence_parallel, ranks)
+        self.micro_batches = accumulation(t, self.data)
+        self.geometry = Geometry.from_config(config)
+        check_tokens(t, self.geometry, config.video.num_latent_frames)
+        self.sequence = sequence_group(t.sequence_parallel, ranks, device)
+        self.schedule = Schedule.from_config(config.schedule, config.stream)
+        self.planner = Planner(config, self.schedule, self.geometry)
+        place, self.dtype = Placing(t, device, self.mesh, self.sequence), pick_dtype(t.precision, device)
+        log.info("attention of networks in training: %s", place.kernel(self.dtype))
+        looks = t.validation_clips or self.planner.longest > self.planner.window
+        self.codec = frozen_codec(config, device) if looks else None  # the loss itself needs latents only
+        self.encoder = text_source(config, place)
+        self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
+        self.null = self.encoder([self.settings.negative_prompt])
+        self.pairs, self.pair_prompts = self._open_pairs()
+
+        teacher, self.teacher_errors = frozen_teacher(config, place)
+        self.teacher = Score(teacher)
+        student, critic = (make(config, place) for make in (student_player, critic_player))
+        self._players = {"generator": student, "critic": critic}
+        self.student = Student(self._players["generator"].module)
+        check_text_dim(self.encoder, self.student.model.config.text_dim)
+        self.critic = Score(self._players["critic"].module)
+        self.head, player = flow_head(config, self.geometry.latent_channels, device)
+        if player is not None:
+            self._players["head"] = player
+
+        self.fast = self._fast_twin()
+        shape = self.geometry.latent_shape(t.micro_batch, config.video.num_latent_frames)
+        self.turns = Turns(self.sequence, self.micro_batches, shape, device) if in_turns(t) else None
+        self.generator_logs: dict[str, Tensor] = {}
+        self.generator_done = -1  # the newest step whose generator update was made
+        self.newest: dict[str, Any] = {}
+        generator_parameters = [p for name, x in self._players.items() if name != "critic" for p in x.parameters]
+        self.generator_backward = self._family(self._generator_loss, generator_parameters)
+        self.critic_backward = self._family(self._critic_loss, self._players["critic"].parameters)
+        self.validator = Validator(config, self.encoder, self.codec, self.geometry, self.schedule, self.prompts.prompts)
+
+    def _open_pairs(self) -> tuple[Pairs | None, PromptBank | None]:
+        """The teacher's pairs for the regression terms, if there are any, and the embeddings of their prompts."""
+        d = self.settings
+        if d.pairs is None:
+            return None, None
+        if d.long.max_frames:
+            raise UserError(f"training.distill.pairs={d.pairs} are clips of one length; set long.max_frames=0 beside")
+        pairs = open_pairs("training.distill.pairs", d.pairs)
+        return pairs, PromptBank(pairs.prompts, self.encoder, ahead=d.encode_ahead)
+
+    def _fast_twin(self) -> FastTwin | None:
+        sizes = (self.geometry, self.device, self.dtype, self.planner.longest)
+        return FastTwin(self.student.model, self.config, *sizes) if self.settings.fast_rollout else None
+
+    def _family(self, loss, parameters) -> Backward:
+        graphed = self.config.training.cuda_graphs and self.sequence.size == 1  # not with messages within a pass
+        return Backward(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
+
+    @property
+    def players(self) -> dict[str, Player]:
+        return self._players
+
+    @property
+    def averaged(self) -> CausalWanModel:
+        return self._players["generator"].average.module
+
+    # --- what is drawn ------------------------------------------------------------------------------------------------
+
+    def _draw(self, who: str, step: int, micro: int, plan: Plan, *, image: bool = True) -> dict[str, Tensor]:
+        """Inputs of one micro-batch of `who` at a step. image: that of a rollout which begins with one, too."""
+        t, d = self.config.training, self.settings
+        part = micro * self.data.world + self.data.rank
+        rng = generator(self.config.seed, "distill", who, step, part, device=self.device)
+        host = generator(self.config.seed, "distill prompts", who, step, part)
+        size = t.micro_batch
+        index = torch.randint(len(self.prompts), (2, size), generator=host)
+        batch = {"text": self.prompts.batch(index[0])}
+        if plan.switch is not None:
+            batch["text_after"] = self.prompts.batch(index[1])
+        shape = DrawnNoise.shape(size, len(plan.exits), self.schedule, self.geometry)
+        batch["noise"] = torch.randn(shape, generator=rng, device=self.device)
+        window = self.geometry.latent_shape(size, self.config.video.num_latent_frames)
+        batch["eps"] = torch.randn(window, generator=rng, device=self.device)
+        even = 1000 * torch.rand(size, generator=rng, device=self.device)
+        batch["t"] = shift_time(even, d.shift).clamp(d.min_timestep, d.max_timestep)
+        if self.pairs is not None and who == "generator":
+            index = torch.randint(len(self.pairs), (size,), generator=host)
+            states = self.pairs.read(index.tolist()).to(self.device).float()
+            DrawnNoise(batch["noise"], self.schedule).start_from(states[:, 0])
+            batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
+        if plan.image and image:
+            target = batch.get("target")
+            batch["image"] = self._own_image(batch["text"], rng) if target is None else target[:, :1]
+        return batch
+
+    @torch.no_grad()
+    def _own_image(self, text: Tensor, rng: torch.Generator) -> Tensor:
+        """A first frame [B, 1, C, H, W] for each text: the student's own, of a chunk made as inference makes it.
+
+        Latent frame 0 is that of a single picture, so that no data and no encoder are needed.
+        """
+        shape = DrawnNoise.shape(len(text), 1, self.schedule, self.geometry)
+        noise = DrawnNoise(torch.randn(shape, generator=rng, device=self.device), self.schedule)
+        cache = GraphCache(self.geometry, self.student.model.config.num_layers)
+        exits = last_steps(self.schedule, 1)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            x = rollout(self.student, self.schedule, noise, lambda _: text, cache=cache, exits=exits, grad=False)
+        return x[:, :1]
+
+    def _batches(self, who: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
+        plan = self.planner.draw(who, step)
+        image = who == "generator" or self.turns is None  # else whoever makes the rollout makes it
+        batches = [self._draw(who, step, micro, plan, image=image) for micro in range(self.micro_batches)]
+        self.newest[who] = {"plan": str(plan), "batches": batches}
+        return plan, batches
+
+    # --- the losses ---------------------------------------------------------------------------------------------------
+
+    def _texts(self, plan: Plan, text: Tensor, text_after: Tensor | None) -> list[Tensor]:
+        """Embedding of each chunk; where the prompt changes, as inference changes it."""
+        before, stream = len(plan.exits) if plan.switch is None else plan.switch, self.config.stream
+        after = islice(switched(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before)
+        return [text] * before + list(after)
+
+    @contextmanager
+    def _roller(self, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
+        """Who makes a rollout, and an empty cache."""
+        if grad or self.fast is None:
+            yield self.student, GraphCache(self.geometry, self.student.model.config.num_layers)
+        else:
+            with self.fast.ready(self.student.model) as ready:
+                yield ready
+
+    def _sample(
+        self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool,
+        image: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
+        d = self.settings
+        how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
+        with self._roller(grad) as (student, cache):
+            if not (self.sharded and grad):  # text keys once a text; else blocks make theirs, for FSDP to see the graph
+                gather(student.model)
+                with torch.set_grad_enabled(grad):
+                    made = {key: student.model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
+                texts = [made[id(x)] for x in texts]
+            x = rollout(
+                student,
+                self.schedule,
+                DrawnNoise(noise, self.schedule),
+                texts.__getitem__,
+                cache=cache,
+                exits=plan.exits,
+                grad=grad,
+                first_grad=plan.first_grad,
+                context_grad=d.context_grad,
+                context=d.rollout_context,
+                recache_at=plan.switch if how == "recache" else None,
+                start=image,
+            )
+        long, frames = d.long, self.config.video.num_latent_frames
+        return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
+
+    @torch.no_grad()
+    def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher's and critic's x0 of a noised copy of x."""
+        d, null = self.settings, self.null.expand_as(text)
+        x_t = add_noise(self.sequence.same(x.detach()), eps, t)
+        if d.guidance:
+            real = self.teacher.guided_x0(x_t, t, text, null, d.guidance)
+        else:
+            real = self.teacher.x0(x_t, t, text)
+        if d.fake_guidance:
+            return real, self.critic.guided_x0(x_t, t, text, null, d.fake_guidance)
+        return real, self.critic.x0(x_t, t, text)
+
+    def _flow_loss(self, plan: Plan, x: Tensor, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        f = self.settings.flow
+        options = {"frame_weights": f.frame_weights, "gradient_cut": f.gradient_cut, "frames": plan.frames}
+        return flow_matching_loss(x, real, fake, self.head, **options)
+
+    def _generator_terms(
+        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
+        target: Tensor | None = None, image: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+        """Every term with its weight, and what is logged."""
+        d = self.settings
+        x = self._sample(plan, text, noise, text_after, grad=True, image=image)
+        real, fake = self._scores(x, text if text_after is None else text_after, t, eps)
+        terms, logs = {}, vital_signs(x, real, fake, self.geometry.chunk_frames)
+        with torch.autocast(self.device.type, enabled=False):
+            if d.spatial_weight:
+                loss, seen = dmd_loss(x, real, fake, frames=plan.frames)
+                terms["spatial"], logs = d.spatial_weight * loss, logs | seen
+            if d.gamma * d.flow.weight:
+                loss, seen = self._flow_loss(plan, x, real, fake)
+                terms["flow"], logs = d.gamma * d.flow.weight * loss, logs | seen
+            if target is not None and d.regression_weight:
+                space, flow = regression_losses(x, target, self.head)
+                terms["regression"] = d.regression_weight * space
+                if d.gamma:
+                    terms["regression_flow"] = d.gamma * d.regression_weight * flow
+            if "head" in self._players:  # no gradient reaches the student: its inputs are constants
+                logs["head_loss"] = self._players["head"].module.loss(motion(fake), motion(real))
+        return terms, logs
+
+    def _generator_loss(self, plan: Plan, **batch: Tensor) -> dict[str, Tensor]:
+        terms, logs = self._generator_terms(plan, **batch)
+        total = torch.stack(list(terms.values())).sum()
+        named = {f"generator_{name}": value.detach() for name, value in terms.items()}
+        loss = total + logs["head_loss"] if "head_loss" in logs else total  # disjoint parameters: one backward
+        return {"loss": loss, "generator_loss": total.detach()} | named | logs
+
+    def _critic_loss(
+        self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        with torch.no_grad():
+            if self.turns is None:
+                x = self.sequence.same(self._sample(plan, text, noise, text_after, grad=False, image=image))
+            else:
+                self._gather_student()
+                x = self.turns.take(self._critic_sample)
+            x_t = add_noise(x, eps, t)
+        v = self.critic.v(x_t, t, text if text_after is None else text_after)
+        loss, _ = critic_loss(v, v_target(x, eps), frames=plan.frames)
+        return {"loss": loss}
+
+    def _gather_student(self) -> None:
+        """On all ranks: of those that take turns some make no rollout."""
+        if self.fast is not None:
+            self.fast.refresh(self.student.model)
+        if self.fast is None or self.config.training.image_start:  # it makes the images
+            gather(self.student.model)
+
+    def _critic_sample(self, step: int, micro: int) -> Tensor:
+        """What the critic learns from in a micro-batch of a step, made by this rank alone."""
+        plan = self.planner.draw("critic", step)
+        batch = self._draw("critic", step, micro, plan)
+        text, after, image = batch["text"], batch.get("text_after"), batch.get("image")
+        return self._sample(plan, text, batch["noise"], after, grad=False, image=image)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        d = self.settings
+        if d.updates_generator(step) and self.generator_done < step:  # or a signal came after it
+            self.generator_logs = self._generator_step(step, d.generator_updates(step))
+            self.generator_done = step
+        plan, batches = self._batches("critic", step)
+        if self.turns is not None:
+            self.turns.begin(step, *d.same_student(step, self.config.training.steps))
+        logs = self.critic_backward.run(plan, batches, self.between)
+        norm = self._players["critic"].step(step)
+        return self.generator_logs | {"critic_loss": logs["loss"], "critic_grad_norm": norm}
+
+    def _generator_step(self, step: int, count: int) -> dict[str, Tensor]:
+        plan, batches = self._batches("generator", step)
+        logs = self.generator_backward.run(plan, batches, self.between)
+        del logs["loss"]
+        for name in SIGNS & self.generator_logs.keys():  # they depend on the exit, which is another each time
+            logs[name] = torch.lerp(self.generator_logs[name], logs[name], 1 / SIGN_UPDATES)
+        logs["generator_grad_norm"] = self._players["generator"].step(count)
+        if self.fast is not None:
+            self.fast.stale = True
+        if "head" in self._players:
+            self._players["head"].step(count)
+        return logs
+
+    def begin(self, step: int, logdir: Path) -> None:
+        """Audit the terms' gradients before the first step."""
+        if step > 0:
+            return
+        audit = self.audit()
+        log.info("gradients of the loss terms on the student:\n%s", audit.table())
+        if self.ranks.first:
+            write_json_atomic(logdir / "audit.json", audit.figures())
+
+    def audit(self) -> Audit:
+        """Gradient of each term on the student, for the batch of step 0."""
+        plan = self.planner.draw("generator", 0)
+        batch = self._draw("generator", 0, 0, plan)
+
+        def terms() -> dict[str, Tensor]:
+            enabled = self.dtype != torch.float32
+            with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
+                return self._generator_terms(plan, **batch)[0]
+
+        if self.settings.flow.gradient_cut and self.settings.flow.weight:
+            log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
+        return gradient_audit(terms, self._players["generator"].parameters, settings=switches(self.settings))
+
+    def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
+        return warnings(rows)
+
+    def last_batch(self) -> dict[str, Any]:
+        return self.newest
+
+    def state_dict(self) -> dict[str, Any]:
+        logs = mean_over_ranks(self.generator_logs)  # so that any number of ranks goes on with the same
+        return {
+            "generator_logs": {name: value.cpu() for name, value in logs.items()},
+            "generator_done": torch.tensor(self.generator_done),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        logs = state["generator_logs"] if "generator_logs" in state else {}
+        self.generator_logs = {name: value.to(self.device) for name, value in logs.items()}
+        if "generator_done" in state:
+            self.generator_done = int(state["generator_done"])
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        name = f"{self.name}_{step:06d}"
+        with self.sequence.off():  # unless weights are sharded, one rank validates alone
+            return self.validator(self.averaged, self.teacher, folder, name, write=self.ranks.first)
+
+    def export(self, folder: Path, step: int) -> None:
+        d = self.config.training.distill
+        card = {
+            "stage": self.name,
+            "step": step,
+            "generator_updates": d.generator_updates(step),
+            "schedule": self.schedule.to_dict(),
+            "trained_image_start": self.config.training.image_start > 0,
+        }
+        state = self._players["generator"].averaged_state() if self.sharded else None
+        if self.ranks.first:
+            student = merged(self.averaged, state)
+            save_student(student, folder, card, state=state if student is self.averaged else None)

@@ -1,0 +1,110 @@
+"""How trained weights move: optimiser, learning rate, clipping, and the moving average."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from configs.optimizer_schema import OptimizerConfig
+from configs.train_schema import TrainingConfig
+from trainer.optim.adam import kind_of
+from trainer.optim.muon import MuonAdamW, grouped
+from trainer.parallel.apply import (
+    average_gradients,
+    drop_gathered,
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+    whole,
+)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Linear warm-up over `warmup_steps`, then cosine decay to `final_lr_share` of the peak at `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
+
+
+class Average:
+    """Exponential moving average of a module's parameters: e <- d e + (1 - d) p; a copy until `start_step`.
+
+    twin: a copy of `module` to average in, where it cannot be copied here any more because it is sharded.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, start_step: int, twin: nn.Module | None = None):
+        self.decay, self.start_step = decay, start_step
+        self.module = (copy.deepcopy(module) if twin is None else twin).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Take in the parameters that optimiser step `step` (from 0) produced."""
+        drop_gathered(self.module)
+        weight = 1.0 if step < self.start_step else 1.0 - self.decay
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
+
+
+class Player:
+    """A trained module with its optimiser, its learning rate and its average. It does not know its loss.
+
+    Args:
+        optimizer: its knobs, if they are not `config.optimizer`.
+        steps: how many steps it will take, if not `config.steps`; the learning rate falls over these.
+        averaged: keep a moving average, in `twin` if that is given.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingConfig,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        steps: int | None = None,
+        averaged: bool = True,
+        twin: nn.Module | None = None,
+    ):
+        self.module = module
+        self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
+        device = next(module.parameters()).device
+        o = self.knobs
+        kind = MuonAdamW if o.muon_lr else kind_of(tuple(o.betas))
+        self.optimizer = kind(
+            grouped(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
+            fused=device.type == "cuda",
+        )  # fmt: skip
+        self.average = Average(module, config.ema_decay, config.ema_start_step, twin) if averaged else None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def step(self, step: int) -> Tensor:
+        """Average gradients over ranks, clip them, take optimiser step `step`, update the average. Returns the norm."""
+        drop_gathered(self.module)  # or the next pass would use the weights of before
+        average_gradients(self.parameters)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("lr_share", 1.0) * learning_rate(self.knobs, step, self.steps)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.module, step)
+        return norm
+
+    def state_dict(self) -> dict:
+        """Whole tensors, gathered on the first rank where they are sharded; every rank must call it."""
+        state = {"module": module_state(self.module), "optimizer": optimizer_state(self.module, self.optimizer)}
+        return state if self.average is None else state | {"average": module_state(self.average.module)}
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The average alone, gathered as in `state_dict`."""
+        return module_state(self.average.module)
+
+    def load_state_dict(self, state: dict) -> None:
+        load_module_state(self.module, state["module"])
+        load_optimizer_state(self.module, self.optimizer, state["optimizer"])
+        if self.average is not None:
+            load_module_state(self.average.module, state["average"])

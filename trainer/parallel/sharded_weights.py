@@ -1,0 +1,108 @@
+"""Networks that no process ever holds whole: made without weights, sharded, then filled one tensor at a time.
+
+What a rank needs at most is its own parts and the one tensor that is being read, whatever the network's size.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import UMT5EncoderModel
+
+from configs.schema import Config
+from model.causal_wan import CausalWanModel
+from model.fp8 import E4M3, quantise
+from model.text import TextEncoder
+from model.weights import names
+from model.weights.load import load_tokenizer, stored_dtype, values
+from model.weights.plans import Plan, plan_text_encoder, plan_transformer
+from model.weights.random import transformer_plan
+from trainer.parallel.apply import Placing, local, part_of, placed
+from trainer.start_network import RANDOM
+from utils.device import pick_dtype
+from utils.seeds import stable_hash
+
+
+def init_plan(
+    config: Config, name: str, where: Placing, dtype: torch.dtype = torch.float32, *, causal: bool = False
+) -> Plan | None:
+    """What `training.init.<name>` names, if it can be read in parts and is to be.
+
+    None where nothing is sharded, for a fresh network of a config.json, and for a name that is not there.
+    """
+    source = config.training.init.get(name)
+    if where.mesh is None or source is None or Path(source).suffix == ".json":
+        return None
+    if source.startswith(RANDOM):
+        seed = stable_hash(config.seed, "random", name)
+        return transformer_plan(source.removeprefix(RANDOM), where.device, dtype, causal=causal, seed=seed)
+    cls = CausalWanModel if causal else WanTransformer3DModel
+    return plan_transformer(f"training.init.{name}", source, cls, names.STUDENT_PARTS)
+
+
+def empty(plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """The network of `plan` in `dtype`, without weights, in evaluation mode."""
+    with init_empty_weights(include_buffers=False):
+        network = plan.make()
+    for name, p in network.named_parameters():
+        p.data = p.data.to(stored_dtype(network, name, dtype))
+    return network.eval()
+
+
+def _nothing(name: str, like: Tensor) -> Tensor:
+    raise ValueError(f"there are no weights for {name}")
+
+
+@torch.no_grad()
+def fill_parts(
+    network: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype,
+    rest: Callable[[str, Tensor], Tensor] = _nothing,
+) -> nn.Module:  # fmt: skip
+    """Give a sharded network without weights its parts of what `plan` holds; to other names what `rest` makes for them.
+
+    What the network has in float8 is rounded, by rows, before it is cut into parts.
+
+    rest: (name, parameter) -> whole tensor, the same on all ranks. For adapters, which no plan has.
+    """
+    own = network.state_dict()
+    adapted = {name.replace(".base_layer.", "."): name for name in own}
+    state = {}
+    for key, value in values(plan, network, device, dtype):
+        name = adapted[key]
+        if own[name].dtype == E4M3:
+            value, scale = quantise(value, "row")
+            scales = f"{name.removesuffix('weight')}scale"
+            state[scales] = _parameter(scale, own[scales])
+        state[name] = _parameter(value.to(own[name].dtype), own[name])
+    for name in own.keys() - state.keys():
+        tied = isinstance(network, UMT5EncoderModel) and name == "encoder.embed_tokens.weight"
+        state[name] = state["shared.weight"] if tied else _parameter(rest(name, own[name]), own[name])
+    network.load_state_dict(state, assign=True)
+    return network.to(device)  # buffers, which have never been without values
+
+
+@torch.no_grad()
+def copy_parts(network: nn.Module, source: nn.Module, device: torch.device) -> nn.Module:
+    """Give a frozen sharded network without weights copies of the parts of `source`, its like."""
+    state = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in source.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    return network.to(device)
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    part = part_of(value, like)
+    assert isinstance(part, DTensor) and part.shape == like.shape and local(part).shape == local(like).shape
+    return nn.Parameter(part, requires_grad=like.requires_grad)
+
+
+def sharded_text_encoder(config: Config, where: Placing) -> TextEncoder:
+    """The text encoder that conditions, in the precision of activations, without gradients."""
+    m, dtype = config.model, pick_dtype(config.training.precision, where.device)
+    plan = plan_text_encoder(m.text_encoder)
+    encoder = placed(empty(plan, dtype).requires_grad_(False), where)
+    fill_parts(encoder, plan, where.device, dtype)
+    return TextEncoder(encoder, load_tokenizer(m.tokenizer), m.text_tokens)

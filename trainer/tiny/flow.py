@@ -1,0 +1,221 @@
+"""Stages `pretrain` (the bidirectional teacher) and `teacher_forcing` (a causal student): flow matching.
+
+    L = mean | v(x_t, t, text) - (eps - x0) |^2        x_t = (1 - sigma) x0 + sigma eps, sigma = t / 1000
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.geometry import Geometry, pixel_frames
+from configs.load import CHECKOUT
+from configs.schema import Config
+from model.causal_wan import chunk_causal_mask
+from model.denoiser import Score
+from model.flow import add_noise, shift_time, v_target
+from model.schedule import Schedule
+from model.weights.load import save_network
+from trainer.build import causal_student, frozen_codec, frozen_text_encoder, score_network
+from trainer.stage import Supervised
+from trainer.tiny.data import LatentBank, SwitchedBank, draw
+from trainer.tiny.world import TinyWorld
+from trainer.validation import caption_gaps, causal_clips, judge, teacher_clips
+from utils.device import pick_dtype
+from utils.distributed import Ranks
+from utils.seeds import generator
+
+Bank = TypeVar("Bank", LatentBank, SwitchedBank)
+WHOLE, FIRST, CROPPED = "whole clips", "first chunks", "first chunks about the subject"  # kinds of steps
+
+
+class FlowStage(Supervised):
+    """What both have in common: a bank of latents, timesteps, noise, dropped prompts."""
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks, module: nn.Module):
+        super().__init__(config, device, ranks, module)
+        self.geometry = Geometry.from_config(config)
+        self.codec = frozen_codec(config, device)
+        self.text = frozen_text_encoder(config, device)
+        self.world = TinyWorld(config.video.height, config.video.width)
+        chunks = config.training.flow.first_chunk_clips
+        said = {"open_captions": config.training.open_captions}
+        self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames, **said)
+        self.first_chunks = self._bank(chunks, self.geometry.chunk_frames, **said) if chunks else self.bank
+
+    def _bank(self, clips: int, latent_frames: int, kind: type[Bank] = LatentBank, **options) -> Bank:
+        c = self.config
+        return kind(
+            self.world, self.codec, self.text, clips=clips, frames=pixel_frames(latent_frames), seed=c.seed,
+            dtype=pick_dtype(c.training.precision, self.device),
+            cache=None if c.training.flow.bank_cache is None else CHECKOUT / c.training.flow.bank_cache, **options,
+        )  # fmt: skip
+
+    def _rng(self, step: int, micro: int) -> torch.Generator:
+        name = step * self.micro_batches + micro
+        return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
+
+    def plan(self, step: int) -> str:
+        """A step on whole clips, or one on many first chunks: what words mean shows there at a fraction of the cost.
+
+        What the rarer words mean, shapes above all, shows about the subject alone, so some are cut down to that.
+        """
+        knobs = self.config.training.flow
+        first, cropped = torch.rand(2, generator=generator(self.config.seed, "first chunk", step)).tolist()
+        if first >= knobs.first_chunk_share:
+            return WHOLE
+        return CROPPED if cropped < knobs.crop_share else FIRST
+
+    def _clips(self, step: int, micro: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents [B, F, C, h, w] and text [B, L, D] of a micro-batch."""
+        t, kind = self.config.training, self.plan(step)
+        size = {WHOLE: t.micro_batch, FIRST: t.flow.first_chunk_batch, CROPPED: t.flow.crop_batch}[kind]
+        name = step * self.micro_batches + micro
+        bank, frames = (self.bank, None) if kind == WHOLE else (self.first_chunks, self.geometry.chunk_frames)
+        index = draw(len(bank.latents), size, self.config.seed, name, self.ranks.rank, self.device)
+        if kind == CROPPED:
+            return bank.crops(index, frames, t.flow.crop, rng)
+        x0, text = bank.batch(index)
+        return x0[:, :frames], text
+
+    def _drop(self, text: Tensor, rng: torch.Generator) -> Tensor:
+        share = self.config.training.flow.text_dropout
+        dropped = torch.rand(len(text), generator=rng, device=self.device) < share
+        return torch.where(dropped[:, None, None], self.bank.null, text)
+
+    def _timesteps(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Shifted timesteps in (0, 1000], stratified over the first axis."""
+        size = shape[0]
+        offset = torch.arange(size, device=self.device).view(-1, *[1] * (len(shape) - 1))
+        even = (offset + torch.rand(shape, generator=rng, device=self.device)) / size
+        return shift_time(1000 * even, self.config.training.flow.shift)
+
+    def _noise(self, like: Tensor, rng: torch.Generator) -> Tensor:
+        return torch.randn(like.shape, generator=rng, device=self.device)
+
+
+class Pretrain(FlowStage):
+    """The teacher: a bidirectional network, one timestep a clip."""
+
+    name = "pretrain"
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks, score_network(config, "transformer"))
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        rng = self._rng(step, micro)
+        x0, text = self._clips(step, micro, rng)
+        t = self._timesteps((len(x0),), rng)
+        return {"x0": x0, "eps": self._noise(x0, rng), "t": t, "text": self._drop(text, rng)}
+
+    def loss(self, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> dict[str, Tensor]:
+        v = Score(self.module).v(add_noise(x0, eps, t), t, text)
+        return {"loss": F.mse_loss(v.float(), v_target(x0, eps))}
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Attributes of sampled clips, and the loss that a wrong word costs, attribute by attribute."""
+        score = Score(self.averaged)
+        prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
+        frames = teacher_clips(score, self.codec, self.text, prompts, self.geometry, self.config)
+        gaps = caption_gaps(score, self.bank, self.text, self.config.seed)
+        return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png") | gaps
+
+    def export(self, folder: Path, step: int) -> None:
+        save_network(self.averaged, folder, card={"stage": self.name, "step": step})
+
+
+class TeacherForcing(FlowStage):
+    """A causal student that learns from real pasts: one pass over [past ; noisy], a timestep a chunk.
+
+    The past is shown at one of `context_timesteps` (drawn a clip), which is how a later chunk finds it in the cache:
+    clean after a refresh pass, at the last timestep of the row under diagonal forcing.
+    """
+
+    name = "teacher_forcing"
+
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
+        super().__init__(config, device, ranks, causal_student(config, "student"))
+        frames = config.video.num_latent_frames
+        self.chunks = self.geometry.num_chunks(frames)
+        self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
+        self.frame_ids = torch.arange(frames, device=device).repeat(2)
+        self.schedule = Schedule.from_config(config.schedule, config.stream)
+        rows = [torch.tensor(self.schedule.row(k)) for k in range(self.chunks)]
+        self.rows = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [chunks, steps], zeros at the end
+        self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
+        self.context_levels = torch.tensor(config.training.flow.context_timesteps, device=device)
+
+    def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The past as it is shown, its timesteps [B, F], and v of it."""
+        drawn = torch.randint(len(self.context_levels), (len(x0), 1), generator=rng, device=self.device)
+        t = self.context_levels[drawn].expand(-1, x0.shape[1])
+        eps = self._noise(x0, rng)
+        return add_noise(x0, eps, t), t, v_target(x0, eps)
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        rng = self._rng(step, micro)
+        x0, text = self._clips(step, micro, rng)
+        chunks = self.geometry.num_chunks(x0.shape[1])
+        t = self._timesteps((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
+        past, past_t, past_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
+        eps = self._noise(x0, rng)
+        x_t, t, counts = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
+        return {
+            "past": past, "past_t": past_t, "past_target": past_target, "past_counts": torch.ones_like(past_t),
+            "x_t": x_t, "t": t, "counts": counts, "target": v_target(x0, eps), "text": self._drop(text, rng),
+        }  # fmt: skip
+
+    def _begin_with_image(self, x0: Tensor, x_t: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """x_t and t with the first frame given in a share of clips, and which frames [B, F] count in the loss."""
+        given = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.image_start
+        shown, level, _ = self._context(x0[:, :1], rng)
+        first = torch.where(given[:, :, None, None, None], shown, x_t[:, :1])
+        times = torch.where(given, level, t[:, :1])
+        counts = torch.cat([(~given).float(), torch.ones_like(t[:, 1:])], dim=1)
+        return torch.cat([first, x_t[:, 1:]], dim=1), torch.cat([times, t[:, 1:]], dim=1), counts
+
+    def _both(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor):
+        """v [B, F, C, h, w] of the past and of every chunk, each given the past before it. A first chunk has none."""
+        if not past.shape[1]:
+            return past, module(x_t, t, text)
+        both, times = torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1)
+        return module(both, times, text, mask=self.mask, frame_ids=self.frame_ids).chunk(2, dim=1)
+
+    def _v(self, *args) -> Tensor:
+        return self._both(*args)[1]
+
+    def _guided(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """v of every chunk, float32, with `training.flow.guidance`."""
+        v, guidance = self._v(module, past, past_t, x_t, t, text).float(), self.config.training.flow.guidance
+        if not guidance:
+            return v
+        null = self.bank.null.expand_as(text)
+        return v + guidance * (v - self._v(module, past, past_t, x_t, t, null).float())
+
+    def loss(self, past, past_t, past_target, past_counts, x_t, t, counts, target, text) -> dict[str, Tensor]:
+        """A noisy past is itself a chunk in its row's last step, so its own error counts too."""
+        v_past, v = self._both(self.module, past, past_t, x_t, t, text)
+        noisy = (past_t > 0).float() * past_counts
+        past_error = (v_past.float() - past_target).square().mean((2, 3, 4))
+        past_loss = (past_error * noisy).sum() / noisy.sum().clamp_min(1)
+        error = (v.float() - target).square().mean((2, 3, 4))
+        loss = (error * counts).sum() / counts.sum()
+        return {
+            "loss": loss + self.config.training.flow.past_weight * past_loss,
+            "chunk_loss": loss, "past_loss": past_loss,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Attributes of clips generated along `schedule`, as inference does it."""
+        prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
+        frames = causal_clips(self.averaged, self.codec, self.text, prompts, self.schedule, self.geometry, self.config)
+        return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png")
+
+    def export(self, folder: Path, step: int) -> None:
+        begins = self.config.training.image_start > 0
+        card = {"stage": self.name, "step": step, "schedule": self.schedule.to_dict(), "trained_image_start": begins}
+        save_network(self.averaged, folder, card=card)
