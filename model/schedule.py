@@ -9,14 +9,14 @@ Context policies, and the noise level at which a chunk's keys end up:
     renoise     an extra pass over the final x0, re-noised to `renoise_timestep`
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from configs.schema import DATED, ScheduleConfig, StreamConfig
+from configs.schema import DATED, Config, ScheduleConfig, StreamConfig
 from model.timesteps import TIME, warp
 
 EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
@@ -56,11 +56,7 @@ class Schedule:
     @classmethod
     def from_config(cls, schedule: ScheduleConfig, stream: StreamConfig) -> "Schedule":
         """The schedule that a config describes. A preset's own context policy goes before stream.context."""
-        policy, rows = stream.context, None
-        if schedule.preset is not None:
-            preset = dict(_preset(schedule))
-            policy = preset.pop("context", policy)
-            schedule = ScheduleConfig(**preset)
+        schedule, policy = _spelled_out(schedule, stream.context)
         rows = _given_rows(schedule.timesteps) if schedule.timesteps is not None else _even_rows(schedule)
         return cls(
             rows=rows,
@@ -158,9 +154,59 @@ class Schedule:
         return cells + ([str(geometry.kv_frames(chunk))] if geometry else [])
 
 
+def with_steps(config: Config, steps: Sequence[int], context: str | None = None) -> Config:
+    """`config` with `steps[k]` denoising steps in chunk k, and all else of its schedule as it was.
+
+    Where the schedule counts steps, first, last, warp and shift stay, those of a preset too. Where it lists timesteps,
+    a chunk gets the row of so many steps, of several the nearest chunk's; where there is none, the timesteps of the
+    longest row, interpolated linearly between its ends, and for one step its first alone.
+    context: the policy instead of the schedule's own; exceptions and restarts stay. UserError where `steps` are no
+    counts, or no row has two steps to interpolate between.
+    """
+    schedule, policy = _spelled_out(config.schedule, config.stream.context)
+    if schedule.timesteps is None:
+        schedule = replace(schedule, steps=list(steps))
+    else:
+        rows = _given_rows(schedule.timesteps)
+        changed = [list(_row_of(rows, k, n)) for k, n in enumerate(_counts(steps))]
+        schedule = replace(schedule, timesteps=changed)
+    return replace(config, schedule=schedule, stream=replace(config.stream, context=context or policy))
+
+
+def _row_of(rows: Sequence[tuple[float, ...]], chunk: int, steps: int) -> tuple[float, ...]:
+    """Timesteps of a chunk that is to have so many `steps`, by what `rows` have."""
+    place = min(chunk, len(rows) - 1)
+    same = [k for k, row in enumerate(rows) if len(row) == steps]
+    if same:
+        return rows[min(same, key=lambda k: abs(k - place))]
+    if steps == 1:
+        return rows[place][:1]
+    longest = max(rows, key=len)
+    if len(longest) == 1:
+        raise UserError(
+            f"schedule.timesteps={[list(row) for row in rows]} has one step in each row, which does not say where "
+            f"{steps} steps would end; list a longer row, or give schedule.steps"
+        )
+    row = []
+    for i in range(steps):
+        whole, part = divmod(i * (len(longest) - 1), steps - 1)
+        ahead = longest[min(whole + 1, len(longest) - 1)]
+        row.append(longest[whole] + (ahead - longest[whole]) * part / (steps - 1))
+    return tuple(row)
+
+
 def _short(t: float) -> str:
     """One decimal, and none where it is zero."""
     return f"{t:.1f}".removesuffix(".0")
+
+
+def _spelled_out(schedule: ScheduleConfig, context: str) -> tuple[ScheduleConfig, str]:
+    """`schedule` with the fields of its preset in place of the name, and the policy that the preset fixes, if any."""
+    if schedule.preset is None:
+        return schedule, context
+    values = dict(_preset(schedule))
+    context = values.pop("context", context)
+    return ScheduleConfig(**values), context
 
 
 def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:

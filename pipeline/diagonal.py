@@ -19,7 +19,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.geometry import Geometry, latent_frames, pixel_frames
+from configs.geometry import latent_frames, pixel_frames
 from configs.load import load_config
 from configs.schema import Config, InferenceConfig, ModelConfig
 from model.attention import DIFFUSERS
@@ -69,17 +69,11 @@ class DiagonalPipeline:
     """A student, a codec, a text encoder, and the schedule that they run by."""
 
     def __init__(self, config: Config, student: Student, codec: Codec, text_encoder: TextEncoder):
-        network = student.model.config
         self.config = config
-        self.schedule = Schedule.from_config(config.schedule, config.stream)
-        self.geometry = Geometry.from_config(
-            config, latent_channels=network.in_channels, patch=tuple(network.patch_size)
-        )
+        self.session = StreamSession.from_config(config, student, codec, text_encoder)
+        self.schedule, self.geometry = self.session.schedule, self.session.geometry
         self.card: Mapping[str, Any] = {}  # what is known of the student's training
         self.loras = Loras(student.model)  # adapters that are not merged for good
-        options = {"switch": config.stream.switch, "switch_chunks": config.stream.switch_chunks}
-        options["overlap"] = config.inference.overlap
-        self.session = StreamSession(student, codec, text_encoder, self.schedule, self.geometry, **options)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from configs.geometry import Geometry
+from configs.schema import Config
 from model.cache import StreamCache
 from model.codec import Codec
 from model.denoiser import Student
@@ -108,6 +109,26 @@ class StreamSession:
         self._playing: object | None = None  # stands for the newest play()
         self._cancelled = threading.Event()
         self._track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.model.text_kv)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        student: Student,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        schedule: Schedule | None = None,
+    ) -> "StreamSession":
+        """A session of these networks as `config` says; every session of the program is made here.
+
+        schedule: instead of the configured one.
+        """
+        network, stream = student.model.config, config.stream
+        geometry = Geometry.from_config(config, latent_channels=network.in_channels, patch=tuple(network.patch_size))
+        return cls(
+            student, codec, text_encoder, schedule or Schedule.from_config(config.schedule, stream), geometry,
+            switch=stream.switch, switch_chunks=stream.switch_chunks, overlap=config.inference.overlap,
+        )  # fmt: skip
 
     def play(
         self,

@@ -35,7 +35,6 @@ from model import fp8  # noqa: E402
 from model.denoiser import Student  # noqa: E402
 from model.fast.offload import BlockStream  # noqa: E402
 from model.fast.student import FastPlan  # noqa: E402
-from model.schedule import Schedule  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
@@ -129,10 +128,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
 
 
 def _session(student: Student, codec, encode, config: Config) -> StreamSession:
-    network = student.model.config
-    geometry = Geometry.from_config(config, latent_channels=network.in_channels, patch=tuple(network.patch_size))
-    schedule = Schedule.from_config(config.schedule, config.stream)
-    return StreamSession(student, codec, Remembered(encode), schedule, geometry, overlap=config.inference.overlap)
+    return StreamSession.from_config(config, student, codec, Remembered(encode))
 
 
 @torch.no_grad()

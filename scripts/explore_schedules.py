@@ -12,7 +12,7 @@ dB. Agreement is not beauty: a schedule may differ from the reference and be as 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Run:
     """A schedule that was run on all prompts."""
 
     candidate: Candidate
+    nfe: int  # evaluations of the student for a clip
     quality: Interval
     measures: dict[str, float]
     timings: list[list[dict[str, float]]]  # a clip, a chunk: seconds by part
@@ -119,6 +120,7 @@ class Bench:
         found = [summary(series(as_clip(clip)), borders) for clip in clips]
         return Run(
             candidate,
+            candidate.schedule(self.config).nfe(self.chunks),
             self._interval(clips),
             {name: float(np.mean([values[name] for values in found])) for name in MEASURES},
             timings,
@@ -172,26 +174,34 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return min(100.0, 10 * float(np.log10(255**2 / max(error, 1e-9))))
 
 
+def predictor(costs: Costs, config: Config) -> Callable[[Candidate], float]:
+    """Predicted milliseconds of a candidate's clip under `config`."""
+    return lambda candidate: costs.clip(candidate.schedule(config))
+
+
 def explore(bench: Bench, args: argparse.Namespace) -> list[Run]:
     """Run the grid, and from there the search where there is a budget."""
     grid = dict.fromkeys(Candidate.parse(text, bench.chunks) for text in args.schedules)
+    for candidate in grid:
+        candidate.schedule(bench.config)  # refuses what the configured schedule cannot become before anything runs
     runs = []
     for candidate in grid:
         runs.append(bench.run(candidate))
         print(line(runs[-1]), flush=True)
     while args.budget_ms is not None and len(runs) < args.max_runs:
         costs = Costs.measured([clip for run in runs for clip in run.timings])
-        candidate = next_candidate([run.point for run in runs], costs, args.budget_ms)
+        cost = predictor(costs, bench.config)
+        candidate = next_candidate([run.point for run in runs], cost, args.budget_ms)
         if candidate is None:
             break
         runs.append(bench.run(candidate))
-        print(f"{line(runs[-1])}  (predicted {costs.clip(candidate):.0f} ms)", flush=True)
+        print(f"{line(runs[-1])}  (predicted {cost(candidate):.0f} ms)", flush=True)
     return runs
 
 
 def line(run: Run) -> str:
     q = run.quality
-    return f"{run.candidate.name:<18} {run.candidate.nfe:>3} NFE {run.latency_ms:>8.0f} ms  {q.value:.4g}"
+    return f"{run.candidate.name:<18} {run.nfe:>3} NFE {run.latency_ms:>8.0f} ms  {q.value:.4g}"
 
 
 def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: float | None) -> str:
@@ -202,7 +212,7 @@ def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: floa
     chosen = {point.candidate for point in best}
     for run in sorted(runs, key=lambda r: r.latency_ms):
         q = run.quality
-        cells = [run.candidate.name, "*" if run.candidate in chosen else "", str(run.candidate.nfe)]
+        cells = [run.candidate.name, "*" if run.candidate in chosen else "", str(run.nfe)]
         cells += [f"{run.latency_ms:.0f}", f"{run.first_ms:.0f}", f"{q.value:.4g}", f"{q.low:.4g} .. {q.high:.4g}"]
         lines.append("| " + " | ".join([*cells, *(f"{run.measures[name]:.3g}" for name in extra)]) + " |")
     fit = [point for point in best if budget is not None and point.latency_ms <= budget]
@@ -244,7 +254,7 @@ def write(runs: Sequence[Run], bench: Bench, args: argparse.Namespace, out: Path
     with atomic_path(out / "front.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     rows = [
-        {"name": r.candidate.name, "nfe": r.candidate.nfe, "latency_ms": r.latency_ms, "first_ms": r.first_ms}
+        {"name": r.candidate.name, "nfe": r.nfe, "latency_ms": r.latency_ms, "first_ms": r.first_ms}
         | {"quality": r.quality.to_dict(), "on_front": r.point in best, "measures": _plain(r.measures)}
         for r in runs
     ]

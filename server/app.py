@@ -19,7 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from configs.errors import UserError
 from configs.schema import CONTEXTS, SWITCHES
 from pipeline.diagonal import DiagonalPipeline
-from server.messages import MAX_PROMPT, MAX_ROWS, MAX_SEED, MAX_STEPS
+from server.messages import MAX_PROMPT, MAX_SEED, bounds
 from server.player import Lobby, Player
 from server.visit import POLICY, Visit
 from utils.pictures import read_picture
@@ -206,6 +206,7 @@ def hello(pipe: DiagonalPipeline, name: str, limits: Limits) -> dict:
     """What a page needs to know before anything is played."""
     config = pipe.config
     rows = pipe.schedule.rows
+    most_steps, most_rows = bounds(pipe.schedule)
     return {
         "type": "hello",
         "visitor": name,
@@ -214,13 +215,13 @@ def hello(pipe: DiagonalPipeline, name: str, limits: Limits) -> dict:
         "fps": config.video.fps,
         "height": config.video.height,
         "width": config.video.width,
-        "steps": [min(len(row), MAX_STEPS) for row in rows][:MAX_ROWS],
+        "steps": [len(row) for row in rows],
         "context": pipe.schedule.policy,
         "switch": config.stream.switch,
         "contexts": CONTEXTS,
         "switches": SWITCHES,
-        "max_steps": MAX_STEPS,
-        "max_rows": MAX_ROWS,
+        "max_steps": most_steps,
+        "max_rows": most_rows,
         "max_seed": MAX_SEED,
         "max_prompt": MAX_PROMPT,
         "max_seconds": limits.max_seconds,

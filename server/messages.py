@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
-from configs.schema import CONTEXTS, SWITCHES, ScheduleConfig, StreamConfig
-from model.schedule import Schedule
+from configs.schema import CONTEXTS, SWITCHES, Config
+from model.schedule import Schedule, with_steps
 from utils.prompts import check_prompt
 
 MAX_MESSAGE = 65_536  # bytes
 MAX_PROMPT = 2_000  # characters
-MAX_STEPS, MAX_ROWS = 8, 12  # steps of a chunk; chunks that have their own number
+MAX_STEPS, MAX_ROWS = 8, 12  # steps of a chunk; chunks that have their own number; more where the configuration has
 MAX_SEED = 2**31 - 1
 
 
@@ -64,7 +64,12 @@ class Ask:
 Message = Play | Say | Rewind | Shown | Stop | Ask
 
 
-def read_message(text: str, stream: StreamConfig, max_seconds: float) -> Message:
+def bounds(schedule: Schedule) -> tuple[int, int]:
+    """Most steps of a chunk and most chunks with their own number that may be asked for: the configured ones always."""
+    return max(MAX_STEPS, *map(len, schedule.rows)), max(MAX_ROWS, len(schedule.rows))
+
+
+def read_message(text: str, config: Config, max_seconds: float) -> Message:
     """The message in `text`; UserError, with a sentence to show, for anything else."""
     try:
         values = json.loads(text)
@@ -78,9 +83,9 @@ def read_message(text: str, stream: StreamConfig, max_seconds: float) -> Message
             seed, image = _whole(values, "seed", 0, MAX_SEED, 0), values.get("image", False)
             if not isinstance(image, bool):
                 raise UserError(f"image={str(image)[:40]} is neither true nor false; upload a picture and give true")
-            return Play(_prompt(values), seed, _schedule(values, stream), seconds, image)
+            return Play(_prompt(values), seed, _schedule(values, config), seconds, image)
         case "say":
-            return Say(_prompt(values), _choice(values, "switch", SWITCHES, stream.switch))
+            return Say(_prompt(values), _choice(values, "switch", SWITCHES, config.stream.switch))
         case "rewind":
             prompt = _prompt(values) if values.get("prompt") is not None else None
             seed = _whole(values, "seed", 0, MAX_SEED, 0) if values.get("seed") is not None else None
@@ -90,7 +95,7 @@ def read_message(text: str, stream: StreamConfig, max_seconds: float) -> Message
         case "stop":
             return Stop()
         case "schedule":
-            return Ask(_schedule(values, stream))
+            return Ask(_schedule(values, config))
     raise UserError("message.type is unknown; use play, say, stop, rewind, shown or schedule")
 
 
@@ -124,11 +129,12 @@ def _choice(values: dict[str, Any], name: str, choices: tuple[str, ...], default
     return value
 
 
-def _schedule(values: dict[str, Any], stream: StreamConfig) -> Schedule:
-    steps = values.get("steps")
-    good = isinstance(steps, list) and 1 <= len(steps) <= MAX_ROWS
-    if not good or not all(type(n) is int and 1 <= n <= MAX_STEPS for n in steps):
-        raise UserError(f"steps={str(steps)[:40]} is no schedule; give 1 to {MAX_ROWS} numbers from 1 to {MAX_STEPS}")
-    context = _choice(values, "context", CONTEXTS, stream.context)
-    settings = StreamConfig(context=context, context_timestep=stream.context_timestep)
-    return Schedule.from_config(ScheduleConfig(steps=steps), settings)
+def _schedule(values: dict[str, Any], config: Config) -> Schedule:
+    """The configured schedule with the steps and the context policy that were asked for."""
+    steps, own = values.get("steps"), Schedule.from_config(config.schedule, config.stream)
+    most_steps, most_rows = bounds(own)
+    good = isinstance(steps, list) and 1 <= len(steps) <= most_rows
+    if not good or not all(type(n) is int and 1 <= n <= most_steps for n in steps):
+        raise UserError(f"steps={str(steps)[:40]} is no schedule; give 1 to {most_rows} numbers from 1 to {most_steps}")
+    changed = with_steps(config, steps, _choice(values, "context", CONTEXTS, own.policy))
+    return Schedule.from_config(changed.schedule, changed.stream)

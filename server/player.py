@@ -82,11 +82,8 @@ class MadeChunk:
 
 def new_session(pipe: DiagonalPipeline) -> StreamSession:
     """One beside that of `pipe`, with the same networks."""
-    base, stream = pipe.session, pipe.config.stream
-    return StreamSession(
-        base.student, base.codec, base.text_encoder, pipe.schedule, pipe.geometry,
-        switch=stream.switch, switch_chunks=stream.switch_chunks,
-    )  # fmt: skip
+    base = pipe.session
+    return StreamSession.from_config(pipe.config, base.student, base.codec, base.text_encoder)
 
 
 class Player:

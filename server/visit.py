@@ -58,7 +58,7 @@ class Visit:
         try:
             if text is None or len(text) > MAX_MESSAGE:
                 raise UserError("message is no text, or too long; send JSON")
-            await self._act(read_message(text, self.player.pipe.config.stream, self.limits.max_seconds))
+            await self._act(read_message(text, self.player.pipe.config, self.limits.max_seconds))
         except UserError as error:
             self._errors += 1
             await self._say("error", message=str(error))

@@ -90,6 +90,11 @@ def test_nothing_between_noise_and_frames_waits_for_the_gpu():
     assert not offenders(lambda file, call: layer_of(file) in ("model", "pipeline") and is_method(call, "item"))
 
 
+def test_sessions_are_made_in_one_place():
+    """By `StreamSession.from_config`, which forgets no setting."""
+    assert not offenders(lambda file, call: isinstance(call.func, ast.Name) and call.func.id == "StreamSession")
+
+
 def test_every_torch_load_refuses_code():
     def unsafe(file: Path, call: ast.Call) -> bool:
         if not (is_method(call, "load") and isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"):

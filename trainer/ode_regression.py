@@ -100,7 +100,7 @@ class ODERegression(Supervised):
         """Clips along `schedule`, as inference makes them; scored where the tiny world can."""
         world = TinyWorld(self.config.video.height, self.config.video.width)
         said = world.prompts(self.config.seed + 1, self.config.training.validation_clips)
-        frames = causal_clips(self.averaged, self.codec, self.encoder, said, self.schedule, self.geometry, self.config)
+        frames = causal_clips(self.averaged, self.codec, self.encoder, said, self.schedule, self.config)
         return judge(said, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:

@@ -46,12 +46,11 @@ def teacher_clips(
 
 
 def causal_clips(
-    model: CausalWanModel, codec: Codec, text: TextEncoder, prompts: list[str], schedule: Schedule, geometry: Geometry,
-    config: Config,
-) -> Tensor:  # fmt: skip
+    model: CausalWanModel, codec: Codec, text: TextEncoder, prompts: list[str], schedule: Schedule, config: Config
+) -> Tensor:
     """Pixels [B, T, 3, H, W] that a causal student makes of `prompts` along `schedule`, as inference makes them."""
-    session = StreamSession(Student(model), codec, text, schedule, geometry)
-    chunks = geometry.num_chunks(config.video.num_latent_frames)
+    session = StreamSession.from_config(config, Student(model), codec, text, schedule)
+    chunks = session.geometry.num_chunks(config.video.num_latent_frames)
     played = session.play(prompts, validation_seeds(config, len(prompts)), chunks)
     frames = torch.cat([result.wait().frames for result in played], dim=1)
     return frames.movedim(-1, 2).float() / 127.5 - 1
@@ -117,8 +116,7 @@ class Validator:
     ) -> dict[str, float]:
         """Figures by name. `write`: whether this rank writes the files."""
         parts = [self.prompts[i : i + 64] for i in range(0, len(self.prompts), 64)]
-        clips = [causal_clips(model, self.codec, self.text, part, self.schedule, self.geometry, self.config)
-                 for part in parts]  # fmt: skip
+        clips = [causal_clips(model, self.codec, self.text, part, self.schedule, self.config) for part in parts]
         frames = torch.cat(clips)
         if self.shown:
             theirs = self._teacher_frames(teacher)

@@ -71,7 +71,7 @@ class System:
     def student(self, path, schedule: Schedule) -> Maker:
         """Makes clips as inference does."""
         network = Student(load_student(path, self.device, self.dtype))
-        session = StreamSession(network, self.codec, self.text, schedule, self.geometry)
+        session = StreamSession.from_config(self.config, network, self.codec, self.text, schedule)
 
         def make(prompts: Sequence[str], seeds: Sequence[int], frames: int) -> Tensor:
             played = session.play(prompts, seeds, self.geometry.num_chunks(frames))

@@ -3,12 +3,12 @@
 A schedule is written as in `schedule.steps`, one digit a chunk, and its context policy: `4322222`, `4322222+clean`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from configs.errors import UserError
-from configs.schema import CONTEXTS, Config, ScheduleConfig
-from model.schedule import Schedule
+from configs.schema import CONTEXTS, Config
+from model.schedule import Schedule, with_steps
 
 MAX_STEPS = 9  # of one chunk: a digit
 
@@ -41,18 +41,9 @@ class Candidate:
         suffix = "" if self.context == "last_step" else f"+{self.context}"
         return "".join(map(str, self.steps)) + suffix
 
-    @property
-    def nfe(self) -> int:
-        return sum(self.steps) + (0 if self.context == "last_step" else len(self.steps))
-
     def apply(self, config: Config) -> Config:
-        """`config` with this schedule; its first and last timestep and its shift are kept where it counts steps."""
-        given = config.schedule
-        if given.preset is not None or given.timesteps is not None:
-            given = ScheduleConfig()
-        schedule = replace(given, steps=list(self.steps), preset=None, timesteps=None)
-        stream = replace(config.stream, context=self.context, context_by_chunk={})
-        return replace(config, name=f"{config.name}_{self.name}", schedule=schedule, stream=stream)
+        """`config` with these numbers of steps and this context policy; all else of its schedule stays."""
+        return replace(with_steps(config, self.steps, self.context), name=f"{config.name}_{self.name}")
 
     def schedule(self, config: Config) -> Schedule:
         changed = self.apply(config)
@@ -81,15 +72,13 @@ class Costs:
             decode.append(1000 * _median([s["decode"] for s in spans if "decode" in s] or [0.0]))
         return cls(tuple(step), tuple(context), tuple(decode))
 
-    def clip(self, candidate: Candidate) -> float:
+    def clip(self, schedule: Schedule) -> float:
         """Predicted milliseconds of a clip, the prompt already encoded."""
-        steps = sum(n * cost for n, cost in zip(candidate.steps, self.step, strict=True))
-        return steps + sum(self.decode) + (0 if candidate.context == "last_step" else sum(self.context))
-
-    def first_frames(self, candidate: Candidate) -> float:
-        """Predicted milliseconds until chunk 0 is decoded."""
-        extra = 0 if candidate.context == "last_step" else self.context[0]
-        return candidate.steps[0] * self.step[0] + extra + self.decode[0]
+        parts = zip(self.step, self.context, self.decode, strict=True)
+        return sum(
+            len(schedule.row(k)) * step + decode + (context if schedule.context_timestep(k) is not None else 0)
+            for k, (step, context, decode) in enumerate(parts)
+        )
 
 
 def _median(values: Sequence[float]) -> float:
@@ -129,16 +118,17 @@ def neighbours(candidate: Candidate, max_steps: int = 6) -> Iterator[Candidate]:
 
 
 def next_candidate(
-    points: Sequence[Point], costs: Costs, budget_ms: float, max_steps: int = 6
+    points: Sequence[Point], cost: Callable[[Candidate], float], budget_ms: float, max_steps: int = 6
 ) -> Candidate | None:
     """The neighbour of the best schedule within the budget that spends most of the budget and has not been tried.
 
-    From the next best where the best one's neighbours are used up; None where nothing is left.
+    From the next best where the best one's neighbours are used up; None where nothing is left. cost: predicted
+    milliseconds of a clip.
     """
     tried = {point.candidate for point in points}
-    within = [point for point in points if costs.clip(point.candidate) <= budget_ms]
+    within = [point for point in points if cost(point.candidate) <= budget_ms]
     for point in sorted(within, key=lambda p: -p.quality):
-        fresh = [c for c in neighbours(point.candidate, max_steps) if c not in tried and costs.clip(c) <= budget_ms]
+        fresh = [c for c in neighbours(point.candidate, max_steps) if c not in tried and cost(c) <= budget_ms]
         if fresh:
-            return max(fresh, key=lambda c: (costs.clip(c), c.steps))
+            return max(fresh, key=lambda c: (cost(c), c.steps))
     return None

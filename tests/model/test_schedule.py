@@ -11,8 +11,8 @@ from conftest import ROOT
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from configs.schema import DATED, ScheduleConfig, StreamConfig
-from model.schedule import PRESETS, Schedule
+from configs.schema import DATED, Config, ScheduleConfig, StreamConfig
+from model.schedule import PRESETS, Schedule, with_steps
 from model.timesteps import warp
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -181,3 +181,50 @@ def test_a_schedule_is_a_frozen_value():
     with pytest.raises(AttributeError):
         schedule.rows = ()
     assert hash(schedule) == hash(build()) and schedule == build()
+
+
+def changed(counts, context=None, stream: dict | None = None, **schedule) -> Schedule:
+    """The schedule of these settings with other numbers of steps."""
+    config = Config(schedule=ScheduleConfig(**schedule), stream=StreamConfig(**(stream or {})))
+    config = with_steps(config, counts, context)
+    return Schedule.from_config(config.schedule, config.stream)
+
+
+ROWS = [[1000.0, 900.0, 700.0, 300.0], [1000.0, 500.0], [1000.0, 800.0, 350.0]]
+
+
+@pytest.mark.parametrize(
+    "stream, schedule",
+    [
+        *(({}, {"preset": name}) for name in PRESETS),
+        ({"context": "renoise", "context_timestep": 30.0, "context_by_chunk": {1: "clean"}}, {"steps": "432"}),
+        ({"restart_every": 4}, {"steps": [3, 2], "first": 990.0, "last": 200.0, "shift": 3.0}),
+        ({"context_by_chunk": {0: "clean"}}, {"steps": "42", "warp": False}),
+        ({"context": "clean"}, {"timesteps": ROWS}),
+    ],
+)
+def test_a_schedule_with_its_own_numbers_of_steps_is_the_same(stream, schedule):
+    own = build(stream, **schedule)
+    assert changed([len(row) for row in own.rows], stream=stream, **schedule) == own
+
+
+def test_other_numbers_of_steps_keep_all_else_of_a_schedule_that_counts_steps():
+    stream = {"context_by_chunk": {1: "clean"}, "context_timestep": 20.0, "restart_every": 5}
+    kept = {"first": 990.0, "last": 200.0, "shift": 3.0}
+    ours = changed([3, 2], "renoise", stream=stream, steps="4322222", **kept)
+    assert ours == build(stream | {"context": "renoise"}, steps="32", **kept)
+    ours = changed([2], preset="self_forcing")
+    assert ours.row(0) == pytest.approx([1000, 625]) and ours.context(3) == "clean", "the preset's last and context"
+
+
+def test_other_numbers_of_steps_of_listed_timesteps():
+    ours = changed([3, 3, 2, 1, 4, 7], timesteps=ROWS)
+    assert [list(row) for row in ours.rows[:5]] == [ROWS[2], ROWS[2], ROWS[1], [1000.0], ROWS[0]], "rows of that length"
+    assert ours.rows[5] == (1000, 950, 900, 800, 700, 500, 300), "else the longest row, interpolated"
+    pair = changed([3, 3], timesteps=[[1000.0, 900.0, 300.0], [990.0, 800.0, 200.0]])
+    assert pair.rows == ((1000, 900, 300), (990, 800, 200)), "of several rows the chunk's own"
+    assert changed([1, 1], timesteps=[[1000.0, 300.0], [900.0, 200.0]]).rows == ((1000,), (900,))
+    with pytest.raises(UserError, match="one step in each row"):
+        changed([2], timesteps=[[1000.0]])
+    with pytest.raises(UserError, match="schedule.steps="):
+        changed([0], timesteps=ROWS)

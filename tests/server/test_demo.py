@@ -21,8 +21,9 @@ import demo
 from configs.errors import UserError
 from pipeline import DiagonalPipeline
 from pipeline.stream import StreamSession
-from server.app import SOCKET, Limits, bound_socket, check_access, make_app
+from server.app import SOCKET, Limits, bound_socket, check_access, hello, make_app
 from server.messages import read_message
+from server.player import new_session
 
 PROMPT, OTHER = "a red circle moves right", "a blue square moves up"
 PLAY = {"type": "play", "prompt": PROMPT, "seed": 1, "steps": [2, 1], "context": "last_step", "seconds": 600}
@@ -243,6 +244,35 @@ def test_a_warm_server_has_played_where_it_will_play(serve, monkeypatch):
     assert len(threads) == 1, "by the same thread and session"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["schedule={preset: self_forcing}"],
+        ["schedule={preset: release}", "stream.context_by_chunk={0: clean}"],
+        ["schedule.first=990", "schedule.last=300", "schedule.shift=3", "stream.restart_every=2"],
+        ["schedule={timesteps: [[1000, 400], [990, 300]]}", "stream.context=renoise", "stream.context_timestep=50"],
+        ["schedule.steps=9" + "1" * 14],
+    ],
+)
+def test_the_page_plays_what_inference_plays(tiny_assets, settings):
+    """What the page asks for at first, the sliders and the policy that it is told, is the configured schedule."""
+    pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *settings)
+    told = hello(pipe, "name", Limits())
+    asked = {key: told[key] for key in ("steps", "context")}
+    for values in (asked, {"steps": told["steps"]}):
+        message = read_message(json.dumps({"type": "play", "prompt": PROMPT} | values), pipe.config, 600)
+        assert message.schedule == pipe.schedule
+
+
+def test_visitors_have_sessions_as_configured(tiny_assets, monkeypatch):
+    settings = ["inference.overlap=false", "stream.switch=cut", "stream.switch_chunks=2"]
+    pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *settings)
+    told = []
+    monkeypatch.setattr("pipeline.stream.Delivery", lambda *options: told.append(options))
+    ours = new_session(pipe)
+    assert (ours.switch, ours.switch_chunks) == ("cut", 2) and told == [(pipe.session.device, False)]
+
+
 def test_the_schedule_is_predicted(port):
     async def script(me):
         await me.send(type="schedule", steps=[4, 3, 2], context="clean")
@@ -337,7 +367,7 @@ def test_eight_visitors_one_slow_one_gone_one_with_garbage(serve):
 )  # fmt: skip
 def test_a_message_without_sense_is_a_sentence(message, pipe):
     with pytest.raises(UserError) as error:
-        read_message(message, pipe.config.stream, 600)
+        read_message(message, pipe.config, 600)
     assert len(str(error.value)) < 200 and "\n" not in str(error.value)
 
 

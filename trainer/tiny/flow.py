@@ -212,7 +212,7 @@ class TeacherForcing(FlowStage):
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Attributes of clips generated along `schedule`, as inference does it."""
         prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
-        frames = causal_clips(self.averaged, self.codec, self.text, prompts, self.schedule, self.geometry, self.config)
+        frames = causal_clips(self.averaged, self.codec, self.text, prompts, self.schedule, self.config)
         return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:

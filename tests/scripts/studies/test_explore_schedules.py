@@ -17,35 +17,47 @@ from scripts.studies.schedule_search import Candidate, Costs, Point, front, neig
 SPEC = importlib.util.spec_from_file_location("explore_schedules", ROOT / "scripts" / "explore_schedules.py")
 explore = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(explore)
+CONFIG = load_config("configs/tiny.yaml")
 COSTS = Costs(step=(10.0, 20.0, 30.0), context=(5.0, 6.0, 7.0), decode=(1.0, 2.0, 3.0))
+
+
+cost = explore.predictor(COSTS, CONFIG)
 
 
 def test_names():
     assert Candidate.parse("43", 4).steps == (4, 3, 3, 3)
     assert Candidate.parse("5432222", 3).name == "543"
     clean = Candidate.parse("4+clean", 2)
-    assert (clean.name, clean.nfe) == ("44+clean", 10)
+    assert clean.name == "44+clean"
     for text in ("", "40", "4x", "4+dirty"):
         with pytest.raises(UserError):
             Candidate.parse(text, 3)
 
 
+def configured(config) -> Schedule:
+    return Schedule.from_config(config.schedule, config.stream)
+
+
 def test_a_candidate_is_the_schedule_that_inference_runs(tmp_path):
-    config = load_config("configs/tiny.yaml")
+    config = CONFIG
     ours = Candidate.parse("5432", 7, "clean").schedule(config)
     told = load_config("configs/tiny.yaml", ["schedule.steps=5432", "stream.context=clean"])
     assert str(ours) == str(Schedule.from_config(told.schedule, told.stream))
     release = load_config("configs/tiny.yaml", ["schedule={preset: release, steps: '4322222'}"])
-    assert Candidate.parse("432", 7).schedule(release).nfe(7) == 17
+    assert str(Candidate.parse("432", 7).schedule(release)) == str(configured(release)), "its own timesteps"
+    kept = ["stream.restart_every=4", "stream.context_by_chunk={0: renoise}"]
+    forcing = load_config("configs/self_forcing.yaml", kept)
+    assert Candidate.parse("4", 7, "clean").schedule(forcing).table(7) == configured(forcing).table(7)
     (tmp_path / "point.yaml").write_text(explore.to_yaml(Candidate.parse("432", 7).apply(config)))
     again = load_config(tmp_path / "point.yaml")
     assert str(Schedule.from_config(again.schedule, again.stream)) == str(Candidate.parse("432", 7).schedule(config))
 
 
 def test_costs_are_sums_of_their_parts():
-    assert COSTS.clip(Candidate((3, 2, 1))) == 30 + 40 + 30 + 6
-    assert COSTS.clip(Candidate((3, 2, 1), "clean")) == 106 + 18
-    assert COSTS.first_frames(Candidate((3, 2, 1), "clean")) == 30 + 5 + 1
+    assert cost(Candidate((3, 2, 1))) == 30 + 40 + 30 + 6
+    assert cost(Candidate((3, 2, 1), "clean")) == 106 + 18
+    mixed = load_config("configs/tiny.yaml", ["stream.context_by_chunk={1: clean}"])
+    assert explore.predictor(COSTS, mixed)(Candidate((3, 2, 1))) == 106 + 6, "exceptions count"
     spans = [{"text": 9.0, "step 0": 0.01, "step 1": 0.03, "decode": 0.002}, {"step 0": 0.02, "decode": 0.001}]
     measured = Costs.measured([spans, [dict(spans[0], context=0.5), spans[1]]])
     assert measured.step == pytest.approx((20, 20)) and measured.context == pytest.approx((500, 20))
@@ -78,15 +90,15 @@ def test_the_search_climbs_within_the_budget():
     def quality(c: Candidate) -> float:
         return 5 * c.steps[0] + 2 * c.steps[1] + c.steps[2]
 
-    points = [Point(c, COSTS.clip(c), quality(c)) for c in (Candidate((1, 1, 1)),)]
+    points = [Point(c, cost(c), quality(c)) for c in (Candidate((1, 1, 1)),)]
     for _ in range(40):
-        candidate = next_candidate(points, COSTS, budget_ms=150)
+        candidate = next_candidate(points, cost, budget_ms=150)
         if candidate is None:
             break
-        assert COSTS.clip(candidate) <= 150 and candidate not in {p.candidate for p in points}
-        points.append(Point(candidate, COSTS.clip(candidate), quality(candidate)))
+        assert cost(candidate) <= 150 and candidate not in {p.candidate for p in points}
+        points.append(Point(candidate, cost(candidate), quality(candidate)))
     rows = [Candidate(s) for s in itertools.product(range(1, 7), repeat=3) if s[0] >= s[1] >= s[2]]
-    best = max((c for c in rows if COSTS.clip(c) <= 150), key=quality)
+    best = max((c for c in rows if cost(c) <= 150), key=quality)
     assert max(points, key=lambda p: p.quality).candidate == best
 
 
@@ -126,7 +138,7 @@ def test_times_are_taken_in_turns():
         return make
 
     bench.prompts, bench.seeds, bench._pipe = ["a", "b"], [5, 6], lambda candidate: pipe(candidate.name)
-    runs = [explore.Run(Candidate((n,)), explore.Interval(1, 1, 1, 1), {}, []) for n in (1, 2)]
+    runs = [explore.Run(Candidate((n,)), n, explore.Interval(1, 1, 1, 1), {}, []) for n in (1, 2)]
     first, second = bench.in_turns(runs, 3)
     one_round = [("1", "a", 5), ("1", "a", 5), ("2", "a", 5), ("2", "a", 5)]
     assert calls[:4] == one_round and calls[4:8] == [(name, "b", 6) for name, _, _ in one_round] and len(calls) == 12
