@@ -33,6 +33,7 @@ import argparse
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -205,7 +206,7 @@ class Bench:
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
         spec |= {"alone": layout.gpus if layout.alone else 0, "check": bool(layers)}
         spec |= {"card_gb": self.args.card_gb if card is None else card}
-        saved = self.args.save and not layout.alone and self.args.save / f"benchmark-{os.getpid()}-{self.began}"
+        saved = self.args.save and not layout.alone and self.args.save / f"benchmark-{secrets.token_hex(8)}"
         spec["save"] = saved and str(saved)
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
         why = self._start(layout.processes, spec, limit)

@@ -1,53 +1,181 @@
 """Files that are whole or not there, and names that any file system takes."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
+import tempfile
+import time
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+
+PREFIX = ".partial-"  # of temporary names: .partial-<machine>-<random>-<what for>
+_NAMES = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}-.+", re.DOTALL)
+_ASIDE = "-aside"  # ending of a temporary folder that holds what is being replaced, under its own name
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+ABANDONED_S = 86_400  # seconds untouched after which a temporary file of another machine counts as abandoned
+_cleared: set[Path] = set()  # folders that this process has cleared of leftovers
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its suffix; move it into place when the block ends well.
 
-    On any failure, Ctrl-C included, the temporary file is removed and `path` stays what it was.
+    On any failure, Ctrl-C included, the temporary file is removed and `path` stays what it was. Raises UserError for a
+    path that cannot be, and for a disk that gets full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # the name itself may be as long as names get
-    temporary = path.parent / f".partial-{os.getpid()}-{digest}{path.suffix}"
-    try:
+    with explained(path), temporary_path(path, f"{digest}{path.suffix}") as temporary:
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; put it in its place, and what was there away, when the block ends well."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".partial-{os.getpid()}-{folder.name}"
-    old = partial.with_name(f"{partial.name}-old")
-    try:
-        partial.mkdir()
+    with explained(folder), temporary_path(folder, "folder", folder=True) as partial:
         yield partial
-        if folder.exists():  # a folder cannot be replaced in one step, so the old one steps aside first
-            os.replace(folder, old)
-        os.replace(partial, folder)
+        if not folder.exists():
+            os.replace(partial, folder)
+            return
+        with temporary_path(folder, f"folder{_ASIDE}", folder=True) as aside:
+            try:  # a folder cannot be replaced in one step, so the old one steps aside first
+                os.replace(folder, aside / folder.name)
+                os.replace(partial, folder)
+            finally:
+                if not folder.exists():
+                    os.replace(aside / folder.name, folder)
+
+
+@contextmanager
+def temporary_path(beside: Path, ending: str, *, folder: bool = False) -> Iterator[Path]:
+    """A new, empty file or folder next to `beside` that no other process uses; removed at the end if still there.
+
+    This process holds a lock on it for as long as the block runs: that is how others know that it is in use.
+    """
+    with explained(beside, every=True):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.lstat(beside)  # refuses names that are too long
+        if beside.exists() and beside.is_dir() != folder:
+            wrong = errno.ENOTDIR if folder else errno.EISDIR
+            raise OSError(wrong, os.strerror(wrong))
+        path, held = _claimed(beside.parent, ending, folder)
+    try:
+        yield path
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        _remove(path)
+        os.close(held)
+
+
+@contextmanager
+def explained(path: Path, *, every: bool = False) -> Iterator[None]:
+    """Raise a UserError about `path` where the disk is full or cannot be written to; with `every`, for any OSError."""
+    try:
+        yield
+    except OSError as error:
+        if not every and error.errno not in NO_ROOM:
+            raise
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{path} cannot be written ({reason}); make room there, or choose another place") from error
+
+
+def _claimed(parent: Path, ending: str, folder: bool) -> tuple[Path, int]:
+    """A new temporary path and the descriptor that locks it."""
+    _clear_leftovers(parent)
+    while True:
+        path = parent / f"{PREFIX}{_machine()}-{secrets.token_hex(8)}-{ending}"
+        if folder:
+            path.mkdir()
+        else:
+            path.touch(exist_ok=False)
+        held = _locked(path)
+        if held is not None:  # else another process took it for a leftover before it was locked
+            return path, held
+
+
+def _locked(path: Path) -> int | None:
+    """An open descriptor of `path` with a lock that ends with this process; None if somebody else holds or removed it.
+
+    Where the file system knows no locks the descriptor is without one.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = os.stat(path).st_ino != os.fstat(descriptor).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        gone = True
+    except OSError:
+        gone = False
+    if gone:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _clear_leftovers(parent: Path) -> None:
+    """Remove what killed processes have left in `parent`, once a process. What a live process uses stays.
+
+    On this machine, its containers included, a temporary file without a lock has no owner. Another machine's locks may
+    not be visible here, so its files must also have been untouched for a day.
+    """
+    parent = parent.absolute()
+    if parent in _cleared:
+        return
+    _cleared.add(parent)
+    with os.scandir(parent) as entries:
+        names = [(entry, match["machine"]) for entry in entries if (match := _NAMES.fullmatch(entry.name))]
+    for entry, machine in names:
+        path = Path(entry.path)
+        try:
+            if machine != _machine() and time.time() - entry.stat(follow_symlinks=False).st_mtime < ABANDONED_S:
+                continue
+            held = _locked(path)
+        except OSError:  # of another user, or gone meanwhile
+            continue
+        if held is None:
+            continue
+        try:
+            if path.name.endswith(_ASIDE):  # killed between the two renames of atomic_folder: undo the first
+                for kept in path.iterdir():
+                    if not os.path.lexists(parent / kept.name):
+                        os.replace(kept, parent / kept.name)
+            _remove(path)
+        except OSError:
+            continue
+        finally:
+            os.close(held)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """Eight digits that all processes of a running kernel share, those of its containers included."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return hashlib.sha256((boot.read_text() if boot.exists() else platform.node()).encode()).hexdigest()[:8]
 
 
 def write_json_atomic(path: str | os.PathLike, data: Any) -> None:
@@ -128,13 +256,15 @@ def sampled_hash(path: str | os.PathLike, blocks: int = 16, size: int = 65536) -
 def check_writable(folder: str | os.PathLike, field: str) -> Path:
     """Refuse, with a UserError about `field`, a folder that files cannot be written to; nothing is left behind."""
     folder = Path(folder)
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():
-        raise UserError(f"{field}={folder} cannot be a folder because {nearest} is a file; choose another folder")
-    probe = nearest / f".writable-{os.getpid()}"
+        what = "leads nowhere" if nearest.is_symlink() and not nearest.exists() else "is a file"
+        raise UserError(f"{field}={folder} cannot be a folder because {nearest} {what}; choose another folder")
     try:
-        probe.touch()
-        probe.unlink()
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # refuses names that are too long
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
     except OSError as error:
         raise UserError(f"{field}={folder} cannot be written to ({error.strerror}); choose another folder") from error
     return folder

@@ -10,7 +10,6 @@ Tensors are neither transposed nor cast unless that is asked for, so that there 
 
 import json
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from model.weights.files import CARD, DIFFUSERS_STEM, EMA_STEM, open_safetensors
 from model.weights.lora import LoraPlan
 from model.weights.plans import Plan
 from model.weights.safe_pickle import StorageRef, TensorRef, dry_run
-from utils.files import atomic_folder, atomic_path, write_json_atomic
+from utils.files import atomic_folder, atomic_path, temporary_path, write_json_atomic
 
 FORMS = ("ours", "diffusers", "wan", "self-forcing")
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; a whole 1.3B network is one
@@ -173,10 +172,8 @@ def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, Lazy]], done: 
     """A .pt. torch.save wants all tensors at once, so they go through a file that can be mapped."""
     if out.suffix != ".pt":
         raise UserError(f"out={out} is not the name of a .pt file, which form self-forcing is; give one")
-    out.parent.mkdir(parents=True, exist_ok=True)
     flat = {f"{part}:{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as folder:
-        between = Path(folder) / "tensors.safetensors"
+    with temporary_path(out, "tensors.safetensors") as between:
         write_safetensors(between, flat, done)
         tensors = open_safetensors("out", between)
         state = {

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from utils.device import available_cpus, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import (
     HashedFile,
+    atomic_folder,
     atomic_path,
     check_writable,
     safe_name,
@@ -72,6 +74,77 @@ def test_atomic_path_takes_the_longest_names(tmp_path):
     with atomic_path(path) as temporary:
         temporary.touch()
     assert path.exists()
+
+
+def writer(folder: Path, kind: str) -> subprocess.Popen:
+    """A process in the middle of writing `folder`/whole, with the process number that all others have, too."""
+    code = f"""
+import os, sys
+os.getpid = lambda: 7  # as in two containers
+from utils.files import atomic_folder, atomic_path
+with {kind}("whole") as partial:
+    file = partial / "file" if partial.is_dir() else partial
+    file.write_text("half")
+    print(partial.name, flush=True)
+    sys.stdin.readline()
+    file.write_text("second")
+"""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+
+
+@pytest.mark.parametrize("kind", [atomic_path, atomic_folder])
+def test_leftovers_of_killed_processes_go_and_those_of_live_ones_stay(tmp_path, kind):
+    dead, live = (writer(tmp_path, kind.__name__) for _ in range(2))
+    names = [process.stdout.readline().strip() for process in (dead, live)]
+    assert names[0] != names[1] and all((tmp_path / name).exists() for name in names)
+    dead.kill()
+    dead.wait()
+    own = [tmp_path / name for name in (".partial-mine", ".partial-12-export", "partial.mp4")]
+    for path in own:
+        path.touch()
+    with kind(tmp_path / "other") as partial:
+        (partial / "file" if partial.is_dir() else partial).write_text("x")
+        assert not (tmp_path / names[0]).exists() and (tmp_path / names[1]).exists()
+    live.communicate("\n", timeout=30)
+    assert live.returncode == 0
+    whole = tmp_path / "whole"
+    assert (whole / "file" if whole.is_dir() else whole).read_text() == "second"
+    assert sorted(tmp_path.iterdir()) == sorted([*own, whole, tmp_path / "other"])
+
+
+def test_leftovers_of_another_machine_go_after_a_day(tmp_path):
+    """Its locks may not be visible here."""
+    fresh, stale = (tmp_path / f".partial-{'0' * 8}-{digit * 16}-x.mp4" for digit in "12")
+    for path in (fresh, stale):
+        path.touch()
+    os.utime(stale, (time.time() - 90_000,) * 2)
+    write_json_atomic(tmp_path / "a.json", {})
+    assert sorted(tmp_path.iterdir()) == [fresh, tmp_path / "a.json"]
+
+
+def test_a_folder_whose_replacing_was_killed_is_put_back(tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "file").write_text("first")
+    code = """
+import os
+from utils import files
+renames = []
+def replace(a, b):
+    renames.append(a)
+    if len(renames) == 2:
+        os._exit(9)
+    rename(a, b)
+rename, os.replace = os.replace, replace
+with files.atomic_folder("whole") as partial:
+    (partial / "file").write_text("second")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment).returncode == 9
+    assert not (tmp_path / "whole").exists()
+    write_json_atomic(tmp_path / "a.json", {})
+    assert (tmp_path / "whole" / "file").read_text() == "first"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_json_is_strict(tmp_path):
@@ -143,7 +216,32 @@ def test_check_writable(tmp_path):
         check_writable(tmp_path / "file" / "sub", "out")
     with pytest.raises(UserError, match="cannot be written"):
         check_writable("/proc/none", "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="out=.*leads nowhere"):
+        check_writable(tmp_path / "link", "out")
+    with pytest.raises(UserError, match="out=.*too long"):
+        check_writable(tmp_path / ("x" * 256), "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "file/below", "link/below", "folder"])
+@pytest.mark.parametrize("kind", [atomic_path, atomic_folder])
+def test_paths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, kind, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    if kind is atomic_folder and name == "folder":
+        name = "file"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"), kind(tmp_path / name):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "link"] and (tmp_path / "file").is_file()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(UserError, match="a cannot be written .No space left"), atomic_path(tmp_path / "a"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
 
 
 def test_read_prompts_tolerates_windows(tmp_path):
