@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from configs.errors import UserError
 
@@ -183,6 +184,25 @@ def write_json_atomic(path: str | os.PathLike, data: Any) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON text says; ValueError where it is none, has NaN, infinite or endless numbers, or is too deep."""
+
+    def refused(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refused(digits[:20])
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) <= 100 else refused(digits[:20])
+
+    try:
+        return json.loads(text, parse_constant=refused, parse_float=finite, parse_int=whole)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
 
 
 def safe_name(prompt: str, limit: int = 60) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import CARD, DIFFUSERS_STEM, EMA_STEM, open_safetensors
+from model.weights.files import CARD, DIFFUSERS_STEM, EMA_STEM, checked, open_safetensors
 from model.weights.lora import LoraPlan
 from model.weights.plans import Plan
 from model.weights.safe_pickle import StorageRef, TensorRef, dry_run
@@ -60,15 +60,17 @@ def contents(
         own = plan.tensors.read(name).dtype  # of a map: nothing is read yet
         layer = name.removesuffix(".weight")
         here = [(lora, scale) for lora, scale in loras if f"{layer}.A" in lora.tensors.shapes]
+        added = [(lora, scale) for lora, scale in loras if name in lora.differences.shapes]
 
         def read() -> Tensor:
-            value = plan.tensors.read(name)
-            if here:
+            value = checked(plan.path, name, plan.tensors.read(name))
+            if here or added:
                 value = value.float()
             for lora, scale in here:
-                factor = scale * lora.alphas[layer] / lora.rank(layer)
                 down, up = (lora.tensors.read(f"{layer}.{part}").float() for part in "AB")
-                value = value + factor * (up @ down)
+                value = value + scale * lora.factor(layer) * (up @ down)
+            for lora, scale in added:
+                value = value + scale * lora.differences.read(name)
             return value.to(dtype or own)
 
         return Lazy(plan.tensors.shapes[name], dtype or own, read)

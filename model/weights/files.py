@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import UserError
 from model.weights.safe_pickle import NeedsCode, TensorRef, dry_run
+from utils.files import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before tensors are
     from torch import Tensor
@@ -72,7 +73,11 @@ class Tensors:
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
         """The same tensors under other names; those that `rename` maps to None are left out."""
-        origin = {new: old for old in self.shapes if (new := rename(old)) is not None}
+        origin: dict[str, str] = {}
+        for old in self.shapes:
+            new = rename(old)
+            if new is not None and origin.setdefault(new, old) != old:
+                raise UserError(f"{self.files[0]} holds {new} twice, as {origin[new]} and {old}; use another file")
         shapes = {new: self.shapes[old] for new, old in origin.items()}
         odd = {new: self.odd[old] for new, old in origin.items() if old in self.odd}
         return Tensors(self.files, shapes, lambda name: self.read(origin[name]), odd)
@@ -102,18 +107,28 @@ def read_json(field: str, path: Path) -> dict[str, Any]:
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON):
             raise UserError(f"{field}: {path} cannot be what its name says; fetch it again")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise missing(field, path.parent, f"has no {path.name}") from error
     except OSError as error:
         raise UserError(f"{field}: {path} cannot be read ({error.strerror}); give another path") from error
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{field}: {path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(data, dict):
         raise UserError(f"{field}: {path} is not a JSON object; fetch it again")
     return data
+
+
+def checked(path: Path, key: str, value: "Tensor", hint: str = "") -> "Tensor":
+    """`value` of the tensor `key` in `path`, if all of it are numbers: the check of whatever is loaded."""
+    import torch
+
+    numbers = value.float() if value.itemsize == 1 else value  # aminmax knows no float8
+    if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(numbers))).all():
+        raise UserError(f"{path} holds values in {key} that are no numbers{hint}; fetch it again")
+    return value
 
 
 def subfolder(path: Path, name: str) -> Path:

@@ -34,6 +34,7 @@ from model.weights.files import (
     EMA_STEM,
     HF_STEM,
     TOKENIZER_FILES,
+    checked,
     find_tokenizer,
     read_json,
     resolve,
@@ -115,12 +116,8 @@ def values(
     """The tensors of `plan` one by one, moved, cast, and looked at."""
     for key in plan.tensors.shapes:
         value = plan.tensors.read(key).to(device=device, dtype=stored_dtype(model, key, dtype)).contiguous()
-        if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
-            raise UserError(
-                f"{plan.path} holds values in {key} that are no numbers, or beyond the range of {dtype}; fetch it "
-                f"again, or set inference.precision=bfloat16"
-            )
-        yield key, value
+        range_of = f", or beyond the range of {dtype} (then set inference.precision=bfloat16)"
+        yield key, checked(plan.path, key, value, range_of)
 
 
 def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

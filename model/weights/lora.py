@@ -6,12 +6,14 @@
     loras.fold()                                                          # merged for good: the layers are gone
 
 Files: peft's folders; LongLive's `lora.pt` (a peft dictionary, bare or under `generator_lora`); diffusers'; down/up
-pairs with their `alpha`. What states no alpha has alpha = rank, as LongLive's code has it.
+pairs with their `alpha`, under kohya's names, too; extracted adapters with differences of biases and norms. What states
+no alpha has alpha = rank, as LongLive's code has it. Settings that peft writes are read as peft reads them.
 """
 
-import json
+import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +28,29 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import BARE, Tensors, missing, open_file, read_json, resolve
-from utils.files import atomic_path, write_json_atomic
+from model.weights.files import BARE, Tensors, checked, missing, open_file, read_json, resolve
+from utils.files import atomic_path, parse_json, write_json_atomic
 
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors", "adapter_model.bin", "lora.pt", "model.pt")
+# Settings of peft with which an adapter is more than B A.
+OTHER_KINDS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "layer_replication")
+# Of the patterns in settings, which are regular expressions of a stranger: what no pattern that ends in time exceeds.
+MAX_PATTERNS, MAX_REPEATING, MAX_REPEATS = 4096, 16, 3
+REPEATED_GROUP = re.compile(r"\)[*+?{]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPlan:
-    """An adapter of which no value has been read: tensors `<layer>.A` [rank, in] and `<layer>.B` [out, rank]."""
+    """An adapter of which no value has been read: tensors `<layer>.A` [rank, in] and `<layer>.B` [out, rank].
+
+    `differences` are added to the parameters that they are named after; scaled like the pairs, but without alpha.
+    """
 
     path: Path
     tensors: Tensors
     alphas: Mapping[str, float]  # by layer
+    differences: Tensors
 
     @property
     def layers(self) -> list[str]:
@@ -48,10 +59,16 @@ class LoraPlan:
     def rank(self, layer: str) -> int:
         return self.tensors.shapes[f"{layer}.A"][0]
 
+    def factor(self, layer: str) -> float:
+        """Of B A, when the adapter's scale is 1."""
+        return self.alphas[layer] / self.rank(layer)
+
     @property
     def kind(self) -> str:
         ranks = sorted({self.rank(layer) for layer in self.layers})
-        return f"LoRA of rank {'/'.join(map(str, ranks))} on {len(self.layers)} layers"
+        pairs = f"LoRA of rank {'/'.join(map(str, ranks))} on {len(self.layers)} layers" if ranks else "LoRA"
+        count = len(self.differences.shapes)
+        return f"{pairs}, differences of {count} parameters" if count else pairs
 
 
 def plan_lora(
@@ -80,55 +97,106 @@ def plan_lora(
     if found is None:
         seems = names.guess(next(iter(parts.values())).shapes if parts else {})
         raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {seems}, so give {name} another file")
-    known = {tensor: names.lora_name(tensor) for tensor in found.shapes}
+    known = {tensor: names.lora_tensor(tensor) for tensor in found.shapes}
     odd = [tensor for tensor, parsed in known.items() if parsed is None]
-    if odd or not known:
+    if odd or not any(parsed.part in ("A", "diff") for parsed in known.values()):
         raise UserError(
             f"{name}={path} is not a LoRA that we know ({len(odd)} tensors unexpected, the first being "
             f"{min(odd, default='none')}); it seems to be {names.guess(found.shapes)}, so give {name} another file"
         )
-    alphas = {known[t][0]: found.read(t).float().mean().tolist() for t in known if known[t][1] == "alpha"}
-    values = found.renamed(lambda tensor: None if known[tensor][1] == "alpha" else ".".join(known[tensor]))
-    plan = LoraPlan(path=path, tensors=values, alphas=_alphas(name, path, values) | alphas)
-    _check(name, plan, base)
+
+    def of(*wanted: str, layers: bool = True) -> Tensors:
+        def rename(tensor: str) -> str | None:
+            parsed = known[tensor]
+            return (f"{parsed.name}.{parsed.part}" if layers else parsed.name) if parsed.part in wanted else None
+
+        return found.renamed(rename)
+
+    tensors, own = of("A", "B"), of("alpha")
+    trained = {parsed.name: parsed.trained for parsed in known.values() if parsed.part == "A"}
+    alphas = _alphas(name, path, trained, {layer: tensors.shapes[f"{layer}.A"] for layer in trained})
+    alphas |= {key.removesuffix(".alpha"): own.read(key).float().mean().tolist() for key in own.shapes}
+    wrong = next((f"{alpha} for {layer}" for layer, alpha in alphas.items() if not math.isfinite(alpha)), None)
+    if wrong:
+        raise UserError(f"{name}={path} states alpha={wrong}, which is no number; fetch it again")
+    values = Tensors(tensors.files, tensors.shapes, lambda key: checked(path, key, tensors.read(key)), tensors.odd)
+    biases = {parsed.name for parsed in known.values() if parsed.part == "bias"}
+    differences = of("diff", "bias", layers=False)
+
+    def difference(key: str) -> Tensor:
+        value = checked(path, key, differences.read(key)).float()
+        return value * plan.factor(key.removesuffix(".bias")) if key in biases else value
+
+    added = Tensors(differences.files, differences.shapes, difference, differences.odd)
+    plan = LoraPlan(path=path, tensors=values, alphas=alphas, differences=added)
+    _check(name, plan, base, biases)
     return plan
 
 
-def _alphas(name: str, path: Path, tensors: Tensors) -> dict[str, float]:
-    """alpha of each layer, by what lies beside the file or in its header; else the rank."""
-    layers = {tensor.removesuffix(".A"): shape for tensor, shape in tensors.shapes.items() if tensor.endswith(".A")}
-    stated = _settings(name, path)
-    if stated.get("use_dora") or stated.get("peft_type", "LORA") != "LORA":
+def _alphas(
+    name: str, path: Path, trained: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+    """alpha of each layer, by what lies beside the file or in its header; else the rank.
+
+    trained: what each layer was called in the network that was trained, which peft's patterns are about.
+    """
+    stated, prefix = _settings(name, path)
+    if any(stated.get(key) for key in OTHER_KINDS) or stated.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{name}={path} is not a plain LoRA (DoRA or another kind); merge it where it was made")
-    patterns = stated.get("alpha_pattern")
-    patterns = patterns if isinstance(patterns, dict) else {}
+    alphas, ranks = (_patterns(name, path, stated, key) for key in ("alpha_pattern", "rank_pattern"))
+    if stated.get("use_rslora") not in (None, False, True):
+        raise UserError(f"{name}={path} states use_rslora={stated['use_rslora']!r:.40}; it must be true or false")
     out = {}
-    for layer, shape in layers.items():
-        rank = shape[0] if shape else 0
-        alpha = next((v for key, v in patterns.items() if layer.endswith(key)), stated.get("lora_alpha", rank))
-        if not isinstance(alpha, int | float):
-            raise UserError(f"{name}={path} states lora_alpha={alpha}, which is no number; correct it there")
+    for layer, shape in shapes.items():
+        rank, called = shape[0] if shape else 0, trained[layer].removeprefix(prefix)
+        default = stated.get("lora_alpha", LoraConfig().lora_alpha if stated else rank)
+        alpha = next((value for pattern, value in alphas if pattern.match(called)), default)
+        stated_rank = next((value for pattern, value in ranks if pattern.match(called)), stated.get("r", rank))
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+            raise UserError(f"{name}={path} states lora_alpha={alpha!r:.40}, which is no number; correct it there")
+        if stated_rank != rank:
+            raise UserError(
+                f"{name}={path} states rank {stated_rank!r:.40} for {called}, which has {rank}; its settings are not "
+                f"those that it was trained with, so fetch it again"
+            )
         out[layer] = float(alpha) * (rank**0.5 if stated.get("use_rslora") else 1)
     return out
 
 
-def _settings(name: str, path: Path) -> dict[str, Any]:
-    """What peft wrote about the adapter: a file beside it, or (diffusers) a line of JSON in its header."""
+def _patterns(name: str, path: Path, stated: Mapping[str, Any], key: str) -> list[tuple[re.Pattern, Any]]:
+    """alpha_pattern or rank_pattern as peft matches them, from the end of a name or of its last segments."""
+    patterns = stated.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{name}={path} states {key}={patterns!r:.40}, which is no table; correct it there")
+    repeats = [repeats for pattern in patterns if (repeats := sum(map(pattern.count, "*+?{")))]
+    many = len(patterns) > MAX_PATTERNS or len(repeats) > MAX_REPEATING or max(repeats, default=0) > MAX_REPEATS
+    if many or any(REPEATED_GROUP.search(pattern) for pattern in patterns):
+        raise UserError(f"{name}={path} has {key} whose patterns could take for ever to match; name the layers there")
+    try:
+        return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{name}={path} has {key} with a pattern that is none ({error}); correct it there") from error
+
+
+def _settings(name: str, path: Path) -> tuple[dict[str, Any], str]:
+    """What peft wrote about the adapter, a file beside it, or (diffusers) a line of JSON in its header; and what the
+    file puts before the names of the network that was trained."""
     if path.name.startswith("adapter_model") and (path.parent / PEFT_CONFIG).is_file():
-        return read_json(name, path.parent / PEFT_CONFIG)
+        return read_json(name, path.parent / PEFT_CONFIG), ""
     if path.suffix != ".safetensors":
-        return {}
+        return {}, ""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: {path} has a header that is not valid JSON; fetch it again") from error
-    return {key.removeprefix("transformer."): v for key, v in settings.items()} if isinstance(settings, dict) else {}
+        settings = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{name}: {path} has a header that is not valid JSON ({error}); fetch it again") from error
+    prefix = "transformer."
+    return {k.removeprefix(prefix): v for k, v in settings.items()} if isinstance(settings, dict) else {}, prefix
 
 
-def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None) -> None:
-    """Each layer has its pair, the pair one rank, and the student a layer of those sizes."""
+def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None, biases: Collection[str]) -> None:
+    """Each layer has its pair, the pair one rank, and the student a layer of those sizes; so with differences."""
     shapes, faults = plan.tensors.shapes, []
     for layer in sorted({tensor.rpartition(".")[0] for tensor in shapes}):
         a, b = shapes.get(f"{layer}.A", ()), shapes.get(f"{layer}.B", ())
@@ -136,10 +204,16 @@ def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None
             faults.append(f"{layer} has A {a} and B {b}")
         elif base is not None and base.get(f"{layer}.weight") != (b[0], a[1]):
             faults.append(f"{layer} is {(b[0], a[1])} for {base.get(f'{layer}.weight', 'no such layer')}")
-    faults += [f"{tensor} holds {kind}" for tensor, kind in plan.tensors.odd.items()]
+    for key, shape in plan.differences.shapes.items():
+        if base is not None and base.get(key) != shape:
+            faults.append(f"the difference of {key} is {shape} for {base.get(key, 'no such parameter')}")
+        if key in biases and f"{key.removesuffix('.bias')}.A" not in shapes:
+            faults.append(f"{key} has no A and B")
+    odd = {**plan.tensors.odd, **plan.differences.odd}
+    faults += [f"{tensor} holds {kind}" for tensor, kind in odd.items()]
     if faults:
         raise UserError(
-            f"{name}={plan.path} does not fit the student: {len(faults)} layers differ ({'; '.join(faults[:2])}); "
+            f"{name}={plan.path} does not fit the student: {len(faults)} places differ ({'; '.join(faults[:2])}); "
             f"use the student that it was trained for"
         )
 
@@ -151,13 +225,26 @@ class Loras:
         self.model = model
         self.plans: dict[str, LoraPlan] = {}
         self.scales: dict[str, float] = {}
+        self._differences: dict[str, dict[str, Tensor]] = {}  # by adapter and parameter
+        self._before: dict[str, Tensor] = {}  # parameters that have differences, as they are without
 
     def add(self, plan: LoraPlan, scale: float = 1.0, adapter: str = "lora", dtype: torch.dtype | None = None) -> None:
         """Put an adapter on the model, active. dtype: of its values; None = those of the layers that it goes on."""
         assert adapter not in self.plans, f"there is an adapter {adapter} already"
         assert not self.merged, "unmerge before another adapter is added"
-        ranks, alphas = {layer: plan.rank(layer) for layer in plan.layers}, plan.alphas
-        first = next(iter(ranks))
+        ranks = {layer: plan.rank(layer) for layer in plan.layers}
+        differences = {key: plan.differences.read(key) for key in plan.differences.shapes}
+        if ranks:
+            self._inject(plan, ranks, adapter, dtype)
+        self._differences[adapter] = differences
+        for key in differences:
+            self._before.setdefault(key, self._parameter(key).detach().clone())
+        self.plans[adapter], self.scales[adapter] = plan, scale
+        self._activate()
+
+    def _inject(self, plan: LoraPlan, ranks: Mapping[str, int], adapter: str, dtype: torch.dtype | None) -> None:
+        """Put peft's layers around the linear ones that the adapter has pairs for."""
+        first, alphas = next(iter(ranks)), plan.alphas
         config = LoraConfig(
             r=ranks[first],
             lora_alpha=alphas[first],
@@ -166,7 +253,7 @@ class Loras:
             target_modules=list(ranks),
             init_lora_weights=False,
         )
-        weight = self.model.get_submodule(first).weight if not self.plans else self._layers[0].get_base_layer().weight
+        weight = self._parameter(f"{first}.weight")
         place = {"device": weight.device, "dtype": dtype or weight.dtype}
         state = {
             f"{tensor[:-2]}.lora_{tensor[-1]}.weight": plan.tensors.read(tensor).to(**place).contiguous()
@@ -177,13 +264,17 @@ class Loras:
             inject_adapter_in_model(config, self.model, adapter_name=adapter, low_cpu_mem_usage=True)
         rest = set_peft_model_state_dict(self.model, state, adapter_name=adapter, low_cpu_mem_usage=True)
         assert not rest.unexpected_keys, rest.unexpected_keys
-        self.plans[adapter], self.scales[adapter] = plan, scale
         for tensor, value in state.items():  # peft has cast them to the precision of the layer that they go on
             layer, _, part = tensor.removesuffix(".weight").rpartition(".")
             self.model.get_submodule(f"{layer}.{part}.{adapter}").weight.data = value
         for layer in self._layers:
             layer.requires_grad_(False)
-        self._activate()
+
+    def _parameter(self, name: str) -> Tensor:
+        """A parameter of the model, by its name without adapters."""
+        layer, _, key = name.rpartition(".")
+        module = self.model.get_submodule(layer)
+        return (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).get_parameter(key)
 
     @property
     def _layers(self) -> list[BaseTunerLayer]:
@@ -199,6 +290,10 @@ class Loras:
             layer.set_adapter(here)
             for adapter in here:
                 layer.set_scale(adapter, self.scales[adapter])
+        for key, before in self._before.items():  # weights are not merged here, so that nothing but differences goes
+            added = [(self.scales[a], mine[key]) for a, mine in self._differences.items() if key in mine]
+            total = before.float() + sum(scale * value.to(before.device) for scale, value in added)
+            self._parameter(key).data.copy_(total)
 
     def scale(self, adapter: str, scale: float) -> None:
         """Another weight for an adapter; 0 switches it off."""
@@ -233,10 +328,12 @@ class Loras:
                 base = module.get_base_layer()
                 delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
                 base.weight.copy_(base.weight.float() + delta)
+                if not torch.isfinite(torch.stack(torch.aminmax(base.weight))).all():
+                    raise UserError(f"adapters take {name} beyond {base.weight.dtype}; lower model.lora_scales")
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, base)
         self.model.__dict__.pop("peft_config", None)
-        self.plans, self.scales = {}, {}
+        self.plans, self.scales, self._differences, self._before = {}, {}, {}, {}
 
     def export(self, adapter: str, path: str | Path) -> None:
         """Write an adapter as it was loaded, its scale aside: a `.pt` in LongLive's layout, else a folder of peft's."""
@@ -245,11 +342,16 @@ class Loras:
             if isinstance(module, BaseTunerLayer) and adapter in module.lora_A:
                 values[f"{name}.A"] = module.lora_A[adapter].weight.detach().cpu().contiguous()
                 values[f"{name}.B"] = module.lora_B[adapter].weight.detach().cpu().contiguous()
-        save_lora(values, self.plans[adapter].alphas, path)
+        save_lora(values, self.plans[adapter].alphas, path, self._differences[adapter])
 
 
-def save_lora(values: Mapping[str, Tensor], alphas: Mapping[str, float], path: str | Path) -> None:
-    """Write `<layer>.A` and `<layer>.B` in our names, with their alphas. A `.pt` states none, so B takes the factor."""
+def save_lora(
+    values: Mapping[str, Tensor], alphas: Mapping[str, float], path: str | Path, differences: Mapping[str, Tensor]
+) -> None:
+    """Write `<layer>.A` and `<layer>.B` in our names, with their alphas. A `.pt` states none, so B takes the factor.
+
+    differences: of parameters in our names; readers other than ours may leave them out.
+    """
     path = Path(path)
     layers = [tensor.removesuffix(".A") for tensor in values if tensor.endswith(".A")]
     ranks = {layer: values[f"{layer}.A"].shape[0] for layer in layers}
@@ -259,19 +361,21 @@ def save_lora(values: Mapping[str, Tensor], alphas: Mapping[str, float], path: s
             factor = alphas[layer] / ranks[layer]
             state[names.original_lora_name(layer, "A")] = values[f"{layer}.A"]
             state[names.original_lora_name(layer, "B")] = values[f"{layer}.B"] * factor
+        state |= {names.lora_difference_name(names.original_name(key)): value for key, value in differences.items()}
         with atomic_path(path) as temporary:
             torch.save({"generator_lora": state}, temporary)
         return
-    first = layers[0]
+    rank, alpha = (ranks[layers[0]], alphas[layers[0]]) if layers else (1, 1)
     config = {
         "peft_type": "LORA",
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {layer: alphas[layer] for layer in layers if alphas[layer] != alphas[first]},
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
+        "alpha_pattern": {layer: alphas[layer] for layer in layers if alphas[layer] != alpha},
         "target_modules": sorted(layers),
     }
     with atomic_path(path / PEFT_FILE) as temporary:
         tensors = {f"{names.LORA_PREFIX}{t[:-2]}.lora_{t[-1]}.weight": v for t, v in values.items()}
+        tensors |= {names.lora_difference_name(key): value for key, value in differences.items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json_atomic(path / PEFT_CONFIG, config)

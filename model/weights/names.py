@@ -7,7 +7,7 @@ we have no use for; a name that it does not know comes back unchanged, and is re
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_DIM = 128  # of every published Wan; a file of tensors alone does not say it
@@ -162,31 +162,80 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 LORA_PARTS = ("generator_lora", "state_dict")
-LORA_VALUE = re.compile(r"(.+)\.(lora_[AB]|lora_down|lora_up)(?:\.(?!weight$)[^.]+)?\.weight")
+LORA_VALUE = re.compile(r"(.+)\.lora[_.](A|B|down|up)(?:\.(?!(?:weight|bias)$)[^.]+)?\.(weight|bias)")
 LORA_PREFIX = "base_model.model."  # of peft
-KOHYA = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo]|\d)")
+LORA_PREFIXES = (LORA_PREFIX, *PREFIXES, "transformer.", "pipe.dit.", "dit.")
+# Names of one word, as kohya and those after it write them, and the segments that have underscores of their own.
+FLAT = re.compile(r"(?:lora_unet|lora_transformer|lycoris)[_.]+(.+)")
+SEGMENT = re.compile(
+    r"(?:self|cross)_attn|(?:patch|text|time)_embedding|time_projection|(?:add_)?[kv]_(?:img|proj)|img_emb|"
+    r"norm_[qk](?:_img)?|condition_embedder|(?:time|text)_embedder|time_proj|linear_[12]|to_(?:[qkv]|out)|proj_out|"
+    r"scale_shift_table|[^._]+"
+)
+TABLES = ("modulation", "scale_shift_table")  # parameters that belong to no layer
+# Kinds of adapter that are no sum of W and B A, by what only their tensors are called.
+OTHER_ADAPTERS = {"hada_w": "LoHa", "lokr_w": "LoKr", "lora_mid": "LoCon", "dora_scale": "DoRA"}
+OTHER_ADAPTERS |= {"lora_magnitude": "DoRA"}
 
 
-def lora_name(name: str) -> tuple[str, str] | None:
-    """One tensor of a LoRA -> (our name of the linear layer, A or B or alpha), or None where it is none.
+class LoraTensor(NamedTuple):
+    """What a tensor of a LoRA is: a pair's half or its alpha, or what is added as it is to a parameter."""
 
-    Knows peft's names, with or without the adapter's name in them, those of diffusers, and down/up pairs with `alpha`.
+    name: str  # ours, of the linear layer (A, B, alpha) or of the parameter (bias, diff)
+    part: str  # A, B, alpha, bias (of B: scaled as B A is), diff
+    trained: str = ""  # of A: what the layer was called in the network that was trained
+
+
+def lora_tensor(name: str) -> LoraTensor | None:
+    """What one tensor of a LoRA is, or None where it belongs to none.
+
+    Knows peft's names, with or without the adapter's name in them, those of diffusers, down/up pairs with `alpha` under
+    dotted names and kohya's flat ones, and the differences (`diff`, `diff_b`, `diff_m`) of extracted adapters.
     """
     if match := LORA_VALUE.fullmatch(name):
-        layer, part = match.group(1), "A" if match.group(2) in ("lora_A", "lora_down") else "B"
-    elif name.endswith(".alpha"):
-        layer, part = name.removesuffix(".alpha"), "alpha"
-    else:
+        layer, half, value = match.groups()
+        half = "A" if half in ("A", "down") else "B"
+        if value == "weight":
+            return LoraTensor(_lora_layer(layer), half, layer.removeprefix(LORA_PREFIX))
+        return LoraTensor(f"{_lora_layer(layer)}.bias", "bias") if half == "B" else None
+    layer, _, part = name.rpartition(".")
+    if not layer or part not in ("alpha", "diff", "diff_b", "diff_m"):
         return None
-    if match := KOHYA.fullmatch(layer):
-        layer = "blocks.{}.{}.{}".format(*match.groups())
-    layer = unwrapped(layer.removeprefix(LORA_PREFIX)).removeprefix("transformer.")
-    return wan_name(f"{layer}.weight").removesuffix(".weight"), part
+    if part == "alpha":
+        return LoraTensor(_lora_layer(layer), part)
+    if part == "diff_m":
+        return LoraTensor(wan_name(f"{_lora_bare(layer)}.modulation"), "diff")
+    if part == "diff_b":
+        return LoraTensor(f"{_lora_layer(layer)}.bias", "diff")
+    bare = _lora_bare(layer)
+    return LoraTensor(wan_name(bare if bare.endswith(TABLES) else f"{bare}.weight"), "diff")
+
+
+def _lora_bare(layer: str) -> str:
+    """A layer's name without what trainers put before it, with dots between its segments."""
+    if match := FLAT.fullmatch(layer):
+        return ".".join(SEGMENT.findall(match.group(1)))
+    layer = WRAPPERS.sub("", layer)
+    while prefix := next((p for p in LORA_PREFIXES if layer.startswith(p)), ""):
+        layer = layer[len(prefix) :]
+    return layer
+
+
+def _lora_layer(layer: str) -> str:
+    """A layer's name in the file -> ours."""
+    return wan_name(f"{_lora_bare(layer)}.weight").removesuffix(".weight")
 
 
 def original_lora_name(layer: str, part: str) -> str:
     """Our name of a linear layer, A or B -> the name in LongLive's `lora.pt`."""
     return f"{LORA_PREFIX}{original_name(f'{layer}.weight').removesuffix('.weight')}.lora_{part}.weight"
+
+
+def lora_difference_name(parameter: str) -> str:
+    """A parameter's name -> the name of its difference in an adapter's file."""
+    layer, _, key = parameter.rpartition(".")
+    inner = {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(key, f"{parameter}.diff")
+    return f"{LORA_PREFIX}{inner}"
 
 
 # --- text encoder -----------------------------------------------------------------------------------------------------
@@ -308,7 +357,10 @@ def guess(shapes: Shapes) -> str:
     shapes = {unwrapped(name): shape for name, shape in shapes.items()}
     if not shapes:
         return "a file without tensors"
-    adapters = [s for n, s in shapes.items() if ".lora_A." in n or ".lora_down." in n]
+    other = next((kind for part, kind in OTHER_ADAPTERS.items() if any(part in name for name in shapes)), None)
+    if other:
+        return f"an adapter of another kind ({other}), which has to be merged into weights where it was made"
+    adapters = [s for n, s in shapes.items() if (tensor := lora_tensor(n)) and tensor.part == "A"]
     if adapters:
         rank, width = (*adapters[0], "?", "?")[:2]
         return f"a LoRA of rank {rank} and width {width}, which goes on top of a student: model.lora=[...]"
