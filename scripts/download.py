@@ -105,7 +105,8 @@ def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
     except errors.GatedRepoError as error:
         raise UserError(f"{name}: {where} wants you to agree to its terms; do so there, then set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{name}: there is no {where}, or it is private; see README.md for its present name") from error
+        where = f"there is no {where}, or it is private"
+        raise UserError(f"{name}: {where}; see docs/weights.md for its present name") from error
     except errors.LocalEntryNotFoundError as error:  # not found, and there is no network to look further
         raise unreachable(name, constants.ENDPOINT) from error
     except errors.EntryNotFoundError as error:

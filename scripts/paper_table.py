@@ -1,7 +1,7 @@
 """The paper's settings, the keys that hold them, what the presets use, and where ours departs and why.
 
     python scripts/paper_table.py            # print the table
-    python scripts/paper_table.py --write    # put it into README.md, between its two marks
+    python scripts/paper_table.py --write    # put it into docs/paper-settings.md, between its two marks
 
 Values come from the YAML files, so that the table cannot say one thing and the presets do another.
 """
@@ -111,24 +111,25 @@ def inserted(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md lacks the line {BEGIN if not begin else END}; put it back where the table belongs")
+        missing = BEGIN if not begin else END
+        raise UserError(f"docs/paper-settings.md lacks the line {missing}; put it back where the table belongs")
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into docs/paper-settings.md")
     args = parser.parse_args(arguments)
     if not args.write:
         print(table())
         return 0
-    readme = CHECKOUT / "README.md"
+    page = CHECKOUT / "docs" / "paper-settings.md"
     try:
-        text = inserted(readme.read_text(encoding="utf-8"))
+        text = inserted(page.read_text(encoding="utf-8"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with atomic_path(readme) as temporary:
+    with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return 0
 

@@ -6,7 +6,7 @@
     python scripts/vbench.py table
 
 `generate` can be stopped and started again. The `vbench` package needs versions of numpy and transformers that do not
-go with ours: install it into an environment of its own, as README says, and name its Python.
+go with ours: install it into an environment of its own, as docs/evaluation.md says, and name its Python.
 """
 
 import argparse

@@ -121,7 +121,7 @@ def test_no_text_names_a_machine():
     """No absolute path of somebody's disk, no address of a machine, in anything that is not a picture or weights."""
     machine = re.compile(r"(?<![\w.:/])/(home|root|work|mnt|data|scratch|Users)/\w|\b(10|192\.168)\.\d+\.\d+\.\d+\b")
     kinds = {".py", ".sh", ".yaml", ".json", ".txt", ".md", ".toml", ".html", ".js"}
-    folders = (*LAYERS, "scripts", "tests", "assets", ".ci")
+    folders = (*LAYERS, "scripts", "tests", "assets", "docs", ".ci")
     files = [file for folder in folders for file in (CHECKOUT / folder).rglob("*") if file.suffix in kinds]
     files += [file for file in CHECKOUT.iterdir() if file.is_file() and file.suffix in kinds]
     assert not [
@@ -142,9 +142,9 @@ def test_presets_hold_values_only():
 def test_every_dependency_is_used_and_explained(name):
     lines = (line.partition("#")[0].strip() for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines())
     wanted = [Requirement(line).name for line in lines if line]
-    rows = re.findall(r"^\|([^|]+)\|", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\|([^|]+)\|", (CHECKOUT / "docs" / "development.md").read_text(encoding="utf-8"), re.MULTILINE)
     table = [package for row in rows for package in re.findall(r"`([\w.-]+)`", row)]
-    assert not [package for package in wanted if package not in table], "not in the README's table"
+    assert not [package for package in wanted if package not in table], "not in the table of docs/development.md"
     if name == "requirements.txt":
         used = {module for tree in TREES.values() for _, module in imported(tree)}
         modules = {package: MODULE_OF.get(package, package.replace("-", "_")) for package in wanted}

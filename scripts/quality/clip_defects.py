@@ -2,7 +2,7 @@
 
 Each is a rule on the figures of utils/clip_measures.py, made so that one defect does not set off another's alarm:
 colour and sharpness are compared within a shot, a jump that ends a freeze is no cut, a flash is no pair of cuts. How
-often they are right on clips with known defects is in the README; `scripts/validate_measures.py` counts it.
+often they are right on clips with known defects is in docs/evaluation.md; `scripts/validate_measures.py` counts it.
 """
 
 from collections.abc import Sequence

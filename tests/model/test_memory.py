@@ -233,7 +233,7 @@ def test_presets_fit_their_card(card):
 
 
 def test_other_ways_to_fit_a_card():
-    """What README.md and scripts/measure_memory.py name beside the presets."""
+    """What docs/speed-and-memory.md and scripts/measure_memory.py name beside the presets."""
     assert inference_plan(load_config(CONFIG, LOW_MEMORY)).fits(12)
     eight = load_config(CONFIG, ["inference.text_int8=true"])
     assert not inference_plan(eight).fits(24)

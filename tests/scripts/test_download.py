@@ -216,8 +216,9 @@ def test_only_what_is_absent_needs_room(tmp_path, monkeypatch):
 
 
 def test_commands_of_other_readmes_fetch_the_same_files_to_the_same_places():
-    """Every `hf download` of README.md, with the name that stands behind it."""
-    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "hf download" in line]
+    """Every `hf download` of docs/weights.md, with the name that stands behind it."""
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if "hf download" in line]
     for line in lines:
         command, name = (part.strip() for part in line.split("#"))
         _, _, source, *files, option, folder = command.split()

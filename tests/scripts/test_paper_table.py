@@ -1,4 +1,4 @@
-"""The table of the paper's settings: complete, true of the presets and of the code, and what the README shows."""
+"""The table of the paper's settings: complete, true of the presets and of the code, and shown in the docs."""
 
 import importlib.util
 from pathlib import Path
@@ -15,8 +15,8 @@ paper = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(paper)
 
 
-def test_the_readme_shows_the_table():
-    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_show_the_table():
+    text = (CHECKOUT / "docs" / "paper-settings.md").read_text(encoding="utf-8")
     assert paper.inserted(text) == text, "run python scripts/paper_table.py --write"
 
 

@@ -191,7 +191,7 @@ def test_a_defect_is_found_and_nothing_else():
     for kind in KINDS:
         assert found[kind][kind] >= 8, f"{kind} is missed"
         others = {other: n for other, n in found[kind].items() if other != kind}
-        # a cut to a scene with the same background is small: it may be taken for drift, and is counted in the README
+        # a cut to a scene with the same background is small: it may be taken for drift; docs/evaluation.md counts it
         assert max(others.values()) <= (2 if kind in ("cut", "drift") else 0), f"{kind} sets off {others}"
 
 
