@@ -2,7 +2,8 @@
 
 On a GPU a chunk is decoded, made uint8 and copied to pinned memory on a stream of its own, while the next chunk is
 denoised on the current one. All of it is queued; `ahead` keeps one chunk more in the queue than is being waited for,
-so that the GPU never waits for whoever takes the frames.
+so that the GPU never waits for whoever takes the frames. Whether all values are finite is found out on the device, too,
+and travels with the frames: whoever waits for them (`ChunkResult.wait`) is told.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,21 +25,24 @@ class Delivery:
         self._beside = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
         self.to_frames: Callable[[Tensor], Tensor] = to_frames  # may be replaced by a compiled one
 
-    def deliver(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> Tensor:
+    def deliver(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
         """uint8 frames [B, T, H, W, 3] of the decoder's next latents, on their way to the host; marks `decode`.
 
-        The timer's last mark then stands for frames that have arrived.
+        With them goes bool [2, B]: whether each stream's latents, and its pixels, are finite. The timer's last mark
+        then stands for both having arrived.
         """
         if self._beside is None:
-            frames = to_host(self.to_frames(decoder.decode(latents)))
-            timer.mark("decode")
-            return frames
+            return self._decoded(decoder, latents, timer)
         self._beside.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self._beside):
             latents.record_stream(self._beside)  # its memory is not given away before it has been read
-            frames = to_host(self.to_frames(decoder.decode(latents)))
-            timer.mark("decode")
-        return frames
+            return self._decoded(decoder, latents, timer)
+
+    def _decoded(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
+        pixels = decoder.decode(latents)
+        arriving = to_host(self.to_frames(pixels)), to_host(torch.stack([finite(latents), finite(pixels)]))
+        timer.mark("decode")
+        return arriving
 
     def settle(self) -> None:
         """Make the current stream wait for decoding: before decoder state is read or replaced outside of it."""
@@ -49,6 +53,11 @@ class Delivery:
 def to_frames(pixels: Tensor) -> Tensor:
     """Float `[B, T, 3, H, W]` in [-1, 1] -> uint8 `[B, T, H, W, 3]`, rounded to nearest."""
     return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
+
+
+def finite(x: Tensor) -> Tensor:
+    """bool [B]: whether all values of each row of `x` are. A sum is: it reads once what `isfinite` reads five times."""
+    return x.sum(dim=tuple(range(1, x.ndim)), dtype=torch.float32).isfinite()
 
 
 def to_host(x: Tensor) -> Tensor:

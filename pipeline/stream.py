@@ -20,6 +20,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.cache import StreamCache
@@ -42,6 +43,16 @@ def longest(lengths: Sequence[int | None]) -> int | None:
     return None if None in lengths else max(lengths)
 
 
+FIX_OF = {
+    "student": "check model.student, model.lora and model.lora_scales",
+    "decoder": "check the weights of model.codec",
+}
+
+
+class NonFiniteChunk(UserError):
+    """What was made holds NaN or infinity: no picture."""
+
+
 @dataclass(frozen=True, eq=False)
 class ChunkResult:
     """One chunk of B streams. On a GPU the frames may still be on their way: `wait` before reading them."""
@@ -50,12 +61,24 @@ class ChunkResult:
     latents: Tensor  # [B, f, C, h, w], on the device
     frames: Tensor  # uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f
     timer: SpanTimer
-    prompts: tuple[str, ...] = ()  # what the chunk was made under
-    alive: tuple[bool, ...] = ()  # streams that last up to here; what the others' rows hold is for nobody
+    prompts: tuple[str, ...]  # what the chunk was made under
+    alive: tuple[bool, ...]  # streams that last up to here; what the others' rows hold is for nobody
+    finite: Tensor  # bool [2, B], on the host: whether the latents, and the pixels, are
+    dtype: torch.dtype  # that the student computes in
 
     def wait(self) -> "ChunkResult":
+        """Until the frames are there. Raises NonFiniteChunk where they are made of NaN or infinity."""
         self.timer.wait()
+        for maker, rows in zip(FIX_OF, self.finite.tolist(), strict=True):
+            if not all(good for good, alive in zip(rows, self.alive, strict=True) if alive):
+                raise NonFiniteChunk(self._blame(maker))
         return self
+
+    def _blame(self, maker: str) -> str:
+        said = f"chunk {self.chunk} holds NaN or infinity, made by the {maker}"
+        if self.dtype is torch.float16:
+            return f"{said}: float16 overflows beyond 65,504; set inference.precision=bfloat16 or float32"
+        return f"{said}, whose weights are damaged or too large; {FIX_OF[maker]}, or try inference.precision=float32"
 
     @property
     def timings(self) -> dict[str, float]:
@@ -305,12 +328,13 @@ class StreamSession:
             timer.mark("context")
         self._recall.keep(Pass(chunk, *student.last))
         self._recall.renew_sink(self._cache, self.schedule, chunk)
-        frames = self.delivery.deliver(self._decoder, latents, timer)
+        frames, finite = self.delivery.deliver(self._decoder, latents, timer)
         self._noise.draw_ahead(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1
         if self._start_latents is not None and self._start_latents.shape[1] <= self.chunk * self.geometry.chunk_frames:
             self._start_latents = None
-        return ChunkResult(chunk, latents, frames, timer, self._track.state.prompts, alive)
+        prompts = self._track.state.prompts
+        return ChunkResult(chunk, latents, frames, timer, prompts, alive, finite, self.dtype)
 
     def _checked(self, start: Tensor, batch: int) -> Tensor:
         """Latents that the streams begin with, as [batch, g, C, h, w] on the device."""

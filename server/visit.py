@@ -113,6 +113,8 @@ class Visit:
                 await self.socket.send_bytes(made.packet(self._take))
             if not self._stopping:
                 await self._say("end", message=f"{frames / fps:.0f} s are the most that a video may last; press Play")
+        except UserError as error:  # what was made is no picture
+            await self._say("error", message=str(error), over=True)
         except (WebSocketDisconnect, RuntimeError):
             if self.socket.application_state == WebSocketState.CONNECTED == self.socket.client_state:
                 log.exception("a stream broke off")

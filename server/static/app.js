@@ -43,7 +43,9 @@ function heard(message) {
     case "said": return say(`From the next chunk on: ${message.prompt}`);
     case "stopped": buffer.clear(); setPlaying(false); return say("Stopped.");
     case "end": case "idle": setPlaying(false); return say(message.message);
-    case "error": return say(message.message, true);
+    case "error":
+      if (message.over) setPlaying(false);
+      return say(message.message, true);
   }
 }
 

@@ -422,3 +422,25 @@ def test_what_cannot_be_served_is_refused_at_the_start(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         demo.exits.run(demo.main)
     assert stop.value.code == 2 and "--token" in capsys.readouterr().err
+
+
+def test_what_is_no_picture_ends_in_a_sentence_and_the_next_video_plays(serve, monkeypatch):
+    whole = StreamSession._next
+
+    def broken(session, *args):
+        result = whole(session, *args)
+        if result.chunk == 1:
+            result.finite.fill_(False)
+        return result
+
+    async def script(visitor: Visitor):
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamSession, "_next", broken)
+            await visitor.play()
+            error = await visitor.until("error")
+        await visitor.play()
+        return error, visitor.heard, await visitor.chunks(3)
+
+    error, before, after = visit(serve(), script)
+    assert "chunk 1 holds NaN or infinity" in error["message"] and error["over"]
+    assert [chunk["chunk"] for chunk in before[:1]] == [0] and [chunk["chunk"] for chunk in after] == [0, 1, 2]

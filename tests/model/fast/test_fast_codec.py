@@ -150,8 +150,8 @@ def test_wan_is_compiled_once_for_each_width(tiny_vae):
 def test_delivery_gives_the_decoders_frames():
     codec, latents = tiny_codec(), torch.randn(2, 3, 16, 4, 6)
     timer = SpanTimer(torch.device("cpu"))
-    frames = Delivery(torch.device("cpu")).deliver(codec.stream(), latents, timer)
-    assert torch.equal(frames, to_frames(codec.decode(latents)))
+    frames, finite = Delivery(torch.device("cpu")).deliver(codec.stream(), latents, timer)
+    assert torch.equal(frames, to_frames(codec.decode(latents))) and finite.tolist() == [[True] * 2] * 2
     assert list(timer.spans()) == ["decode"]
 
 
