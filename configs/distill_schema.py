@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
-from configs.validate import at_least, between, one_of
+from configs.validate import check_bounds, number, one_of
 
 HEADS = ("difference", "conv", "learned")
 ROLLOUT_CONTEXTS = ("inference", "release")
@@ -15,14 +15,14 @@ EXITS = ("random", "last")
 class FlowLossConfig:
     """Flow distribution matching: the loss on F(x) = head(x[:, 1:] - x[:, :-1])."""
 
-    weight: float = 4.0  # lambda_flow; 0 = off
+    weight: float = number(4.0, 0, 1_000_000)  # lambda_flow; 0 = off
     head: str = "difference"  # difference = identity, conv = fixed filter bank, learned = trained beside the student
     frame_weights: bool = True  # later frames, and those after more of the error, count more
     gradient_cut: bool = False  # true: as both public releases compute it, which moves nothing; for comparison only
-    head_lr: float = 1e-4  # learned head
+    head_lr: float = number(1e-4, 0, 10)  # learned head
 
     def __post_init__(self):
-        at_least(0, "training.distill.flow", self, "weight", "head_lr")
+        check_bounds("training.distill.flow", self)
         one_of(HEADS, "training.distill.flow", self, "head")
 
 
@@ -30,16 +30,17 @@ class FlowLossConfig:
 class LongConfig:
     """Long tuning: rollouts of more chunks than the loss looks at. Off at 0."""
 
-    max_frames: int = 0  # latent frames of the longest rollout; 0 = video.num_latent_frames, no long tuning
-    min_frames: int = 0  # of the shortest; 0 = video.num_latent_frames. Each step draws a whole number of chunks
-    switch_share: float = 0.0  # share of rollouts whose prompt changes before the window that the loss looks at
+    # latent frames of the longest rollout; 0 = video.num_latent_frames, no long tuning
+    max_frames: int = number(0, 0, 100_000)
+    # of the shortest; 0 = video.num_latent_frames. Each step draws a whole number of chunks
+    min_frames: int = number(0, 0, 100_000)
+    # share of rollouts whose prompt changes before the window that the loss looks at
+    switch_share: float = number(0.0, 0, 1)
     reencode_first: bool = True  # the window's first latent is encoded again as an image, as a clip's first one is
-    decode_frames: int = 6  # latent frames decoded for that image, itself last
+    decode_frames: int = number(6, 1, 1024)  # latent frames decoded for that image, itself last
 
     def __post_init__(self):
-        at_least(0, "training.distill.long", self, "max_frames", "min_frames")
-        at_least(1, "training.distill.long", self, "decode_frames")
-        between(0, 1, "training.distill.long", self, "switch_share")
+        check_bounds("training.distill.long", self)
         if self.max_frames and self.min_frames > self.max_frames:
             raise UserError(
                 f"training.distill.long.min_frames={self.min_frames} is above max_frames={self.max_frames}; lower it"
@@ -50,12 +51,12 @@ class LongConfig:
 class LoraConfig:
     """Low-rank adapters on every linear layer of the blocks, in place of full fine-tuning. Off at rank 0."""
 
-    student_rank: int = 0
-    critic_rank: int = 0
-    alpha: float = 0.0  # scale is alpha / rank; 0 = the rank, scale 1
+    student_rank: int = number(0, 0, 65_536)
+    critic_rank: int = number(0, 0, 65_536)
+    alpha: float = number(0.0, 0, 1_000_000)  # scale is alpha / rank; 0 = the rank, scale 1
 
     def __post_init__(self):
-        at_least(0, "training.distill.lora", self, "student_rank", "critic_rank", "alpha")
+        check_bounds("training.distill.lora", self)
 
 
 def _critic_optimizer() -> OptimizerConfig:
@@ -66,25 +67,28 @@ def _critic_optimizer() -> OptimizerConfig:
 class DistillConfig:
     """A step is one critic update; every `dfake_gen_update_ratio`-th step begins with one of the generator."""
 
-    dfake_gen_update_ratio: int = 5  # critic updates for each of the generator
-    critic_warmup: int = 0  # critic updates before the generator's first: a critic that starts from the teacher lags
+    dfake_gen_update_ratio: int = number(5, 1, 1_000_000)  # critic updates for each of the generator
+    # critic updates before the generator's first: a critic that starts from the teacher lags
+    critic_warmup: int = number(0, 0, 1_000_000_000)
     critic_optimizer: OptimizerConfig = field(default_factory=_critic_optimizer)  # the student: training.optimizer
 
     # the loss: spatial_weight L + L_reg + gamma (flow.weight L_F + L_reg^F)
-    spatial_weight: float = 4.0  # lambda_spatial
-    gamma: float = 1.0  # weight of motion against space
+    spatial_weight: float = number(4.0, 0, 1_000_000)  # lambda_spatial
+    gamma: float = number(1.0, 0, 1_000_000)  # weight of motion against space
     flow: FlowLossConfig = field(default_factory=FlowLossConfig)
-    regression_weight: float = 1.0  # of L_reg and L_reg^F, which are on when `pairs` is given
+    regression_weight: float = number(1.0, 0, 1_000_000)  # of L_reg and L_reg^F, which are on when `pairs` is given
     pairs: str | None = None  # teacher's trajectories: a folder or LMDB made by scripts/generate_ode_pairs.py
 
     # teacher and critic
-    guidance: float = 3.0  # s of cond + s (cond - uncond), on the teacher's x0; the usual weight is s + 1
-    fake_guidance: float = 0.0  # the same for the critic
+    # s of cond + s (cond - uncond), on the teacher's x0; the usual weight is s + 1
+    guidance: float = number(3.0, 0, 1000)
+    fake_guidance: float = number(0.0, 0, 1000)  # the same for the critic
     negative_prompt: str = ""  # text of the branch without the prompt
     teacher_fp8: bool = False  # the teacher's large linears in float8: 17 GB of 14B, not 29; scores a few percent off
-    shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted, for teacher and critic alike
-    min_timestep: float = 20.0  # then clamped to
-    max_timestep: float = 980.0
+    # timesteps are drawn evenly in un-warped time, then shifted, for teacher and critic alike
+    shift: float = number(5.0, 1, 100)
+    min_timestep: float = number(20.0, 1, 1000)  # then clamped to
+    max_timestep: float = number(980.0, 1, 1000)
 
     # the rollout
     exit: str = "random"  # step that has the gradient: random (one share of every chunk's row, drawn a step), last
@@ -98,7 +102,7 @@ class DistillConfig:
     prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
     encode_ahead: bool = True  # embed all prompts before the first step and keep them on the device
     encoded_prompts: str | None = None  # folder of scripts/encode_prompts.py; no text encoder is loaded then
-    video_clips: int = 4  # validation clips written as a video, the teacher's beside them
+    video_clips: int = number(4, 0, 1000)  # validation clips written as a video, the teacher's beside them
 
     def generator_updates(self, steps: int) -> int:
         """Updates of the generator in the first `steps` steps."""
@@ -114,11 +118,7 @@ class DistillConfig:
         return start, next((s for s in range(step + 1, steps) if self.updates_generator(s)), max(steps, step + 1))
 
     def __post_init__(self):
-        at_least(1, "training.distill", self, "dfake_gen_update_ratio")
-        at_least(0, "training.distill", self, "spatial_weight", "gamma", "regression_weight", "video_clips")
-        at_least(0, "training.distill", self, "guidance", "fake_guidance", "critic_warmup")
-        at_least(1, "training.distill", self, "shift")
-        between(1, 1000, "training.distill", self, "min_timestep", "max_timestep")
+        check_bounds("training.distill", self)
         one_of(ROLLOUT_CONTEXTS, "training.distill", self, "rollout_context")
         one_of(EXITS, "training.distill", self, "exit")
         if self.min_timestep > self.max_timestep:

@@ -101,7 +101,7 @@ class Geometry:
 
     def kv_frames(self, k: int) -> int:
         """Latent frames whose keys chunk k sees, its own included."""
-        return len(self.visible_chunks(k)) * self.chunk_frames
+        return min(k + 1, self.window_chunks or k + 1) * self.chunk_frames
 
 
 def pixel_frames(latent_frames: int) -> int:

@@ -2,12 +2,16 @@
 
 A YAML file may start from another one: `base: tiny.yaml` (relative to the file that says so). What is merged, later
 over earlier: defaults of the schema, the base, the file, the overrides. Lists are replaced, sections are merged.
+
+Values are read as they are written, and it is the schema that says what they are: `010` is ten where a number belongs
+and the text 010 elsewhere, `on` is true where a switch belongs. There are no tags, aliases or `${...}`: a file of a
+stranger states values and can do nothing else.
 """
 
 import dataclasses
 import difflib
 import logging
-import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,13 +21,16 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.schema import Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # every key of a stored schedule
 log = logging.getLogger(f"diagonal.{__name__}")
+MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
 
@@ -71,7 +78,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     found = path if path.is_file() else CHECKOUT / path
     if not found.is_file():
         near = difflib.get_close_matches(f"configs/{path.name}", presets(), 3, cutoff=0.0)
-        raise UserError(f"config_path={path} does not exist; configs/ has presets such as {', '.join(near)}")
+        raise UserError(f"config_path={shown(path)} does not exist; configs/ has presets such as {', '.join(near)}")
     found = found.resolve()
     if found in seen:
         chain = " -> ".join(file.name for file in (*seen, found))
@@ -81,39 +88,78 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     if base is None:
         return [values]
     if not isinstance(base, str):
-        raise UserError(f"base={base} in {path} is not a file name; write base: other.yaml")
+        raise UserError(f"base={shown(base)} in {path} is not a file name; write base: other.yaml")
     return [*_layers(found.parent / base, (*seen, found)), values]
+
+
+class _Loader(yaml.BaseLoader):
+    """Scalars stay text but for null and whole numbers in their plainest form; no aliases, no tags, no key twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.tag is not None:
+            what = f"alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"tag {event.tag}"
+            raise ComposerError(None, None, f"the {what} has no meaning here, write the value out", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str | int) or name in seen:
+                problem = f"the key {shown(name)} is given twice" if isinstance(name, str | int) else "a key is no name"
+                raise ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("(?:0|-?[1-9][0-9]{0,17})$"), list("-0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _parse(text: str, where: str) -> Any:
+    """The value of a YAML text; UserError beginning with `where` for what is none, or can be no setting."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {_yaml_problem(error)}; correct it there") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply; settings have two or three levels") from None
+    return value
 
 
 def _read(path: Path) -> dict:
     """One YAML file as a dict; an empty file is an empty dict."""
+    where = f"config_path={path}"
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise UserError(f"{where} has {size:,} bytes, which no configuration has; give a YAML file")
     try:
-        loaded = OmegaConf.load(path)
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"config_path={path} is not UTF-8 text; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config_path={path} is not valid YAML: {_yaml_problem(error)}; correct it there") from None
+        raise UserError(f"{where} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"config_path={path} cannot be read: {error}; give a YAML file") from None
-    values = OmegaConf.to_container(loaded, resolve=False)
-    if not isinstance(values, dict):
-        raise UserError(f"config_path={path} holds a list; it must hold `key: value` lines")
-    return values
+        raise UserError(f"{where} cannot be read ({error.strerror}); give a YAML file") from None
+    values = _parse(text, where)
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{where} holds no settings; it must hold `key: value` lines")
+    return values or {}
 
 
 def _override(text: str) -> dict:
     """`a.b=c` as {"a": {"b": c}}, where c is read as YAML."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"override={text} is not of the form key.sub=value; try video.fps=16")
-    if key.strip() == "base":
-        raise UserError(f"override={text} cannot change the base of a file; pass --config_path {value}")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key.strip()}={value}"]), resolve=False)
-    except yaml.YAMLError as error:
-        raise UserError(f"override={text} is not valid YAML: {_yaml_problem(error)}; close its brackets") from None
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"override={text} cannot be read: {str(error).splitlines()[0]}; write key.sub=value") from None
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"override={shown(text)} is not of the form key.sub=value; try video.fps=16")
+    if names == ["base"]:
+        raise UserError(f"override={shown(text)} cannot change the base of a file; pass --config_path {shown(value)}")
+    values = _parse(value, f"override={shown(text)}")
+    for name in reversed(names):
+        values = {name: values}
+    return values
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -122,9 +168,6 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
         return str(error).splitlines()[0]
     mark = error.problem_mark
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-
-
-SWITCHED = ("compile", "cuda_graphs")  # keys that know the words `on` and `off`
 
 
 def _check(values: dict, section: type, prefix: str) -> dict:
@@ -140,16 +183,36 @@ def _check(values: dict, section: type, prefix: str) -> dict:
                 continue
             if not isinstance(value, dict):
                 keys = ", ".join(typing.get_type_hints(hints[key]))
-                raise UserError(f"{name}={value} is a section, not a value; set one of its keys: {keys}")
+                raise UserError(f"{name}={shown(value)} is a section, not a value; set one of its keys: {keys}")
             value = _check(value, hints[key], f"{name}.")
         elif isinstance(value, dict) and typing.get_args(hints[key])[:1] == (int,):
-            value = {int(k) if str(k).isdecimal() else k: v for k, v in value.items()}
-        elif isinstance(value, bool) and key in SWITCHED:
-            value = "on" if value else "off"  # as it was written: YAML takes these words for truth values
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}={value} is not a finite number; give a finite one")
+            value = {int(k) if re.fullmatch("[0-9]{1,18}", str(k)) else k: v for k, v in value.items()}
+        _check_text(name, value)
         checked[key] = value
     return checked
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Refuse text that no setting can hold, in `value` and in what it contains, keys included."""
+    for part in _texts(value):
+        if "${" in part or part == "???":  # what OmegaConf would fill in: resolvers read the environment
+            raise UserError(f"{name}={shown(part)} is not filled in here; write the value out")
+        if "\0" in part:
+            raise UserError(f"{name} holds a NUL character; give plain text")
+        try:
+            part.encode()
+        except UnicodeEncodeError:  # bytes of a command line that were not UTF-8
+            raise UserError(f"{name}={shown(ascii(part))} is not valid UTF-8; type it as UTF-8") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def _unknown(name: str) -> str:
@@ -160,8 +223,8 @@ def _unknown(name: str) -> str:
         by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
         near = [by_last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)]
     if not near:
-        return f"{name} is not a setting; configs/schema.py lists them all"
-    return f"{name} is not a setting; did you mean {near[0]}?"
+        return f"{shown(name)} is not a setting; configs/schema.py lists them all"
+    return f"{shown(name)} is not a setting; did you mean {near[0]}?"
 
 
 def _fields(section: type, prefix: str) -> dict[str, Any]:
@@ -194,8 +257,7 @@ def _describe(error: Exception, layers: list[dict]) -> str:
         try:
             OmegaConf.to_container(OmegaConf.merge(_writable_schema(), alone), resolve=True)
         except REFUSED:
-            shown = "null" if value is None else value
-            return f"{name}={shown} has the wrong type; it must be {_type_name(fields[name])}"
+            return f"{name}={shown(value)} has the wrong type; it must be {_type_name(fields[name])}"
     return f"the configuration cannot be built: {str(error).splitlines()[0]}; see configs/schema.py"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.train_schema import TrainingConfig
-from configs.validate import at_least, between, one_of
+from configs.validate import check_bounds, number, one_of
 
 CONTEXTS = ("last_step", "clean", "renoise")
 SWITCHES = ("recache", "blend", "cut")
@@ -18,6 +18,7 @@ ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
 DATED = {"release": "release_2026_11"}  # preset -> what it means today: the name that is stored
 STUDENT_PLACES = ("keep", "stream")
+MAX_SEED = 2**63 - 1
 PRECISION = ("auto", "float32", "bfloat16", "float16", "fp8")
 
 
@@ -25,13 +26,13 @@ PRECISION = ("auto", "float32", "bfloat16", "float16", "fp8")
 class VideoConfig:
     """What is generated. 1 + 4 (F - 1) pixel frames come from F latent frames."""
 
-    height: int = 480  # pixels
-    width: int = 832  # pixels
-    num_latent_frames: int = 21  # latent frames of one clip; 21 are 81 pixel frames
-    fps: int = 16  # pixel frames a second of playback
+    height: int = number(480, 1, 8192)  # pixels
+    width: int = number(832, 1, 8192)  # pixels
+    num_latent_frames: int = number(21, 1, 100_000)  # latent frames of one clip; 21 are 81 pixel frames
+    fps: int = number(16, 1, 1000)  # pixel frames a second of playback
 
     def __post_init__(self):
-        at_least(1, "video", self, "height", "width", "num_latent_frames", "fps")
+        check_bounds("video", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,15 @@ class ScheduleConfig:
 
     preset: str | None = None  # a name in model.schedule.PRESETS or DATED; the other fields must then be left alone
     steps: Any = "4322222"  # steps of chunk 0, 1, ...: digits, or a list of integers
-    first: float = 1000.0  # un-warped timestep of a chunk's first step
-    last: float = 100.0  # un-warped timestep of a chunk's last step
+    first: float = number(1000.0, 0, 1000)  # un-warped timestep of a chunk's first step
+    last: float = number(100.0, 0, 1000)  # un-warped timestep of a chunk's last step
     warp: bool = True  # map un-warped timesteps through the shift
-    shift: float = 5.0  # sigma' = s sigma / (1 + (s - 1) sigma)
-    timesteps: list[list[float]] | None = None  # instead of steps: the timesteps of each chunk, taken as they are
+    shift: float = number(5.0, 0.01, 100)  # sigma' = s sigma / (1 + (s - 1) sigma)
+    # instead of steps: the timesteps of each chunk, taken as they are
+    timesteps: list[list[float]] | None = number(None, 0, 1000)
 
     def __post_init__(self):
+        check_bounds("schedule", self)
         object.__setattr__(self, "preset", DATED.get(self.preset, self.preset))
 
 
@@ -54,23 +57,23 @@ class ScheduleConfig:
 class StreamConfig:
     """How a clip is cut into chunks and what a chunk sees of the past."""
 
-    chunk_frames: int = 3  # latent frames denoised together
-    window_frames: int = 12  # latent frames that attention sees, sink and current chunk included; 0 = all
-    sink_frames: int = 3  # first latent frames that are never evicted, inside the window's budget
-    position_frames: int = 1024  # latent frames that rotary positions span from the sink on; then it moves up; 0 = any
+    chunk_frames: int = number(3, 1, 1024)  # latent frames denoised together
+    # latent frames that attention sees, sink and current chunk included; 0 = all
+    window_frames: int = number(12, 0, 100_000)
+    sink_frames: int = number(3, 0, 100_000)  # first latent frames that are never evicted, inside the window's budget
+    # latent frames that rotary positions span from the sink on; then it moves up; 0 = any
+    position_frames: int = number(1024, 0, 1_000_000)
     context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
-    context_timestep: float = 0.0  # timestep of the extra pass of `renoise`; `clean` always uses 0
-    context_by_chunk: dict[int, str] = field(default_factory=dict)  # exceptions, e.g. {0: clean}
-    restart_every: int = 0  # chunks after which the schedule starts again and gives a new sink; 0 = never
+    context_timestep: float = number(0.0, 0, 1000)  # timestep of the extra pass of `renoise`; `clean` always uses 0
+    context_by_chunk: dict[int, str] = number({}, 0, 100_000)  # exceptions, e.g. {0: clean}
+    # chunks after which the schedule starts again and gives a new sink; 0 = never
+    restart_every: int = number(0, 0, 100_000)
     switch: str = "recache"  # how a new prompt comes in: recache the window, blend the texts, or cut to the new one
-    switch_chunks: int = 3  # chunks that a blend takes
+    switch_chunks: int = number(3, 1, 10_000)  # chunks that a blend takes
 
     def __post_init__(self):
-        at_least(1, "stream", self, "chunk_frames")
-        at_least(0, "stream", self, "window_frames", "sink_frames", "restart_every", "position_frames")
-        at_least(1, "stream", self, "switch_chunks")
+        check_bounds("stream", self)
         one_of(SWITCHES, "stream", self, "switch")
-        between(0, 1000, "stream", self, "context_timestep")
         one_of(CONTEXTS, "stream", self, "context")
         for chunk, policy in self.context_by_chunk.items():
             if policy not in CONTEXTS:
@@ -104,18 +107,18 @@ class ModelConfig:
     critic: str | None = None  # where the critic starts from; None = the teacher
     use_ema: bool = False  # of a training checkpoint, load the averaged weights
     lora: list[str] = field(default_factory=list)  # LoRA files or folders that go on top of the student
-    lora_scales: list[float] = field(default_factory=list)  # weight of each, 1 = as trained; empty = 1 for all
+    lora_scales: list[float] = number([], -100, 100)  # weight of each, 1 = as trained; empty = 1 for all
     lora_merge: bool = True  # add them into the student's weights, which costs no time later
     codec: str = "wan"  # wan: the VAE; taehv: the tiny decoder
     vae: str = "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"
     tiny_decoder: str = "checkpoints/taew2_1.pth"
     text_encoder: str = "wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth"
     tokenizer: str = "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl"
-    text_tokens: int = 512  # rows of the text embedding, zeros after the prompt's end
+    text_tokens: int = number(512, 1, 8192)  # rows of the text embedding, zeros after the prompt's end
 
     def __post_init__(self):
+        check_bounds("model", self)
         one_of(("wan", "taehv"), "model", self, "codec")
-        at_least(1, "model", self, "text_tokens")
         if self.lora_scales and len(self.lora_scales) != len(self.lora):
             raise UserError(
                 f"model.lora_scales={self.lora_scales} has {len(self.lora_scales)} values for {len(self.lora)} in "
@@ -130,10 +133,11 @@ class InferenceConfig:
     prompts: str = "assets/prompts_tiny.txt"  # one prompt a line; also `--data_path`
     image: str = ""  # picture that videos begin with; also `--image`
     video: str = ""  # clip that they go on from; also `--video`
-    video_frames: int = 0  # latent frames of the clip's end that are used; 0 = what fits the window beside a chunk
+    # latent frames of the clip's end that are used; 0 = what fits the window beside a chunk
+    video_frames: int = number(0, 0, 100_000)
     switch_frame_indices: str = ""  # of a story's prompts but the first: latent frames, "12, 24"; empty = even shares
     output_folder: str = "videos"
-    num_samples: int = 1  # videos of one prompt, each with its own seed
+    num_samples: int = number(1, 1, 100_000)  # videos of one prompt, each with its own seed
     save_with_index: bool = False  # name files by the prompt's index rather than its words
     overwrite: bool = False  # generate again what is already there
     precision: str = "auto"  # auto = bfloat16 on a GPU that has it, else float32; fp8 = linears of bfloat16 weights
@@ -148,13 +152,14 @@ class InferenceConfig:
     student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time
     text_int8: bool = False  # hold the text encoder's linears in 8 bits: half the bytes, videos differ a little
-    decode_frames: int = 0  # latent frames that the VAE decodes at once; 0 = as many as is fastest, 1 = least memory
+    # latent frames that the VAE decodes at once; 0 = as many as is fastest, 1 = least memory
+    decode_frames: int = number(0, 0, 1024)
     profile: bool = False  # print where the time went
-    cpu_threads: int = 1  # of one process; 0 = all CPUs. Rounding depends on it: the same number, the same video
+    # of one process; 0 = all CPUs. Rounding depends on it: the same number, the same video
+    cpu_threads: int = number(1, 0, 1024)
 
     def __post_init__(self):
-        at_least(1, "inference", self, "num_samples")
-        at_least(0, "inference", self, "cpu_threads", "decode_frames", "video_frames")
+        check_bounds("inference", self)
         one_of(STUDENT_PLACES, "inference", self, "student")
         one_of(TEXT_PLACES, "inference", self, "text_encoder")
         one_of(PRECISION, "inference", self, "precision")
@@ -175,7 +180,7 @@ class Config:
     """The whole tree."""
 
     name: str = "wan2.1_t2v_1.3b"
-    seed: int = 0
+    seed: int = number(0, -1, MAX_SEED)  # -1: inference draws one and says which
     device: str = "auto"  # auto = cuda if there is one, else cpu
     video: VideoConfig = field(default_factory=VideoConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -185,6 +190,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self):
+        check_bounds("", self)
         f, c = self.video.num_latent_frames, self.stream.chunk_frames
         if f % c:
             raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from configs.distill_schema import DistillConfig
 from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
-from configs.validate import at_least, between, one_of
+from configs.validate import check_bounds, number, one_of
 
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "causal_ode", "ode_regression", "distill")
 ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
@@ -18,54 +18,60 @@ LOGGERS = ("wandb", "tensorboard")
 class FlowConfig:
     """Flow matching: which timesteps are drawn, and what the past looks like to a causal student."""
 
-    shift: float = 5.0  # timesteps are drawn evenly in un-warped time, then shifted
-    text_dropout: float = 0.1  # share of samples trained without a prompt, for guidance
-    context_timesteps: list[float] = field(default_factory=lambda: [0.0])  # causal: noise level of the past, one drawn
-    first_chunk_share: float = 0.0  # pretrain, teacher_forcing, few_steps: share of steps on first chunks alone
-    first_chunk_batch: int = 64  # clips in a micro-batch of such a step
-    first_chunk_clips: int = 0  # first chunks made ahead for such steps; 0 = those of the whole clips
-    first_chunk_trajectories: int = 0  # few_steps: first chunks of a many-step student, learnt in place of real ones
-    crop_share: float = 0.0  # the same stages: share of those on a square around the subject
-    crop: int = 6  # latent cells: side of that square, even
-    crop_batch: int = 160  # clips in a micro-batch of such a step
-    past_weight: float = 0.5  # teacher_forcing, few_steps: weight of the loss of a noisy past beside that of the chunks
-    own_share: float = 0.5  # few_steps: share of clips whose chunks, but for the first, are the student's own
-    switched_share: float = 0.0  # few_steps: share of clips whose prompt changes on the way
-    switched_clips: int = 2048  # such clips made ahead
+    shift: float = number(5.0, 1, 100)  # timesteps are drawn evenly in un-warped time, then shifted
+    text_dropout: float = number(0.1, 0, 1)  # share of samples trained without a prompt, for guidance
+    context_timesteps: list[float] = number([0.0], 0, 1000)  # causal: noise level of the past, one drawn
+    # pretrain, teacher_forcing, few_steps: share of steps on first chunks alone
+    first_chunk_share: float = number(0.0, 0, 1)
+    first_chunk_batch: int = number(64, 1, 1_000_000)  # clips in a micro-batch of such a step
+    # first chunks made ahead for such steps; 0 = those of the whole clips
+    first_chunk_clips: int = number(0, 0, 10_000_000)
+    # few_steps: first chunks of a many-step student, learnt in place of real ones
+    first_chunk_trajectories: int = number(0, 0, 10_000_000)
+    crop_share: float = number(0.0, 0, 1)  # the same stages: share of those on a square around the subject
+    crop: int = number(6, 2, 1024)  # latent cells: side of that square, even
+    crop_batch: int = number(160, 1, 1_000_000)  # clips in a micro-batch of such a step
+    # teacher_forcing, few_steps: weight of the loss of a noisy past beside that of the chunks
+    past_weight: float = number(0.5, 0, 1_000_000)
+    # few_steps: share of clips whose chunks, but for the first, are the student's own
+    own_share: float = number(0.5, 0, 1)
+    switched_share: float = number(0.0, 0, 1)  # few_steps: share of clips whose prompt changes on the way
+    switched_clips: int = number(2048, 1, 10_000_000)  # such clips made ahead
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
-    ode_interval: float = 50.0  # Euler step of a teacher's trajectory, in un-warped time
-    ode_clips: int = 4096  # causal_ode: trajectories made ahead and drawn from
-    guidance: float = 1.0  # s of cond + s (cond - uncond), in validation and for a teacher's trajectories
+    ode_interval: float = number(50.0, 1, 1000)  # Euler step of a teacher's trajectory, in un-warped time
+    ode_clips: int = number(4096, 1, 10_000_000)  # causal_ode: trajectories made ahead and drawn from
+    # s of cond + s (cond - uncond), in validation and for a teacher's trajectories
+    guidance: float = number(1.0, 0, 1000)
 
     def __post_init__(self):
-        at_least(1, "training.flow", self, "shift", "ode_clips", "first_chunk_batch", "crop_batch", "switched_clips")
-        shares = ("text_dropout", "first_chunk_share", "crop_share", "own_share", "switched_share")
-        between(0, 1, "training.flow", self, *shares)
-        if self.crop < 2 or self.crop % 2:
+        check_bounds("training.flow", self)
+        if self.crop % 2:
             raise UserError(f"training.flow.crop={self.crop} is not an even number of latent cells; use 4 or 6")
-        between(1, 1000, "training.flow", self, "ode_interval")
-        at_least(0, "training.flow", self, "guidance", "past_weight", "first_chunk_clips", "first_chunk_trajectories")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecLossConfig:
     """Codec training on the tiny world: what is shown, and the weights of the loss terms."""
 
-    clip_frames: list[int] = field(default_factory=lambda: [17])  # lengths of training clips, each 1 + 4 n; one a step
-    crop: int = 0  # pixels: side of a square around the subject, where there is something to learn; 0 = whole frames
-    gradient: float = 0.5  # L1 between spatial finite differences, for sharp edges
-    temporal: float = 0.0  # L1 between differences of neighbouring frames: motion without a step at each latent frame
-    mse: float = 5.0  # squared error beside L1: small coloured subjects count, and PSNR is what is measured
-    chroma: float = 20.0  # squared error of the colour alone, which is learnt last: only small subjects have one
-    kl: float = 1e-5  # KL to the unit normal, mean over latent values
+    clip_frames: list[int] = number([17], 1, 10_001)  # lengths of training clips, each 1 + 4 n; one a step
+    # pixels: side of a square around the subject, where there is something to learn; 0 = whole frames
+    crop: int = number(0, 0, 8192)
+    gradient: float = number(0.5, 0, 1_000_000)  # L1 between spatial finite differences, for sharp edges
+    # L1 between differences of neighbouring frames: motion without a step at each latent frame
+    temporal: float = number(0.0, 0, 1_000_000)
+    # squared error beside L1: small coloured subjects count, and PSNR is what is measured
+    mse: float = number(5.0, 0, 1_000_000)
+    # squared error of the colour alone, which is learnt last: only small subjects have one
+    chroma: float = number(20.0, 0, 1_000_000)
+    kl: float = number(1e-5, 0, 1_000_000)  # KL to the unit normal, mean over latent values
     decoder_only: bool = False  # the encoder stays as it is, and so do the latents that other networks have learnt
 
     def __post_init__(self):
+        check_bounds("training.codec", self)
         if not self.clip_frames or any(n < 1 or n % 4 != 1 for n in self.clip_frames):
             raise UserError(f"training.codec.clip_frames={self.clip_frames}: each must be 1 + 4 n, e.g. [17, 49]")
         if self.crop % 8:
             raise UserError(f"training.codec.crop={self.crop} is not a multiple of 8; use 48, or 0 for whole frames")
-        at_least(0, "training.codec", self, "crop", "gradient", "temporal", "mse", "chroma", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,31 +79,35 @@ class TrainingConfig:
     """One stage of training."""
 
     stage: str = "pretrain"
-    steps: int = 1000  # optimiser steps
-    global_batch: int = 64  # samples a step, over all ranks and accumulated micro-batches
-    micro_batch: int = 64  # samples a forward pass on one rank
-    bank_clips: int = 4096  # tiny world: clips made ahead and drawn from
-    open_captions: float = 0.0  # share of the tiny world's captions that state neither direction nor speed
-    image_start: float = 0.0  # causal stages: share of clips that begin with a given frame, as --image does
+    steps: int = number(1000, 1, 1_000_000_000)  # optimiser steps
+    global_batch: int = number(64, 1, 1_000_000)  # samples a step, over all ranks and accumulated micro-batches
+    micro_batch: int = number(64, 1, 1_000_000)  # samples a forward pass on one rank
+    bank_clips: int = number(4096, 1, 10_000_000)  # tiny world: clips made ahead and drawn from
+    # share of the tiny world's captions that state neither direction nor speed
+    open_captions: float = number(0.0, 0, 1)
+    # causal stages: share of clips that begin with a given frame, as --image does
+    image_start: float = number(0.0, 0, 1)
     init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
-    ema_decay: float = 0.999
-    ema_start_step: int = 200  # before this step the average is the weights themselves
+    ema_decay: float = number(0.999, 0, 1)
+    ema_start_step: int = number(200, 0, 1_000_000_000)  # before this step the average is the weights themselves
     precision: str = "auto"  # of activations under autocast; weights and optimiser stay float32
     compile: bool = False  # torch.compile the repeated blocks (distill: but for self-attention)
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     attention: str = "auto"  # distill: kernel of all networks; auto = cuDNN in half precision on Hopper and newer
     checkpointing: bool = False  # distill: recompute blocks in the backward pass (critic's: but for self-attention)
     sharding: str = "none"  # over ranks: none (each holds all), full (FSDP2 by block), hybrid (within groups of ranks)
-    shard_ranks: int = 0  # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
-    timeout_s: float = 900.0  # seconds that a rank waits for the others before it ends the run
-    sequence_parallel: int = 1  # ranks that share each sample's tokens and heads; the rest of them see other samples
+    # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
+    shard_ranks: int = number(0, 0, 100_000)
+    timeout_s: float = number(900.0, 1, 604_800)  # seconds that a rank waits for the others before it ends the run
+    # ranks that share each sample's tokens and heads; the rest of them see other samples
+    sequence_parallel: int = number(1, 1, 1024)
     sequence_student: str = "whole"  # on each of those ranks, or "shared": its chunks and their keys, too
-    log_every: int = 20  # steps
+    log_every: int = number(20, 1, 1_000_000_000)  # steps
     loggers: list[str] = field(default_factory=list)  # beside the JSON lines: wandb, tensorboard
-    checkpoint_every: int = 1000  # steps; 0 = only at the end
-    validate_every: int = 0  # steps; 0 = only at the end
-    validation_clips: int = 64
-    max_checkpoints: int = 2  # the newest that are kept
+    checkpoint_every: int = number(1000, 0, 1_000_000_000)  # steps; 0 = only at the end
+    validate_every: int = number(0, 0, 1_000_000_000)  # steps; 0 = only at the end
+    validation_clips: int = number(64, 0, 1_000_000)
+    max_checkpoints: int = number(2, 1, 1_000_000)  # the newest that are kept
     accept_changes: list[str] = field(default_factory=list)  # settings in which a resumed run may differ all the same
     export: str | None = None  # folder that the trained modules are written to at the end, from the checkout on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -106,6 +116,7 @@ class TrainingConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self):
+        check_bounds("training", self)
         one_of(STAGES, "training", self, "stage")
         for logger in self.loggers:
             if logger not in LOGGERS:
@@ -121,10 +132,6 @@ class TrainingConfig:
                 "training.attention=cudnn computes in bfloat16 or float16 and training.precision=float32 is neither; "
                 "use training.attention=sdpa, or precision=bfloat16"
             )
-        at_least(1, "training", self, "steps", "global_batch", "micro_batch", "bank_clips", "log_every")
-        at_least(0, "training", self, "ema_start_step", "checkpoint_every", "validate_every", "validation_clips")
-        at_least(0, "training", self, "shard_ranks")
-        at_least(1, "training", self, "max_checkpoints", "sequence_parallel", "timeout_s")
         one_of(SEQUENCE_STUDENTS, "training", self, "sequence_student")
         if self.stage == "distill" and not self.distill.generator_updates(self.steps):
             raise UserError(
@@ -138,7 +145,6 @@ class TrainingConfig:
             raise UserError(
                 f"training.sharding={self.sharding} cuts the matrices that muon_lr moves whole; set muon_lr to 0"
             )
-        between(0, 1, "training", self, "ema_decay", "image_start", "open_captions")
         if self.distill.fast_rollout and self.cuda_graphs:
             raise UserError(
                 "training.distill.fast_rollout=true captures graphs of its own, and training.cuda_graphs=true puts the "

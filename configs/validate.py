@@ -1,25 +1,43 @@
 """Checks of single values: each raises a UserError that names the field, its value and a fix."""
 
-from collections.abc import Iterable
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
+
+BOUNDS = "bounds"  # key in a field's metadata
 
 
-def at_least(minimum: float, section: str, values: Any, *names: str) -> None:
-    """Refuse `values.name` below `minimum`, for each name."""
-    for name in names:
-        value = vars(values)[name]
-        if value < minimum:
-            raise UserError(f"{section}.{name}={value} is too small; it must be at least {minimum}")
+def number(default: Any, low: float, high: float) -> Any:
+    """A dataclass field of numbers in [low, high]: one, lists of them, or a mapping whose keys they are."""
+    kept = {BOUNDS: (low, high)}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=kept)
+    return dataclasses.field(default=default, metadata=kept)
 
 
-def between(low: float, high: float, section: str, values: Any, *names: str) -> None:
-    """Refuse `values.name` outside [low, high], for each name."""
-    for name in names:
-        value = vars(values)[name]
-        if not low <= value <= high:
-            raise UserError(f"{section}.{name}={value} is out of range; it must lie in [{low}, {high}]")
+def check_bounds(section: str, values: Any) -> None:
+    """Refuse what lies outside the bounds of its field, NaN included, in the dataclass instance `values`."""
+    for field in dataclasses.fields(values):
+        if BOUNDS not in field.metadata:
+            continue
+        (low, high), given = field.metadata[BOUNDS], vars(values)[field.name]
+        for value in _numbers(given):
+            if not low <= value <= high:
+                name = f"{section}.{field.name}" if section else field.name
+                holds = "" if value is given else f" holds {shown(value)}, which"
+                raise UserError(f"{name}={shown(given)}{holds} is out of range; it must lie in [{low}, {high}]")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Every number in `value`: itself, items of lists, keys of mappings."""
+    if isinstance(value, list | tuple | dict):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def one_of(choices: Iterable[str], section: str, values: Any, *names: str) -> None:
@@ -28,4 +46,4 @@ def one_of(choices: Iterable[str], section: str, values: Any, *names: str) -> No
     for name in names:
         value = vars(values)[name]
         if value not in choices:
-            raise UserError(f"{section}.{name}={value} is unknown; use one of {', '.join(choices)}")
+            raise UserError(f"{section}.{name}={shown(value)} is unknown; use one of {', '.join(choices)}")

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.geometry import Geometry
 from configs.schema import DATED, Config, ScheduleConfig, StreamConfig
 from model.timesteps import TIME, warp
 
+MAX_STEPS, MAX_ROWS = 1000, 1000  # of a chunk; chunks that have a row of their own
 EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -101,7 +102,8 @@ class Schedule:
         settled = min(settled, self.restart_every or settled)
         shown = settled if num_chunks is None else num_chunks
         horizon = max(settled, shown + 1)  # one more than is shown tells whether its keys still grow
-        cells = [self._cells(k, geometry) for k in range(horizon)]
+        width = max(len(_short(t)) for row in self.rows for t in row)
+        cells = [self._cells(k, geometry, width) for k in range(horizon)]
         lines = [["chunk", "steps", "timesteps", "context", "level", *(["KV frames"] if geometry else [])]]
         start = 0
         while start < shown:
@@ -145,10 +147,9 @@ class Schedule:
             restart_every=int(values.get("restart_every", 0)),
         )
 
-    def _cells(self, chunk: int, geometry: Geometry | None) -> list[str]:
-        """What the table says of a chunk, its number apart."""
+    def _cells(self, chunk: int, geometry: Geometry | None, width: int) -> list[str]:
+        """What the table says of a chunk, its number apart; `width` characters a timestep."""
         row = self.row(chunk)
-        width = max(len(_short(t)) for row in self.rows for t in row)
         cells = [str(len(row)), "  ".join(_short(t).ljust(width) for t in row).rstrip()]
         cells += [self.context(chunk), _short(self.context_level(chunk))]
         return cells + ([str(geometry.kv_frames(chunk))] if geometry else [])
@@ -213,13 +214,13 @@ def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:
     """Fields of the preset; refuses an unknown name, and other fields beside it."""
     name = schedule.preset
     if name not in PRESETS:
-        raise UserError(f"schedule.preset={name} is unknown; use one of {', '.join([*PRESETS, *DATED])}")
+        raise UserError(f"schedule.preset={shown(name)} is unknown; use one of {', '.join([*PRESETS, *DATED])}")
     default = asdict(ScheduleConfig())
     for field in fields(schedule):
         value = vars(schedule)[field.name]
         if field.name != "preset" and value != default[field.name]:
             raise UserError(
-                f"schedule.{field.name}={value} has no effect beside schedule.preset={name}; "
+                f"schedule.{field.name}={shown(value)} has no effect beside schedule.preset={name}; "
                 f"leave out one of the two (schedule.preset=null)"
             )
     return PRESETS[name]
@@ -228,8 +229,6 @@ def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:
 def _even_rows(schedule: ScheduleConfig) -> tuple[tuple[float, ...], ...]:
     """Rows from a count of steps a chunk: evenly spaced, then shifted. One step is `first` alone."""
     first, last = (_timestep(f"schedule.{name}", vars(schedule)[name]) for name in ("first", "last"))
-    if not _is_number(schedule.shift) or not 0 < schedule.shift < float("inf"):
-        raise UserError(f"schedule.shift={schedule.shift} is out of range; it must be above 0 (5 for Wan2.1)")
     if last >= first:
         raise UserError(f"schedule.last={last:g} is not below schedule.first={first:g}; timesteps fall within a chunk")
     rows = []
@@ -241,30 +240,30 @@ def _even_rows(schedule: ScheduleConfig) -> tuple[tuple[float, ...], ...]:
 
 def _counts(steps: Any) -> list[int]:
     """schedule.steps as integers: "4322", the number 4322 that YAML makes of it, or [4, 3, 2, 2]."""
-    fix = 'give digits 1-9, one a chunk ("4322222"), or a list of whole numbers of at least 1 ([4, 3, 2])'
-    if isinstance(steps, list | tuple):
-        good = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in steps)
-        if not good or not steps:
-            raise UserError(f"schedule.steps={list(steps)} is not a count of steps a chunk; {fix}")
-        return list(steps)
-    text = str(steps)
-    if isinstance(steps, bool) or not text or not set(text) <= set("123456789"):
-        raise UserError(f"schedule.steps={steps} is not a count of steps a chunk; {fix}")
-    return [int(digit) for digit in text]
+    digits = steps if isinstance(steps, list | tuple) else [int(x) if x in "123456789" else 0 for x in str(steps)]
+    good = all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_STEPS for n in digits)
+    if isinstance(steps, bool) or not good or not 1 <= len(digits) <= MAX_ROWS:
+        raise UserError(
+            f"schedule.steps={shown(steps)} is not a count of steps a chunk; give digits 1-9, one a chunk "
+            f'("4322222"), or a list of whole numbers of 1 to {MAX_STEPS} ([4, 3, 2]), for {MAX_ROWS} chunks at most'
+        )
+    return list(digits)
 
 
 def _given_rows(timesteps: Any) -> tuple[tuple[float, ...], ...]:
     """schedule.timesteps, checked."""
     if not isinstance(timesteps, list | tuple) or not timesteps:
-        raise UserError(f"schedule.timesteps={timesteps} names no chunk; give a list of timesteps for each chunk")
+        raise UserError(f"schedule.timesteps={shown(timesteps)} names no chunk; give a list of timesteps a chunk")
+    if len(timesteps) > MAX_ROWS:
+        raise UserError(f"schedule.timesteps has {len(timesteps):,} rows; give {MAX_ROWS} at most, the last repeats")
     rows = []
     for k, given in enumerate(timesteps):
         name = f"schedule.timesteps.{k}"
         if not isinstance(given, list | tuple) or not given:
-            raise UserError(f"{name}={given} has no step; give at least one timestep, [1000]")
+            raise UserError(f"{name}={shown(given)} has no step; give at least one timestep, [1000]")
         row = tuple(_timestep(name, t) for t in given)
         if any(a <= b for a, b in zip(row, row[1:], strict=False)):
-            raise UserError(f"{name}={list(given)} does not fall; list timesteps from noisy to clean, [1000, 357.1]")
+            raise UserError(f"{name}={shown(given)} does not fall; list timesteps from noisy to clean, [1000, 357.1]")
         rows.append(row)
     return tuple(rows)
 
@@ -272,7 +271,7 @@ def _given_rows(timesteps: Any) -> tuple[tuple[float, ...], ...]:
 def _timestep(name: str, value: Any) -> float:
     """`value` as a timestep."""
     if not _is_number(value) or not 0 < value <= TIME:
-        raise UserError(f"{name}={value} is not a timestep; it must be above 0 and at most {TIME:g}")
+        raise UserError(f"{name}={shown(value)} is not a timestep; it must be above 0 and at most {TIME:g}")
     return float(value)
 
 

@@ -56,6 +56,5 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _yaml(value: str) -> str:
-    """A flag's value as YAML: whole numbers as they are, all else quoted, so that no path is taken for a list."""
-    digits = value.removeprefix("-")
-    return value if digits.isascii() and digits.isdecimal() else json.dumps(value)
+    """A flag's value as quoted YAML, so that no path is taken for a list; the setting's type reads what is in it."""
+    return json.dumps(value, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from configs.errors import UserError
 from configs.load import CHECKOUT, load_config, presets, to_dict, to_yaml
 from configs.schema import Config
+from configs.validate import BOUNDS
 
 TINY = "configs/tiny.yaml"
 
@@ -131,7 +133,6 @@ def test_an_unknown_key_names_the_nearest_one(override, expected):
         ("video.height", "[64]", "an integer"),
         ("schedule.shift", "five", "a number"),
         ("inference.profile", "perhaps", "true or false"),
-        ("model.student", "${nowhere}", "text"),
         ("model.teacher", "[]", "text or null"),
         ("training.optimizer.betas", "[0.9, x]", "a list of numbers"),
         ("training.init", "[student]", "a mapping from texts to texts"),
@@ -148,8 +149,19 @@ def test_a_wrong_type_names_field_value_and_expected_type(field, value, expected
 @pytest.mark.parametrize(
     "override, expected",
     [
-        ("schedule.shift=.nan", "schedule.shift=nan is not a finite number; give a finite one"),
-        ("schedule.shift=.inf", "schedule.shift=inf is not a finite number; give a finite one"),
+        ("schedule.shift=nan", "schedule.shift=nan is out of range"),
+        ("schedule.shift=inf", "schedule.shift=inf is out of range"),
+        ("schedule.shift=.nan", "schedule.shift=.nan has the wrong type; it must be a number"),
+        ("schedule.shift=1e-320", "schedule.shift=1e-320 is out of range; it must lie in [0.01, 100]"),
+        ("training.optimizer.betas=[0.9, nan]", "optimizer.betas=[0.9, nan] holds nan, which is out of range"),
+        ("training.optimizer.betas=[0.9]", "optimizer.betas=[0.9] has 1 values; give two"),
+        ("model.student=${oc.env:HOME}", "model.student=${oc.env:HOME} is not filled in here; write the value out"),
+        ("training.init={student: '${x}'}", "training.init=${x} is not filled in here"),
+        ("model.lora=['${oc.env:HOME}']", "model.lora=${oc.env:HOME} is not filled in here"),
+        ("inference.output_folder='???'", "inference.output_folder=??? is not filled in here"),
+        ('name="a\\0b"', "name holds a NUL character; give plain text"),
+        ("name=\udcff", "override=name=\udcff is not valid YAML"),
+        ('name="\\udcff"', "name='\\udcff' is not valid UTF-8"),
         ("video=480", "video=480 is a section, not a value; set one of its keys: height, width"),
     ],
 )
@@ -178,6 +190,101 @@ def test_a_malformed_override_is_refused(override):
     assert refusal(TINY, override)
 
 
+AS_WRITTEN = [  # digits are digits, and words are words, wherever YAML 1.1 sees something else in them
+    ("seed=010", ("seed",), 10),
+    ("video.fps=016", ("video", "fps"), 16),
+    ("schedule.shift=05.0", ("schedule", "shift"), 5.0),
+    ("schedule.steps=043", ("schedule", "steps"), "043"),
+    ("schedule.steps=4_3", ("schedule", "steps"), "4_3"),
+    ("schedule.steps=4:3", ("schedule", "steps"), "4:3"),
+    ("schedule.steps=0x21", ("schedule", "steps"), "0x21"),
+    ("schedule.steps=432", ("schedule", "steps"), 432),
+    ("name=1:2", ("name",), "1:2"),
+    ("name=2024.10", ("name",), "2024.10"),
+    ("name=2026-11-29", ("name",), "2026-11-29"),
+    ("name=1e3", ("name",), "1e3"),
+    ("name=no", ("name",), "no"),
+    ("name=true", ("name",), "true"),
+    ("inference.compile=off", ("inference", "compile"), "off"),
+    ("inference.cuda_graphs=on", ("inference", "cuda_graphs"), "on"),
+    ("inference.overwrite=yes", ("inference", "overwrite"), True),
+    ("training.compile=off", ("training", "compile"), False),
+    ("model.teacher=null", ("model", "teacher"), None),
+    ("model.teacher='null'", ("model", "teacher"), "null"),
+]
+
+
+@pytest.mark.parametrize("override, keys, expected", AS_WRITTEN)
+def test_values_are_what_is_written(override, keys, expected, tmp_path):
+    key, _, value = override.partition("=")
+    text = "".join(f"{'  ' * i}{part}:\n" for i, part in enumerate(key.split(".")))[:-1] + f" {value}\n"
+    for config in (load_config(TINY, [override]), load_config(write(tmp_path, "a.yaml", text))):
+        found = to_dict(config)
+        for part in keys:
+            found = found[part]
+        assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("override", ["seed=0x21", "seed=1:2", "seed=0o17", "video.fps=1e1"])
+def test_what_is_no_digits_is_no_number(override):
+    assert "has the wrong type; it must be an integer" in refusal(TINY, override)
+
+
+HOSTILE = {
+    "huge integer": "seed: " + "9" * 10_000,
+    "300 digits": "seed: " + "9" * 300,
+    "deep lists": "name: " + "[" * 100_000,
+    "deep mappings": "".join(" " * i + "a:\n" for i in range(1000)),
+    "null key": "~: 3",
+    "empty key": ": 3",
+    "null key in a section": "video: {~: 3}",
+    "null key in a mapping": "training: {init: {~: a}}",
+    "list as key": "[a]: 3",
+    "tag of Python": "name: !!python/object/apply:os.system [ls]",
+    "number that is none": "seed: !!int abc",
+    "mapping that is no number": "seed: !!int {a: 1}",
+    "aliases that multiply": "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
+    "merge key": "video: {<<: {fps: 3}}",
+    "environment": "name: [a, '${oc.env:HOME}']",
+    "interpolation that is not closed": "name: '${'",
+    "control characters": "name: \x07",
+    "two documents": "seed: 1\n---\nseed: 2\n",
+    "null in a list": "model: {lora: [null]}",
+    "a megabyte": "name: " + "x" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_yaml_is_one_sentence(case, tmp_path):
+    assert len(refusal(write(tmp_path, "bad.yaml", HOSTILE[case]))) < 400
+
+
+def numbers(section: type, prefix: str) -> list[tuple[str, dataclasses.Field]]:
+    """(dotted name, field) of every setting below `section` that holds numbers."""
+    found = []
+    for field in dataclasses.fields(section):
+        hint = typing.get_type_hints(section)[field.name]
+        if dataclasses.is_dataclass(hint):
+            found += numbers(hint, f"{prefix}{field.name}.")
+        elif re.search(r"\b(int|float)\b", str(hint)):
+            found.append((f"{prefix}{field.name}", field))
+    return found
+
+
+@pytest.mark.parametrize("name, field", [pytest.param(*x, id=x[0]) for x in numbers(Config, "")])
+def test_every_number_has_bounds_that_hold(name, field):
+    assert BOUNDS in field.metadata, "define it with number(default, low, high)"
+    low, high = field.metadata[BOUNDS]
+    kind = str(field.type)
+    form = (
+        "{{{}: clean}}" if "dict" in kind else "[[{}]]" if "list[list" in kind else "[{}]" if "list" in kind else "{}"
+    )
+    beyond = [low - 1, high * 2 + 1, *([] if "int" in kind else ["nan", "inf", "-inf"])]
+    for value in beyond:
+        if not (isinstance(value, int) and value < 0 and "dict" in kind):  # a key is digits
+            assert "is out of range" in refusal(TINY, f"{name}={form.format(value)}")
+
+
 def test_a_missing_file_lists_the_presets():
     message = refusal("configs/none.yaml")
     assert message.startswith("config_path=configs/none.yaml does not exist") and TINY in message
@@ -189,7 +296,9 @@ def test_a_syntax_error_names_file_and_line(tmp_path):
     assert "line 2" in refusal(write(tmp_path, "twice.yaml", "seed: 1\nseed: 2\n")), "a key given twice"
 
 
-@pytest.mark.parametrize("text, expected", [("- 1\n- 2\n", "holds a list"), ("base: 3\n", "base=3 in")])
+@pytest.mark.parametrize(
+    "text, expected", [("- 1\n- 2\n", "holds no settings"), ("3", "holds no settings"), ("base: [3]\n", "base=[3] in")]
+)
 def test_a_file_that_is_no_mapping_is_refused(text, expected, tmp_path):
     assert expected in refusal(write(tmp_path, "odd.yaml", text))
 
