@@ -11,9 +11,9 @@ from clip to clip. Writes report.html and report.json (first theirs, then ours) 
 import argparse
 import math
 import shlex
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,12 +101,12 @@ def run_theirs(args: argparse.Namespace, prompt: str, seed: int, video: Path) ->
 
 
 def run_ours(args: argparse.Namespace, prompt: str, seed: int, video: Path) -> float:
-    folder = video.with_suffix("")
-    seconds = timed(our_command(args.ours, args.overrides, prompt, seed, folder), args.timeout, "ours")
-    (made,) = folder.glob("*.mp4")
-    made.replace(video)
-    made.with_suffix(".json").replace(video.with_suffix(".run.json"))
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=video.parent, prefix=".partial-") as between:
+        folder = Path(between) / "clip"
+        seconds = timed(our_command(args.ours, args.overrides, prompt, seed, folder), args.timeout, "ours")
+        (made,) = folder.glob("*.mp4")
+        made.replace(video)
+        made.with_suffix(".json").replace(video.with_suffix(".run.json"))
     return seconds
 
 
@@ -119,6 +119,8 @@ def play(args: argparse.Namespace, out: Path) -> list[dict]:
         row: dict = {"prompt": prompt, "seed": seed}
         for side in SIDES if i % 2 == 0 else SIDES[::-1]:
             video = out / side / f"{i:04d}.mp4"
+            if video.exists() and "timings_s" not in read_record(video):
+                raise UserError(f"out={out} holds {side}/{video.name}, which is not of a comparison; choose another")
             video.parent.mkdir(parents=True, exist_ok=True)
             video.unlink(missing_ok=True)
             row[side] = runners[side](args, prompt, seed, video)

@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", action="append", default=[], metavar="PATH", help="merge this adapter; repeatable")
     parser.add_argument("--lora_scale", action="append", type=float, default=[], metavar="X", help="of each --lora")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT: a .pt, or a folder of form ours")
     parser.add_argument("--tensors_only", action="store_true", help="a .pt with objects to a .pt of its tensors")
     return parser.parse_args(argv)
 
@@ -55,11 +55,11 @@ def strip_objects(args: argparse.Namespace) -> int:
     import torch
 
     from model.weights.export import tensors_of
-    from utils.files import atomic_path
+    from utils.files import atomic_path, replaceable_file
 
     if args.out.suffix != ".pt" or not Path(args.source).is_file():
         raise UserError(f"--tensors_only takes a file and makes a .pt, and not {args.source} and {args.out}")
-    with atomic_path(args.out) as temporary:
+    with atomic_path(replaceable_file(args.out, "OUT")) as temporary:
         torch.save(tensors_of(Path(args.source)), temporary)
     print(f"{args.out}: the tensors of {args.source}")
     return 0
@@ -72,6 +72,7 @@ def convert(args: argparse.Namespace) -> int:
     from model.weights import export, names
     from model.weights.lora import plan_lora
     from model.weights.plans import config_of, has_average, plan_transformer
+    from utils.files import replaceable, replaceable_file
 
     form = args.to or ("self-forcing" if args.out.suffix == ".pt" else "ours")
     scales = args.lora_scale or [1.0] * len(args.lora)
@@ -85,6 +86,10 @@ def convert(args: argparse.Namespace) -> int:
         (plan_lora(path, plan.tensors.shapes, "--lora"), scale)
         for path, scale in zip(args.lora, scales, strict=True)
     ]
+    if form == "self-forcing":
+        replaceable_file(args.out, "OUT")
+    else:
+        replaceable(args.out, "OUT", keep=[args.source])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}[args.dtype]
     weights, ema = export.contents(plan, loras, dtype), None
     both = form in ("ours", "self-forcing") and args.part == "student" and not args.use_ema and not loras

@@ -9,7 +9,7 @@ import torch
 from configs.load import load_config, to_yaml
 from model.fp8 import check_fp8
 from pipeline.preflight import check_training
-from trainer.checkpoint.resume import check_resumable
+from trainer.checkpoint.resume import check_export, check_resumable
 from trainer.loop import make_sinks, run
 from trainer.registry import build_stage
 from utils.device import gpu_memory, pick_device, set_threads
@@ -33,6 +33,8 @@ def train(args: Namespace) -> bool:
     if "OMP_NUM_THREADS" not in os.environ:
         set_threads(0)
     check_resumable(config, logdir)
+    if not args.no_save:
+        check_export(config, logdir)
     with process_group(ranks, device, config.training.timeout_s):
         stage = build_stage(config, device, ranks)
         if ranks.first:

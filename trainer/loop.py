@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.load import CHECKOUT, to_dict
+from configs.load import to_dict
 from configs.schema import Config
 from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
-from trainer.checkpoint.resume import check_changes
+from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
@@ -254,8 +254,7 @@ def _leave(stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Wat
 
 
 def _export(stage: Stage, logdir: Path, team: Team) -> None:
-    t = stage.config.training
-    folder = CHECKOUT / t.export if t.export else logdir / "export"
+    t, folder = stage.config.training, export_folder(stage.config, logdir)
     if stage.sharded or stage.ranks.first:
         stage.export(folder, t.steps)
     team.wait()

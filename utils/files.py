@@ -13,15 +13,17 @@ import shutil
 import tempfile
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.errors import UserError
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 PREFIX = ".partial-"  # of temporary names: .partial-<machine>-<random>-<what for>
 _NAMES = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}-.+", re.DOTALL)
 _ASIDE = "-aside"  # ending of a temporary folder that holds what is being replaced, under its own name
@@ -35,21 +37,97 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its suffix; move it into place when the block ends well.
 
     On any failure, Ctrl-C included, the temporary file is removed and `path` stays what it was. Raises UserError for a
-    path that cannot be, and for a disk that gets full.
+    path that cannot be or is something else than a file, and for a disk that gets full.
     """
-    path = Path(path)
+    path = replaceable_file(path)
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # the name itself may be as long as names get
     with explained(path), temporary_path(path, f"{digest}{path.suffix}") as temporary:
         yield temporary
         os.replace(temporary, path)
 
 
+def replaceable_file(path: str | os.PathLike, field: str = "file") -> Path:
+    """`path`, if it is a file or nothing; UserError about `field` for a folder, a device or a pipe."""
+    path = Path(path)
+    with explained(path, every=True):
+        there = path.exists() and not path.is_file()
+    if there:
+        raise UserError(f"{field}={path} is there and is no file; choose another name")
+    return path
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What makes a folder one of ours: the file that marks it, and the names of all that we put into it."""
+
+    marker: str  # JSON, an object
+    names: re.Pattern[str]  # of a folder with a slash behind it
+
+    def strangers(self, folder: Path) -> list[str]:
+        """What `folder` holds that we have not put there, links included; everything where the marker is missing."""
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        try:
+            marked = isinstance(json.loads((folder / self.marker).read_bytes()), dict)
+        except (OSError, ValueError):
+            marked = False
+        named = [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries]
+        ours = [marked and not e.is_symlink() and self.names.fullmatch(n) for e, n in zip(entries, named, strict=True)]
+        return [name for name, own in zip(named, ours, strict=True) if not own]
+
+
+CARD = "card.json"
+EXPORT = Kind(
+    CARD,
+    re.compile(
+        r"(card|config|tokenizer|tokenizer_config|special_tokens_map)\.json"
+        r"|(model|diffusion_pytorch_model)(\.ema)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    ),
+)
+
+
+def replaceable(
+    folder: str | os.PathLike, field: str = "folder", *, kind: Kind = EXPORT, keep: Iterable[str | os.PathLike] = ()
+) -> Path:
+    """`folder`, resolved, if it may be replaced: it is absent, empty, or ours and holds nothing else.
+
+    keep: paths that must not lie in it, beside the working folder, the home and the checkout.
+    Raises UserError about `field` for anything else. All that replaces a folder goes by this.
+    """
+    folder = Path(folder)
+    check_writable(folder.parent, field)
+    with explained(folder, every=True), suppress(FileNotFoundError):
+        os.lstat(folder)  # refuses names that are too long
+    real = Path(os.path.realpath(folder))
+    inside = [Path(os.path.realpath(path)) for path in (*keep, CHECKOUT, Path.cwd(), os.path.expanduser("~"))]
+    held = next((path for path in inside if path.is_relative_to(real)), None)
+    other = "choose a folder that does not exist yet"
+    if held is not None:
+        raise UserError(f"{field}={folder} would be replaced, and {held} is in it; {other}")
+    if not os.path.lexists(real):
+        check_writable(real.parent, field)
+        return real
+    if not real.is_dir():
+        raise UserError(f"{field}={folder} is not a folder, and would be replaced by one; {other}")
+    if os.path.ismount(real):
+        raise UserError(f"{field}={folder} is where a disk is mounted and cannot be replaced; choose a folder in it")
+    strangers = kind.strangers(real)
+    if strangers:
+        more = f" and {len(strangers) - 1} more" * (len(strangers) > 1)
+        raise UserError(f"{field}={folder} holds {strangers[0]}{more}, which is not ours to replace; {other}")
+    check_writable(real.parent, field)
+    return real
+
+
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; put it in its place, and what was there away, when the block ends well."""
-    folder = Path(folder)
+    """Yield an empty folder beside `folder`; put it in its place, and what was there away, when the block ends well.
+
+    Raises UserError, with `folder` as it was, where that is not `replaceable`.
+    """
+    folder = replaceable(folder)
     with explained(folder), temporary_path(folder, "folder", folder=True) as partial:
         yield partial
+        replaceable(folder)  # somebody may have put something there meanwhile
         if not folder.exists():
             os.replace(partial, folder)
             return

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import CARD, DIFFUSERS_STEM, EMA_STEM, checked, open_safetensors
+from model.weights.files import DIFFUSERS_STEM, EMA_STEM, checked, open_safetensors
 from model.weights.lora import LoraPlan
 from model.weights.plans import Plan
 from model.weights.safe_pickle import StorageRef, TensorRef, dry_run
-from utils.files import atomic_folder, atomic_path, temporary_path, write_json_atomic
+from utils.files import CARD, atomic_folder, atomic_path, temporary_path, write_json_atomic
 
 FORMS = ("ours", "diffusers", "wan", "self-forcing")
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; a whole 1.3B network is one

@@ -32,7 +32,6 @@ BARE = ""  # the part of a file that is one flat dictionary of tensors
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 HF_STEM = "model"
 EMA_STEM = f"{DIFFUSERS_STEM}.ema"  # diffusers' way to name a variant
-CARD = "card.json"
 VAE_FILE = "Wan2.1_VAE.pth"
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")

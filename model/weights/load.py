@@ -29,7 +29,6 @@ from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoder
 from model.weights import names
 from model.weights.files import (
-    CARD,
     DIFFUSERS_STEM,
     EMA_STEM,
     HF_STEM,
@@ -49,7 +48,7 @@ from model.weights.plans import (
     plan_vae,
     stored,
 )
-from utils.files import atomic_folder, write_json_atomic
+from utils.files import CARD, atomic_folder, write_json_atomic
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -245,7 +244,7 @@ def save_network(
         dtype: of the numbers on disk; None keeps theirs. The same weights give the same bytes.
         state: weights to write instead of the model's own (gathered from shards).
         ema: averaged weights, for a Wan transformer.
-        card: what is known of the training.
+        card: what is known of the training; the file also marks the folder as one that may be replaced.
         tokenizer: goes into the same folder.
     """
     text = isinstance(model, UMT5EncoderModel)
@@ -260,8 +259,7 @@ def save_network(
             file = partial / f"{name}.safetensors"
             save_file(_on_disk(tensors, dtype), file, metadata={"format": "pt"})
             shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
-        if card is not None:
-            write_json_atomic(partial / CARD, dict(card))
+        write_json_atomic(partial / CARD, dict(card or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 

@@ -13,7 +13,6 @@ from model.memory import Network
 from model.weights import names, run_folders
 from model.weights.files import (
     BARE,
-    CARD,
     DIFFUSERS_STEM,
     EMA_STEM,
     HF_STEM,
@@ -27,6 +26,7 @@ from model.weights.files import (
     shards,
     subfolder,
 )
+from utils.files import CARD
 
 Shapes = dict[str, tuple[int, ...]]
 KINDS = {

@@ -20,7 +20,6 @@ from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from model.weights import names, run_folders
 from model.weights.files import (
     BARE,
-    CARD,
     DIFFUSERS_STEM,
     EMA_STEM,
     HF_STEM,
@@ -35,6 +34,7 @@ from model.weights.files import (
     shards,
     subfolder,
 )
+from utils.files import CARD
 
 # Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
 # their own size a table that exists before there are weights.

@@ -13,6 +13,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import Config
 from model.weights.files import resolve
 from model.weights.run_folders import find
+from trainer.checkpoint.resume import check_export
 from trainer.loop import run
 from trainer.registry import build_stage
 from utils.distributed import Ranks
@@ -90,6 +91,7 @@ def trained(row: Row, config: Config, folder: Path, device: torch.device) -> Pat
     card = export / "card.json"
     if card.is_file() and json.loads(card.read_text())["step"] == config.training.steps:
         return export
+    check_export(config, folder)
     stage = build_stage(config, device, Ranks())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

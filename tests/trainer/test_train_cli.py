@@ -67,6 +67,28 @@ def test_no_save_leaves_metrics_only(config_file, tmp_path, monkeypatch):
     assert {p.name for p in logdir.iterdir()} == {"config.yaml", "metrics.jsonl", "audit.json"}
 
 
+@pytest.mark.parametrize("where", ["models", ".", "run", "logs"])
+def test_an_export_that_would_replace_something_is_refused_at_once(config_file, tmp_path, monkeypatch, where):
+    """Before a network is made; nothing is lost, not even the file beside an earlier export."""
+    monkeypatch.setattr("trainer.command.build_stage", lambda *a: pytest.fail("a network was made"))
+    monkeypatch.chdir(tmp_path)
+    logdir, field = tmp_path / "logs" / "run", "training.export"
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine.safetensors").write_text("mine")
+    export = [f"training.export={tmp_path / where}"]
+    if where == "run":
+        (logdir / "export").mkdir(parents=True)
+        (logdir / "export" / "config.json").write_text("another program's")
+        field, export = "--logdir.*export", []
+    if where == "logs":
+        logdir.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=field):
+        train(monkeypatch, "--config_path", str(config_file), "--logdir", str(logdir), *export)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "models" / "mine.safetensors").read_text() == "mine"
+
+
 def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
     calls = []
     fake = types.ModuleType("wandb")

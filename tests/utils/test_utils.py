@@ -23,10 +23,12 @@ from utils import exits
 from utils.device import available_cpus, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import (
+    CHECKOUT,
     HashedFile,
     atomic_folder,
     atomic_path,
     check_writable,
+    replaceable,
     safe_name,
     sampled_hash,
     sha256_of,
@@ -125,7 +127,8 @@ def test_leftovers_of_another_machine_go_after_a_day(tmp_path):
 
 def test_a_folder_whose_replacing_was_killed_is_put_back(tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "file").write_text("first")
+    (tmp_path / "whole" / "config.json").write_text("first")
+    (tmp_path / "whole" / "card.json").write_text("{}")
     code = """
 import os
 from utils import files
@@ -137,13 +140,13 @@ def replace(a, b):
     rename(a, b)
 rename, os.replace = os.replace, replace
 with files.atomic_folder("whole") as partial:
-    (partial / "file").write_text("second")
+    (partial / "config.json").write_text("second")
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment).returncode == 9
     assert not (tmp_path / "whole").exists()
     write_json_atomic(tmp_path / "a.json", {})
-    assert (tmp_path / "whole" / "file").read_text() == "first"
+    assert (tmp_path / "whole" / "config.json").read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -232,7 +235,7 @@ def test_paths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, kind
     if kind is atomic_folder and name == "folder":
         name = "file"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="cannot be written"), kind(tmp_path / name):
+    with pytest.raises(UserError, match="cannot be (written|a folder)|is no"), kind(tmp_path / name):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "link"] and (tmp_path / "file").is_file()
 
@@ -411,3 +414,76 @@ def test_exits(capsys):
         signal.signal(signal.SIGTERM, before)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: x=1 is wrong; try 2" and lines[1].startswith("interrupted") and len(lines) == 2
+
+
+def _spoilt(kind, folder):
+    """A folder that must not be replaced, by what is wrong with it."""
+    folder.mkdir()
+    for name in ("card.json", "config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    if kind == "a note":
+        (folder / "note.txt").write_text("mine")
+    elif kind == "other weights":
+        (folder / "lora.safetensors").write_text("mine")
+    elif kind == "a folder inside":
+        (folder / "other").mkdir()
+    elif kind == "a folder by the name of a file":
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").mkdir()
+    elif kind == "a link":
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to(folder.parent)
+    elif kind == "no card":
+        (folder / "card.json").unlink()
+    elif kind == "a card of another program":
+        (folder / "card.json").write_text("# model card")
+
+
+SPOILT = (
+    "a note", "other weights", "a folder inside", "a folder by the name of a file", "a link", "no card",
+    "a card of another program",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path, kind, linked):
+    _spoilt(kind, tmp_path / "there")
+    before = sorted((path, path.is_file() and path.read_text()) for path in tmp_path.rglob("*"))
+    asked = tmp_path / "there"
+    if linked:
+        asked = tmp_path.parent / f"{tmp_path.name}-link"
+        asked.symlink_to(tmp_path / "there")
+    with pytest.raises(UserError, match="not ours to replace"), atomic_folder(asked):
+        raise AssertionError("it must be refused before anything is written")
+    assert sorted((path, path.is_file() and path.read_text()) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_ours_is_replaced_unless_somebody_writes_into_it_meanwhile(tmp_path):
+    folder = tmp_path / "export"
+    for text in "ab":
+        with atomic_folder(folder) as partial:
+            (partial / "card.json").write_text("{}")
+            (partial / "config.json").write_text(text)
+    assert (folder / "config.json").read_text() == "b" and [p.name for p in tmp_path.iterdir()] == ["export"]
+    with pytest.raises(UserError, match="holds note.txt"), atomic_folder(folder) as partial:
+        (folder / "note.txt").write_text("mine")
+    assert (folder / "config.json").read_text() == "b" and (folder / "note.txt").exists()
+
+
+def test_a_folder_that_holds_the_run_the_checkout_or_the_working_folder_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for folder, keep in ((tmp_path / "empty", []), (tmp_path / "run", [tmp_path / "run" / "x"]), (CHECKOUT.parent, [])):
+        with pytest.raises(UserError, match=r"out=.* is in it"):
+            replaceable(folder, "out", keep=keep)
+    monkeypatch.chdir(tmp_path)
+    assert replaceable(tmp_path / "empty", "out") == tmp_path / "empty"
+
+
+def test_only_files_are_replaced_by_files(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match="is no file"), atomic_path(tmp_path / name):
+            raise AssertionError

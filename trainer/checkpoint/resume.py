@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.load import as_meant, to_dict
+from configs.load import CHECKOUT, as_meant, to_dict
 from configs.schema import Config
+from model.weights.run_folders import EXPORT as EXPORTS
 from model.weights.run_folders import MANIFEST
 from trainer.checkpoint.save import folders
+from utils.files import replaceable
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -37,6 +39,19 @@ TUNED = (
     "training.flow", "training.codec",
     *(f"training.{name}.{knob}" for name in ("optimizer", "distill.critic_optimizer") for knob in KNOBS),
 )  # fmt: skip
+
+
+def export_folder(config: Config, logdir: Path) -> Path:
+    """Where the trained modules of a run are written to at its end."""
+    return CHECKOUT / config.training.export if config.training.export else logdir / EXPORTS
+
+
+def check_export(config: Config, logdir: Path) -> None:
+    """Refuse, before a network is made, an export that would replace what is not an earlier export of ours."""
+    if config.training.export:
+        replaceable(export_folder(config, logdir), "training.export", keep=[logdir])
+    if not config.training.export or config.training.stage == "distill":  # which exports with every checkpoint
+        replaceable(logdir / EXPORTS, f"--logdir {logdir}: its folder {EXPORTS}")
 
 
 def check_resumable(config: Config, logdir: Path) -> None:

@@ -113,8 +113,9 @@ class CodecStage(Supervised):
         Under an encoder that stays they stay, too.
         """
         module: AutoencoderKLWan = self.averaged
+        card = {"stage": self.name, "step": step}
         if self.config.training.codec.decoder_only:
-            save_network(module, folder)
+            save_network(module, folder, card=card)
             return
         codec = WanCodec(module)
         clips = self._whole_clips(32)
@@ -124,4 +125,4 @@ class CodecStage(Supervised):
             latents_mean=[round(v, 5) for v in channels.mean(1).tolist()],
             latents_std=[round(v, 5) for v in channels.std(1).tolist()],
         )
-        save_network(module, folder)
+        save_network(module, folder, card=card)

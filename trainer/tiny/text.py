@@ -74,4 +74,5 @@ class TextStage(Supervised):
         return {name: (logits[name].argmax(-1).cpu() == labels[name]).float().mean().item() for name in logits}
 
     def export(self, folder: Path, step: int) -> None:
-        save_network(self.averaged["encoder"], folder, tokenizer=self.encoder.tokenizer)
+        card = {"stage": self.name, "step": step}
+        save_network(self.averaged["encoder"], folder, card=card, tokenizer=self.encoder.tokenizer)

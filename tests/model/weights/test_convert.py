@@ -166,6 +166,20 @@ def test_tensors_without_objects(tmp_path, wan, mixed):
     assert torch.equal(weights.load_student(tmp_path / "y.pt").proj_out.bias, wan.proj_out.bias)
 
 
+def test_overwrite_replaces_what_we_made_and_nothing_else(tmp_path, checkpoint):
+    """Twice into the same folder; not where somebody has put something beside, nor where it is not ours."""
+    out = tmp_path / "out"
+    for _ in range(2):
+        convert(checkpoint, out, "--overwrite")
+    (out / "notes.txt").write_text("mine")
+    for there in (out, tmp_path):
+        with pytest.raises(UserError, match="OUT="):
+            convert(checkpoint, there, "--overwrite")
+    with pytest.raises(UserError, match="OUT=.* is no file"):
+        convert(checkpoint, out, "--overwrite", "--to", "self-forcing")
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
