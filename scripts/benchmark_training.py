@@ -17,16 +17,18 @@ Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the ba
 
 Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
 are written as scripts/bench/layouts.py says, run one after another in processes of their own, and those that do not
-work here are named with a sentence. --budget seconds are not exceeded by more than a few: the table always comes. MFU:
-operations of the model (scripts/bench/training_cost.py), without what checkpointing computes again, to the measured
-matrix peak.
+work here are named with a sentence. --budget seconds are not exceeded by more than a few: the tables always come, and
+before them what was left out. Compiling takes time, so a layout with training.compile has a larger share of the budget.
+MFU: operations of the model (scripts/bench/training_cost.py), without what checkpointing computes again, to the
+measured matrix peak.
 
---check trains networks of two layers and full width for three updates of the generator and five of the critic, on N
-ranks and on one with the same global batch. Bounds in bfloat16: a number is rounded by up to 2^-9, and sums over other
-shards or in another order differ by a few of these, so losses may differ by 2% and gradient norms by 5%. AdamW without
-momentum moves each weight by lr x sign(gradient) at first: where noise of a share e of the gradient's size turns a
-sign, which it does for e / pi of the weights, the change differs by twice its length, so that the changes differ by 2
-sqrt(e / pi); the bound 0.3 is e = 7%. In float32 the same three are 1e-4, 1e-3 and 2e-2.
+--check comes first; what it has compiled the layouts find in torch's cache. It trains networks of two layers and full
+width for three updates of the generator and five of the critic, on N ranks and, with the same global batch, on one that
+compiles nothing and makes all rollouts by the student itself. Bounds in bfloat16: a number is rounded by up to 2^-9,
+and sums over other shards or in another order differ by a few of these, so losses may differ by 2% and gradient norms
+by 5%. AdamW without momentum moves each weight by lr x sign(gradient) at first: where noise of a share e of the
+gradient's size turns a sign, which it does for e / pi of the weights, the change differs by twice its length, so that
+the changes differ by 2 sqrt(e / pi); the bound 0.3 is e = 7%. In float32 the same three are 1e-4, 1e-3 and 2e-2.
 """
 
 import argparse
@@ -42,6 +44,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,9 @@ from utils.logs import console  # noqa: E402
 FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
 WORDS = 120  # tokens of a prompt
 LEAST = 20.0  # seconds below which a layout is not begun
+CYCLE, COMPARED, COMPILED = 90.0, 30.0, 60.0  # seconds, about: a layout at full size; a check's; more, if compiled
 BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not: losses, gradient norms, weights
+PLAIN = ("training.compile", "training.distill.fast_rollout")  # what the rank that others are compared with has off
 LOSSES, NORMS = ("generator_loss", "critic_loss"), ("generator_grad_norm", "critic_grad_norm")
 FIXED = (
     "training.validation_clips=0", "training.cuda_graphs=false", "training.loggers=[]", "training.distill.pairs=null",
@@ -91,6 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")
     parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
     parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
+    parser.add_argument("--check_only", action="store_true", help="compare, and time nothing")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="time checkpoints there (not of ranks alone)")
     parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
@@ -142,6 +148,19 @@ def worker(file: Path) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Job:
+    """A layout to be run. batch: the global batch, if not the layout's. layers: check networks of so many."""
+
+    layout: Layout
+    batch: int | None = None
+    layers: int = 0
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        return self.layout.text, self.batch
+
+
 class Bench:
     """Runs layouts one after another within the budget."""
 
@@ -176,12 +195,18 @@ class Bench:
     def left(self) -> float:
         return self.args.budget - (time.time() - START)
 
-    def run(self, layout: Layout, jobs: int, *, batch: int | None = None, layers: int = 0) -> dict[str, Any]:
-        """What a layout's processes found, or `why` they found nothing. jobs: that are still to run, this one counted.
+    def cost(self, job: "Job") -> float:
+        """Seconds that a job takes at full size, about; its share of the budget is in proportion."""
+        try:
+            compiled = load_config(self.args.config_path, [*self.args.settings, *job.layout.settings]).training.compile
+        except UserError:
+            return 1.0  # it is refused at once
+        return (COMPARED if job.layers else CYCLE) + COMPILED * compiled
 
-        batch: the global batch. layers: run the check on networks of so many layers.
-        """
+    def run(self, job: "Job", ahead: Sequence["Job"] = ()) -> dict[str, Any]:
+        """What a job's processes found, or `why` they found nothing. ahead: jobs that are to run after this one."""
         self.began += 1
+        layout, batch, layers = job.layout, job.batch, job.layers
         sizes = {**self.sizes, **layout.sizes}
         sizes = {role: f"{name.partition('/')[0]}/{layers}" for role, name in sizes.items()} if layers else sizes
         init = ", ".join(f"{role}: random:{name}" for role, name in sizes.items())
@@ -200,7 +225,8 @@ class Bench:
             return found | {"why": f"needs GPUs: {layout.processes}; there are {there}"}
         if self.left < LEAST:
             return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
-        share = self.left / jobs
+        cost = self.cost(job)
+        share = self.left * cost / (cost + sum(self.cost(one) for one in ahead))
         limit = min(self.left - 5, 2 * share + 20)
         out, card = self.folder / f"{self.began}.json", layout.card_gb
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
@@ -287,31 +313,35 @@ def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     return {"layout": ours["layout"], **{name: [found[name], bounds[name]] for name in found}, "passed": passed}
 
 
-def check_all(bench: Bench, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
-    """Each layout of several ranks against one rank, with two layers."""
-    rows, alone = [], {}
-    rows += [
+def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
+    """Each layout of several ranks, and the one rank that it is compared with, by networks of two layers."""
+    pairs = []
+    for layout in layouts:
+        if layout.processes > 1:
+            batch = micro * layout.gpus // layout.sequence * layout.accumulate
+            options = [word for word in layout.text.split(",")[1:] if word.partition("=")[0] not in PLAIN]
+            one = Layout.parse(",".join(["none:1", *options, *(f"{key}=false" for key in PLAIN)]))
+            pairs.append((Job(layout, batch, 2), Job(one, batch, 2)))
+    return pairs
+
+
+def check_all(bench: Bench, layouts: Sequence[Layout], timed: Sequence[Layout] = ()) -> list[dict[str, Any]]:
+    """Run and compare what `check_jobs` lists; `timed` layouts follow within the same budget."""
+    rows: list[dict[str, Any]] = [
         {"layout": one.text, "why": "not compared, for its other ranks are not there", "passed": True}
         for one in layouts if one.alone
     ]  # fmt: skip
-    several = [layout for layout in layouts if layout.processes > 1]
-    batches = [bench.micro * layout.gpus // layout.sequence * layout.accumulate for layout in several]
-    keys = [(b, layout.settings, tuple(layout.sizes.items())) for b, layout in zip(batches, several, strict=True)]
-    jobs = len(several) + len(set(keys))
-    for layout, batch, key in zip(several, batches, keys, strict=True):
-        if key not in alone:
-            one = Layout.parse(",".join(["none:1", *layout.text.split(",")[1:]]))
-            alone[key], jobs = bench.run(one, jobs, batch=batch, layers=2), jobs - 1
-        found, jobs = bench.run(layout, jobs, batch=batch, layers=2), jobs - 1
-        rows.append(compare(found, alone[key]))
-    return rows
+    pairs = check_jobs(layouts, bench.micro)
+    jobs = list({job.key: job for ours, one in pairs for job in (one, ours)}.values())
+    found = {job.key: bench.run(job, [*jobs[i + 1 :], *map(Job, timed)]) for i, job in enumerate(jobs)}
+    return rows + [compare(found[ours.key], found[one.key]) for ours, one in pairs]
 
 
 def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], trained: int) -> list[dict[str, Any]]:
     """Of every layout that ran in the sizes of the call and used its own number of GPUs or more."""
     settings = {"global_batch": args.global_batch, "steps": args.iterations, "network_gb_s": args.network_gb_s}
     rows = []
-    for one, layout in zip(results, args.layouts, strict=True):
+    for one, layout in zip(results, args.layouts, strict=False):
         if "updates" not in one or layout.alone:
             continue
         for gpus in sorted({layout.gpus, *args.gpus}):
@@ -339,15 +369,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             found["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
             found["counted"] = count_shards(bench.training, bench.sizes, world) if world > 1 else None
             print(tables.plan_text(found["plan"], world, args.card_gb, found["counted"]))
+        timed = [] if args.check_only else args.layouts
+        found["check"] = check_all(bench, args.layouts, timed) if args.check or args.check_only else []
         results = found["layouts"] = []
-        for i, layout in enumerate(args.layouts):
-            several = sum(one.processes > 1 for one in args.layouts) if args.check else 0
-            results.append(bench.run(layout, len(args.layouts) - i + 2 * several))
+        for i, layout in enumerate(timed):
+            results.append(bench.run(Job(layout), [Job(one) for one in timed[i + 1 :]]))
             newest = results[-1]
             if args.json:
                 write_json_atomic(args.json, found)
             print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)
-        found["check"] = check_all(bench, args.layouts) if args.check else []
         small = {gpus: advice(*where, gpus, args.card_gb) for gpus in (1, 2, 4)}
         found["advice"] = [(gpus, best and best[0], best[1].peak.total if best else 0) for gpus, best in small.items()]
         trained = max(bench.networks[role].parameters for role in ("student", "critic"))
@@ -359,7 +389,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Everything that is not shown yet."""
+    """Everything that is not shown yet, first what is missing in it."""
+    missing = tables.left_out(found["layouts"], found["check"])
+    if missing:
+        print("\n" + missing)
     if found["layouts"]:
         print("\n" + tables.overview(found["layouts"], args.card_gb))
         print("\n" + tables.scaling(found["layouts"]))

@@ -1,5 +1,6 @@
 """The training loop: step, log, validate, save; stop and resume exactly."""
 
+import gc
 import math
 import signal
 import time
@@ -182,6 +183,7 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
         make = sinks or make_sinks(stage.config, logdir)
         made = make(start) if stage.ranks.first else []
         with _Stop() as stop, ExitStack() as stack:
+            stack.callback(gc.unfreeze)
             journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
             if not _steps(stage, logdir, journal, stop, team, save):
                 return False
@@ -209,6 +211,13 @@ def make_sinks(
     return make
 
 
+def keep_garbage_small() -> None:
+    """Have Python look for garbage among what is made from now on alone: networks, libraries and what the compiler has
+    made stay, and to go through them all takes the host long, at a time of its own choosing on each rank."""
+    gc.collect()
+    gc.freeze()
+
+
 def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, team: Team, save: bool) -> bool:
     """All steps that are left; whether none is."""
     t, watch = stage.config.training, _Watch()
@@ -217,14 +226,16 @@ def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, team: Tea
         if team.any(stop.asked):
             raise _Abandoned
 
-    stage.between = between
+    stage.between, first = between, True
     for step in journal.bar:
         try:
             values = stage.update(step)
         except _Abandoned:
             _leave(stage, logdir, step, journal, watch, team, save)
             return False
-        done = step + 1
+        if first:
+            keep_garbage_small()
+        done, first = step + 1, False
         watch.put(values, done, stage.last_batch())
         stopping, failing = team.each(stop.asked, watch.bad())
         if failing:

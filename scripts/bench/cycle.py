@@ -12,7 +12,6 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -25,7 +24,7 @@ from scripts.bench.lone_rank import Messages
 from scripts.bench.roofline import matrix_rate, versions
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distill.stage import Distill
-from trainer.loop import save_checkpoint
+from trainer.loop import keep_garbage_small, save_checkpoint
 from trainer.parallel.apply import mean_over_ranks, module_state
 from trainer.parallel.control_group import Team
 from utils.distributed import Ranks
@@ -120,8 +119,8 @@ def memory_of(device: torch.device, watch: Watch) -> dict[str, Any]:
 
 
 def communication(stage: Distill, step: int, device: torch.device) -> dict[str, float] | None:
-    """Of one step: seconds of communication kernels, and those of them in which nothing else ran on this GPU."""
-    if device.type != "cuda" or not dist.is_initialized():
+    """Of one step: what `exposed` says of this GPU."""
+    if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         stage.update(step)
@@ -130,11 +129,14 @@ def communication(stage: Distill, step: int, device: torch.device) -> dict[str, 
 
 
 def exposed(events: Iterable[FunctionEvent]) -> dict[str, float]:
-    """Seconds of communication among what a GPU did (microseconds, as torch's profiler has it), and those by itself."""
+    """Seconds of communication among what a GPU did (microseconds, as torch's profiler has it), those of them in which
+    nothing else ran, and, from the first kernel to the last, those in which nothing ran at all."""
     done = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     spans = [("nccl" in e.name.lower(), (e.time_range.start, e.time_range.end)) for e in done]
     talk, work = ([span for is_talk, span in spans if is_talk is wanted] for wanted in (True, False))
-    return {"kernels_s": covered(talk) / 1e6, "exposed_s": (covered(talk + work) - covered(work)) / 1e6}
+    busy = covered(talk + work)
+    idle = max(end for _, end in talk + work) - min(start for start, _ in talk + work) - busy
+    return {"kernels_s": covered(talk) / 1e6, "exposed_s": (busy - covered(work)) / 1e6, "idle_s": idle / 1e6}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -175,7 +177,8 @@ def measure(
     config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, team: Team, *,
     save: Path | None = None, sent: Messages | None = None,
 ) -> None:  # fmt: skip
-    """Warm up, time a cycle (as much of it as fits before `deadline`, of time.time()), profile a step; write `out`.
+    """Warm up, time a cycle and the next one's first step (as much of it as fits before `deadline`, of time.time()),
+    profile a step; write `out`.
 
     save: an empty folder, to time a checkpoint in, too. sent: of a rank by itself, in place of both. The file is
     written again after every step, so that a run that is cut off has told what it knows.
@@ -194,11 +197,12 @@ def measure(
     warm = time.perf_counter()
     watch.run(lambda: stage.update(0))
     found["warm_up_s"] = time.perf_counter() - warm
+    keep_garbage_small()  # as the loop does
     watch.phases.peaks.clear()
     if sent is not None:
         sent.restart(lambda: watch.who)
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
-    for step in range(ratio, 2 * ratio):
+    for step in range(ratio, 2 * ratio + 1):
         if len(updates["critic"]) > 1 and team.any(time.time() > deadline):
             break
         for who, spans in watch.run(lambda step=step: stage.update(step)).items():
@@ -219,7 +223,7 @@ def measure(
     if sent is not None:
         return
     if not team.any(time.time() > deadline):
-        found["communication"] = communication(stage, 2 * ratio, device)
+        found["communication"] = communication(stage, 3 * ratio, device)
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
     if save is not None:

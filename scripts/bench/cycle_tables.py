@@ -16,20 +16,18 @@ def _percent(value: float | None) -> str:
 
 
 def overview(results: Sequence[Found], card_gb: float) -> str:
-    """A row a layout, and the sentences of those that did not run."""
+    """A row for each layout that ran."""
     head = ["layout", "batch", "generator s", "critic s", "cycle s", "samples/s", "MFU", "peak GB", "reserved GB"]
-    head += ["on card GB", "exposed comm. s", "build s", "timed"]
-    rows, missing = [head], []
-    for one in results:
-        if "updates" not in one:
-            missing.append(f"{one['layout']}: {one['why']}")
-            continue
+    head += ["on card GB", "exposed comm. s", "idle s", "build s", "warm-up s", "timed"]
+    rows = [head]
+    for one in (one for one in results if "updates" in one):
         memory, talk = one["memory"], one.get("communication")
         most = [max((m.get(key, 0) for m in memory), default=0) / GB for key in ("peak", "reserved", "taken")]
         cells = [str(one["global_batch"]), f"{one['totals']['generator']['s']:.3f}"]
         cells += [f"{one['totals']['critic']['s']:.3f}", f"{one['cycle_s']:.3f}", f"{one['samples_per_s']:.3f}"]
         cells += [_percent(one["mfu"]), *(f"{x:.1f}" if x else "" for x in most)]
-        cells += [f"{talk['exposed_s']:.3f} of {talk['kernels_s']:.3f}" if talk else "", f"{one['build_s']:.0f}"]
+        cells += [f"{talk['exposed_s']:.3f} of {talk['kernels_s']:.3f}", f"{talk['idle_s']:.3f}"] if talk else ["", ""]
+        cells += [f"{one['build_s']:.0f}", f"{one['warm_up_s']:.0f}"]
         cells += [f"{one['timed']['generator']}+{one['timed']['critic']}" + ("" if one["whole"] else ", cut off")]
         rows.append([one["layout"], *cells])
     first = next((one for one in results if "updates" in one), None)
@@ -40,10 +38,19 @@ def overview(results: Sequence[Found], card_gb: float) -> str:
         machine = first["machine"]
         about.insert(0, f"{machine['device']}, torch {machine['torch']}, weights: random, matrix peak measured "
                         f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
-    note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran"
+    note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran; "
+    note += "idle: when none ran (a profile's, which slows the host)"
     if any("sent_bytes" in one for one in results):
         note += "\nalone=true: one rank by itself, without messages; what all of them reach is at best this"
-    return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note, *missing])
+    return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note])
+
+
+def left_out(results: Sequence[Found], checks: Sequence[Found]) -> str:
+    """What the tables lack, a sentence each; empty if nothing."""
+    lines = [f"{one['layout']}: {one['why']}" for one in results if "updates" not in one]
+    lines += [f"{one['layout']}: {one['ended']}" for one in results if "updates" in one and not one["whole"]]
+    lines += [f"check of {one['layout']}: {one['why']}" for one in checks if "why" in one]
+    return "\n".join(["MISSING below:", *lines]) if lines else ""
 
 
 def phase_table(one: Found) -> str:
@@ -143,12 +150,8 @@ def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -
 def check_text(rows: Sequence[Found]) -> str:
     """Differences of N ranks to one."""
     table = [["layout", "losses", "bound", "gradient norms", "bound", "change of weights", "bound", ""]]
-    failed = []
-    for row in rows:
-        if "why" in row:
-            failed.append(f"{row['layout']}: {row['why']}")
-            continue
+    for row in (row for row in rows if "why" not in row):
         cells = [f"{row[key][i]:.2e}" for key in ("losses", "norms", "weights") for i in (0, 1)]
         table.append([row["layout"], *cells, "equal" if row["passed"] else "DIFFERS"])
     head = "after 5 critic and 3 generator updates, N ranks against 1 with the same global batch: relative differences"
-    return "\n".join([head, grid(table), *failed])
+    return "\n".join([head, grid(table)]) if len(table) > 1 else head

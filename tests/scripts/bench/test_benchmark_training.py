@@ -22,7 +22,7 @@ from model.memory import WAN_1_3B, Network
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
 from scripts.bench.cycle import Watch, covered, exposed, summary
-from scripts.bench.cycle_tables import phase_table, saving_text
+from scripts.bench.cycle_tables import left_out, phase_table, saving_text
 from scripts.bench.fake_ranks import count_shards
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
 from utils import timers
@@ -45,14 +45,46 @@ def test_the_examples_of_its_help_are_valid():
 
 
 def test_a_check_counts_its_runs(monkeypatch):
-    """Down to the last one, which takes what is left of the budget: layouts of other settings have a rank of their own
-    to be compared with."""
+    """Down to the last layout, which takes what is left of the budget; layouts of other settings have a rank of their
+    own to be compared with."""
     jobs = []
-    bench = SimpleNamespace(micro=1, run=lambda layout, left, **_: jobs.append((layout.text, left)))
+    bench = SimpleNamespace(micro=1, run=lambda job, ahead: jobs.append((job.layout.text, job.layers, len(ahead))))
     monkeypatch.setattr(script, "compare", lambda ours, theirs: {})
     texts = ["sequence:2", "sequence:2,training.sequence_student=shared", "sequence4:4"]
-    script.check_all(bench, [Layout.parse(text) for text in texts])
-    assert [left for _, left in jobs] == [5, 4, 3, 2, 1] and [text for text, _ in jobs if text in texts] == texts
+    layouts = [Layout.parse(text) for text in texts]
+    script.check_all(bench, layouts, layouts[1:])
+    assert [left for *_, left in jobs] == [6, 5, 4, 3, 2] and all(layers == 2 for _, layers, _ in jobs)
+    assert [text for text, *_ in jobs if text in texts] == texts
+
+
+def test_what_compiles_has_more_of_the_budget(tmp_path, monkeypatch):
+    """In proportion to what it takes; and what was left out is said before the tables."""
+    monkeypatch.setattr(script, "START", time.time())
+    limits = {}
+
+    def start(self, gpus: int, spec: dict, limit: float) -> str:
+        limits["training.compile=true" in spec["settings"], spec["check"]] = spec["deadline"] - time.time() + 10
+        return "not run"
+
+    monkeypatch.setattr(script.Bench, "_start", start)
+    args = script.parse(["--layouts", "none:1", "none:1,training.compile=true", "--budget", "300", *SMALL])
+    bench, jobs = script.Bench(args, tmp_path), [script.Job(layout) for layout in args.layouts]
+    for job in (*jobs, script.Job(args.layouts[0], layers=2), script.Job(args.layouts[1], layers=2)):
+        bench.run(job, [job, *jobs])
+    total, plain, compiled = bench.left, script.CYCLE, script.CYCLE + script.COMPILED
+    for key, cost in {(False, False): plain, (True, False): compiled, (False, True): 30, (True, True): 90}.items():
+        assert limits[key] == pytest.approx(1.2 * total * cost / (2 * cost + plain + compiled), rel=0.05)
+    lost = [{"layout": "full:2", "why": "left out: 3 s were left"}, measured(whole=False, ended="cut off after 9 s")]
+    text = left_out(lost, [{"layout": "full:4", "why": "needs GPUs: 4; there are 2"}])
+    assert text.splitlines()[1:] == [
+        "full:2: left out: 3 s were left", "full:2: cut off after 9 s", "check of full:4: needs GPUs: 4; there are 2",
+    ]  # fmt: skip
+    assert left_out([measured(whole=True)], [{"layout": "full:2", "passed": True}]) == ""
+    shown = []
+    monkeypatch.setattr(script, "print", lambda *words: shown.extend(words), raising=False)
+    found = {"layouts": lost[:1], "check": [], "projection": [], "advice": []}
+    script.show(args, found)
+    assert "left out: 3 s" in shown[0] and not any("left out: 3 s" in text for text in shown[1:])
 
 
 def test_what_is_inside_counts_for_the_inner_phase_alone(monkeypatch):
@@ -112,7 +144,7 @@ def test_a_call_ends_with_tables_and_json(tmp_path, capsys, monkeypatch):
     found = json.loads(file.read_text())
     ran, refused = found["layouts"]
     assert refused["why"].startswith("refused: training.sharding=most") and ran["whole"]
-    assert ran["global_batch"] == ran["micro_batches"] == 2 and ran["timed"] == {"generator": 1, "critic": 2}
+    assert ran["global_batch"] == ran["micro_batches"] == 2 and ran["timed"] == {"generator": 2, "critic": 3}
     backward, cycle = ran["updates"]["critic"]["backward"], ran["cycle_s"]
     assert backward["flops"] == 2 * ran["updates"]["critic"]["critic forward with grad"]["flops"]
     parts = [sum(phase["s"] for phase in ran["updates"][who].values()) for who in ("generator", "critic")]
@@ -143,7 +175,7 @@ def test_a_checkpoint_is_timed_and_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.Bench, "_start", started)
     args = script.parse(["--layouts", "none:1", "--save", str(tmp_path / "disk"), *SMALL])
-    found = script.Bench(args, tmp_path).run(args.layouts[0], 1)
+    found = script.Bench(args, tmp_path).run(script.Job(args.layouts[0]))
     ((folder, size),) = made
     assert folder.parent == tmp_path / "disk" and not folder.exists()
     assert found["saving"]["bytes"] == size > 0 and found["saving"]["s"] > 0 and found["saving"]["gpu_bytes"] == 0
@@ -178,7 +210,7 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
 def test_without_time_layouts_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "START", time.time() - 1e6)
     args = script.parse(["--layouts", "none:1", *SMALL])
-    assert script.Bench(args, tmp_path).run(args.layouts[0], 1)["why"].startswith("left out: 0 s")
+    assert script.Bench(args, tmp_path).run(script.Job(args.layouts[0]))["why"].startswith("left out: 0 s")
 
 
 def test_why_a_process_ended():
@@ -224,7 +256,7 @@ def test_communication_that_nothing_hides():
 
     events = [event("ncclDevKernel_AllGather", 0, 4e6), event("gemm", 1e6, 3e6), event("gemm", 5e6, 6e6)]
     events += [event("FSDP::all_gather", 0, 9e6, note=True), event("cudaLaunchKernel", 0, 9e6, DeviceType.CPU)]
-    assert exposed(events) == {"kernels_s": 4.0, "exposed_s": 2.0}
+    assert exposed(events) == {"kernels_s": 4.0, "exposed_s": 2.0, "idle_s": 1.0}
 
 
 def test_a_process_that_does_not_end_is_ended(tmp_path):
