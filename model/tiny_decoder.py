@@ -5,6 +5,11 @@
 Every memory block sees the current frame and the one before it (zeros before the first); temporal growth makes two
 frames of one, twice. F latent frames so give 4 F pixel frames, of which the first 3 come before the clip starts and
 are dropped. Frames are processed in parallel; across calls only each memory block's last input frame is carried.
+
+Precision: beside a student in half precision on a GPU it decodes in float16, whose 11 bits are 17 dB nearer to float32
+than bfloat16's 8, if activations leave room (`in_best_precision`). Should one overflow all the same, it stays infinite
+on its way through ReLUs and skips, and what is decoded is NaN, never a picture. A CPU computes in float32: without
+hardware for it, float16 takes a hundred times as long there.
 """
 
 from dataclasses import dataclass
@@ -15,8 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.errors import UserError
+from utils.logs import get_logger
+from utils.seeds import generator
+
+log = get_logger(__name__)
 
 FRAMES_TO_TRIM = 3  # pixel frames before the clip starts
+HALF_LIMIT = torch.finfo(torch.float16).max / 16  # of activations on probes; real latents have that much room above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +132,37 @@ class TinyDecoder(nn.Module):
         return x.unflatten(0, (batch, -1)), after
 
 
+def in_best_precision(decoder: TinyDecoder, dtype: torch.dtype) -> TinyDecoder:
+    """`decoder`, which is float32, cast in place to what suits a student of `dtype` on the decoder's device."""
+    if dtype == torch.float32 or decoder.device.type == "cpu":
+        return decoder
+    return decoder.to(half_precision(decoder))
+
+
+def half_precision(decoder: TinyDecoder) -> torch.dtype:
+    """float16, or bfloat16 where `decoder` (float32) comes too near to float16's end."""
+    largest = largest_activation(decoder)
+    if largest <= HALF_LIMIT:
+        return torch.float16
+    log.warning("the tiny decoder's activations reach %.3g, too much for float16; it decodes in bfloat16", largest)
+    return torch.bfloat16
+
+
+@torch.no_grad()
+def largest_activation(decoder: TinyDecoder) -> float:
+    """Largest |x| between layers, and of weights, for latents of 1 and 3 times their usual size, and saturated ones."""
+    shape = (3, decoder.config.latent_channels, 12, 12)
+    drawn = torch.randn(shape, generator=generator(0, "tiny decoder's range"))
+    probes = torch.stack([drawn, 3 * drawn, 9 * drawn.sign()]).to(decoder.device, decoder.dtype)
+    seen = [p.abs().amax() for p in decoder.parameters()]
+    layers = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d | MemoryBlock)]
+    hooks = [layer.register_forward_hook(lambda _, __, y: seen.append(y.abs().amax())) for layer in layers]
+    decoder(probes)
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(seen).amax())
+
+
 class TinyDecoderCodec:
     """The tiny decoder behind the codec's interface. It decodes only."""
 
@@ -158,12 +199,16 @@ class TinyDecoderStream:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Next latents [B, f, C, h, w] -> float32 pixels [B, T, 3, H, W]; T = 1 + 4 (f - 1) at first, then 4 f."""
+        """Next latents [B, f, C, h, w] -> float32 pixels [B, T, 3, H, W]; T = 1 + 4 (f - 1) at first, then 4 f.
+
+        NaN where the decoder overflowed.
+        """
         starts = self._memory is None
         frames, self._memory = self._decoder(latents.to(self._decoder.dtype), self._memory)
         if starts:
             frames = frames[:, FRAMES_TO_TRIM:]
-        return frames.float().mul(2).sub(1).clamp(-1, 1)
+        frames = frames.float()
+        return frames.mul(2).sub(1).clamp(-1, 1).add(frames - frames)  # what is infinite becomes NaN, not white
 
     def snapshot(self) -> list[Tensor] | None:
         """Memory so far; its tensors are never written in place."""

@@ -32,7 +32,7 @@ from model.fast.offload import BlockStream, HostTextEncoder, SmallSteps
 from model.fast.student import FastPlan, optimise
 from model.schedule import Schedule
 from model.text import TextEncoder, clean_prompt
-from model.tiny_decoder import TinyDecoderCodec
+from model.tiny_decoder import TinyDecoderCodec, in_best_precision
 from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
 from model.weights.lora import Loras, plan_lora
 from pipeline.delivery import ahead
@@ -246,9 +246,9 @@ def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device)
 
 
 def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:
-    """The codec that `model.codec` names."""
+    """The codec that `model.codec` names, beside a student of `dtype`."""
     if config.codec == "taehv":
-        return TinyDecoderCodec(load_tiny_decoder(config.tiny_decoder, device, dtype))
+        return TinyDecoderCodec(in_best_precision(load_tiny_decoder(config.tiny_decoder, device), dtype))
     return WanCodec(load_vae(config.vae, device, dtype))
 
 

@@ -17,7 +17,7 @@ from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.memory import WAN_1_3B, WAN_14B, Network
-from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, in_best_precision
 from model.weights.files import Tensors, read_json, resolve
 from model.weights.load import fill
 from model.weights.plans import Plan, stored
@@ -86,7 +86,7 @@ def transformer_sizes(size: str) -> dict[str, Any]:
 def random_codec(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> Codec:
     """The codec that `model.codec` names."""
     if config.model.codec == "taehv":
-        return TinyDecoderCodec(random_network(TinyDecoder, device, dtype))
+        return TinyDecoderCodec(in_best_precision(random_network(TinyDecoder, device, torch.float32), dtype))
     sizes = read_json("network", resolve(TINY.format("vae"))) if size == "tiny" else {}
     return WanCodec(random_network(lambda: AutoencoderKLWan.from_config(sizes), device, dtype))
 

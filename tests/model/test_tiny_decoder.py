@@ -1,11 +1,15 @@
 """The tiny decoder against a per-frame twin written from the layout's description alone."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from configs.errors import UserError
-from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
+from model.fast.codec import optimise_codec
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig, half_precision, in_best_precision
 
 SMALL = TinyDecoderConfig(latent_channels=4, widths=(12, 8, 6, 6))
 
@@ -95,6 +99,47 @@ def test_rewind(decoder):
     torch.testing.assert_close(stream.decode(x[:, 3:]), second, rtol=0, atol=0)
     stream.restore(start)
     torch.testing.assert_close(stream.decode(x[:, :3]), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale, expected", [(1, torch.float16), (1e4, torch.bfloat16)])
+def test_float16_where_activations_leave_room(decoder, scale, expected, caplog):
+    scaled = copy.deepcopy(decoder)
+    with torch.no_grad():
+        scaled.decoder[1].weight.mul_(scale)
+    assert half_precision(scaled) == expected
+    assert bool(caplog.records) == (expected == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cpu_decodes_in_float32(dtype):
+    assert in_best_precision(TinyDecoder(SMALL), dtype).dtype == torch.float32
+
+
+def test_float16_is_nearer_to_float32(decoder):
+    x = latents(3, batch=1)
+    wanted = TinyDecoderCodec(decoder).decode(x)
+
+    def decibels(dtype):
+        error = TinyDecoderCodec(copy.deepcopy(decoder).to(dtype)).decode(x) - wanted
+        return 10 * math.log10(4 / error.square().mean())
+
+    assert decibels(torch.float16) > decibels(torch.bfloat16) + 12
+
+
+@pytest.mark.parametrize("layer", [1, 3, 7, 8, 15, 22])
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+def test_an_overflow_is_never_a_picture(decoder, layer, fast):
+    """Wherever it happens: an infinity that a ReLU or the last clamp could make black or white is NaN at the end."""
+    broken = copy.deepcopy(decoder)
+    with torch.no_grad():
+        for p in broken.decoder[layer].parameters():
+            p.mul_(60_000 / p.abs().max().clamp_min(1e-3))  # finite in float16; what comes of it is not
+    codec = TinyDecoderCodec(broken.half())
+    if fast:
+        codec = optimise_codec(codec, compiled=False)
+    pixels = codec.decode(100 * latents(3, batch=1))
+    assert not pixels.isfinite().all()
+    assert codec.stream().decode(latents(3, batch=1) * torch.nan).isnan().any()
 
 
 def test_public_layout():

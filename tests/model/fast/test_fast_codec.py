@@ -119,13 +119,14 @@ def test_what_was_merged_cannot_be_cast():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_tiny_decoder_on_a_gpu(compiled):
-    """cuDNN's convolutions with a ReLU, in bfloat16: no further from float32 than plain ones are."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiny_decoder_on_a_gpu(compiled, dtype):
+    """cuDNN's convolutions with a ReLU, in half precision: no further from float32 than plain ones are."""
     torch.manual_seed(3)
     decoder = TinyDecoder().cuda().eval().requires_grad_(False)
     latents = torch.randn(1, 6, 16, 8, 12, device="cuda")
     wanted = stream(TinyDecoderCodec(decoder), latents)
-    half = copy.deepcopy(decoder).bfloat16()
+    half = copy.deepcopy(decoder).to(dtype)
     plain = stream(TinyDecoderCodec(half), latents)
     fast = stream(optimise_codec(TinyDecoderCodec(copy.deepcopy(half)), compiled=compiled), latents)
     assert (fast - wanted).norm() < 1.5 * (plain - wanted).norm() + 1e-6
