@@ -1,9 +1,10 @@
-"""The demo in a browser: `python demo.py [--port 7860]`, then open the address that it prints."""
+"""The demo in a browser: `bash demo.sh [--port 7860]`, then open the address that it prints."""
 
 import argparse
 
-from configs.errors import UserError
 from utils import exits
+
+exits.guard(__name__)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,12 +24,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    try:
-        import uvicorn
+    import uvicorn
 
-        from server.app import SOCKET, Limits, bound_socket, check_access, is_loopback, make_app
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; run pip install -r requirements-demo.txt") from error
+    from server.app import SOCKET, Limits, bound_socket, check_access, is_loopback, make_app
+
     check_access(args.host, args.token)
     limits = Limits(visitors=args.visitors, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds)
     listener = bound_socket(args.host, args.port)

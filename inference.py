@@ -4,6 +4,8 @@ import sys
 
 from utils import exits
 
+exits.guard(__name__)
+
 
 def main() -> int:
     # imported here, so that --help and wrong flags answer at once and Ctrl-C while torch loads is one line, too

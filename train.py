@@ -5,6 +5,8 @@ The same command resumes a run that was stopped.
 
 from utils import exits
 
+exits.guard(__name__)
+
 
 def main() -> int:
     from trainer.cli import parse

@@ -18,6 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 import torch  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
@@ -27,7 +31,6 @@ from pipeline.preflight import check_training  # noqa: E402
 from scripts.studies import ablation  # noqa: E402
 from scripts.studies.ablation_table import goals, markdown  # noqa: E402
 from scripts.studies.clips import TEACHER_STEPS, Bench, System, cpu_seconds  # noqa: E402
-from utils import exits  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
 from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
@@ -37,7 +40,7 @@ ASKED = {"settings", "seed", "clips", "open_clips", "long_clips", "long_frames"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/train_tiny_ablation.yaml", help="the base (%(default)s)")
     parser.add_argument("--output", default="logs/ablation", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {' '.join(row.name for row in ablation.ROWS)}")

@@ -24,6 +24,10 @@ from typing import Any
 START = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -45,7 +49,6 @@ from scripts.bench import speed  # noqa: E402
 from scripts.bench.roofline import ceilings, versions  # noqa: E402
 from scripts.bench.speed_suites import SUITES, Variant  # noqa: E402
 from scripts.bench.speed_tables import comparison, suite_table, table  # noqa: E402
-from utils import exits  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
@@ -56,7 +59,7 @@ LONGEST = 60.0  # seconds that a variant is expected to take at most, cold cache
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--random_weights", action="store_true", help="of the published sizes; no file is read")
     parser.add_argument("--network", choices=("tiny", "1.3B", "14B"), help="sizes of random weights")

@@ -51,6 +51,10 @@ from typing import Any
 START = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -67,7 +71,6 @@ from scripts.bench.layouts import MACHINE, ROLES, Layout, advice, plan_table, pr
 from scripts.bench.lone_rank import Messages  # noqa: E402
 from trainer.parallel.control_group import Team  # noqa: E402
 from trainer.prompt_bank import prompt_groups  # noqa: E402
-from utils import exits  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
 from utils.files import check_writable, write_json_atomic  # noqa: E402
@@ -88,7 +91,7 @@ FIXED = (
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
     parser.add_argument("--layouts", nargs="+", default=[], metavar="KIND:GPUS", help="see scripts/bench/layouts.py")
     for role in ROLES:

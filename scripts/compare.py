@@ -18,9 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+import torch  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import CHECKOUT, load_config  # noqa: E402
@@ -35,7 +39,7 @@ SIDES = ("theirs", "ours")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", required=True, metavar="CONFIG", help="YAML file of inference.py")
     parser.add_argument("--theirs", required=True, metavar="COMMAND", help="with {prompt}, {seed} and {out}")
     parser.add_argument("--prompt", action="append", help="may be repeated")
@@ -156,17 +160,13 @@ def summary(ratio: Interval, data: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        args = parse_arguments(arguments)
-        config = load_config(args.ours, args.overrides)
-        out = check_writable(Path(args.out), "out")
-        rows = play(args, out)
-        names = sorted(path.name for path in (out / "ours").glob("*.mp4"))[: len(rows)]
-        chunk = config.stream.chunk_frames
-        folders = [(side, [measure_video(out / side / name, chunk) for name in names]) for side in SIDES]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse_arguments(arguments)
+    config = load_config(args.ours, args.overrides)
+    out = check_writable(Path(args.out), "out")
+    rows = play(args, out)
+    names = sorted(path.name for path in (out / "ours").glob("*.mp4"))[: len(rows)]
+    chunk = config.stream.chunk_frames
+    folders = [(side, [measure_video(out / side / name, chunk) for name in names]) for side in SIDES]
     data, ratio = report_data(folders), speed_ratio(rows)
     write_json_atomic(out / "report.json", data)
     with atomic_path(out / "report.html") as temporary:
@@ -177,4 +177,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

@@ -19,8 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.errors import UserError  # noqa: E402
 from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+from configs.errors import UserError  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 
 FORMS = ("ours", "diffusers", "wan", "self-forcing")

@@ -1,14 +1,17 @@
 """A folder of trajectories as one LMDB: `python scripts/create_lmdb.py --data_path pairs --lmdb_path pairs_lmdb`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = exits.Parser(description=__doc__)
     parser.add_argument("--data_path", required=True, help="what scripts/generate_ode_pairs.py wrote")
     parser.add_argument("--lmdb_path", required=True, help="folder to make; it must be empty or new")
     args = parser.parse_args()
@@ -26,6 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from utils import exits
-
     exits.run(main)

@@ -16,10 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from pipeline.preflight import examine  # noqa: E402
-from utils import exits  # noqa: E402
 
 PROBLEMS = 1
 

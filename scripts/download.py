@@ -24,9 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from configs.downloads import DOWNLOADS, Download  # noqa: E402
 from configs.errors import UserError  # noqa: E402
-from utils import exits  # noqa: E402
 from utils.files import sha256_of  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 from utils.prompts import read_prompts  # noqa: E402

@@ -17,9 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", help="of the run (%(default)s)")
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
@@ -76,6 +80,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    from utils import exits
-
     exits.run(main)

@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
 from configs.geometry import Geometry, pixel_frames  # noqa: E402
@@ -41,7 +45,7 @@ Maker = Callable[[list[TinyScene], list[int]], Tensor]  # scenes, seeds -> uint8
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml")
     parser.add_argument("--checkpoint_path", help="student to evaluate instead of the configured one")
     parser.add_argument("--num_prompts", type=int, default=64)
@@ -173,16 +177,12 @@ def print_extras(extras: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     console()
-    try:
-        args = parse_arguments(arguments)
-        config = configure(args)
-        world = TinyWorld(config.video.height, config.video.width)
-        frames = pixel_frames(config.video.num_latent_frames)
-        make = render_with(world, frames) if args.ground_truth else generate_with(config)
-        scores, extras = evaluate(make, world, config, args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = parse_arguments(arguments)
+    config = configure(args)
+    world = TinyWorld(config.video.height, config.video.width)
+    frames = pixel_frames(config.video.num_latent_frames)
+    make = render_with(world, frames) if args.ground_truth else generate_with(config)
+    scores, extras = evaluate(make, world, config, args)
     print(scores.table())
     print_extras(extras)
     if args.json:
@@ -192,4 +192,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

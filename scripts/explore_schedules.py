@@ -16,10 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
 from configs.geometry import Geometry  # noqa: E402
@@ -71,7 +75,7 @@ class Run:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml")
     parser.add_argument("--schedules", nargs="+", default=list(GRID), metavar="STEPS[+CONTEXT]", help="the grid")
     parser.add_argument("--budget_ms", type=float, help="search on from the grid for the best clip within this time")
@@ -271,23 +275,19 @@ def _plain(values: dict[str, float]) -> dict[str, float | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     console()
-    try:
-        args = parse_arguments(arguments)
-        config = load_config(args.config_path, args.overrides)
-        tiny = (config.video.height, config.video.width) == (64, 96)
-        quality = args.quality or ("tiny" if tiny else "reference")
-        out = check_writable(Path(args.out), "out")
-        prompts = prompts_of(args, config, quality)
-        if quality == "tiny" and not all(any(parse_caption(prompt).values()) for prompt in prompts):
-            raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
-        set_threads(config.inference.cpu_threads)
-        bench = Bench(config, prompts, args.seed, quality, args.reference)
-        write(bench.in_turns(explore(bench, args), args.rounds), bench, args, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse_arguments(arguments)
+    config = load_config(args.config_path, args.overrides)
+    tiny = (config.video.height, config.video.width) == (64, 96)
+    quality = args.quality or ("tiny" if tiny else "reference")
+    out = check_writable(Path(args.out), "out")
+    prompts = prompts_of(args, config, quality)
+    if quality == "tiny" and not all(any(parse_caption(prompt).values()) for prompt in prompts):
+        raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
+    set_threads(config.inference.cpu_threads)
+    bench = Bench(config, prompts, args.seed, quality, args.reference)
+    write(bench.in_turns(explore(bench, args), args.rounds), bench, args, out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

@@ -4,15 +4,18 @@ The result is what inference loads: a fifth of a checkpoint, which also holds op
 of a run has the same form and is that of its newest checkpoint.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = exits.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("out", help="folder to write; it must not exist")
     parser.add_argument("--raw", action="store_true", help="the trained weights and not their moving average")
@@ -39,6 +42,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from utils import exits
-
     exits.run(main)

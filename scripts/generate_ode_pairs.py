@@ -16,9 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = exits.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml")
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
@@ -73,6 +77,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from utils import exits
-
     exits.run(main)

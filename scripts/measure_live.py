@@ -25,6 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
@@ -34,7 +38,6 @@ from model.weights.random import RandomText, random_codec, random_student  # noq
 from pipeline.diagonal import DiagonalPipeline, quick  # noqa: E402
 from scripts.bench.live import lines, long_stream, switches  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
-from utils import exits  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
@@ -43,7 +46,7 @@ PROMPT = "a red circle moves right"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of video; 0 = none (default: %(default)s)")
     parser.add_argument("--drift_frames", type=int, default=1000, metavar="N", help="latent (default: %(default)s)")

@@ -26,6 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 import torch  # noqa: E402
 from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
 from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
@@ -45,7 +49,6 @@ from model.weights.names import original_config, original_name  # noqa: E402
 from model.weights.plans import Plan, stored  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, home  # noqa: E402
 from scripts.bench.host_peak import HostPeak  # noqa: E402
-from utils import exits  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 

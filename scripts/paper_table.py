@@ -14,6 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from configs.errors import UserError  # noqa: E402
 from configs.load import CHECKOUT, load_config, to_dict  # noqa: E402
 from utils.files import atomic_path  # noqa: E402
@@ -117,22 +121,18 @@ def inserted(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into docs/paper-settings.md")
     args = parser.parse_args(arguments)
     if not args.write:
         print(table())
         return 0
     page = CHECKOUT / "docs" / "paper-settings.md"
-    try:
-        text = inserted(page.read_text(encoding="utf-8"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = inserted(page.read_text(encoding="utf-8"))
     with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from configs.errors import UserError  # noqa: E402
 from scripts.quality.clip_folder import ClipReport, find_videos, measure_video  # noqa: E402
 from scripts.quality.report_page import report_data, report_page  # noqa: E402
@@ -26,7 +30,7 @@ from utils.progress import progress_bar  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="one or two folders of .mp4 files")
     parser.add_argument("--out", metavar="DIR", help="where the report goes (default: the first folder)")
     parser.add_argument("--chunk_frames", type=int, default=3, help="latent frames a chunk, for videos without a JSON")
@@ -82,15 +86,11 @@ def _cell(interval: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        args = parse_arguments(arguments)
-        paths = [Path(folder) for folder in args.folders]
-        home = paths[0] if paths[0].is_dir() else paths[0].parent
-        out = check_writable(Path(args.out) if args.out else home, "out")
-        clips = [read_folder(path, args.chunk_frames, args.workers) for path in paths]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse_arguments(arguments)
+    paths = [Path(folder) for folder in args.folders]
+    home = paths[0] if paths[0].is_dir() else paths[0].parent
+    out = check_writable(Path(args.out) if args.out else home, "out")
+    clips = [read_folder(path, args.chunk_frames, args.workers) for path in paths]
     folders = list(zip(names_of(paths), clips, strict=True))
     data = report_data(folders)
     write_json_atomic(out / "report.json", data)
@@ -107,4 +107,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

@@ -6,16 +6,18 @@ Each stage is `train.py --config_path configs/train_tiny_<stage>.yaml` and start
 The same command goes on where a stopped run was. Settings given here go to every stage.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from trainer.cli import parse  # noqa: E402
 from trainer.command import train  # noqa: E402
-from utils import exits  # noqa: E402
 
 STAGES = (
     "text", "stills", "codec", "decoder", "chunk", "crops", "pretrain", "teacher_forcing", "few_steps", "first_chunk",
@@ -25,7 +27,7 @@ SHIPPED = {"distill": ["training.export=assets/tiny/student"]}  # which that sta
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = exits.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--logdir", default="logs/tiny", help="folder of the runs, one folder a stage (%(default)s)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help="some of them")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.validation_clips=256")

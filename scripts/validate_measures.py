@@ -11,12 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from scripts.quality.clip_defects import KINDS, find_defects  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
@@ -116,7 +120,7 @@ def table(found: dict[str, dict[str, int]], clips: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=100, help="of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoded", action="store_true", help="write and read each clip as H.264 first")
@@ -126,4 +130,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

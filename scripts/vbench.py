@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config, to_dict  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
@@ -47,7 +51,7 @@ VBench(device, info, out).evaluate(videos_path=videos, name=name, dimension_list
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     generate, score, table = (commands.add_parser(name) for name in ("generate", "score", "table"))
     for command in (generate, score, table):
@@ -200,17 +204,13 @@ def table(args: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     console()
-    try:
-        args = parse_arguments(arguments)
-        if args.command == "table":
-            print(table(args))
-        else:
-            {"generate": generate, "score": score}[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse_arguments(arguments)
+    if args.command == "table":
+        print(table(args))
+    else:
+        {"generate": generate, "score": score}[args.command](args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exits.run(main)

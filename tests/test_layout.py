@@ -95,6 +95,20 @@ def test_sessions_are_made_in_one_place():
     assert not offenders(lambda file, call: isinstance(call.func, ast.Name) and call.func.id == "StreamSession")
 
 
+def test_every_program_is_guarded_before_it_imports_what_may_be_missing_and_while_it_runs():
+    """exits.guard and exits.run turn what users and machines do wrong into a sentence, by kind."""
+    wrong = []
+    for file, tree in TREES.items():
+        last = tree.body[-1] if tree.body else ast.Pass()
+        if not ast.unparse(last).startswith("if __name__ ==") or file.name == "check_requirements.py":
+            continue  # that one runs before any package is there, and imports none
+        guard = next((i for i, node in enumerate(tree.body) if ast.unparse(node) == "exits.guard(__name__)"), None)
+        early = [name for _, name in imported(ast.Module(tree.body[:guard], [])) if name not in sys.stdlib_module_names]
+        if guard is None or early != ["utils"] or ast.unparse(last.body[-1]) != "exits.run(main)":
+            wrong.append(place(file, last))
+    assert not wrong
+
+
 def test_every_torch_load_refuses_code():
     def unsafe(file: Path, call: ast.Call) -> bool:
         if not (is_method(call, "load") and isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"):
@@ -136,6 +150,13 @@ def test_presets_hold_values_only():
     for path in presets():
         load_config(path)
         assert isinstance(yaml.safe_load((CHECKOUT / path).read_text(encoding="utf-8")), dict)
+
+
+def test_pages_that_say_python_say_which():
+    for page in (CHECKOUT / "docs").glob("*.md"):
+        blocks = "".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+        if first := re.search(r"^python ", blocks, re.MULTILINE):
+            assert "source .venv/bin/activate\n" in blocks[: first.start()], page.name
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-demo.txt"])

@@ -1,39 +1,246 @@
-"""How a program ends: one line for what the user did wrong, one line for Ctrl-C, and an exit code that says which."""
+"""How a program ends: one line for what the user did wrong or a machine lacks, one for Ctrl-C, and an exit code that
+says which. Mistakes of the program itself stay tracebacks.
+"""
+
+from __future__ import annotations  # an older Python, too, must get as far as the sentence about its age
 
 import argparse
+import difflib
+import errno
+import io
+import os
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, TextIO
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 
 WRONG_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+OLDEST_PYTHON = (3, 11)
+CHECKOUT = Path(__file__).resolve().parents[1]
+OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
+WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # whose modules have other names
+
+# what to do about an error of the operating system
+FIXES = {
+    errno.ENOSPC: "make room there and run this again",
+    errno.EDQUOT: "make room there and run this again",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EROFS: "give a path on a disk that can be written to",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EPIPE: "start what reads it again, and then this",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one sentence, too."""
+    """A command line whose mistakes are one sentence, too, and name the flag that was meant."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python {self.prog} --help")
+        hint = self._hint(message) if message.startswith("unrecognized arguments: ") else ""
+        raise UserError(f"{message}{hint}; see python {self.prog} --help")
+
+    def _hint(self, message: str) -> str:
+        unknown = [word.partition("=")[0] for word in message.split()[2:] if word.startswith("-")]
+        near = difflib.get_close_matches(unknown[0], self._flags(), n=1) if unknown else []
+        return f" (did you mean {near[0]}?)" if near else ""
+
+    def _flags(self) -> list[str]:
+        """All flags, those of subcommands included."""
+        flags = []
+        for action in self._actions:
+            flags += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return flags
+
+
+def guard(name: str) -> None:
+    """In `__main__`, before other imports: what goes wrong until `run` takes over ends as it would there."""
+    if name == "__main__":
+        _check_python()
+        sys.excepthook = _end
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `main` returns. UserError: its sentence, code 2. Ctrl-C: a line, 130. SIGTERM, cleaned up: 143."""
+    """Exit with what `main` returns, or with the sentence and code that `explain` has for what it raises.
+
+    SIGTERM, cleaned up: 143. A reader of standard output that goes away (`| head -1`) ends nothing.
+    """
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = main() or 0
-    except UserError as error:
-        code = _say(f"error: {' '.join(str(error).splitlines())}", WRONG_INPUT)
-    except KeyboardInterrupt:
-        code = _say("interrupted: what was finished is kept, the rest has left no file", INTERRUPTED)
+    with _lasting_streams():
+        try:
+            code = main() or 0
+            sys.stdout.flush()
+        except Exception as error:
+            code = _say(error)
+            if code is None:
+                raise
+        except KeyboardInterrupt as error:
+            code = _say(error)
     sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code for what was to be expected of users and machines; None for a programming error.
+
+    By kind: UserError, Ctrl-C, any error of the operating system (paths that cannot be read or written, a full disk, a
+    closed pipe), memory that ran out, a package that is not installed, a name that the locale cannot write.
+    """
+    if isinstance(error, UserError):
+        sentence = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        return "interrupted: what was finished is kept, the rest has left no file", INTERRUPTED
+    elif isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        if not module or module in OWN or module in sys.modules:
+            return None
+        sentence = _missing_package(module)
+    elif isinstance(error, OSError) and error.errno is not None:
+        paths = " and ".join(shown(os.fsdecode(p)) for p in (error.filename, error.filename2) if _is_path(p))
+        fix = FIXES.get(error.errno, "check the path" if paths else "mend that and run this again")
+        sentence = f"{paths or 'a file or a pipe'} cannot be used ({error.strerror}); {fix}"
+    elif isinstance(error, MemoryError) or _is_out_of_memory(error):
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]
+        said = f" ({shown(first)})" if first else ""
+        sentence = f"memory ran out{said}; take a smaller size, batch or length: scripts/doctor.py says what fits"
+    elif isinstance(error, UnicodeEncodeError) and error.encoding.lower() not in ("utf-8", "utf8"):
+        text = ascii(error.object[error.start : error.end])
+        sentence = f"{text} cannot be written in {error.encoding}, which this locale asks for; set PYTHONUTF8=1"
+    else:
+        return None
+    return f"error: {' '.join(sentence.split())}", WRONG_INPUT
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | bytes | os.PathLike)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host where torch asked for it; torch is not imported for this."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _missing_package(module: str) -> str:
+    """What to run, where the Python that runs this has no `module`."""
+    program = Path(sys.argv[0]).resolve()
+    inside = program.relative_to(CHECKOUT) if program.is_relative_to(CHECKOUT) else program
+    here = Path.cwd() == CHECKOUT
+
+    def place(path: Path) -> str:
+        return shlex.quote(str(path if here else CHECKOUT / path))
+
+    own = Path(".venv", "bin", "python")
+    wrapper = WRAPPERS.get(str(inside))
+    start = f"{sys.executable} has no package {module}; "
+    if Path(sys.prefix).resolve() != (CHECKOUT / ".venv").resolve() and "VIRTUAL_ENV" not in os.environ:
+        made = (CHECKOUT / own).exists()
+        if wrapper:
+            direct = f"`{place(own)} {place(inside)}` or " if made else ""
+            return f"{start}run {direct}`bash {place(Path(wrapper))}`"
+        direct = f"`{place(own)} {place(inside)}`"
+        first = "" if made else f"`bash {place(Path('inference.sh'))} --dry_run`, which makes .venv, and then "
+        return f"{start}run {first}{direct}"
+    files = ["requirements.txt", *_listing(DISTRIBUTIONS.get(module, module))]
+    return f"{start}run `{sys.executable} -m pip install {' '.join(f'-r {place(Path(file))}' for file in files)}`"
+
+
+def _listing(distribution: str) -> list[str]:
+    """The other requirements file that lists a package, if one does."""
+    pattern = re.compile(rf"^{re.escape(distribution).replace('_', '[-_]')}\b", re.MULTILINE | re.IGNORECASE)
+    names = ("requirements-demo.txt", "requirements-dev.txt")
+    return [name for name in names if pattern.search((CHECKOUT / name).read_text(encoding="utf-8"))][:1]
+
+
+def _check_python() -> None:
+    if sys.version_info < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        sys.stderr.write(
+            f"error: Python {sys.version.split()[0]} is too old, {needed} or newer is needed; run `bash inference.sh`, "
+            "which makes .venv with one, and then .venv/bin/python\n"
+        )
+        sys.exit(WRONG_INPUT)
+
+
+class _Lasting:
+    """A stream of text whose reader may go: what is written then goes nowhere, and nothing is raised."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._outlived():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._outlived():
+            self._stream.flush()
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # for this, what is buffered, and all that follows
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):  # a full disk, which is said once
+                raise
+
+
+@contextmanager
+def _lasting_streams() -> Iterator[None]:
+    """Standard output and error that take any character and outlive their reader, for as long as the block runs."""
+    before = sys.stdout, sys.stderr
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the program ends
+            continue
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Lasting(stream))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 def _terminate(signum, frame) -> NoReturn:
     sys.exit(TERMINATED)  # unwinds the stack, so that half-written files are removed
 
 
-def _say(line: str, code: int) -> int:
+def _say(error: BaseException) -> int | None:
+    """Write the line for `error` and return its code; None where there is none."""
+    explained = explain(error)
+    if explained is None:
+        return None
+    line, code = explained
+    sys.stdout.flush()
     sys.stderr.write(line + "\n")
     return code
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As `sys.excepthook`."""
+    code = _say(error)
+    if code is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        sys.exit(code)

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from configs.load import CHECKOUT
 
 SCRIPTS = sorted([*CHECKOUT.glob("*.sh"), *(CHECKOUT / "scripts").glob("*.sh"), CHECKOUT / ".ci" / "run"])
-COPIED = ("inference.sh", "training.sh", "setup.py", "scripts/setup.sh", "scripts/check_requirements.py")
+COPIED = ("inference.sh", "training.sh", "demo.sh", "setup.py", "scripts/setup.sh", "scripts/check_requirements.py")
 STAND_IN = """
 import json, os, sys
 print(json.dumps([sys.prefix, os.getcwd(), os.path.basename(sys.argv[0]), *sys.argv[1:]]))
@@ -27,9 +27,10 @@ def checkout(tmp_path) -> Path:
     (root / "scripts").mkdir(parents=True)
     for name in COPIED:
         shutil.copy(CHECKOUT / name, root / name)
-    for name in ("inference.py", "train.py"):
+    for name in ("inference.py", "train.py", "demo.py"):
         (root / name).write_text(STAND_IN)
-    (root / "requirements.txt").write_text("# nothing\n")
+    for name in ("requirements.txt", "requirements-demo.txt"):
+        (root / name).write_text("# nothing\n")
     return root
 
 
@@ -126,6 +127,14 @@ def test_several_gpus_share_the_prompts_through_torchrun(checkout, echo):
     assert called(script, echo, CUDA_VISIBLE_DEVICES="-1") == [program]
     for flag in ("--print_schedule", "--dry_run", "--help"):
         assert called(script, echo, flag, CUDA_VISIBLE_DEVICES="0,1") == [program, flag]
+
+
+def test_the_demo_has_its_own_packages(checkout, echo):
+    program = str(checkout / "demo.py")
+    assert called(checkout / "demo.sh", echo, "--port", "0") == [program, "--port", "0"]
+    (checkout / "requirements-demo.txt").write_text("no-such-package==1\n")
+    _, err = run(checkout / "demo.sh", code=2)
+    assert "packages could not be fetched" in err
 
 
 def test_training_has_defaults_that_arguments_replace(checkout, echo):
