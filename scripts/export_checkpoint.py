@@ -14,6 +14,20 @@ from utils import exits  # noqa: E402
 exits.guard(__name__)
 
 
+def newest_of(run: Path) -> Path:
+    """The newest whole checkpoint of a run; `run` itself where it has none, for it may be one."""
+    from configs.errors import UserError
+    from model.weights.run_folders import MODEL, checkpoints
+    from trainer.checkpoint.save import verified
+
+    there = checkpoints(run)
+    whole = (folder for folder in reversed(there) if (folder / MODEL).is_file() or verified(folder))
+    newest = next(whole, None)
+    if there and newest is None:
+        raise UserError(f"run={run} holds no whole checkpoint; give its folder export, or a copy of the run")
+    return newest or run
+
+
 def main() -> int:
     parser = exits.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
@@ -31,9 +45,7 @@ def main() -> int:
     if out.exists():
         raise UserError(f"out={out} exists; choose another folder")
     run = Path(args.run)
-    newest = sorted(run.glob("checkpoint_*"))
-    folder = newest[-1] if newest else run
-    student = load_student(folder, use_ema=not args.raw, name="run")
+    student = load_student(newest_of(run), use_ema=not args.raw, name="run")
     save_student(student, out, student.card, dtype=DTYPES[args.dtype])
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     what = "trained" if args.raw else "averaged"

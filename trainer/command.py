@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from trainer.loop import make_sinks, run
 from trainer.registry import build_stage
 from utils.device import gpu_memory, pick_device, set_threads
 from utils.distributed import Ranks, process_group
-from utils.files import check_writable
+from utils.files import atomic_path, check_writable, sole_use
 from utils.logs import console
 
 
@@ -35,10 +36,13 @@ def train(args: Namespace) -> bool:
     check_resumable(config, logdir)
     if not args.no_save:
         check_export(config, logdir)
-    with process_group(ranks, device, config.training.timeout_s):
+    if ranks.first:
+        logdir.mkdir(parents=True, exist_ok=True)
+    alone = sole_use(logdir, "--logdir") if ranks.first else nullcontext()
+    with alone, process_group(ranks, device, config.training.timeout_s):
         stage = build_stage(config, device, ranks)
         if ranks.first:
-            logdir.mkdir(parents=True, exist_ok=True)
-            (logdir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            with atomic_path(logdir / "config.yaml") as temporary:
+                temporary.write_text(to_yaml(config), encoding="utf-8")
         sinks = make_sinks(config, logdir, wandb=not args.disable_wandb, wandb_dir=args.wandb_save_dir)
         return run(stage, logdir, sinks, save=not args.no_save)

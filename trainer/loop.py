@@ -2,11 +2,12 @@
 
 import gc
 import math
+import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from configs.load import to_dict
 from configs.schema import Config
+from model.weights.run_folders import EXPORT, MANIFEST
 from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
+from utils.files import sole_use
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
@@ -32,15 +35,24 @@ METRICS = "metrics.jsonl"  # in the run's folder
 
 
 class _Stop:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the micro-batch in flight."""
+    """Turns SIGTERM, Ctrl-C and a closed terminal into a request, honoured after the micro-batch in flight."""
 
     def __enter__(self):
         self.asked = False
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        asking = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            asking.append(signal.SIGHUP)
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self.before = {s: signal.signal(s, self._ask) for s in asking}
         return self
 
-    def _ask(self, *_):
+    def _ask(self, number: int, *_):
         self.asked = True
+        if number == signal.SIGHUP:  # the terminal has gone, and whatever is written to it would fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self.terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
@@ -102,16 +114,27 @@ def save_checkpoint(stage: Stage, logdir: Path, step: int, team: Team) -> None:
         state = {name: player.state_dict() for name, player in players.items()} | {"stage": kept} if first else {}
     checkpoint.save(logdir, step, state, manifest, stage.config.training.max_checkpoints, team)
     if stage.export_often and (stage.sharded or stage.ranks.first):
-        stage.export(logdir / "export", step)
+        stage.export(logdir / EXPORT, step)
 
 
 def _resume(stage: Stage, logdir: Path, team: Team) -> int:
     if team.rank == 0:
         checkpoint.clear_leftovers(logdir)
     found = checkpoint.newest(logdir, stage.name, team)
+    if team.rank == 0:
+        for damaged in checkpoint.folders(logdir):
+            beyond = found is None or checkpoint.step_of(damaged) > checkpoint.step_of(found[0])
+            if beyond and (damaged / MANIFEST).exists():
+                checkpoint.set_aside(damaged)
+    team.wait()
     if found is None:
         return 0
     folder, manifest = found
+    if manifest["step"] > stage.config.training.steps:
+        log.warning(
+            "training.steps=%d is below step %d, which %s has reached: there is nothing left to train",
+            stage.config.training.steps, manifest["step"], logdir,
+        )  # fmt: skip
     check_changes(manifest["config"] if "config" in manifest else {}, stage.config, logdir)
     kept = checkpoint.restore(folder, stage.players, team)
     if kept:
@@ -177,7 +200,9 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     save: write checkpoints and exports.
     """
     team = Team(stage.config.training.timeout_s)
-    with noticing_loss(f"start the same command again: {logdir} resumes from its newest checkpoint"):
+    logdir.mkdir(parents=True, exist_ok=True)
+    resume = f"start the same command again: {logdir} resumes from its newest checkpoint"
+    with sole_use(logdir, "--logdir") if team.rank == 0 else nullcontext(), noticing_loss(resume):
         start = _resume(stage, logdir, team)
         stage.begin(start, logdir)
         make = sinks or make_sinks(stage.config, logdir)
@@ -187,10 +212,11 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
             journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
             if not _steps(stage, logdir, journal, stop, team, save):
                 return False
+            reached = max(start, stage.config.training.steps)
             if stage.config.training.validation_clips:
-                _validate(stage, stage.config.training.steps, logdir, journal, team)
+                _validate(stage, reached, logdir, journal, team)
         if save:
-            _export(stage, logdir, team)
+            _export(stage, logdir, reached, team)
     return True
 
 
@@ -264,9 +290,9 @@ def _leave(stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Wat
     log.info("stopped by a signal in step %d, which will be done again; the same command resumes", step + 1)
 
 
-def _export(stage: Stage, logdir: Path, team: Team) -> None:
-    t, folder = stage.config.training, export_folder(stage.config, logdir)
+def _export(stage: Stage, logdir: Path, step: int, team: Team) -> None:
+    folder = export_folder(stage.config, logdir)
     if stage.sharded or stage.ranks.first:
-        stage.export(folder, t.steps)
+        stage.export(folder, step)
     team.wait()
     log.info("trained weights are in %s", folder)

@@ -21,7 +21,7 @@ from typing import NoReturn, TextIO
 
 from configs.errors import UserError, shown
 
-WRONG_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+WRONG_INPUT, INTERRUPTED = 2, 130
 OLDEST_PYTHON = (3, 11)
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
@@ -73,9 +73,12 @@ def guard(name: str) -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Exit with what `main` returns, or with the sentence and code that `explain` has for what it raises.
 
-    SIGTERM, cleaned up: 143. A reader of standard output that goes away (`| head -1`) ends nothing.
+    SIGTERM and a closed terminal, cleaned up: 143, 129. A reader of standard output that goes away (`| head -1`) ends
+    nothing.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup makes it
+            signal.signal(number, _terminate)
     with _lasting_streams():
         try:
             code = main() or 0
@@ -223,7 +226,7 @@ def _lasting_streams() -> Iterator[None]:
 
 
 def _terminate(signum, frame) -> NoReturn:
-    sys.exit(TERMINATED)  # unwinds the stack, so that half-written files are removed
+    sys.exit(128 + signum)  # unwinds the stack, so that half-written files are removed
 
 
 def _say(error: BaseException) -> int | None:

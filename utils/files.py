@@ -29,6 +29,7 @@ _NAMES = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}-.+", re.DO
 _ASIDE = "-aside"  # ending of a temporary folder that holds what is being replaced, under its own name
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ABANDONED_S = 86_400  # seconds untouched after which a temporary file of another machine counts as abandoned
+_used: set[Path] = set()  # folders that this process has for itself
 _cleared: set[Path] = set()  # folders that this process has cleared of leftovers
 
 
@@ -207,6 +208,27 @@ def _locked(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def sole_use(folder: Path, field: str) -> Iterator[None]:
+    """Keep every other process out of a folder, as far as it asks, for as long as the block runs; blocks may nest.
+
+    Raises UserError about `field` where another process uses it. The lock ends with the process, and leaves no file.
+    """
+    real = folder.resolve()
+    if real in _used:
+        yield
+        return
+    held = _locked(real)
+    if held is None:
+        raise UserError(f"{field}={folder} is in use by another process; wait for its end, or choose another folder")
+    _used.add(real)
+    try:
+        yield
+    finally:
+        _used.remove(real)
+        os.close(held)
 
 
 def _clear_leftovers(parent: Path) -> None:

@@ -7,6 +7,8 @@
     <run>/checkpoint_model_000600/model.pt    Self-Forcing's and its forks'
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,31 @@ def find(path: Path, averaged: bool) -> Path:
     for file in (MODEL, STATE, SHARDS):
         if (path / file).exists():
             return path / file
-    checkpoints = [p for p in path.glob("checkpoint_*") if p.name.rpartition("_")[2].isdecimal()]
-    newest = max(checkpoints, key=lambda p: int(p.name.rpartition("_")[2]), default=None)
     export = path / EXPORT
     if not averaged and (export / "config.json").is_file():
         return export
-    found = [newest / file for file in (STATE, MODEL, SHARDS) if newest is not None and (newest / file).exists()]
+    there = [folder for folder in checkpoints(path) if any((folder / file).exists() for file in (STATE, MODEL, SHARDS))]
+    newest = ([folder for folder in there if complete(folder)] or there)[-1:]
+    found = [folder / file for folder in newest for file in (STATE, MODEL, SHARDS) if (folder / file).exists()]
     return found[0] if found else path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints under `run`, ours and Self-Forcing's, those of fewer steps first."""
+    steps = {p: int(m[1]) for p in run.glob("checkpoint_*") if (m := re.fullmatch(r".*_([0-9]+)", p.name))}
+    return sorted(steps, key=lambda path: (steps[path], path.name))
+
+
+def complete(folder: Path) -> bool:
+    """Whether all that a checkpoint's manifest names is there, in its size. Self-Forcing's has no manifest."""
+    if (folder / MODEL).is_file():
+        return True
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        sizes = manifest["sizes"] if "sizes" in manifest else dict.fromkeys(manifest.get("files", {STATE: None}))
+        return all((folder / file).stat().st_size == size or size is None for file, size in sizes.items())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def open_parts(name: str, path: Path) -> dict[str, Tensors]:

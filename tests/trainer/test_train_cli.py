@@ -1,9 +1,13 @@
 """train.py: flags, sinks, a run from end to end, and that inference plays what it leaves."""
 
+import fcntl
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import types
 
@@ -136,6 +140,60 @@ def test_export_of_a_checkpoint(config_file, tmp_path):
         assert done.returncode == 0 and "weights of step 3" in done.stdout, done.stderr
         loaded = load_student(out).state_dict()
         assert all(torch.equal(value, loaded[name]) for name, value in wanted.state_dict().items())
+
+
+def test_a_newest_checkpoint_is_whole_and_newest_by_number(config_file, tmp_path, monkeypatch):
+    """For export_checkpoint.py and for inference: not by text, not a damaged one, not one without a manifest."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import export_checkpoint
+
+    from model.weights.run_folders import find
+    from trainer.checkpoint import save as checkpoint
+
+    for step in (999_999, 1_000_000, 1_000_001):
+        checkpoint.save(tmp_path, step, {"x": torch.zeros(99)}, {"stage": "text"}, keep=9)
+    newest = checkpoint.folders(tmp_path)[-1]
+    assert export_checkpoint.newest_of(tmp_path) == newest == find(tmp_path, averaged=False).parent
+    whole = (newest / "state.pt").read_bytes()
+    (newest / "state.pt").write_bytes(whole[:-9])
+    (tmp_path / "checkpoint_2000000").mkdir()
+    (tmp_path / "checkpoint_2000000" / "state.pt").write_bytes(whole)
+    assert export_checkpoint.newest_of(tmp_path).name == "checkpoint_1000000"
+    assert find(tmp_path, averaged=False).parent.name == "checkpoint_1000000"
+
+
+def test_a_second_training_of_a_folder_is_refused(config_file, tmp_path):
+    """And leaves what the first one has half saved."""
+    from utils.files import sole_use
+
+    half = tmp_path / "run" / ".partial-checkpoint_000005"
+    half.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), "--logdir"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with sole_use(tmp_path / "run", "--logdir"), sole_use(tmp_path / "run", "--logdir"):
+        done = subprocess.run([*command, str(tmp_path / "run")], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "is in use by another process" in done.stderr
+    assert half.exists() and not (tmp_path / "run" / "config.yaml").exists()
+    with sole_use(tmp_path / "run", "--logdir"):
+        pass
+
+
+def test_a_closed_terminal_saves_and_ends_well(config_file, tmp_path):
+    """Even one that takes no more output, as a terminal that is gone."""
+    more = ["training.steps=5000", "training.log_every=1", "training.validation_clips=0", "training.checkpoint_every=0"]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), *more, "--logdir", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=end, stdout=end, stderr=end, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(end)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(read_jsonl(metrics)) >= 2):
+        select.select([terminal], [], [], 0.02)[0] and os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(120) == 0
+    assert len(list(tmp_path.glob("checkpoint_*"))) == 1 and not list(tmp_path.glob(".partial-*"))
 
 
 def test_sigterm_and_the_same_command_again(config_file, tmp_path):

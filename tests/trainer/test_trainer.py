@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,54 @@ def test_checkpoints_are_kept_to_a_number_and_leave_nothing_behind(tmp_path):
     assert [p.name for p in checkpoint.folders(tmp_path)] == ["checkpoint_000004", "checkpoint_000005"]
     assert len(list(tmp_path.iterdir())) == 2
     assert json.loads((checkpoint.folders(tmp_path)[-1] / "manifest.json").read_text())["step"] == 5
+
+
+def test_what_is_not_whole_neither_counts_nor_is_counted_out(tmp_path):
+    """Damaged ones with higher numbers and with lower ones; what was just written stays, also beyond a million."""
+    for name in ("checkpoint_000002", "checkpoint_9000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    for step in (999_997, 999_998, 999_999, 1_000_000, 1_000_001):
+        made = checkpoint.save(tmp_path, step, {"x": torch.zeros(1)}, {"stage": "text"}, keep=2)
+        assert checkpoint.verified(made)
+        cut = made / "state.pt"
+        if step == 999_999:
+            cut.write_bytes(cut.read_bytes()[:-1])
+    left = ["checkpoint_000002", "checkpoint_999999", "checkpoint_1000000", "checkpoint_1000001", "checkpoint_9000000"]
+    assert [p.name for p in checkpoint.folders(tmp_path)] == left
+    assert all((tmp_path / name / "notes.txt").exists() for name in (left[0], left[-1]))
+
+
+def test_a_run_goes_on_beside_damaged_checkpoints(tmp_path):
+    """They step aside when a run goes on before them; a folder of somebody's under a checkpoint's name is not lost."""
+    run(text_stage(tmp_path, "training.steps=2"), tmp_path / "run")
+    for name in ("checkpoint_000003", "checkpoint_000900"):
+        shutil.copytree(tmp_path / "run" / "checkpoint_000002", tmp_path / "run" / name)
+        (tmp_path / "run" / name / "state.pt").write_bytes(b"cut")
+    (tmp_path / "run" / "checkpoint_000004").mkdir()
+    (tmp_path / "run" / "checkpoint_000004" / "notes.txt").write_text("mine")
+    stage = text_stage(tmp_path, "training.steps=5", "training.checkpoint_every=1", "training.max_checkpoints=1")
+    run(stage, tmp_path / "run")
+    names = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    damaged = {f"damaged_checkpoint_{step:06d}" for step in (3, 4, 900)}
+    assert names == {"checkpoint_000005", *damaged}
+    assert (tmp_path / "run" / "damaged_checkpoint_000004" / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_is_put_back_where_its_replacing_was_killed(tmp_path):
+    made = checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, {"stage": "text"}, keep=2)
+    made.rename(tmp_path / ".partial-checkpoint_000001-before")
+    (tmp_path / ".partial-checkpoint_000002").mkdir()
+    checkpoint.clear_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_000001"] and checkpoint.verified(made)
+
+
+def test_fewer_steps_than_a_run_has_reached(tmp_path, caplog):
+    """What is exported says the step of its weights."""
+    run(text_stage(tmp_path), tmp_path / "run")
+    run(text_stage(tmp_path, "training.steps=3"), tmp_path / "run")
+    assert json.loads((tmp_path / "export" / "card.json").read_text())["step"] == 6
+    assert "training.steps=3 is below step 6" in caplog.text
 
 
 def test_another_stage_does_not_resume(tmp_path):

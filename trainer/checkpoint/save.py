@@ -10,9 +10,11 @@ Either form can be read by any number of ranks, sharded or not.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,18 @@ import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from configs.errors import UserError
+from model.weights import run_folders
 from model.weights.run_folders import MANIFEST, SHARDS, STATE
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.optim.train_state import Player
 from trainer.parallel.control_group import FailedElsewhere, Team
-from utils.files import HashedFile, sha256_of
+from utils.files import HashedFile, Kind, sha256_of
 from utils.logs import get_logger
 
 log = get_logger(__name__)
 
-PREFIX, ASIDE = "checkpoint_", ".partial-"
+PREFIX, ASIDE, BEFORE = "checkpoint_", ".partial-", "-before"
+OURS = Kind(MANIFEST, re.compile(rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{SHARDS}/"))
 WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left", "File too large")  # torch.save's own words
 
 
@@ -38,8 +42,13 @@ class SaveFailed(UserError):
 
 
 def folders(logdir: Path) -> list[Path]:
-    """Checkpoints under `logdir`, oldest first."""
-    return sorted(p for p in logdir.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit())
+    """Checkpoints under `logdir`, whole or not, those of fewer steps first."""
+    return [p for p in run_folders.checkpoints(logdir) if re.fullmatch(f"{PREFIX}[0-9]+", p.name)]
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def save(
@@ -50,7 +59,8 @@ def save(
     keep: int,
     team: Team | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep`. All ranks take part and fail together.
+    """Write the checkpoint of `step`, then remove older whole ones, so that `keep` are left. All ranks take part and
+    fail together.
 
     state: what the first rank writes; or a function by which each rank writes its parts into an empty folder.
     Raises SaveFailed, with the checkpoints that were there before left alone.
@@ -76,7 +86,7 @@ def save(
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITER_ERRORS):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        last = [p.name for p in folders(logdir) if p != final]
+        last = [p.name for p in folders(logdir) if step_of(p) < step and run_folders.complete(p)]
         raise SaveFailed(
             f"--logdir {logdir}: the checkpoint of step {step} could not be written ({reason}); "
             f"{f'{last[-1]} is whole' if last else 'there is none before it'}; make room, and start the same command "
@@ -86,9 +96,16 @@ def save(
         if first:
             shutil.rmtree(aside, ignore_errors=True)
     if first:
-        for old in folders(logdir)[:-keep]:
-            shutil.rmtree(old)
+        _prune(logdir, step, keep)
     return final
+
+
+def _prune(logdir: Path, step: int, keep: int) -> None:
+    """Remove whole checkpoints of before `step`, but for the newest `keep - 1`. What is not whole does not count."""
+    older = [p for p in folders(logdir) if step_of(p) < step and run_folders.complete(p)]
+    for folder in older[: max(0, len(older) - (keep - 1))]:
+        if not folder.is_symlink() and not OURS.strangers(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -122,9 +139,26 @@ def _hashes(aside: Path, team: Team) -> dict[str, str]:
 
 
 def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    names = manifest["files"] if "files" in manifest else [STATE]
+    manifest = manifest | {"sizes": {name: (aside / name).stat().st_size for name in names}}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
-    shutil.rmtree(final, ignore_errors=True)
+    before = aside.with_name(f"{aside.name}{BEFORE}")
+    if os.path.lexists(final):  # a folder cannot be replaced in one step
+        if final.is_symlink() or not final.is_dir() or OURS.strangers(final):
+            set_aside(final)
+        else:
+            os.replace(final, before)
     os.replace(aside, final)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give what is no whole checkpoint another name, under which it is in nobody's way."""
+    names = (folder.with_name(f"damaged_{folder.name}{f'_{i}' * bool(i)}") for i in count())
+    other = next(name for name in names if not os.path.lexists(name))
+    os.rename(folder, other)
+    log.warning("%s is no whole checkpoint and is called %s from now on", folder, other.name)
+    return other
 
 
 def verified(folder: Path, team: Team | None = None) -> dict[str, Any] | None:
@@ -137,6 +171,8 @@ def verified(folder: Path, team: Team | None = None) -> dict[str, Any] | None:
         own = sorted(files)[team.rank :: team.world]
         wrong = [name for name in own if sha256_of(folder / name) != files[name]]
         reason = f"{wrong[0]} does not match its hash" if wrong else None
+        if re.fullmatch(f"{PREFIX}[0-9]+", folder.name) and manifest["step"] != step_of(folder):
+            reason = f"it is of step {manifest['step']}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) or type(error).__name__
     reasons = [text for text in team.gather(reason) if text]
@@ -186,6 +222,10 @@ def latest(logdir: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]] | 
 
 
 def clear_leftovers(logdir: Path) -> None:
-    """Remove what a process that was killed while it saved has left."""
+    """Remove what a process that was killed while it saved has left; whoever calls has `sole_use` of the folder."""
+    for folder in logdir.glob(f"{ASIDE}{PREFIX}*{BEFORE}"):
+        final = logdir / folder.name.removeprefix(ASIDE).removesuffix(BEFORE)
+        if not os.path.lexists(final):  # killed between the two renames
+            os.replace(folder, final)
     for folder in logdir.glob(f"{ASIDE}{PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
