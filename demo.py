@@ -15,6 +15,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; other machines need --token")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s; 0 = any that is free)")
     parser.add_argument("--token", metavar="TEXT", help="what a visitor must know, at least 8 characters")
+    parser.add_argument(
+        "--allow_origin", action="append", default=[], metavar="https://HOST",
+        help="where a proxy shows the page, if it changes the Host header; may be repeated, and needs --token",
+    )  # fmt: skip
     parser.add_argument("--visitors", type=int, default=8, help="at once (default: %(default)s)")
     parser.add_argument("--idle_seconds", type=float, default=600, help="until a silent visitor is let go")
     parser.add_argument("--max_seconds", type=float, default=600, help="of one video (default: %(default)s)")
@@ -26,9 +30,10 @@ def main() -> int:
     args = parse()
     import uvicorn
 
-    from server.app import SOCKET, Limits, bound_socket, check_access, is_loopback, make_app
+    from server.app import SOCKET, Limits, address, bound_socket, check_access, is_loopback, make_app
 
-    check_access(args.host, args.token)
+    origins = [origin.lower().rstrip("/") for origin in args.allow_origin]
+    check_access(args.host, args.token, origins)
     limits = Limits(visitors=args.visitors, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds)
     listener = bound_socket(args.host, args.port)
 
@@ -44,9 +49,10 @@ def main() -> int:
     make_plan(config, ["a prompt"])  # every check that needs no weights in memory
     set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config)
-    app = make_app(pipe, warm=True, token=args.token, local=is_loopback(args.host), limits=limits)
-    port = listener.getsockname()[1]
-    print(f"open http://{args.host}:{port}/{f'?token={args.token}' if args.token else ''}", flush=True)
+    app = make_app(
+        pipe, warm=True, token=args.token, local=is_loopback(args.host), origins=origins, limits=limits
+    )
+    print(f"open {address(args.host, listener.getsockname()[1], args.token)}", flush=True)
     settings = {"ws_max_size": MAX_MESSAGE, "ws_max_queue": 16, "log_level": "warning", "server_header": False}
     uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **SOCKET, **settings)).run([listener])
     return 0

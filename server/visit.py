@@ -3,12 +3,12 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
-from fastapi.websockets import WebSocketState
 
 from configs.errors import UserError
 from configs.geometry import pixel_frames
@@ -20,6 +20,19 @@ from utils.logs import get_logger
 log = get_logger(__name__)
 POLICY, TOO_BIG = 1008, 1009  # close codes of RFC 6455
 MAX_ERRORS = 1000  # messages without sense that are answered before the line is cut
+
+
+class Gone(Exception):
+    """The visitor has left, or did not read for so long that the connection was cut (server/protocols.py)."""
+
+
+@contextmanager
+def gone_if_closed() -> Iterator[None]:
+    """Around calls of a WebSocket: Gone in place of what Starlette and uvicorn raise for one that is closed."""
+    try:
+        yield
+    except (WebSocketDisconnect, RuntimeError, OSError) as error:
+        raise Gone from error
 
 
 class Visit:
@@ -34,23 +47,20 @@ class Visit:
         self._errors = 0
         self._stopping = False
 
-    async def run(self) -> None:
-        """Until the visitor goes, is idle for too long, or sends too much that makes no sense."""
+    async def run(self, hello: dict[str, Any]) -> None:
+        """Until the visitor goes (Gone, or a return), is idle for too long, or sends too much that makes no sense."""
         try:
-            while True:
-                message = await asyncio.wait_for(self.socket.receive(), self.limits.idle_seconds)
+            await self._say("hello", **hello)
+            while self._errors < MAX_ERRORS:
+                try:
+                    message = await asyncio.wait_for(self.socket.receive(), self.limits.idle_seconds)
+                except TimeoutError:
+                    await self._say("idle", message=f"idle for {self.limits.idle_seconds:g} s: closed; reload to go on")
+                    return await self._close("idle")
                 if message["type"] == "websocket.disconnect":
                     return
                 await self._answer(message.get("text"))
-                if self._errors >= MAX_ERRORS:
-                    await self.socket.close(POLICY, "too many messages without sense")
-                    return
-        except TimeoutError:
-            await self._say("idle", message=f"idle for {self.limits.idle_seconds:g} s: closed; reload to go on")
-            await self.socket.close(POLICY, "idle")
-        except (WebSocketDisconnect, RuntimeError) as error:
-            if self.socket.client_state == WebSocketState.CONNECTED and isinstance(error, RuntimeError):
-                raise
+            await self._close("too many messages without sense")
         finally:
             await self._stop()
 
@@ -110,15 +120,18 @@ class Visit:
                     return
                 frames += len(made.jpegs)
                 self._sent += len(made.jpegs)
-                await self.socket.send_bytes(made.packet(self._take))
+                with gone_if_closed():
+                    await self.socket.send_bytes(made.packet(self._take))
             if not self._stopping:
                 await self._say("end", message=f"{frames / fps:.0f} s are the most that a video may last; press Play")
         except UserError as error:  # what was made is no picture
             await self._say("error", message=str(error), over=True)
-        except (WebSocketDisconnect, RuntimeError):
-            if self.socket.application_state == WebSocketState.CONNECTED == self.socket.client_state:
-                log.exception("a stream broke off")
-                raise
+        except Gone:
+            pass
+        except Exception:
+            with suppress(Gone):
+                await self._say("error", message="the server could not go on; its log says why", over=True)
+            raise
 
     async def _stop(self) -> None:
         """End the running stream, within one step, and wait until the worker has let go of it."""
@@ -148,4 +161,9 @@ class Visit:
         }
 
     async def _say(self, kind: str, **values: Any) -> None:
-        await self.socket.send_text(json.dumps({"type": kind, **values}))
+        with gone_if_closed():
+            await self.socket.send_text(json.dumps({"type": kind, **values}))
+
+    async def _close(self, reason: str) -> None:
+        with gone_if_closed():
+            await self.socket.close(POLICY, reason)

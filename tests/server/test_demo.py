@@ -40,8 +40,8 @@ def serve(pipe):
     """`serve(**of make_app) -> port`; all are stopped in the end."""
     running = []
 
-    def start(**options) -> int:
-        listener = bound_socket("127.0.0.1", 0)
+    def start(host: str = "127.0.0.1", **options) -> int:
+        listener = bound_socket(host, 0)
         app = make_app(pipe, **options)
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **SOCKET)
@@ -51,7 +51,7 @@ def serve(pipe):
         running.append((server, thread))
         while not server.started:
             time.sleep(0.01)
-        start.app = app
+        start.app, start.server, start.listener = app, server, listener
         return listener.getsockname()[1]
 
     yield start
@@ -112,7 +112,11 @@ def visit(port: int, script, query: str = ""):
 
 
 def fetch(port: int, path: str, **headers) -> tuple[int, bytes]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers=headers)
+    return opened(f"http://127.0.0.1:{port}/{path}", **headers)
+
+
+def opened(url: str, **headers) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status, answer.read()
