@@ -44,7 +44,7 @@ def serve(pipe):
         listener = bound_socket(host, 0)
         app = make_app(pipe, **options)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, **SOCKET)
+            uvicorn.Config(app, log_config=None, log_level="error", timeout_graceful_shutdown=1, **SOCKET)
         )
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
