@@ -16,7 +16,7 @@ from configs.load import to_dict
 from configs.schema import Config
 from model.weights.files import resolve
 from pipeline.diagonal import DiagonalPipeline
-from pipeline.story import Story, is_story, play_story, read_stories
+from pipeline.story import Story, holds_stories, play_story, read_stories
 from utils.files import safe_name, short_hash, write_json_atomic
 from utils.logs import get_logger
 from utils.prompts import read_prompts
@@ -48,7 +48,7 @@ def plan_live(config: Config, prompts: list[str] | None, endless: bool, output: 
     Raises UserError for a bad story, several videos for one output, or an endless stream with nowhere to go.
     """
     names = config.inference
-    stories = prompts is None and is_story(names.prompts)
+    stories = prompts is None and holds_stories(resolve(names.prompts))
     if not (stories or endless or output):
         return None
     if stories:

@@ -11,7 +11,6 @@ clip evenly. Ours, the whole file one story, times in seconds of the video:
     {"at": 2.5, "prompt": "a blue circle ..."}
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE
 from pipeline.stream import ChunkResult, StreamSession
-from utils.prompts import check_prompt, read_prompts
+from utils.prompts import check_prompt, is_story, read_records
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,21 @@ class Story:
         return {math.ceil(frame / chunk_frames): prompt for frame, prompt in pairs}
 
 
-def is_story(path: str) -> bool:
-    """Whether a file of prompts is meant as stories."""
-    return path.endswith(".jsonl")
+def holds_stories(path: str | os.PathLike) -> bool:
+    """Whether a file of prompts holds stories; its content says so."""
+    return any(is_story(record) for record in read_records(path) or ())
 
 
 def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, indices: str = "") -> list[Story]:
-    """Stories of a JSONL file. `latent_frames`: length of a clip, None = no end. `indices`: of lines without any.
+    """Stories of a file of JSON. `latent_frames`: length of a clip, None = no end. `indices`: of lines without any.
 
     Raises a UserError that names the line, for what is no JSON, bad prompts, and times that are negative, out of
     order, or beyond the end.
     """
-    lines = [_parse(text, f"{path} entry {i}") for i, text in enumerate(read_prompts(path), start=1)]
+    records = read_records(path)
+    if not records:
+        raise UserError(f"{path} holds no story; write one object a line")
+    lines = [_checked_entry(record, f"{path} entry {i}") for i, record in enumerate(records, start=1)]
     timed = [("at" in line, where) for line, where in lines]
     if all(is_timed for is_timed, _ in timed):
         return [_timed(lines, fps, latent_frames)]
@@ -75,11 +77,7 @@ def play_story(
         yield result
 
 
-def _parse(text: str, where: str) -> tuple[dict[str, Any], str]:
-    try:
-        line = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); write one object a line") from error
+def _checked_entry(line: Any, where: str) -> tuple[dict[str, Any], str]:
     if not isinstance(line, dict) or not ("prompts" in line or {"at", "prompt"} <= set(line)):
         raise UserError(f"{where} is no story; give 'prompts', or 'at' and 'prompt', in an object")
     return line, where

@@ -14,7 +14,7 @@ from conftest import ROOT
 from configs.errors import UserError
 from configs.load import load_config
 from pipeline.live import plan_live
-from pipeline.story import Story, latent_frame_at, read_stories
+from pipeline.story import Story, holds_stories, latent_frame_at, read_stories
 from utils.video import read_video
 from utils.video_live import LiveWriter
 
@@ -29,7 +29,7 @@ def numbered(n: int, height: int = 32, width: int = 48) -> np.ndarray:
 def test_a_fragmented_file_plays_though_its_writer_was_killed(tmp_path):
     code = f"""
 import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "pipeline")!r}]
 from test_live import numbered
 from utils.video_live import LiveWriter
 writer = LiveWriter("dead.mp4", 4, (32, 48)).__enter__()
@@ -81,6 +81,15 @@ def test_both_formats_of_a_story(tmp_path):
     assert read_stories(path, 16, 21) == [Story((A, B), (0, 9))]
 
 
+def test_what_holds_stories_says_the_content(tmp_path):
+    story = {"prompts": [A, B], "switch_frame_indices": "12"}
+    for name in ("s.jsonl", "S.JSONL", "s.txt", "s.json"):
+        assert holds_stories(write(tmp_path / name, story))
+    assert read_stories(write(tmp_path / "s.json", json.dumps([story, story], indent=1)), 16, 21)[1].frames == (0, 12)
+    assert not holds_stories(write(tmp_path / "p.jsonl", {"prompt": A}, {"prompt": B}))
+    assert not holds_stories(write(tmp_path / "p.txt", A))
+
+
 def test_seconds_are_latent_frames_by_where_their_pixels_begin():
     begins = [0] + [(4 * f - 3) / 16 for f in range(1, 40)]
     for f, seconds in enumerate(begins):
@@ -106,7 +115,10 @@ def test_seconds_are_latent_frames_by_where_their_pixels_begin():
         ([{"at": 0, "prompt": A}, {"at": 99, "prompt": B}], "beyond the end"),
         ([{"at": 1, "prompt": A}], "from 0 on"),
         ([{"at": "soon", "prompt": A}], "no number of seconds"),
-        (['{"at": NaN, "prompt": "a"}'], "no number of seconds"),
+        (['{"at": NaN, "prompt": "a"}'], "NaN is no number"),
+        ([{"at": True, "prompt": A}], "no number of seconds"),
+        ([{"prompt": A}], "is no story"),
+        (["[]"], "holds no story"),
         ([{"at": 0, "prompt": 3}], "is no text"),
         ([{"at": 0, "prompt": A}, {"prompts": [A]}], "mixes lines"),
     ],

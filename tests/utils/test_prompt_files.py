@@ -30,6 +30,52 @@ REFUSED = {
     "a line of 10 MB among others": (b"one\n" + b"x" * (10 * MB) + b"\ntwo", r"line 2 is 10,485,760 characters"),
     "weights": (b"\x80\x02" + os.urandom(5000), "not valid UTF-8"),
 }
+STRUCTURED = {  # whatever the file is called
+    "JSON list": '["a cat", " a dog "]',
+    "JSON list over lines": '[\n  "a cat",\n  "a dog"\n]\n',
+    "objects": '[{"prompt": "a cat", "id": 1}, {"prompt": "a dog"}]',
+    "VBench": '[{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a dog", "dimension": []}]',
+    "JSON lines": '{"prompt": "a cat"}\n\n{"prompt": "a dog"}\r\n',
+    "BOM and JSON": '\ufeff\n["a cat", "a dog"]',
+    "table": 'id,prompt\n1,"a cat"\n2,a dog\n',
+    "table with semicolons": "prompt;id\r\na cat;1\r\na dog;2\r\n",
+    "table with tabs": "Prompt\tid\na cat\t1\n\na dog\t2",
+}
+PLAIN = [
+    "[cinematic] a cat", "[a cat]", "{a cat}", "(a cat)", "a cat, prompt, and a dog", '"a cat"', "[[masked]] a cat",
+    'a cat: "x", {y}', "<a cat>", "- a cat", "[1, 2] cats", "prompt",
+]  # fmt: skip
+NONE = {
+    "p.json": {
+        "broken": ('[{"prompt": "a cat"', r"is not valid JSON \(Expecting"),
+        "text": ("a cat", "is not valid JSON"),
+        "number": ("3", "entry 1 has no prompt"),
+        "no prompt": ('[{"words": "a cat"}]', "entry 1 has no prompt; give texts, or objects that name one 'prompt'"),
+        "prompt of another type": ('{"prompt": ["a cat"]}', "entry 1 has no prompt"),
+        "empty list": ("[]", "holds no prompt"),
+        "empty prompt": ('["a cat", " "]', "entry 2 is empty"),
+        "deep": ("[" * 100_000, "is not valid JSON"),
+        "half a character": (r'["\ud800"]', "entry 1 is not valid UTF-8"),
+    },
+    "p.txt": {
+        "broken": ('[{"prompt": "a cat"', "is not valid JSON"),
+        "second line broken": ('{"prompt": "a cat"}\n{"prompt": ', "entry 2 is not valid JSON"),
+        "a story": ('{"prompts": ["a cat", "a dog"]}', "is part of a story"),
+        "JSON among text": ('a cat\n{"prompt": "a dog"}', "line 2 is JSON among lines of text"),
+        "XML": ("<?xml version='1.0'?><a/>", "is no file of prompts"),
+        "page": ("<!DOCTYPE html><html></html>", "is no file of prompts"),
+        "two YAML documents": ("---\n- a cat\n", "is no file of prompts"),
+    },
+    "p.csv": {
+        "no such column": ("id,words\n1,a cat\n", "has the columns id, words and none is named prompt"),
+        "comma without quotes": ("id,prompt\n1,a cat, slowly\n", "line 2 has 3 columns and the first line 2"),
+        "open quote": ('id,prompt\n1,"a cat', "is no row of a table"),
+        "header alone": ("id,prompt\n", "holds no prompt"),
+        "nothing": ("", "none is named prompt"),
+        "long field": ('id,prompt\n1,"' + "x" * 200_000 + '"', "field larger than"),
+    },
+    "p.YAML": {"list": ("- a cat\n", "is no file of prompts")},
+}
 
 
 @pytest.mark.parametrize("case", READ)
@@ -37,6 +83,47 @@ def test_read(tmp_path, case):
     content, prompts = READ[case]
     (tmp_path / "p.txt").write_bytes(content)
     assert read_prompts(tmp_path / "p.txt") == prompts
+
+
+@pytest.mark.parametrize("case", STRUCTURED)
+def test_structured_files_are_read_by_their_content(tmp_path, case):
+    own = {"J": ".JSONL", "t": ".CSV"}.get("J" if "JSON" in case or case in ("objects", "VBench") else "t")
+    for name in ("p", "p.txt", f"p{own}"):
+        if not (name == "p.CSV" and "tabs" in case):
+            (tmp_path / name).write_text(STRUCTURED[case], encoding="utf-8", newline="")
+            assert read_prompts(tmp_path / name) == ["a cat", "a dog"], name
+
+
+def test_a_table_of_one_column_and_cells_of_several_lines(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt\n"a cat, slowly"\n"a dog\nruns"\n')
+    (tmp_path / "p.tsv").write_text("prompt\ta\na cat, slowly\t1\n")
+    assert read_prompts(tmp_path / "p.csv") == ["a cat, slowly", "a dog\nruns"]
+    assert read_prompts(tmp_path / "p.tsv") == ["a cat, slowly"]
+
+
+@pytest.mark.parametrize("prompt", PLAIN)
+def test_sentences_that_begin_or_look_oddly_are_sentences(tmp_path, prompt):
+    (tmp_path / "p.txt").write_text(f"{prompt}\n{prompt} again\n")
+    assert read_prompts(tmp_path / "p.txt") == [prompt, f"{prompt} again"]
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in NONE.items() for case in cases])
+def test_what_is_neither_is_refused_in_a_sentence(tmp_path, name, case):
+    content, message = NONE[name][case]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(("name", "size"), [("p.txt", 1 << 31), ("p.json", (1 << 25) + 1)])
+def test_files_too_large_to_be_prompts_are_not_read(tmp_path, name, size):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(size)  # sparse
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match="at most .* are read; split it"):
+        read_prompts(tmp_path / name)
+    assert time.perf_counter() - begin < 2
 
 
 @pytest.mark.parametrize("case", REFUSED)
