@@ -5,7 +5,8 @@
     tokens         one latent frame is (latent_height / patch) x (latent_width / patch) tokens, frame-major
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -49,6 +50,10 @@ class Geometry:
             latent_channels=latent_channels,
             patch=patch,
         )
+
+    def for_network(self, sizes: Any) -> "Geometry":
+        """The same with the latent channels and the patch of a transformer's configuration, as diffusers has it."""
+        return replace(self, latent_channels=sizes.in_channels, patch=tuple(sizes.patch_size))
 
     @property
     def latent_height(self) -> int:

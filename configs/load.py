@@ -25,19 +25,23 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from configs.errors import UserError, shown
-from configs.schema import Config
+from configs.schema import CONTEXT_OF, DATED, Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # every key of a stored schedule
 log = logging.getLogger(f"diagonal.{__name__}")
+# settings that there were once, and what does now what they said
+REMOVED = {"model.teacher": "training.init.teacher", "model.critic": "training.init.critic"}
 MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The tree that `path` and `overrides` describe; UserError for anything unknown, mistyped or out of range."""
-    layers = [*_layers(Path(path), ()), *(_override(text) for text in overrides)]
-    layers = [as_meant(_check(layer, Config, "")) for layer in layers]
+    files = [as_meant(_check(layer, Config, "")) for layer in _layers(Path(path), ())]
+    given = [as_meant(_check(_override(text), Config, "")) for text in overrides]
+    layers = [*files, *given]
+    _check_context([[layer] for layer in files] + [given])
     try:
         merged = OmegaConf.merge(_writable_schema(), *layers)
         return OmegaConf.to_object(merged)
@@ -56,6 +60,27 @@ def as_meant(values: dict[str, Any]) -> dict[str, Any]:
         return values
     log.warning("schedule.preset=release was stored when it meant release_2026_03, and is read as that")
     return values | {"schedule": schedule | {"preset": "release_2026_03"}}
+
+
+def _check_context(groups: list[list[dict[str, Any]]]) -> None:
+    """Refuse a stream.context that has no effect because a preset's own goes before it; what is stored has both.
+
+    groups: layers, together where their order means nothing.
+    """
+    preset = context = None
+    for group in groups:
+        for schedule in (layer["schedule"] for layer in group if "schedule" in layer):
+            if "preset" in schedule:
+                preset, context = schedule["preset"], None
+        for layer in group:
+            if "context" in layer.get("stream", ()) and not STORED <= layer.get("schedule", {}).keys():
+                context = layer["stream"]["context"]
+    own = CONTEXT_OF.get(DATED.get(preset, preset)) if isinstance(preset, str) else None
+    if own is not None and context not in (None, own):
+        raise UserError(
+            f"stream.context={shown(context)} has no effect beside schedule.preset={preset}, whose own is {own}; leave "
+            f"it out, or write the schedule's steps in place of the preset"
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -176,6 +201,10 @@ def _check(values: dict, section: type, prefix: str) -> dict:
     checked = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if name in REMOVED:
+            if value is not None:
+                log.warning("%s=%s is not read any more: set %s", name, shown(value), REMOVED[name])
+            continue
         if key not in hints:
             raise UserError(_unknown(name))
         if dataclasses.is_dataclass(hints[key]):

@@ -16,6 +16,8 @@ CONTEXTS = ("last_step", "clean", "renoise")
 SWITCHES = ("recache", "blend", "cut")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
+# context policy of the presets that have their own, before stream.context
+CONTEXT_OF = {"release_2026_03": "last_step", "release_2026_11": "last_step", "self_forcing": "clean"}
 DATED = {"release": "release_2026_11"}  # preset -> what it means today: the name that is stored
 STUDENT_PLACES = ("keep", "stream")
 MAX_SEED = 2**63 - 1
@@ -103,8 +105,6 @@ class ModelConfig:
     """Where weights are: paths relative to the checkout, or absolute."""
 
     student: str = "wan_models/Wan2.1-T2V-1.3B"  # causal student; also `--checkpoint_path`
-    teacher: str | None = None  # bidirectional teacher
-    critic: str | None = None  # where the critic starts from; None = the teacher
     use_ema: bool = False  # of a training checkpoint, load the averaged weights
     lora: list[str] = field(default_factory=list)  # LoRA files or folders that go on top of the student
     lora_scales: list[float] = number([], -100, 100)  # weight of each, 1 = as trained; empty = 1 for all

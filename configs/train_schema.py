@@ -127,6 +127,8 @@ class TrainingConfig:
             raise UserError(
                 f"training.attention={self.attention} is for stage distill; use auto for stage {self.stage}"
             )
+        if self.checkpointing and self.stage != "distill":
+            raise UserError(f"training.checkpointing=true is for stage distill; use false for stage {self.stage}")
         if self.attention == "cudnn" and self.precision == "float32":
             raise UserError(
                 "training.attention=cudnn computes in bfloat16 or float16 and training.precision=float32 is neither; "

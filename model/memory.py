@@ -203,7 +203,7 @@ def inference_plan(
 
     With precision=fp8 keys and values are reckoned as with FlashAttention-3, in float8 too.
     """
-    geometry = Geometry.from_config(config, latent_channels=student.channels, patch=student.patch)
+    geometry = geometry_for(config, student)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
     weights = student.inference_bytes if config.inference.student == "keep" else student.streamed_bytes
     fp8 = config.inference.precision == "fp8"
@@ -268,10 +268,15 @@ def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
     return 4 * (2 + (2 if betas[0] else 1) + averaged)
 
 
+def geometry_for(config: Config, network: Network) -> Geometry:
+    """Sizes of the stream that `network` makes."""
+    return Geometry.from_config(config, latent_channels=network.channels, patch=network.patch)
+
+
 def twin_bytes(config: Config, student: Network) -> int:
     """The copy that makes the critic's rollouts: weights, keys and values, and what its graphs keep: activations, and
     the text's keys and values once more."""
-    geometry, batch = Geometry.from_config(config), config.training.micro_batch
+    geometry, batch = geometry_for(config, student), config.training.micro_batch
     chunks = geometry.num_chunks(max(config.video.num_latent_frames, config.training.distill.long.max_frames))
     work = step_bytes(student, batch * geometry.tokens_per_chunk)
     keys = cache_bytes(student, geometry, chunks, batch) + 2 * text_bytes(student, config.model.text_tokens, batch)
@@ -291,7 +296,7 @@ def distill_plan(
     Sharded (training.sharding) each GPU holds its share, two blocks whole while they are at work, and the student whole
     in bfloat16 (trainer/parallel/apply.py); hybrid without shard_ranks is reckoned with machines of eight.
     """
-    t, geometry, critic = config.training, Geometry.from_config(config), critic or student
+    t, geometry, critic = config.training, geometry_for(config, student), critic or student
     shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]
     lora = t.distill.lora
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.errors import UserError, shown
 from configs.geometry import Geometry
-from configs.schema import DATED, Config, ScheduleConfig, StreamConfig
+from configs.schema import CONTEXT_OF, DATED, Config, ScheduleConfig, StreamConfig
 from model.timesteps import TIME, warp
 
 MAX_STEPS, MAX_ROWS = 1000, 1000  # of a chunk; chunks that have a row of their own
@@ -32,14 +32,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # 1,000 points (933 -> .93306, 733 -> .73262, 357 -> .35714); ours is t / 1000 throughout.
         "release_2026_03": {  # commit 4ea418d: 357 is cut to an integer in the first two chunks only
             "timesteps": [[1000, 933, 733, 357], [1000, 933, 357], [1000, 357.142857]],
-            "context": "last_step",
         },
         "release_2026_11": {  # commit 24ef1c9: 1000 750 500 100 before the warp; `release` means this one
             "timesteps": [[1000, 937.5, 833.333333, 357.142857], [1000, 937.5, 357.142857], [1000, 357.142857]],
-            "context": "last_step",
         },
         # Self-Forcing's four steps, 1000 750 500 250 before the warp
-        "self_forcing": {"steps": "4", **EVEN, "last": 250.0, "context": "clean"},
+        "self_forcing": {"steps": "4", **EVEN, "last": 250.0},
     }
 )
 
@@ -205,9 +203,7 @@ def _spelled_out(schedule: ScheduleConfig, context: str) -> tuple[ScheduleConfig
     """`schedule` with the fields of its preset in place of the name, and the policy that the preset fixes, if any."""
     if schedule.preset is None:
         return schedule, context
-    values = dict(_preset(schedule))
-    context = values.pop("context", context)
-    return ScheduleConfig(**values), context
+    return ScheduleConfig(**_preset(schedule)), CONTEXT_OF.get(schedule.preset, context)
 
 
 def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:

@@ -137,7 +137,7 @@ def _session(student: Student, codec, encode, config: Config) -> StreamSession:
 @torch.no_grad()
 def layer_errors(model, config: Config) -> dict[str, float]:
     """Relative error of each float8 linear of the middle block for what it is given in a first step."""
-    geometry = Geometry.from_config(config)
+    geometry = Geometry.from_config(config).for_network(model.config)
     middle = len(model.blocks) // 2
     block, inputs, handles = model.blocks[middle], {}, []
     linears = {n: m for n, m in block.named_modules() if n in fp8.LINEARS and type(m) is torch.nn.Linear}

@@ -41,7 +41,7 @@ class ODERegression(Supervised):
         if d.pairs is None:
             raise UserError("training.distill.pairs is not set; stage ode_regression learns from them: name a folder")
         super().__init__(config, device, ranks, causal_student(config, "student"))
-        self.geometry = Geometry.from_config(config)
+        self.geometry = Geometry.from_config(config).for_network(self.module.config)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         self.codec, self.encoder = frozen_codec(config, device), frozen_text_encoder(config, device)
         self.pairs = open_pairs("training.distill.pairs", d.pairs)

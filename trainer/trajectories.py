@@ -43,6 +43,7 @@ class TrajectoryMaker:
         self.encoder = frozen_text_encoder(config, device)
         self.null = self.encoder([config.training.distill.negative_prompt])
         self.teacher = self._load()
+        self.geometry = self.geometry.for_network(self.teacher.model.config)
         self.dtype = pick_dtype(config.training.precision, device)
 
     def _load(self) -> Score | Student:

@@ -63,12 +63,7 @@ class WeightCheck(NamedTuple):
     files: tuple[Path, ...]  # all that are read, in the order of their names
 
 
-def _plan_score(name: str, path: str | Path) -> Plan:
-    parts = names.SCORE_PARTS if name == "model.critic" else names.STUDENT_PARTS
-    return plan_transformer(name, path, WanTransformer3DModel, parts)
-
-
-def check_weights(config: ModelConfig, *, training: bool = False) -> list[WeightCheck]:
+def check_weights(config: ModelConfig) -> list[WeightCheck]:
     """Find and check every file that `config` names, reading headers only.
 
     Raises:
@@ -76,10 +71,6 @@ def check_weights(config: ModelConfig, *, training: bool = False) -> list[Weight
     """
     parts = names.STUDENT_EMA_PARTS if config.use_ema else names.STUDENT_PARTS
     plans = {"student": plan_transformer("model.student", config.student, CausalWanModel, parts)}
-    if training and config.teacher:
-        plans["teacher"] = _plan_score("model.teacher", config.teacher)
-    if training and config.critic:
-        plans["critic"] = _plan_score("model.critic", config.critic)
     if config.codec == "wan":
         plans["vae"] = plan_vae(config.vae)
     else:
@@ -151,10 +142,13 @@ def load_score(
     path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    name: str = "model.teacher",
+    name: str = "training.init.teacher",
 ) -> WanTransformer3DModel:
-    """A bidirectional network from any format. With name="model.critic", the critic of a training checkpoint."""
-    return fill(_plan_score(name, path), device, dtype)
+    """A bidirectional network from any format. With a name that ends in critic, that of a training
+    checkpoint.
+    """
+    parts = names.SCORE_PARTS if name.endswith("critic") else names.STUDENT_PARTS
+    return fill(plan_transformer(name, path, WanTransformer3DModel, parts), device, dtype)
 
 
 def load_vae(

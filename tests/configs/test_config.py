@@ -10,6 +10,7 @@ import pytest
 from configs.errors import UserError
 from configs.load import CHECKOUT, load_config, presets, to_dict, to_yaml
 from configs.schema import Config
+from configs.train_schema import STAGES
 from configs.validate import BOUNDS
 
 TINY = "configs/tiny.yaml"
@@ -99,7 +100,7 @@ def test_bases_chain_and_are_relative_to_the_file_that_names_them(tmp_path):
         ("schedule.timesteps=[[1000, 500], [1000]]", "schedule", "timesteps", [[1000.0, 500.0], [1000.0]]),
         ("stream.context_by_chunk.0=clean", "stream", "context_by_chunk", {0: "clean"}),
         ("stream.context_by_chunk={1: renoise, 2: clean}", "stream", "context_by_chunk", {1: "renoise", 2: "clean"}),
-        ("model.teacher=null", "model", "teacher", None),
+        ("training.export=null", "training", "export", None),
         ("inference.profile=true", "inference", "profile", True),
         ("inference.output_folder=a=b", "inference", "output_folder", "a=b"),
         ("schedule.first=1e3", "schedule", "first", 1000.0),
@@ -133,7 +134,7 @@ def test_an_unknown_key_names_the_nearest_one(override, expected):
         ("video.height", "[64]", "an integer"),
         ("schedule.shift", "five", "a number"),
         ("inference.profile", "perhaps", "true or false"),
-        ("model.teacher", "[]", "text or null"),
+        ("training.export", "[]", "text or null"),
         ("training.optimizer.betas", "[0.9, x]", "a list of numbers"),
         ("training.init", "[student]", "a mapping from texts to texts"),
         ("stream.context_by_chunk", "{x: clean}", "a mapping from integers to texts"),
@@ -209,8 +210,8 @@ AS_WRITTEN = [  # digits are digits, and words are words, wherever YAML 1.1 sees
     ("inference.cuda_graphs=on", ("inference", "cuda_graphs"), "on"),
     ("inference.overwrite=yes", ("inference", "overwrite"), True),
     ("training.compile=off", ("training", "compile"), False),
-    ("model.teacher=null", ("model", "teacher"), None),
-    ("model.teacher='null'", ("model", "teacher"), "null"),
+    ("training.export=null", ("training", "export"), None),
+    ("training.export='null'", ("training", "export"), "null"),
 ]
 
 
@@ -316,3 +317,43 @@ def test_a_circle_of_bases_is_refused(tmp_path):
 
 def test_a_missing_base_is_refused(tmp_path):
     assert "gone.yaml does not exist" in refusal(write(tmp_path, "a.yaml", "base: gone.yaml"))
+
+
+@pytest.mark.parametrize("key", ["teacher", "critic"])
+def test_keys_that_nothing_reads_any_more_say_what_does(key, tmp_path, caplog):
+    load_config(write(tmp_path, "a.yaml", f"base: {CHECKOUT / TINY}\nmodel:\n  {key}: weights/14b\n"))
+    assert f"model.{key}=weights/14b is not read any more: set training.init.{key}" in caplog.text
+    caplog.clear()
+    load_config(TINY, [f"model.{key}=null"])  # as earlier runs stored it
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "overrides, refused",
+    [
+        (["schedule.preset=self_forcing"], False),  # the file's own stream.context is from before
+        (["schedule.preset=self_forcing", "stream.context=last_step"], True),
+        (["stream.context=renoise", "schedule.preset=self_forcing"], True),
+        (["schedule.preset=release", "stream.context=clean"], True),
+        (["schedule.preset=self_forcing", "stream.context=clean"], False),
+        (["schedule.preset=paper_5432222", "stream.context=clean"], False),
+    ],
+)
+def test_a_preset_does_not_beat_a_context_in_silence(overrides, refused):
+    if refused:
+        assert "has no effect beside schedule.preset=" in refusal(TINY, *overrides)
+    else:
+        load_config(TINY, overrides)
+
+
+def test_a_file_over_that_of_a_preset_has_no_effect_in_silence_either(tmp_path):
+    path = write(tmp_path, "a.yaml", f"base: {CHECKOUT}/configs/self_forcing.yaml\nstream:\n  context: last_step\n")
+    assert "has no effect beside schedule.preset=self_forcing" in refusal(path)
+    load_config(write(tmp_path, "b.yaml", to_yaml(load_config("configs/self_forcing.yaml"))))  # what is stored has both
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "distill"])
+def test_checkpointing_is_refused_where_it_is_ignored(stage):
+    assert "training.checkpointing=true is for stage distill" in refusal(
+        f"configs/train_tiny_{stage}.yaml", "training.checkpointing=true"
+    )

@@ -1,5 +1,7 @@
 """Arithmetic between pixels, latent frames, chunks and tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from configs.errors import UserError
@@ -73,3 +75,9 @@ def test_from_config_takes_every_field():
     )
     assert Geometry.from_config(config, latent_channels=48, patch=(1, 1, 1)) == expected
     assert expected.tokens_per_frame == 8 * 12
+
+
+def test_a_network_says_its_channels_and_patch():
+    sizes = SimpleNamespace(in_channels=48, patch_size=[1, 1, 1])
+    geometry = Geometry(height=64, width=96).for_network(sizes)
+    assert geometry.latent_shape(2, 3) == (2, 3, 48, 8, 12) and geometry.tokens_per_frame == 96

@@ -1,8 +1,9 @@
 """What may be other in the configuration of a run that goes on, and what may not.
 
-A resumed run is the run that was stopped. FREE settings change nothing in its numbers; with TUNED ones it goes on from
-here in another way, which is said; any other change is refused, unless `training.accept_changes` names it. The number
-of processes is no setting: it may change as long as `training.global_batch` stays.
+A resumed run is the run that was stopped. FREE settings change nothing in its numbers; with TUNED ones, and with those
+of ROLLOUT where rollouts are made by them, it goes on from here in another way, which is said; any other change is
+refused, unless `training.accept_changes` names it. The number of processes is no setting: it may change as long as
+`training.global_batch` stays.
 """
 
 import json
@@ -30,6 +31,9 @@ FREE = (
     "training.validate_every", "training.validation_clips", "training.export", "training.accept_changes",
     "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
 )  # fmt: skip
+ROLLOUT = tuple(  # what training.distill.fast_rollout makes rollouts by
+    f"inference.{key}" for key in ("attention", "compile", "cuda_graphs", "fused_gelu", "fused_norms")
+)
 KNOBS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "final_lr_share", "max_grad_norm")
 TUNED = (
     "training.steps", "training.micro_batch", "training.precision", "training.ema_decay", "training.ema_start_step",
@@ -92,8 +96,9 @@ def check_changes(before: dict[str, Any], config: Config, logdir: Path) -> None:
             f"{key}={new} was {old} when {logdir} was saved{more}, and a run goes on as it began; set it back, choose "
             f"another --logdir, or name it in training.accept_changes"
         )
+    said = ROLLOUT if config.training.distill.fast_rollout else ()
     for key, (old, new) in changed.items():
-        if not _in(key, FREE):
+        if not _in(key, FREE) or _in(key, said):
             log.warning(
                 "%s was %s and is %s from here on: the run is no longer that of one configuration", key, old, new
             )

@@ -56,7 +56,7 @@ def gradient_audit(
 ) -> Audit:
     """Differentiate the terms one by one; `terms()` computes them all afresh, with their weights, always the same.
 
-    settings: of each term, what switched it on. An empty string: its gradient is known to be cut.
+    settings: of the terms, what switched them on. An empty string: the gradient is known to be cut.
     Raises UserError for a term without a gradient. Leaves no gradient behind.
     """
     names, gradients = [], []
@@ -74,12 +74,10 @@ def gradient_audit(
     norms = products.diagonal().sqrt()
     cosines = products / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
     for name, norm in zip(names, norms.tolist(), strict=True):
-        if not norm > 0 and settings[name]:
+        if not norm > 0 and (name not in settings or settings[name]):
             what = "no gradient" if norm == 0 else f"a gradient of {norm}"
-            raise UserError(
-                f"{settings[name]} switches the {name} term on, but it sends {what} to the student; switch it off, "
-                f"or find out what cuts it"
-            )
+            why = f"{settings[name]} switches the {name} term on, but it" if name in settings else f"the {name} term"
+            raise UserError(f"{why} sends {what} to the student; switch it off, or find out what cuts it")
     return Audit(tuple(names), tuple(norms.tolist()), tuple(tuple(row) for row in cosines.tolist()))
 
 

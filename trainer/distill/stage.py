@@ -94,6 +94,7 @@ class Distill(Stage):
         self.student = Student(self._players["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
         self.critic = Score(self._players["critic"].module)
+        self.geometry = self.geometry.for_network(self.student.model.config)
         self.head, player = flow_head(config, self.geometry.latent_channels, device)
         if player is not None:
             self._players["head"] = player

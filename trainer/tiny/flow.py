@@ -36,7 +36,7 @@ class FlowStage(Supervised):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks, module: nn.Module):
         super().__init__(config, device, ranks, module)
-        self.geometry = Geometry.from_config(config)
+        self.geometry = Geometry.from_config(config).for_network(module.config)
         self.codec = frozen_codec(config, device)
         self.text = frozen_text_encoder(config, device)
         self.world = TinyWorld(config.video.height, config.video.width)

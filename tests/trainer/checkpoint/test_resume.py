@@ -142,12 +142,22 @@ def test_a_run_that_began_with_the_release_of_march_goes_on_with_it(tmp_path, ca
         check_changes(before, of("release"), tmp_path)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_settings_that_rollouts_are_made_by_are_not_free(fast, tmp_path, caplog):
+    text = ["training.ema_start_step=1", f"training.distill.fast_rollout={fast}".lower(), "training.cuda_graphs=false"]
+    before = to_dict(load_config("configs/train_tiny_distill.yaml", text))
+    for change in ("inference.attention=sdpa", "inference.compile=off", "inference.fused_gelu=false"):
+        caplog.clear()
+        check_changes(before, load_config("configs/train_tiny_distill.yaml", [*text, change]), tmp_path)
+        assert ("from here on" in caplog.text) == fast
+
+
 def test_settings_named_in_the_lists_exist():
     from configs.load import _fields
     from configs.schema import Config
-    from trainer.checkpoint.resume import FREE, TUNED
+    from trainer.checkpoint.resume import FREE, ROLLOUT, TUNED
 
-    assert {*FREE, *TUNED} <= _fields(Config, "").keys()
+    assert {*FREE, *ROLLOUT, *TUNED} <= _fields(Config, "").keys()
 
 
 def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, capsys):

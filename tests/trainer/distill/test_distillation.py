@@ -113,6 +113,8 @@ def test_a_term_without_gradient_stops_the_run():
     with pytest.raises(UserError, match="flow.weight=4 switches the flow term on, but it sends no gradient"):
         gradient_audit(terms, [p], settings=settings)
     assert gradient_audit(terms, [p], settings=settings | {"flow": ""}).norms[1] == 0
+    with pytest.raises(UserError, match="the flow term sends no gradient to the student"):
+        gradient_audit(terms, [p], settings={"spatial": "spatial_weight=1"})  # a term that it does not know
     assert p.grad is None
 
 
