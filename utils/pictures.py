@@ -1,29 +1,36 @@
 """Pictures and clips that a video begins with: decoded with limits, and cut to the size that is generated.
 
-A picture is turned as its EXIF says, laid on white where it is transparent, scaled to cover the size and cropped about
-its centre. A clip is the same, frame by frame, at the frame rate that is generated: at each time the newest frame.
+A picture is turned as its EXIF says, converted to sRGB by its ICC profile, laid on white where it is transparent,
+scaled to cover the size and cropped about its centre. A clip is the same, frame by frame, at the frame rate that is
+generated: at each time the newest frame, turned as its display matrix says, with square pixels, and tone-mapped to
+standard dynamic range where it is HDR (PQ or HLG).
 
 Nothing here trusts its input: bytes are counted before they are read, pixels before they are decoded, and Pillow is
 offered JPEG, PNG and WebP alone. Every failure is a UserError that begins with `name`.
 """
 
 import io
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from configs.errors import UserError
+from utils.colour import needs_mapping, to_srgb
+from utils.video import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_CLIP_BYTES = 2 * 2**30
 MAX_PIXELS = 64 * 10**6  # of one picture, before it is scaled
 MAX_CLIP_FRAMES = 36_000  # that are decoded: ten minutes at 60 a second
+SRGB = ImageCms.createProfile("sRGB")
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray  # a file, its content, or pixels uint8 [H, W, 3]
 Clip = str | os.PathLike | np.ndarray  # a file, or frames uint8 [T, H, W, 3] at the rate that is generated
@@ -64,8 +71,16 @@ def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: 
     kept: deque[np.ndarray] = deque(maxlen=frames)
     try:
         with av.open(str(path)) as container:
-            for image in _at_rate(container, fps, path, name):
-                kept.append(fit(image.to_image(), size))
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            if stream.width * stream.height > MAX_PIXELS:
+                raise UserError(f"{name}={path} has {stream.width}x{stream.height} pixels, more than {MAX_PIXELS:,}")
+            for number, (frame, times) in enumerate(_at_rate(container.decode(stream), stream, fps)):
+                if number >= MAX_CLIP_FRAMES:
+                    raise UserError(f"{name}={path} has more than {MAX_CLIP_FRAMES:,} frames; cut it to what matters")
+                if times:
+                    pixels, aspect = _displayed(frame, _rgb(frame), stream.sample_aspect_ratio or Fraction(1))
+                    kept.extend([fit(pixels, size, aspect)] * min(times, frames))
     except UserError:
         raise
     except (OSError, IndexError, ValueError, av.error.FFmpegError) as error:
@@ -75,18 +90,47 @@ def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: 
     return np.stack(kept)
 
 
-def fit(image: Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] of `size` (height, width): scaled to cover it, cropped about the centre."""
+def fit(image: Image.Image | np.ndarray, size: tuple[int, int], pixel_aspect: Fraction = Fraction(1)) -> np.ndarray:
+    """uint8 [H, W, 3] of `size` (height, width): scaled to cover it, cropped about the centre.
+
+    pixel_aspect: width of one pixel of `image` over its height, as it is displayed.
+    """
     if isinstance(image, np.ndarray):
-        if image.shape[:2] == tuple(size):
+        if image.shape[:2] == tuple(size) and pixel_aspect == 1:
             return np.ascontiguousarray(image)
         image = Image.fromarray(image)
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = _in_srgb(ImageOps.exif_transpose(image))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     height, width = size
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+    covered = float(width / height / pixel_aspect)  # width over height, in pixels of `image`, of what is kept of it
+    kept_width, kept_height = min(image.width, covered * image.height), min(image.height, image.width / covered)
+    left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
+    box = (left, top, left + kept_width, top + kept_height)
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit sRGB: mode RGBA where parts are transparent, else RGB."""
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.mode.startswith("I"):  # 16-bit greys, which Pillow's own conversion clips at 255
+        grey = np.asarray(image)
+        if image.has_transparency_data:
+            alpha = Image.fromarray(np.where(grey == image.info["transparency"], 0, 255).astype(np.uint8))
+        image = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if profile:
+        image = image.convert({"LA": "L", "P": "RGB", "RGBA": "RGB", "1": "L"}.get(image.mode, image.mode))
+        try:
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), SRGB, outputMode="RGB")
+        except ImageCms.PyCMSError:  # damaged, or of another kind of pixels: viewers leave it out of account
+            profile = None
+    image = image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
 
 
 def _content(path: str | os.PathLike, name: str) -> bytes:
@@ -113,22 +157,50 @@ def _pixels(array: np.ndarray, dims: int, name: str) -> np.ndarray:
     return array
 
 
-def _at_rate(container: av.container.InputContainer, fps: int, path: Path, name: str) -> Iterator[av.VideoFrame]:
-    """Frames at times 0, 1 / fps, ... of the stream: of each time the newest one; those that nobody needs are left."""
-    stream = container.streams.video[0]
-    stream.thread_count = 1
-    if stream.width * stream.height > MAX_PIXELS:
-        raise UserError(f"{name}={path} has {stream.width}x{stream.height} pixels, more than {MAX_PIXELS:,}")
-    begin, due, before = None, 0, None
-    for number, frame in enumerate(container.decode(stream)):
-        if number >= MAX_CLIP_FRAMES:
-            raise UserError(f"{name}={path} has more than {MAX_CLIP_FRAMES:,} frames; cut it to what matters")
-        rate = float(stream.average_rate or fps)
-        time = number / rate if frame.time is None else frame.time
-        begin = time if begin is None else begin
-        while before is not None and due / fps < time - begin - 1e-6:
-            yield before
-            due += 1
+def _at_rate(frames: Iterator[av.VideoFrame], stream: av.VideoStream, fps: int) -> Iterator[tuple[av.VideoFrame, int]]:
+    """Every frame, with how many of the times 0, 1 / fps, 2 / fps, ... it shows at; the last one shows once at most."""
+    rate = stream.base_rate or stream.average_rate or Fraction(fps)
+    before, time, begin, due = None, Fraction(0), None, 0
+    for number, frame in enumerate(frames):
+        if frame.pts is None:
+            time = number / rate
+        else:
+            begin = frame.pts if begin is None else begin
+            # half a tick of rounding for this frame, and half a tick for the first one
+            time = _exact((frame.pts - begin) * frame.time_base, rate, frame.time_base / (1 if begin else 2))
+        if before is not None:
+            times = max(0, math.ceil(time * fps) - due)
+            due += times
+            yield before, times
         before = frame
     if before is not None:
-        yield before
+        lasts = max(1 / rate, (before.duration - 1) * before.time_base)  # a duration is rounded, too
+        yield before, int(Fraction(due, fps) < time + lasts)
+
+
+def _exact(time: Fraction, rate: Fraction, rounding: Fraction) -> Fraction:
+    """The time of a frame of `rate` a second that a container rounded to `time`; `time` itself if it fits none.
+
+    Matroska, WebM and FLV count milliseconds, GIF hundredths: at 16 a second their frame 1 begins at 0.063 and 0.06 s.
+    """
+    nearest = round(time * rate) / rate
+    return nearest if abs(nearest - time) <= rounding else time
+
+
+def _displayed(frame: av.VideoFrame, pixels: np.ndarray, pixel_aspect: Fraction) -> tuple[np.ndarray, Fraction]:
+    """Pixels turned and mirrored as the frame's display matrix says, and the aspect of one of them then."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels, pixel_aspect
+    # stored (x, y) is displayed at (a x + c y, b x + d y)
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3).tolist()
+    if abs(b) > abs(a):  # a quarter turn
+        return pixels.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1], 1 / pixel_aspect
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], pixel_aspect
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame's stored pixels as uint8 [H, W, 3], sRGB."""
+    if not needs_mapping(frame.color_trc, frame.color_primaries):
+        return to_rgb(frame)
+    return to_srgb(to_rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)

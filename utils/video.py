@@ -16,6 +16,7 @@ from configs.errors import UserError
 from utils.files import atomic_path
 
 ENCODER_THREADS = 4  # x264's output depends on this number: fixed, so that the machine's cores do not count
+UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, which PyAV has no name for
 CELL_WIDTH = 160  # pixels; frames of a contact sheet are shrunk to at most this
 BORDER = (255, 200, 0)  # the bar at the left of a chunk's first frame
 
@@ -70,19 +71,32 @@ def add_h264(file: av.container.OutputContainer, fps: int, size: tuple[int, int]
     return stream
 
 
-def to_yuv(image: np.ndarray, index: int, fps: int) -> av.VideoFrame:
-    """uint8 `[H, W, 3]` as frame number `index`, yuv420p, BT.709 in limited range."""
+def to_yuv(image: np.ndarray, index: int, fps: int, matrix: Colorspace = Colorspace.ITU709) -> av.VideoFrame:
+    """uint8 `[H, W, 3]` as frame number `index`, yuv420p in limited range."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    frame = frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
     frame.pts, frame.time_base = index, Fraction(1, fps)
     return frame
+
+
+def assumed_matrix(height: int, width: int) -> Colorspace:
+    """The YCbCr matrix that players assume where a file names none: BT.601 up to the size of a DVD, then BT.709."""
+    return Colorspace.ITU709 if height > 576 or width >= 1280 else Colorspace.ITU601
+
+
+def to_rgb(frame: av.VideoFrame, format: str = "rgb24") -> np.ndarray:
+    """A decoded frame's stored pixels `[H, W, 3]`, by the YCbCr matrix that it names or that players assume."""
+    matrix = None
+    if frame.colorspace == UNSPECIFIED and not (frame.format.is_rgb or frame.format.has_palette):
+        matrix = assumed_matrix(frame.height, frame.width)
+    return frame.to_ndarray(format=format, src_colorspace=matrix)
 
 
 def read_video(path: str | os.PathLike) -> np.ndarray:
     """All frames of a video file, uint8 `[T, H, W, 3]`. UserError for a file that is missing or holds no video."""
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            frames = [to_rgb(frame) for frame in container.decode(video=0)]
     except (OSError, IndexError, av.error.FFmpegError) as error:
         raise UserError(f"{path} cannot be read as a video ({error}); give the path of a whole video file") from error
     if not frames:

@@ -1,7 +1,8 @@
 """Video that is written while it grows and may never end: to a file or a pipe, each frame there soon after it is given.
 
     fmp4   H.264 in fragments of at most a second: what was written plays, whenever the writing stops, even if killed
-    y4m    YUV4MPEG2, 4:2:0, limited range: what ffplay, mpv and x264 read from a pipe
+    y4m    YUV4MPEG2, 4:2:0, limited range: what ffplay, mpv and x264 read from a pipe; its header cannot name a matrix,
+           so the colours are written by the one that players assume for the size
     raw    RGB, 8 bits each, frame after frame, and nothing else
 
 Frames are uint8 `[T, H, W, 3]`, RGB.
@@ -17,7 +18,7 @@ import av
 import numpy as np
 
 from configs.errors import UserError
-from utils.video import add_h264, to_yuv
+from utils.video import add_h264, assumed_matrix, to_yuv
 
 KINDS = ("fmp4", "y4m", "raw")
 FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
@@ -81,7 +82,8 @@ class LiveWriter:
             if self.kind == "raw":
                 self._out.write(image.tobytes())
             elif self.kind == "y4m":
-                self._out.write(b"FRAME\n" + to_yuv(image, 0, self.fps).to_ndarray().tobytes())
+                yuv = to_yuv(image, 0, self.fps, assumed_matrix(*self.size))
+                self._out.write(b"FRAME\n" + yuv.to_ndarray().tobytes())
             else:
                 self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
             self.frames_written += 1

@@ -58,6 +58,21 @@ def test_what_is_written_to_a_pipe_is_what_is_read(kind):
     assert np.abs(read.mean((1, 2, 3)) - frames.mean((1, 2, 3))).max() < 4
 
 
+@pytest.mark.parametrize("size, red, blue", [((32, 48), 0.299, 0.114), ((720, 1280), 0.2126, 0.0722)])
+def test_y4m_has_the_colours_that_players_assume(size, red, blue):
+    """A y4m header names no matrix. BT.601 is assumed up to 576 lines, as for DVDs, and BT.709 above."""
+    out, colour = io.BytesIO(), (200, 30, 60)
+    with LiveWriter(out, 16, size, "y4m") as writer:
+        writer.write(np.full((1, *size, 3), colour, np.uint8))
+    planes = np.frombuffer(out.getvalue().split(b"FRAME\n", 1)[1], np.uint8)
+    pixels = size[0] * size[1]
+    y, u, v = (float(np.median(part)) for part in np.split(planes, [pixels, pixels * 5 // 4]))
+    y, u, v = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
+    r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
+    g = (y - red * r - blue * b) / (1 - red - blue)
+    assert np.abs(np.array([r, g, b]) * 255 - colour).max() < 3
+
+
 def test_raw_is_the_pixels():
     out = io.BytesIO()
     with LiveWriter(out, 16, (32, 48), "raw") as writer:

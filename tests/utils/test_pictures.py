@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import alike
-from PIL import Image
+from PIL import Image, ImageCms
 from test_bad_input import refused  # noqa: F401  (fixture)
 from test_inference_cli import PROMPT, cli, files  # noqa: F401  (fixture)
 
@@ -69,6 +69,57 @@ def test_a_picture_is_turned_as_its_exif_says_and_laid_on_white():
     clear = Image.new("RGBA", SIZE[::-1], (255, 0, 0, 0))
     assert (read_picture(encoded(clear), SIZE) == 255).all()
     assert read_picture(encoded(Image.new("L", (9, 9), 7)), SIZE).max() == 7
+
+
+def test_sixteen_bit_greys_keep_their_range():
+    ramp = np.tile(np.linspace(0, 65535, 48).round().astype(np.uint16), (32, 1))
+    for options in ({}, {"transparency": 65535}):
+        found = read_picture(encoded(Image.fromarray(ramp), **options), SIZE).astype(int)
+        assert np.abs(found - ramp[..., None] / 257).max() <= 1
+    assert (read_picture(encoded(Image.fromarray(ramp), transparency=0), SIZE)[:, 0] == 255).all(), "laid on white"
+    wide = Image.fromarray(ramp.astype(np.int32))
+    assert np.abs(read_picture(wide, SIZE).astype(int)[..., 0] - ramp / 257).max() <= 1
+
+
+def display_p3() -> bytes:
+    """An ICC profile: that of sRGB with the primaries of Display P3, as its colorants in D50."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    colorants = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189)}
+    colorants |= {b"bXYZ": (0.15710, 0.06657, 0.78407)}
+    for i in range(struct.unpack(">I", data[128:132])[0]):
+        name, offset, _ = struct.unpack(">4sII", data[132 + 12 * i : 144 + 12 * i])
+        if name in colorants:
+            data[offset + 8 : offset + 20] = struct.pack(">3i", *(round(value * 65536) for value in colorants[name]))
+    return bytes(data)
+
+
+P3, IN_SRGB = (220, 60, 40), (239, 35, 17)  # one colour as Display P3 and as sRGB have it
+
+
+@pytest.mark.parametrize(
+    "kind, mode, options",
+    [
+        ("png", "RGB", {}),
+        ("png", "RGBA", {}),
+        ("png", "P", {}),
+        ("jpeg", "RGB", {"quality": 100, "subsampling": 0}),
+        ("webp", "RGBA", {"lossless": True}),
+    ],
+)
+def test_icc_profiles_are_converted_to_srgb(kind, mode, options):
+    image = Image.new("RGB", SIZE[::-1], P3).convert(mode, palette=Image.Palette.ADAPTIVE)
+    content = encoded(image, kind, icc_profile=display_p3(), **options)
+    assert np.abs(read_picture(content, SIZE).astype(int) - IN_SRGB).max() <= 4
+    damaged = encoded(image, kind, icc_profile=display_p3()[:300], **options)
+    assert np.abs(read_picture(damaged, SIZE).astype(int) - P3).max() <= 4, "as viewers do"
+
+
+def test_profiles_for_another_kind_of_pixels_are_left_out():
+    for mode, colour in (("L", 70), ("LA", (70, 255)), ("1", 255), ("CMYK", (0, 0, 0, 185))):
+        image = Image.new(mode, SIZE[::-1], colour)
+        image.info["icc_profile"] = display_p3()
+        plain = Image.new(mode, SIZE[::-1], colour)
+        assert np.array_equal(read_picture(image, SIZE), read_picture(plain, SIZE))
 
 
 def giant() -> bytes:
