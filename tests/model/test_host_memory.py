@@ -39,7 +39,7 @@ print(json.dumps(out))
 
 def test_peak_is_seen():
     """In pages of its own: an allocator may hand out old ones."""
-    size, deadline = 50_000_000, time.monotonic() + 30
+    size, deadline = 50_000_000, time.monotonic() + 300
     with HostPeak() as peak, mmap.mmap(-1, size, mmap.MAP_PRIVATE) as block:
         block.write(b"x" * size)
         while peak.own < 0.9 * size and time.monotonic() < deadline:
@@ -59,7 +59,7 @@ def test_loading_takes_no_second_copy(tmp_path):
     torch.save({"generator": {f"model.{name}": state.read(name) for name in state.shapes}}, tmp_path / "sf.pt")
     cases.append((str(tmp_path / "sf.pt"), "bfloat16"))
     run = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(cases)], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, "-c", LOAD, json.dumps(cases)], capture_output=True, text=True, cwd=ROOT, timeout=900
     )
     assert run.returncode == 0, run.stderr
     narrowed, mapped, widened, pickled = json.loads(run.stdout.splitlines()[-1])

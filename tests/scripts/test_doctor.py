@@ -39,7 +39,7 @@ def test_it_is_quick_and_imports_nothing_heavy(tiny_assets):
         "assert not heavy, heavy; sys.exit(code)"
     )
     begin = os.times()
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     took = os.times()  # of the CPU: by the clock it depends on what else the machine does
     assert took.children_user + took.children_system - begin.children_user - begin.children_system < 3

@@ -104,7 +104,7 @@ def run(*arguments, endpoint: str, **environment) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "download.py"), *map(str, arguments)],
         env=kept | home | {"HF_ENDPOINT": endpoint, "GITHUB_ENDPOINT": endpoint} | environment,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def start(script: Path, *arguments: str, **variables: str) -> subprocess.Popen:
 def run(script: Path, *arguments: str, code: int = 0, **variables: str) -> tuple[str, str]:
     """(standard output, standard error) of a script that must end with `code`."""
     process = start(script, *arguments, **variables)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     return out.strip(), err.strip()
 
@@ -72,7 +72,7 @@ def test_syntax(script):
 def test_a_fresh_checkout_is_set_up_once_even_by_two_at_once(checkout):
     script, arguments = checkout / "inference.sh", ["--prompt", "a red circle  moves", "--seed", "3", "a.b=c"]
     pair = [start(script, *arguments) for _ in range(2)]
-    ends = [process.communicate(timeout=60) for process in pair]
+    ends = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     assert sum("making a virtual environment" in err for _, err in ends) == 1
     prefix, cwd, *called_with = json.loads(ends[0][0])

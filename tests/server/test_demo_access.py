@@ -31,7 +31,7 @@ def tracebacks(caplog):
     return lambda: [record.exc_text for record in caplog.records if record.exc_info]
 
 
-def until(condition, seconds: float = 10) -> bool:
+def until(condition, seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -81,7 +81,7 @@ def test_no_header_and_no_path_is_a_fault_of_the_server(serve, options, tracebac
     heads += [f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n" for path in (*paths, "/?token=%ff", f"/{query}")]
     heads += [f"GET /{query} HTTP/1.0\r\n\r\n", f"GET /{query} HTTP/1.1\r\n\r\n"]
     for head in heads:
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as line:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as line:
             line.sendall(head.encode("latin-1"))
             answer = line.recv(4096)
         assert answer.startswith(b"HTTP/1.1 ") and int(answer[9:12]) < 500, (head, answer)
@@ -159,7 +159,7 @@ def test_unfinished_uploads_are_bounded(serve):  # noqa: F811
     port = serve(limits=Limits(visitors=2))
 
     def begin(visitor: str) -> http.client.HTTPConnection:
-        line = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         line.putrequest("POST", f"/image/{visitor}")
         line.putheader("Content-Length", str(MAX_UPLOAD))
         line.endheaders()

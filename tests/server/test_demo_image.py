@@ -17,7 +17,7 @@ RED = encoded(Image.new("RGB", (300, 200), (200, 30, 30)))
 
 
 def post(port: int, path: str, body: bytes, **headers) -> tuple[int, str]:
-    line = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         line.request("POST", f"/{path}", body, headers)
         answer = line.getresponse()

@@ -53,7 +53,7 @@ def keep(page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
-def wait(page, condition: str, seconds: float = 10) -> None:
+def wait(page, condition: str, seconds: float = 120) -> None:
     """Until `condition` is true in the page. Playwright's own wait would need `eval`, which the page forbids."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(condition):

@@ -82,7 +82,7 @@ def run(code: str, folder: Path, **options) -> subprocess.CompletedProcess:
     start = f"import sys\nsys.path.insert(0, {str(CHECKOUT)!r})\nfrom utils import exits\nexits.guard(__name__)\n"
     (folder / "program.py").write_text(f"{start}def main():\n{body}\nexits.run(main)\n", encoding="utf-8")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder} | options
-    return subprocess.run([sys.executable, "program.py"], timeout=60, **options)
+    return subprocess.run([sys.executable, "program.py"], timeout=300, **options)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -116,7 +116,7 @@ def test_standard_output_that_is_closed(tmp_path):
     (tmp_path / "start.sh").write_text('exec "$0" program.py >&-\n')
     run("print('x'); open('made', 'w').close()", tmp_path)
     (tmp_path / "made").unlink()
-    subprocess.run(["bash", "-c", 'exec "$0" program.py >&-', sys.executable], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(["bash", "-c", 'exec "$0" program.py >&-', sys.executable], cwd=tmp_path, check=True, timeout=300)
     assert (tmp_path / "made").exists()
 
 
@@ -132,7 +132,7 @@ def test_a_python_without_our_packages_is_told_what_to_run(program, tmp_path):
     """-S: the interpreter that .venv was made from, with none of the packages."""
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     command = [sys.executable, "-S", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

@@ -130,10 +130,10 @@ def test_files_too_large_to_be_prompts_are_not_read(tmp_path, name, size):
 def test_refused(tmp_path, case):
     content, message = REFUSED[case]
     (tmp_path / "p.txt").write_bytes(content)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(UserError, match=message) as caught:
         read_prompts(tmp_path / "p.txt")
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 

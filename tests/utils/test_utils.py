@@ -108,7 +108,7 @@ def test_leftovers_of_killed_processes_go_and_those_of_live_ones_stay(tmp_path, 
     with kind(tmp_path / "other") as partial:
         (partial / "file" if partial.is_dir() else partial).write_text("x")
         assert not (tmp_path / names[0]).exists() and (tmp_path / names[1]).exists()
-    live.communicate("\n", timeout=30)
+    live.communicate("\n", timeout=300)
     assert live.returncode == 0
     whole = tmp_path / "whole"
     assert (whole / "file" if whole.is_dir() else whole).read_text() == "second"
@@ -339,7 +339,7 @@ def test_process_group_of_two():
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(2)
     ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
 
 
 def test_devices_and_precision():
@@ -356,15 +356,12 @@ def test_devices_and_precision():
     assert 1 <= available_cpus() <= os.cpu_count()
 
 
-def test_timer_names_spans_and_adds_up():
+def test_timer_names_spans_and_adds_up(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", iter([10.0, 12.0, 12.5, 16.5]).__next__)
     timer = SpanTimer(torch.device("cpu"))
-    time.sleep(0.02)
-    timer.mark("sleep")
-    timer.mark("nothing")
-    time.sleep(0.02)
-    timer.mark("sleep")
-    spans = timer.spans()
-    assert list(spans) == ["sleep", "nothing"] and 0.04 <= spans["sleep"] < 0.5 and spans["nothing"] < 0.02
+    for name in ("long", "short", "long"):
+        timer.mark(name)
+    assert timer.spans() == {"long": 2.0 + 4.0, "short": 0.5} and list(timer.spans()) == ["long", "short"]
 
 
 def test_progress_bar_says_nothing_without_a_terminal(capfd):

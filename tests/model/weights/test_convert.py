@@ -243,5 +243,5 @@ def test_no_second_copy_in_memory(tmp_path, form):
     (source / "config.json").write_text(json.dumps(config))
     arguments = [str(source), str(tmp_path / ("out.pt" if form == "self-forcing" else "out")), "--to", form]
     code = MEMORY.format(root=str(ROOT), arguments=arguments)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     assert int(run.stdout.split("anonymous bytes")[1]) < 0.25 * size

@@ -19,7 +19,8 @@ LOADERS = {
     "text_encoder": lambda path: weights.load_text_encoder(path, path.parent, 8),
     "tiny_decoder": weights.load_tiny_decoder,
 }
-MOST_SECONDS = 5
+MOST_SECONDS = 5  # of this process's own time, so that others of a busy machine do not count
+HANGS = 120  # seconds of the clock
 MOST_MEMORY = 2 << 30  # bytes
 
 
@@ -37,15 +38,15 @@ def watched(tmp_path):
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     def late(*_):
-        raise BaseException(f"not refused within {MOST_SECONDS} s")
+        raise BaseException(f"not refused within {HANGS} s")
 
     handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(MOST_SECONDS)
-    begin = time.perf_counter()
+    signal.alarm(HANGS)
+    begin = time.process_time()
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, handler)
-    assert time.perf_counter() - begin < MOST_SECONDS
+    assert time.process_time() - begin < MOST_SECONDS
     assert virtual()[1] <= max(peak, now + MOST_MEMORY)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 <= resident + MOST_MEMORY
     new = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}

@@ -1,5 +1,6 @@
 """The training benchmark: layouts, phases, sums, projection, plan without GPUs, and the check against one rank."""
 
+import itertools
 import json
 import shlex
 import signal
@@ -59,15 +60,16 @@ def test_a_check_counts_its_runs(monkeypatch):
 
 def test_what_compiles_has_more_of_the_budget(tmp_path, monkeypatch):
     """In proportion to what it takes; and what was left out is said before the tables."""
-    monkeypatch.setattr(script, "START", time.time())
+    monkeypatch.setattr(script, "START", 1000.0)
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: 1000.0))  # which stands still
     limits = {}
 
     def start(self, gpus: int, spec: dict, limit: float) -> str:
-        limits["training.compile=true" in spec["settings"], spec["check"]] = spec["deadline"] - time.time() + 10
+        limits["training.compile=true" in spec["settings"], spec["check"]] = spec["deadline"] - 1000 + 10
         return "not run"
 
     monkeypatch.setattr(script.Bench, "_start", start)
-    args = script.parse(["--layouts", "none:1", "none:1,training.compile=true", "--budget", "300", *SMALL])
+    args = script.parse(["--layouts", "none:1", "none:1,training.compile=true", "--budget", "3600", *SMALL])
     bench, jobs = script.Bench(args, tmp_path), [script.Job(layout) for layout in args.layouts]
     for job in (*jobs, script.Job(args.layouts[0], layers=2), script.Job(args.layouts[1], layers=2)):
         bench.run(job, [job, *jobs])
@@ -101,7 +103,9 @@ def test_what_is_inside_counts_for_the_inner_phase_alone(monkeypatch):
     assert seconds == {"outside": 1.0, "outer": 2.0 + 4.0 + 6.0, "inner": 3.0 + 5.0}
 
 
-def test_watching_changes_no_number_and_misses_no_time(tiny_assets):
+def test_watching_changes_no_number_and_misses_no_time(tiny_assets, monkeypatch):
+    """By a clock that moves on whenever it is read."""
+    monkeypatch.setattr(timers.time, "perf_counter", itertools.count().__next__)
     plain, watched = distill_stage(tiny_assets), distill_stage(tiny_assets)
     watch, seconds = Watch(watched, CPU), 0.0
     for step in range(3):
@@ -110,7 +114,7 @@ def test_watching_changes_no_number_and_misses_no_time(tiny_assets):
         found = watch.run(lambda step=step: watched.update(step))
         spent = time.perf_counter() - began
         seconds = sum(s for phases in found.values() for s in phases.values())
-        assert 0.5 * spent < seconds <= spent
+        assert 0 < seconds <= spent <= seconds + 4, "a few readings are made outside"
         assert bool(found["generator"]) == (step == 0) and found["critic"]["critic forward with grad"] > 0
     for name in ("generator", "critic"):
         a, b = (one.players[name].module.state_dict() for one in (plain, watched))
@@ -140,7 +144,7 @@ def test_a_call_ends_with_tables_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script.Bench, "_start", in_this_process)
     file = tmp_path / "found.json"
     layouts = ["none:1,accumulate=2", "none:1,training.sharding=most"]
-    assert script.main(["--layouts", *layouts, "--json", str(file), "--budget", "300", *SMALL]) == 0
+    assert script.main(["--layouts", *layouts, "--json", str(file), "--budget", "3600", *SMALL]) == 0
     found = json.loads(file.read_text())
     ran, refused = found["layouts"]
     assert refused["why"].startswith("refused: training.sharding=most") and ran["whole"]
@@ -190,7 +194,7 @@ def test_a_checkpoint_is_timed_and_removed(tmp_path, monkeypatch):
 def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
     """Through torchrun, in float32; and a difference is seen."""
     monkeypatch.setattr(script, "START", time.time())
-    args = script.parse(["--layouts", "full:2", "--budget", "300", *SMALL])
+    args = script.parse(["--layouts", "full:2", "--budget", "3600", *SMALL])
     bench, starts = script.Bench(args, tmp_path), script.Bench._start
     monkeypatch.setattr(
         script.Bench, "_start", lambda self, gpus, *rest: (starts if gpus > 1 else in_this_process)(self, gpus, *rest)
@@ -260,13 +264,13 @@ def test_communication_that_nothing_hides():
 
 
 def test_a_process_that_does_not_end_is_ended(tmp_path):
-    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
     rank, parent = (subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) for _ in range(2))
     assert rank.stdout.readline() and parent.stdout.readline()
     file = tmp_path / "1.pid0"
     file.write_text(str(rank.pid))
     script.end(parent, [file])
-    assert parent.wait(5) == rank.wait(5) == -signal.SIGKILL
+    assert parent.wait(60) == rank.wait(60) == -signal.SIGKILL
 
 
 def test_sums():

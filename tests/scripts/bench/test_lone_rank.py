@@ -91,7 +91,7 @@ def test_a_layout_alone_is_measured_in_one_process(tmp_path, monkeypatch):
     layout = "sequence:2,alone=true"
     small = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6", "training.micro_batch=1"]
     small += ["training.distill.dfake_gen_update_ratio=2", "--save", str(tmp_path / "disk")]
-    args = script.parse(["--layouts", layout, "full:2", "--link_gb_s", "0.5", "--budget", "300", *small])
+    args = script.parse(["--layouts", layout, "full:2", "--link_gb_s", "0.5", "--budget", "3600", *small])
     assert [one.processes for one in args.layouts] == [1, 2]
     found = script.Bench(args, tmp_path).run(script.Job(args.layouts[0]))
     assert found["whole"] and found["ranks"] == 2 and found["timed"] == {"generator": 2, "critic": 3}
@@ -115,7 +115,7 @@ def test_machines_of_a_rank_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     small = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6", "training.micro_batch=1"]
     small += ["training.distill.dfake_gen_update_ratio=1"]
-    args = script.parse(["--layouts", "hybrid:16,alone=true", "full:16,alone=true", "--budget", "300", *small])
+    args = script.parse(["--layouts", "hybrid:16,alone=true", "full:16,alone=true", "--budget", "3600", *small])
     bench = script.Bench(args, tmp_path)
     hybrid, full = (bench.run(script.Job(layout))["sent_bytes"] for layout in args.layouts)
     assert hybrid != pytest.approx(full, rel=1e-3)

@@ -134,7 +134,7 @@ def test_a_browser_shows_every_clip(folders, tmp_path):
     sort = "<script>document.querySelectorAll('#clips th button')[3].click()</script></body>"
     page.write_text(report_page(parts).replace("</body>", sort), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
-    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True).stdout
     body = re.search(r'<table id="clips">.*?<tbody>(.*?)</tbody>', dom, re.DOTALL).group(1)
     assert body.count("<tr>") == 6 and dom.count("data:image/jpeg;base64,") >= 6 and dom.count("<svg") == 30
     assert "<img src=x" not in body and "&lt;img src=x" in body, "a prompt is text"

@@ -27,7 +27,7 @@ def start(assets: Path, out: Path, ranks: int, *overrides: str) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         program = [sys.executable, *launch, *program[1:]]
     done = subprocess.run(
-        [*program, str(assets), str(out), *BATCH, *overrides], env=env, capture_output=True, text=True, timeout=300
+        [*program, str(assets), str(out), *BATCH, *overrides], env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

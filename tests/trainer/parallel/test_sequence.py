@@ -103,9 +103,9 @@ class Threads(SequenceGroup):
     def same(self, x, source=0):
         if self.rank == source:
             self.slot[0] = x
-        self.barrier.wait(60)
+        self.barrier.wait(300)
         x = self.slot[0]
-        self.barrier.wait(60)
+        self.barrier.wait(300)
         return x
 
 
