@@ -2,9 +2,10 @@
 
     manifest.json                 what this file describes; written last, so a folder without it is not finished
     prompts.json                  the prompts, in the order of their embeddings
-    text_00000.safetensors ...    of some hundred prompts each: `text` [rows, dim], and `ends` [prompts + 1], so that
-                                  prompt i of the file has rows ends[i] to ends[i + 1]; the zeros after a prompt's end,
-                                  which are most of [text_tokens, dim], are left out
+    text_00000.safetensors ...    of some hundred prompts each: `text` [rows, dim], `ends` [prompts + 1], so that prompt
+                                  i of the file has rows ends[i] to ends[i + 1], and `sums` [prompts], the CRC-32 of
+                                  prompt and rows; the zeros after a prompt's end, which are most of [text_tokens,
+                                  dim], are left out
 """
 
 import hashlib
@@ -14,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.reading import ordinary_file
 from model.weights.files import read_json, resolve
-from utils.files import write_json_atomic
+from utils.files import parse_json, write_json_atomic
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.json"
+MAX_PROMPTS = 1 << 29  # bytes of prompts.json; of the 250,000 of VidProM 200 MB
 FIELD = "training.distill.encoded_prompts"
 AGAIN = "make it again with scripts/encode_prompts.py"
 
@@ -36,6 +39,18 @@ class Manifest:
     prompts_sha256: str  # of prompts.json
     counts: list[int]  # prompts in each file
     sizes: list[int]  # bytes of each file
+    checks: list[str]  # SHA-256 of each file's ends and sums
+
+    def __post_init__(self):
+        whole = {"text_tokens": int, "dim": int, "dtype": str, "encoder": str, "encoder_path": str}
+        wrong = [name for name, kind in whole.items() if type(vars(self)[name]) is not kind]
+        lists = {"counts": int, "sizes": int, "checks": str}
+        for name, kind in lists.items():
+            values = vars(self)[name]
+            if type(values) is not list or any(type(v) is not kind or (kind is int and v < 1) for v in values):
+                wrong.append(name)
+        if wrong or len({len(vars(self)[name]) for name in lists}) != 1 or not self.counts:
+            raise ValueError(f"its {(wrong or ['counts'])[0]} cannot be")
 
     def write(self, folder: Path) -> None:
         write_json_atomic(folder / MANIFEST, asdict(self))
@@ -63,8 +78,11 @@ def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest
         raise UserError(f"{FIELD}={path} is not finished; start scripts/encode_prompts.py again, which goes on")
     try:
         manifest = Manifest(**read_json(FIELD, folder / MANIFEST))
-    except TypeError as error:
-        raise UserError(f"{FIELD}={path} has a {MANIFEST} of another version; {AGAIN}") from error
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = "is of another version" if isinstance(error, TypeError) else f"is damaged ({error})"
+        raise UserError(f"{FIELD}={path}: {MANIFEST} {reason}; {AGAIN}") from error
     for index, size in enumerate(manifest.sizes):
         file = folder / file_name(index)
         if not file.is_file() or file.stat().st_size != size:
@@ -80,10 +98,12 @@ def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest
 
 def read_list(folder: Path, manifest: Manifest) -> list[str]:
     """The prompts, in the order of their embeddings."""
+    ordinary_file(FIELD, folder / PROMPTS, MAX_PROMPTS, fix=AGAIN)
     try:
-        prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+        prompts = parse_json((folder / PROMPTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{FIELD}={folder}: {PROMPTS} cannot be read ({error}); {AGAIN}") from error
-    if prompts_hash(prompts) != manifest.prompts_sha256:
+    listed = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    if not listed or prompts_hash(prompts) != manifest.prompts_sha256 or len(prompts) != sum(manifest.counts):
         raise UserError(f"{FIELD}={folder}: {PROMPTS} is not the list that was encoded; {AGAIN}")
     return prompts

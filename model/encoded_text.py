@@ -7,9 +7,10 @@ there writes the manifest.
 
 import hashlib
 import json
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from model.encoded_manifest import (
     read_manifest,
 )
 from model.text import TextEncoder
-from model.weights.files import TOKENIZER_FILES, find_tokenizer, resolve
+from model.weights.files import TOKENIZER_FILES, find_tokenizer, open_safetensors, resolve
 from model.weights.plans import plan_text_encoder
 from utils.device import DTYPES
 from utils.files import atomic_path, sampled_hash, sha256_of, write_json_atomic
@@ -53,6 +54,21 @@ def rows_of(encoder: TextEncoder, prompts: Sequence[str], dtype: torch.dtype) ->
     _, mask = encoder.tokenize(prompts)
     text, lengths = encoder(prompts).to(dtype).cpu(), mask.sum(1).tolist()
     return [row[:length].clone() for row, length in zip(text, lengths, strict=True)]
+
+
+def _sum(prompt: str, rows: Tensor) -> int:
+    """CRC-32 of a prompt and its embeddings."""
+    return zlib.crc32(rows.contiguous().view(torch.uint8).numpy(), zlib.crc32(prompt.encode()))
+
+
+def _tables(path: Path) -> tuple[Tensor, Tensor]:
+    """`ends` [prompts + 1] and `sums` [prompts] of a file."""
+    tensors = open_safetensors(FIELD, path)
+    return tensors.read("ends"), tensors.read("sums")
+
+
+def _check(ends: Tensor, sums: Tensor) -> str:
+    return hashlib.sha256(ends.numpy().tobytes() + sums.numpy().tobytes()).hexdigest()
 
 
 class EncodingJob:
@@ -88,7 +104,8 @@ class EncodingJob:
             return False
         try:
             with safe_open(path, "pt") as file:  # refuses a file that is shorter than its header says
-                return (file.metadata() or {}).get("key") == self.key(index)
+                whole = {"text", "ends", "sums"} == set(file.keys())
+                return whole and (file.metadata() or {}).get("key") == self.key(index)
         except SafetensorError:
             return False
 
@@ -99,8 +116,11 @@ class EncodingJob:
         """Encode the prompts of one file."""
         rows = [row for batch in self.files[index] for row in encode(batch)]
         ends = torch.tensor([0, *accumulate(len(row) for row in rows)])
+        prompts = [prompt for batch in self.files[index] for prompt in batch]
+        sums = torch.tensor([_sum(prompt, row) for prompt, row in zip(prompts, rows, strict=True)])
         with atomic_path(self.folder / file_name(index)) as path:
-            save_file({"text": torch.cat(rows), "ends": ends}, path, metadata={"key": self.key(index)})
+            tensors = {"text": torch.cat(rows), "ends": ends, "sums": sums}
+            save_file(tensors, path, metadata={"key": self.key(index)})
 
     def finish(self) -> bool:
         """Write the manifest if every file is there; whether it is."""
@@ -109,7 +129,9 @@ class EncodingJob:
         write_json_atomic(self.folder / PROMPTS, self.prompts)
         sizes = [(self.folder / file_name(i)).stat().st_size for i in range(len(self.files))]
         counts = [sum(map(len, batches)) for batches in self.files]
-        manifest = Manifest(prompts_sha256=prompts_hash(self.prompts), counts=counts, sizes=sizes, **self.facts)
+        checks = [_check(*_tables(self.folder / file_name(i))) for i in range(len(self.files))]
+        facts = self.facts | {"counts": counts, "sizes": sizes, "checks": checks}
+        manifest = Manifest(prompts_sha256=prompts_hash(self.prompts), **facts)
         manifest.write(self.folder)
         return True
 
@@ -127,10 +149,29 @@ class EncodedText:
                 f"{FIELD}={path} was made by another text encoder ({self.manifest.encoder_path}) than "
                 f"model.text_encoder={model.text_encoder}; name that one, or {AGAIN}"
             )
+        if self.manifest.dtype not in DTYPES:
+            raise UserError(f"{FIELD}={path} holds numbers of type {self.manifest.dtype[:40]}; {AGAIN}")
         self.device, self.text_tokens, self.dim = device, self.manifest.text_tokens, self.manifest.dim
         listed = read_list(self.folder, self.manifest)
         self.index = {prompt: i for i, prompt in reversed(list(enumerate(listed)))}  # the first of equal ones
         self.starts = [0, *accumulate(self.manifest.counts)]
+        self.tables = [self._open(number) for number in range(len(self.manifest.counts))]
+
+    def _open(self, number: int) -> tuple[list[int], list[int]]:
+        """`ends` and `sums` of a file, which are those of the manifest, and agree with its text."""
+        path, most = self.folder / file_name(number), self.text_tokens
+        text = open_safetensors(FIELD, path).shapes.get("text")
+        try:
+            ends, sums = _tables(path)
+        except (KeyError, SafetensorError):
+            ends = sums = torch.zeros(0)
+        told = ends.flatten().tolist()
+        lengths = [end - begin for begin, end in pairwise(told)]
+        whole = _check(ends, sums) == self.manifest.checks[number] and text == (told[-1], self.dim)
+        whole = whole and told[0] == 0 and all(0 <= length <= most for length in lengths)
+        if not whole or not len(lengths) == len(sums) == self.manifest.counts[number]:
+            raise UserError(f"{FIELD}={self.folder}: {path.name} is not the file that was written; {AGAIN}")
+        return told, sums.tolist()
 
     def require(self, prompts: Iterable[str]) -> None:
         """Refuse, before the first step, what would be missing at a later one."""
@@ -147,14 +188,21 @@ class EncodedText:
         shape, dtype = (len(prompts), self.text_tokens, self.dim), DTYPES[self.manifest.dtype]
         host = torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         for row, prompt in zip(host, prompts, strict=True):
-            found = self._read(self.index[prompt])
+            found = self._read(prompt)
             row[: len(found)] = found
         return host.to(self.device, non_blocking=True).float()
 
-    def _read(self, index: int) -> Tensor:
+    def _read(self, prompt: str) -> Tensor:
         """[rows of the prompt, dim]; only these bytes of the file are read."""
+        index = self.index[prompt]
         number = bisect_right(self.starts, index) - 1
         at = index - self.starts[number]
-        with safe_open(self.folder / file_name(number), "pt") as file:
-            begin, end = file.get_slice("ends")[at : at + 2].tolist()
-            return file.get_slice("text")[begin:end]
+        (begin, end), path = self.tables[number][0][at : at + 2], self.folder / file_name(number)
+        try:
+            with safe_open(path, "pt") as file:
+                rows = file.get_slice("text")[begin:end]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{FIELD}={self.folder}: {path.name} cannot be read ({error}); {AGAIN}") from error
+        if rows.dtype != DTYPES[self.manifest.dtype] or _sum(prompt, rows) != self.tables[number][1][at]:
+            raise UserError(f"{FIELD}={self.folder}: {path.name} has changed since it was written; {AGAIN}")
+        return rows

@@ -6,17 +6,22 @@ fixed seeds.
 
 import io
 import json
+import os
 import pickle
 import random
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save, save_file
+from torch.distributed.checkpoint import FileSystemWriter
 from weight_layouts import TO_T5, WAN_CONFIG, foreign, foreign_vae, original, random_t5, random_wan
 
 from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
@@ -157,6 +162,26 @@ def config_says(**values) -> Maker:
     return make
 
 
+def vae_says(**values) -> Maker:
+    """A Diffusers folder of a VAE whose config.json was changed."""
+
+    def make(folder: Path) -> tuple[str, Path]:
+        AutoencoderKLWan(base_dim=4).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+        return "vae", folder
+
+    return make
+
+
+def long_header(entry: bytes, count: int) -> Maker:
+    def make(folder: Path) -> tuple[str, Path]:
+        text = b"{" + (entry * count)[:-1] + b"}"
+        return written(folder, "student", "student.safetensors", struct.pack("<Q", len(text)) + text + bytes(4))
+
+    return make
+
+
 def original_says(role: str, **values) -> Maker:
     def make(folder: Path) -> tuple[str, Path]:
         save_file(STATE, folder / "diffusion_pytorch_model.safetensors")
@@ -268,6 +293,163 @@ CALLS = {
 }
 
 
+# Small files that take for ever, or all memory: each step copies something large once more. (First step, step, times)
+OPENING = b"\x80\x02"
+WIDE = b"(" + b"K\x01" * 200_000 + b"tq\x000"  # a tuple that later steps have as h0
+DICTIONARY = b"}q\x00(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(200_000)) + b"u0"
+TEXT = b"X" + struct.pack("<I", 4_000_000) + b"a" * 4_000_000 + b"q\x000"
+REPEATED = {
+    "steps of 60 MB": (b"", b"N0", 30_000_000),
+    "steps of 8 MB": (b"", b"N0", 4_000_000),
+    "copies of a dictionary": (DICTIONARY, b"ccollections\nOrderedDict\nh\x00\x85R0", 100_000),
+    "sizes out of a text": (TEXT, b"ctorch\nSize\nh\x00\x85R", 1000),
+    "sizes without end": (WIDE, b"ctorch\nSize\nh\x00\x85R0", 100_000),
+    "calls of many arguments": (WIDE, b"ctorch._utils\n_rebuild_parameter\nh\x00R0", 100_000),
+    "new objects of many arguments": (WIDE, b"ccollections\nOrderedDict\nh\x00\x810", 100_000),
+    "storages of many arguments": (WIDE, b"h\x00Q0", 100_000),
+    "attributes without end": (DICTIONARY, b"ccollections\nOrderedDict\n)Rh\x00b0", 50_000),
+    "names of classes without end": (b"\x80\x04" + TEXT, b"h\x00h\x00\x930", 100_000),
+    "numbers of a megabyte as keys": (
+        b"\x8b" + struct.pack("<I", 1_000_000) + b"\x01" * 1_000_000 + b"q\x000}q\x010", b"h\x01h\x00Ns0", 100_000
+    ),
+}  # fmt: skip
+
+
+def repeated(name: str, legacy: bool = False) -> Maker:
+    def make(folder: Path) -> tuple[str, Path]:
+        first, step, times = REPEATED[name]
+        code = OPENING + first + step * times + b"}."
+        if legacy:
+            start = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+            return written(folder, "student", "s.pt", start + code)
+        return written(folder, "student", "s.pt", archive(stored(records({}) | {"archive/data.pkl": code})))
+
+    return make
+
+
+def many_records(folder: Path) -> tuple[str, Path]:
+    entry = b"PK\x01\x02" + struct.pack("<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
+    table = entry * 600_000
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, len(table), 0, 0)
+    return written(folder, "student", "s.pt", table + end)
+
+
+def pipe(name: str) -> Maker:
+    """A whole folder in which one file is a pipe, that nobody writes to."""
+
+    def make(folder: Path) -> tuple[str, Path]:
+        WAN.save_pretrained(folder)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        return "student", folder / name if name.endswith((".pt", "alone.safetensors")) else folder
+
+    return make
+
+
+# --- shards of several processes --------------------------------------------------------------------------------------
+
+
+def run_of_shards(folder: Path) -> Path:
+    """A training run with one sharded checkpoint, whole; returns its metadata."""
+    (folder / "export").mkdir()
+    (folder / "export" / "config.json").write_text(WAN.to_json_string())
+    checkpoint = folder / "checkpoint_000001"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text('{"stage": "distill", "step": 1}')
+    tensors = {f"generator.module.{name}": value for name, value in WAN.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tensors, storage_writer=FileSystemWriter(checkpoint / "shards", thread_count=1), no_dist=True)
+    return checkpoint / "shards" / ".metadata"
+
+
+def shards(change: Callable[[Path], object]) -> Maker:
+    def make(folder: Path) -> tuple[str, Path]:
+        metadata = run_of_shards(folder)
+        change(metadata)
+        return "student", metadata.parent.parent
+
+    return make
+
+
+def described(change: Callable[[Any], object]) -> Maker:
+    """Shards whose metadata says something else."""
+
+    def rewrite(path: Path) -> None:
+        told = pickle.loads(path.read_bytes())
+        change(told)
+        path.write_bytes(pickle.dumps(told))
+
+    return shards(rewrite)
+
+
+def replaced_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def places(told) -> list:
+    return list(told.storage_data.values())
+
+
+def widened(told) -> None:
+    for entry in told.state_dict_metadata.values():
+        entry.size = torch.Size([BIG, *entry.size])
+
+
+def widened_whole(told) -> None:
+    for entry in told.state_dict_metadata.values():
+        entry.size = entry.chunks[0].sizes = torch.Size([BIG, *entry.size])
+
+
+def bombs_inside(path: Path) -> None:
+    """Each tensor's own pickle begins with a memo of 2^28."""
+    (file,) = path.parent.glob("*.distcp")
+    code = b"\x80\x02ctorch._utils"
+    file.write_bytes(file.read_bytes().replace(code, b"\x80\x02r\x00\x00\x00\x10.".ljust(len(code), b"."), 1))
+
+
+NESTED = b"\x80\x02}K\x01\x85" + b"2\x86" * 60 + b"K\x01s."
+META = b"ctorch.distributed.checkpoint.metadata\n"
+SHARDS: dict[str, Maker] = {
+    "metadata memo of 2^28": shards(lambda path: path.write_bytes(b"\x80\x02}r\x00\x00\x00\x10.")),
+    "metadata of nested keys": shards(lambda path: path.write_bytes(NESTED)),
+    "metadata of a nested format": shards(
+        lambda path: path.write_bytes(
+            OPENING + META + b"_MEM_FORMAT_ENCODING\nK\x01\x85" + b"2\x86" * 60 + b"\x85R."
+        )
+    ),
+    "metadata of a nested layout": shards(
+        lambda path: path.write_bytes(
+            OPENING + b"ctorch.serialization\n_get_layout\nK\x01\x85" + b"2\x86" * 60 + b"\x85R."
+        )
+    ),
+    "metadata of a book for a path": shards(
+        lambda path: path.write_bytes(OPENING + TEXT + b"cpathlib\nPosixPath\nh\x00h\x00\x86R0" * 100_000 + b"}.")
+    ),
+    "metadata that calls a class": shards(
+        lambda path: path.write_bytes(OPENING + WIDE + (META + b"MetadataIndex\nX\x01\x00\x00\x00ah\x00\x86R0") * 9999)
+    ),
+    "metadata of 60 MB": shards(lambda path: path.write_bytes(OPENING + b"N0" * 30_000_000 + b"}.")),
+    "metadata empty": shards(lambda path: path.write_bytes(b"")),
+    "metadata of a number": shards(lambda path: path.write_bytes(b"\x80\x02K\x01.")),
+    "metadata a pipe": shards(replaced_by_pipe),
+    "metadata gone": shards(lambda path: path.unlink()),
+    "shard a pipe": shards(lambda path: replaced_by_pipe(next(path.parent.glob("*.distcp")))),
+    "shard gone": shards(lambda path: next(path.parent.glob("*.distcp")).unlink()),
+    "shard cut": shards(lambda path: os.truncate(next(path.parent.glob("*.distcp")), 3000)),
+    "shard of bombs": shards(bombs_inside),
+    "shard elsewhere": described(lambda told: setattr(places(told)[0], "relative_path", "../../../secret.distcp")),
+    "shard of another root": described(lambda told: setattr(places(told)[0], "relative_path", "/etc/hostname")),
+    "shard beyond its end": described(lambda told: setattr(places(told)[0], "length", BIG)),
+    "shard before its start": described(lambda told: setattr(places(told)[0], "offset", -5)),
+    "shard packed": described(lambda told: setattr(places(told)[0], "transform_descriptors", ["zstd"])),
+    "giant tensor of shards": described(widened),
+    "giant part of a tensor": described(widened_whole),
+    "part of no place": described(lambda told: told.storage_data.clear()),
+}
+
+
 def acting(name: str, legacy: bool) -> Maker:
     def make(folder: Path) -> tuple[str, Path]:
         code = CALLS[name].replace(b"{mark}", str(folder / "executed").encode())
@@ -332,6 +514,10 @@ def _cases() -> Iterator[tuple[str, Maker]]:
     yield from OTHERS.items()
     for name in CALLS:
         yield f"call {name}", acting(name, legacy=False)
+    yield from ((f"repeated {name}", repeated(name)) for name in REPEATED)
+    for name in ("steps of 8 MB", "sizes without end"):
+        yield f"old repeated {name}", repeated(name, legacy=True)
+    yield from SHARDS.items()
     for name in ("system", "bytearray", "memo", "key that takes for ever", "no dictionary"):
         yield f"old call {name}", acting(name, legacy=True)
 
@@ -380,6 +566,20 @@ OTHERS: dict[str, Maker] = {
     "names packed 3 GB": bomb("data.pkl"),
     "values packed 3 GB": bomb("data/0"),
     "records that overlap": rebuilt(lambda p: [(n, d, 0, 10**9) for n, d in p.items()]),
+    "records without end": many_records,
+    "names of 90 MB": long_header(b'"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},', 1_800_000),
+    "names of 15 MB": long_header(b'"a":[1,1,1,1],', 1_100_000),
+    "pipe for a .pt": pipe("a.pt"),
+    "pipe for a .safetensors": pipe("alone.safetensors"),
+    "pipe for the weights of a folder": pipe("diffusion_pytorch_model.safetensors"),
+    "pipe for config.json": pipe("config.json"),
+    "pipe for card.json": pipe("card.json"),
+    "NaN in config.json": folder_file("config.json", json.dumps(dict(WAN.config) | {"eps": float("nan")}).encode()),
+    "infinity in config.json": folder_file("config.json", b'{"eps": 1e999}'),
+    "eps below nothing": config_says(eps=-1e-6),
+    "statistics that are no numbers": vae_says(latents_std=[float("nan")] * 16),
+    "statistics of nothing": vae_says(latents_std=[0.0] * 16),
+    "statistics too few": vae_says(latents_mean=[0.0]),
     "record twice": rebuilt(lambda p: stored(p) + stored({"archive/data.pkl": b"."})),
 }
 CASES = dict(_cases())

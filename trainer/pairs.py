@@ -11,19 +11,24 @@ rolled out causally, a chunk after the clean ends of those before it, say so (`c
 """
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.reading import ordinary_file
 from model.flow import shift_time
-from model.weights.files import resolve
+from model.weights.files import BARE, checked, headers, open_file, resolve
+from utils.files import parse_json
 
 TIMESTEPS = "timesteps.json"
+MAX_TOLD = 1 << 20  # bytes of it
 SELF_FORCING = tuple(shift_time(t, 8.0) for t in (1000.0, 750.0, 500.0, 250.0, 0.0))
 
 
@@ -42,12 +47,13 @@ class Pairs(Protocol):
 
 
 def open_pairs(field: str, path: str | Path) -> Pairs:
-    """Pairs in `path`, of either layout. `field` is the setting that names it."""
+    """Pairs in `path`, of either layout, all of them looked at but for their values. `field` is the setting that names
+    it."""
     path = resolve(Path(path))
-    if (path / "data.mdb").is_file():
-        return LmdbPairs(path)
+    if (path / "data.mdb").exists():
+        return LmdbPairs(field, path)
     if path.is_dir() and any(path.glob("*.pt")):
-        return FolderPairs(path)
+        return FolderPairs(field, path)
     raise UserError(
         f"{field}={path} holds no trajectories; make some with "
         f"python scripts/generate_ode_pairs.py --output_folder {path}"
@@ -55,38 +61,73 @@ def open_pairs(field: str, path: str | Path) -> Pairs:
 
 
 class FolderPairs:
-    """A file a prompt. The prompts are read at once, the states when they are asked for."""
+    """A file a prompt. Prompts and sizes are read at once, the states when they are asked for."""
 
-    def __init__(self, path: Path):
-        self.files = sorted(path.glob("*.pt"))
-        self.prompts = [next(iter(_load(file))) for file in self.files]
+    def __init__(self, field: str, path: Path):
+        self.field, self.files = field, sorted(path.glob("*.pt"))
+        self.prompts: list[str] = []
+        for file in self.files:
+            parts = headers(field, file)
+            shapes = parts[BARE].shapes if set(parts) == {BARE} else {}
+            shape = next(iter(shapes.values()), ())[-5:]
+            if self.files[0] is file:
+                self.shape = shape
+            if len(shapes) != 1 or parts[BARE].odd or len(shape) != 5 or shape != self.shape:
+                raise UserError(
+                    f"{field}: {file} does not hold one prompt with states [S, F, C, H, W] like those of the "
+                    f"other files; make it again with scripts/generate_ode_pairs.py"
+                )
+            self.prompts += shapes
         said = path / TIMESTEPS
-        told = json.loads(said.read_text()) if said.is_file() else {}
+        told = _told(field, said) if said.is_file() else {}
         told = told if isinstance(told, dict) else {"timesteps": told}
-        self.causal = told.get("causal", False)
-        self.timesteps = _known(told.get("timesteps"), self.read([0]).shape[1], path)
+        self.causal = told.get("causal", False) is True
+        self.timesteps = _known(field, told.get("timesteps"), self.shape[0], path)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: Sequence[int]) -> Tensor:
-        states = [next(iter(_load(self.files[i]).values())) for i in index]
-        return torch.stack([x.reshape(x.shape[-5:]) for x in states]).half()
+        states = []
+        for i in index:
+            tensors = open_file(self.field, self.files[i])[BARE]
+            value = tensors.read(self.prompts[i])
+            states.append(checked(self.files[i], "its states", value.reshape(self.shape)))
+        return torch.stack(states).half()
 
 
 class LmdbPairs:
     """The database that scripts/create_lmdb.py makes of a folder."""
 
-    def __init__(self, path: Path):
+    def __init__(self, field: str, path: Path):
         import lmdb  # only runs on pairs need it
 
-        self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
-        self.shape = tuple(int(n) for n in self._get("latents_shape").decode().split())
-        self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
-        with self.env.begin() as transaction:
-            said, self.causal = transaction.get(b"timesteps"), transaction.get(b"causal") is not None
+        self.path, again = path, "make it again with scripts/create_lmdb.py"
+        size = ordinary_file(field, path / "data.mdb", fix=again)
+        try:
+            self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+            needed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        except lmdb.Error as error:
+            raise UserError(f"{field}={path} is damaged ({error}); {again}") from error
+        if size < needed:  # what is beyond the end of a map stops the process when it is touched
+            raise UserError(f"{field}={path} is cut short ({size:,} of {needed:,} bytes); {again}")
+        try:
+            self.shape = tuple(int(n) for n in self._get("latents_shape").decode().split())
+            if len(self.shape) not in (5, 6) or min(self.shape) < 1:
+                raise ValueError(f"latents_shape={self.shape}")
+            self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
+            with self.env.begin(buffers=True) as transaction:
+                sizes = {len(transaction.get(f"latents_{i}_data".encode(), b"")) for i in range(self.shape[0])}
+                said, self.causal = transaction.get(b"timesteps"), transaction.get(b"causal") is not None
+                told = None if said is None else parse_json(bytes(said))
+            if sizes != {2 * math.prod(self.shape[1:])}:
+                raise ValueError(f"latents of {sorted(sizes)[0]:,} bytes for {self.shape[1:]}")
+        except (ValueError, lmdb.Error) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{field}={path} holds no trajectories as it should ({error}); {again}") from error
         states = self.shape[1] if len(self.shape) == 6 else 1
-        self.timesteps = _known(None if said is None else json.loads(said), states, path)
+        self.timesteps = _known(field, told, states, path)
 
     def _get(self, key: str) -> bytes:
         with self.env.begin() as transaction:
@@ -100,7 +141,7 @@ class LmdbPairs:
 
     def read(self, index: Sequence[int]) -> Tensor:
         rows = [np.frombuffer(self._get(f"latents_{i}_data"), dtype=np.float16) for i in index]
-        states = torch.from_numpy(np.stack(rows))
+        states = checked(self.path, f"its trajectories {list(index)}", torch.from_numpy(np.stack(rows)))
         return states.reshape(len(rows), *((1,) if len(self.shape) == 5 else ()), *self.shape[1:])
 
 
@@ -108,7 +149,7 @@ def note(folder: Path, timesteps: Sequence[float], *, causal: bool) -> None:
     """Write beside the trajectories in `folder` what they are; UserError where it holds others."""
     file, said = folder / TIMESTEPS, list(timesteps)
     told = {"timesteps": said, "causal": True} if causal else said
-    if file.is_file() and json.loads(file.read_text()) != told:
+    if file.is_file() and _told("--output_folder", file) != told:
         raise UserError(f"{folder} holds trajectories of another kind, by its {TIMESTEPS}; choose another folder")
     file.write_text(json.dumps(told))
 
@@ -137,14 +178,21 @@ def write_lmdb(pairs: Pairs, path: Path) -> int:
     return len(kept)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+def _told(field: str, file: Path) -> Any:
+    ordinary_file(field, file, MAX_TOLD)
+    try:
+        return parse_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{field}: {file} is not valid JSON ({error}); make the trajectories again") from error
 
 
-def _known(said: list[float] | None, states: int, path: Path) -> tuple[float, ...]:
+def _known(field: str, said: Any, states: int, path: Path) -> tuple[float, ...]:
     """The timesteps that are written down, or Self-Forcing's if there are as many states as it keeps."""
     if said is None and states == len(SELF_FORCING):
         return SELF_FORCING
-    if said is None or len(said) != states:
+    if said is None or not isinstance(said, list) or len(said) != states:
         raise UserError(f"{path} has trajectories of {states} states at unknown timesteps; write them to {TIMESTEPS}")
-    return tuple(float(t) for t in said)
+    numbers = [t for t in said if isinstance(t, int | float) and 0 <= t <= 1000]
+    if len(numbers) != states or any(a <= b for a, b in pairwise(numbers)) or numbers[-1] != 0:
+        raise UserError(f"{field}={path} has timesteps {str(said)[:60]} that do not fall to 0; correct {TIMESTEPS}")
+    return tuple(float(t) for t in numbers)

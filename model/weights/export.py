@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.reading import ordinary_file
 from model.weights import names
 from model.weights.files import DIFFUSERS_STEM, EMA_STEM, checked, open_safetensors
 from model.weights.lora import LoraPlan
@@ -195,6 +196,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there are none, or the file is damaged.
     """
+    ordinary_file("in", path)
     try:
         found = dry_run(path, keep_going=True)
     except Exception as error:  # a damaged file can make its reader fail in any way

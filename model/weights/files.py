@@ -5,7 +5,6 @@ Tensors are read one at a time: safetensors through its own mapping of the file,
 refused in one sentence.
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import UserError
+from configs.reading import ordinary_file
 from model.weights.safe_pickle import NeedsCode, TensorRef, dry_run
 from utils.files import parse_json
 
@@ -24,9 +24,11 @@ if TYPE_CHECKING:  # torch takes seconds to import, and is not needed before ten
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout; relative paths start here
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-MAX_HEADER = 100_000_000  # bytes of names and shapes, as safetensors has it
+MAX_HEADER = 16_000_000  # bytes of names and shapes; of a thousand tensors 0.15 MB, and adapters tell of their training
 MAX_JSON = 16_000_000  # bytes; of the index of a thousand tensors 0.1 MB
 MAX_SHARDS = 4096
+FLOATS = ("Double", "Float", "Half", "BFloat16", "Untyped")  # of storages; float8 has those without a type
+NO_FILE = "give a folder or a file of weights"
 BARE = ""  # the part of a file that is one flat dictionary of tensors
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -104,8 +106,8 @@ def missing(field: str, path: Path, what: str) -> UserError:
 def read_json(field: str, path: Path) -> dict[str, Any]:
     """A JSON object, such as a config.json."""
     try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON):
-            raise UserError(f"{field}: {path} cannot be what its name says; fetch it again")
+        if path.exists():
+            ordinary_file(field, path, MAX_JSON, fix="fetch it again")
         data = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise missing(field, path.parent, f"has no {path.name}") from error
@@ -169,9 +171,9 @@ def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _check_safetensors(field: str, path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; and what is wrong with a file that is not whole, in words, as the library has its own."""
-    size = path.stat().st_size
+def _check_safetensors(field: str, path: Path) -> Tensors:
+    """What its header tells; and what is wrong with a file that is not whole, in words, as the library has its own."""
+    size = ordinary_file(field, path, fix=NO_FILE)
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -180,16 +182,22 @@ def _check_safetensors(field: str, path: Path) -> dict[str, tuple[int, ...]]:
         if len(start) < 8 or length > min(size - 8, MAX_HEADER):
             raise UserError(f"{field}: {path} is cut short or not a safetensors file ({size:,} bytes); fetch it again")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             header.pop("__metadata__", None)
             whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if size < whole:
                 raise UserError(f"{field}: {path} is cut short ({size:,} of {whole:,} bytes); fetch it again")
-            return {name: tuple(entry["shape"]) for name, entry in header.items()}
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            odd = {name: e["dtype"] for name, e in header.items() if not e["dtype"].startswith(("F", "BF"))}
+            return Tensors((path,), shapes, _unread, odd)
         except UserError:
             raise
         except Exception as error:  # whatever a header of other types leads to
             raise UserError(f"{field}: {path} is not a safetensors file; fetch it again") from error
+
+
+def _unread(name: str) -> "Tensor":
+    raise AssertionError(f"{name} is known by its header alone")
 
 
 def open_safetensors(field: str, *files: Path) -> Tensors:
@@ -198,23 +206,20 @@ def open_safetensors(field: str, *files: Path) -> Tensors:
     shapes: dict[str, tuple[int, ...]] = {}
     odd: dict[str, str] = {}
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{field}={file} is no ordinary file; give a folder or a file of weights")
-        _check_safetensors(field, file)
+        told = _check_safetensors(field, file)
         try:
             handle = safe_open(file, framework="pt")  # which checks that sizes, types and places agree
         except (SafetensorError, OSError) as error:
             raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
-        for name in handle.keys():
-            part = handle.get_slice(name)
-            handles[name], shapes[name] = handle, tuple(part.get_shape())
-            if not part.get_dtype().startswith(("F", "BF")):
-                odd[name] = part.get_dtype()
+        handles |= dict.fromkeys(told.shapes, handle)
+        shapes |= told.shapes
+        odd |= told.odd
     return Tensors(files, shapes, lambda name: handles[name].get_tensor(name), odd)
 
 
 def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
     """What a `.pt` holds; `dry`: with a TensorRef in the place of each tensor."""
+    ordinary_file(field, path, fix=NO_FILE)
     with open(path, "rb") as file:
         start = file.read(8)
     try:
@@ -251,8 +256,7 @@ def open_file(field: str, path: Path) -> dict[str, Tensors]:
     """
     if not path.exists():
         raise missing(field, path, "does not exist")
-    if not path.is_file():
-        raise UserError(f"{field}={path} is no ordinary file; give a folder or a file of weights")
+    ordinary_file(field, path, fix=NO_FILE)
     if path.suffix == ".safetensors":
         return {BARE: open_safetensors(field, path)}
     if path.suffix not in PICKLES:
@@ -271,18 +275,20 @@ def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
     return parts
 
 
-def shapes_in(field: str, path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors in each part of a file, as `open_file` has them, without torch."""
+def headers(field: str, path: Path) -> dict[str, Tensors]:
+    """The parts of a file as `open_file` has them, without torch, so that their values cannot be read."""
     if path.suffix == ".safetensors":
         return {BARE: _check_safetensors(field, path)}
     if path.suffix not in PICKLES:
         raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
     parts = _parts(field, path, _load_pickle(field, path, dry=True))
-    found = {
-        part: {name: value.shape for name, value in values.items() if isinstance(value, TensorRef)}
-        for part, values in parts.items()
-    }
-    return {part: shapes for part, shapes in found.items() if shapes}
+    found = {}
+    for part, values in parts.items():
+        refs = {name: v for name, v in values.items() if isinstance(name, str) and isinstance(v, TensorRef)}
+        odd = {name: v.storage.kind for name, v in refs.items() if v.storage.kind not in FLOATS}
+        if refs:
+            found[part] = Tensors((path,), {name: v.shape for name, v in refs.items()}, _unread, odd)
+    return found
 
 
 def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:

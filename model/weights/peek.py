@@ -20,9 +20,9 @@ from model.weights.files import (
     T5_FILE,
     VAE_FILE,
     find_tokenizer,
+    headers,
     missing,
     resolve,
-    shapes_in,
     shards,
     subfolder,
 )
@@ -74,11 +74,11 @@ def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None
         if use_ema and not (place / f"{stem}.safetensors").is_file():
             raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
         files = shards(name, place, stem)
-        shapes = {key: shape for file in files for key, shape in shapes_in(name, file)[BARE].items()}
+        shapes = {key: shape for file in files for key, shape in headers(name, file)[BARE].shapes.items()}
         form = "our own" if (place / CARD).exists() else "folder"
     else:
         files, form = (place,), place.suffix
-        shapes = _part(name, place, role, use_ema, shapes_in(name, place))
+        shapes = _part(name, place, role, use_ema, {part: found.shapes for part, found in headers(name, place).items()})
     shapes = {names.unwrapped(key): shape for key, shape in shapes.items()}
     kind = names.guess(shapes)
     if not kind.startswith(KINDS[role]):

@@ -91,7 +91,10 @@ def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Tensor
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]
         most = len(tensors.shapes) if re.search("layers|blocks", key) else MAX_SIZES.get(key, MAX_SIZE)
-        if len(values) > 64 or any(abs(n) > most for n in values if isinstance(n, int | float)):
+        small = key.endswith(("eps", "epsilon"))  # of a norm
+        numbers = [n for n in values if isinstance(n, int | float)]
+        wrong = any(not 0 < n < 1 for n in numbers) if small else any(abs(n) > most for n in numbers)
+        if len(values) > 64 or wrong:
             raise UserError(
                 f"{name}={path} says {key}={str(value)[:40]} in config.json, which its tensors cannot have; "
                 f"fetch it again"
@@ -233,6 +236,11 @@ def plan_vae(path: str | Path, name: str = "model.vae") -> Plan:
         config, kind = _sizes(name, path, names.vae_config, tensors.shapes), "original Wan"
         tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
     _plausible(name, path, config, tensors)
+    for key in ("latents_mean", "latents_std"):
+        said = config.get(key, [1.0] * config.get("z_dim", 16))  # not said: those of the class, which are Wan's
+        numbers = [n for n in said if isinstance(n, int | float)] if isinstance(said, list) else []
+        if len(numbers) != config.get("z_dim", 16) or (key == "latents_std" and min(numbers) <= 0):
+            raise UserError(f"{name}={path} says {key}={str(said)[:40]}, with which no latents can be; fetch it again")
     return _fitting(
         name, Plan(path=path, kind=kind, make=lambda: diffusers_network(AutoencoderKLWan, config), tensors=tensors)
     )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from distill_case import distill_config, distill_stage
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
 from configs.load import to_yaml
-from model.encoded_manifest import MANIFEST, file_name
+from model.encoded_manifest import MANIFEST, file_name, prompts_hash
 from model.encoded_text import EncodedText, EncodingJob
 from pipeline.preflight import check_training
 from scripts import encode_prompts
@@ -157,6 +158,85 @@ def test_what_is_refused_at_start_up(tiny_assets, copy, tmp_path):
     config = distill_config(tiny_assets, f"training.distill.encoded_prompts={copy}")
     with pytest.raises(UserError, match="text_00000.safetensors is cut short"):
         check_training(config, 1, None)
+
+
+def change_text(file: Path, copy: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1  # tensors lie in the order of their types and names, so that text is last
+    file.write_bytes(content)
+
+
+def change_ends(file: Path, copy: Path) -> None:
+    tensors = load_file(file)
+    tensors["ends"][3] += 1
+    with safe_open(file, "pt") as whole:
+        save_file(tensors, file, metadata=whole.metadata())
+
+
+def swap_files(file: Path, copy: Path) -> None:
+    """Two files in each other's place, the manifest's sizes with them."""
+    other = copy / file_name(1)
+    one, two = file.read_bytes(), other.read_bytes()
+    file.write_bytes(two)
+    other.write_bytes(one)
+    tell(copy, lambda told: told["sizes"].reverse())
+
+
+def swap_prompts(file: Path, copy: Path) -> None:
+    """Two prompts in each other's place, the manifest's hash with them."""
+    listed = json.loads((copy / "prompts.json").read_text())
+    listed[5], listed[6] = listed[6], listed[5]
+    (copy / "prompts.json").write_text(json.dumps(listed))
+    tell(copy, lambda told: told.update(prompts_sha256=prompts_hash(listed)))
+
+
+def tell(copy: Path, change) -> None:
+    told = json.loads((copy / MANIFEST).read_text())
+    change(told)
+    (copy / MANIFEST).write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("change", [change_text, change_ends, swap_files, swap_prompts])
+def test_what_was_changed_is_refused_when_it_is_opened_or_read(tiny_assets, copy, change):
+    config = distill_config(tiny_assets, *CLIPS, *MANY)
+    change(copy / file_name(0), copy)
+    with pytest.raises(UserError, match=r"text_0000\d\.safetensors .* make it again with scripts/encode_prompts.py"):
+        text = EncodedText(copy, config.model, CPU)
+        assert change in (change_text, swap_prompts), "seen when it is opened"
+        text(list(text.index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told.update(counts=told["counts"][::-1]),
+        lambda told: told.update(counts=[str(n) for n in told["counts"]]),
+        lambda told: told.update(counts=7),
+        lambda told: told.update(sizes=[]),
+        lambda told: told.update(sizes=told["sizes"] * 2, counts=told["counts"] * 2, checks=told["checks"] * 2),
+        lambda told: told.update(checks=[None] * len(told["checks"])),
+        lambda told: told.update(dim=None),
+        lambda told: told.update(dim=-1),
+        lambda told: told.update(text_tokens="many"),
+        lambda told: told.update(dtype="complex64"),
+        lambda told: told.update(dtype="float64"),
+        lambda told: told.update(more=1),
+        lambda told: told.pop("checks"),
+        lambda told: told.clear(),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(tiny_assets, copy, change):
+    tell(copy, change)
+    with pytest.raises(UserError, match=f"training.distill.encoded_prompts={copy}"):
+        text = EncodedText(copy, distill_config(tiny_assets).model, CPU)
+        text(list(text.index)[:1])
+
+
+@pytest.mark.parametrize("prompts", ["7", "{}", '[["a"]]', '"a"', "[", "[NaN]"])
+def test_a_list_of_prompts_that_is_none_is_refused(tiny_assets, copy, prompts):
+    (copy / "prompts.json").write_text(prompts)
+    with pytest.raises(UserError, match=r"prompts\.json"):
+        EncodedText(copy, distill_config(tiny_assets).model, CPU)
 
 
 def test_embeddings_of_another_width_are_refused(tiny_assets, encoded):

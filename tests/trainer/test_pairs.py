@@ -1,8 +1,10 @@
 """Trajectories: making them, both layouts, and what trains on them."""
 
+import os
 import subprocess
 import sys
 
+import lmdb
 import pytest
 import torch
 from conftest import ROOT
@@ -170,3 +172,102 @@ def test_ode_regression_learns(tiny_assets, folder):
             assert torch.equal(batch["x_t"][b, 3 * chunk], states[index, at, 3 * chunk])
     losses = [stage.update(step)["loss"].item() for step in range(40)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+# --- damaged and hostile ----------------------------------------------------------------------------------------------
+
+
+def few(folder, states: int = 5):
+    """Trajectories of three prompts in a folder, and the same as LMDB; returns both paths."""
+    folder.mkdir()
+    for i, prompt in enumerate(["a cat", "a dog", "a fish"]):
+        torch.save({prompt: torch.randn(1, states, 3, 16, 4, 6)}, folder / f"{i:05d}.pt")
+    write_lmdb(open_pairs("pairs", folder), folder.with_name("lmdb"))
+    return folder, folder.with_name("lmdb")
+
+
+def rewritten(lmdb_folder, key: str, value: bytes | None) -> None:
+    env = lmdb.open(str(lmdb_folder), map_size=1 << 26)
+    with env.begin(write=True) as transaction:
+        transaction.delete(key.encode()) if value is None else transaction.put(key.encode(), value)
+    env.close()
+
+
+def nan(states: torch.Tensor) -> torch.Tensor:
+    states.view(-1)[-1] = float("nan")
+    return states
+
+
+FILES = {
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: file.write_bytes(b""),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a memo of 2^28": lambda file: file.write_bytes(b"\x80\x02}r\x00\x00\x00\x10."),
+    "two prompts": lambda file: torch.save({"a": torch.zeros(1, 5, 3, 16, 4, 6), "b": torch.zeros(1)}, file),
+    "no tensor": lambda file: torch.save({"a": [1, 2]}, file),
+    "a tensor alone": lambda file: torch.save(torch.zeros(3), file),
+    "another size": lambda file: torch.save({"a": torch.zeros(1, 5, 6, 16, 4, 6)}, file),
+    "another number of states": lambda file: torch.save({"a": torch.zeros(1, 4, 3, 16, 4, 6)}, file),
+    "whole numbers": lambda file: torch.save({"a": torch.zeros(1, 5, 3, 16, 4, 6, dtype=torch.int32)}, file),
+    "NaN": lambda file: torch.save({"a": nan(torch.zeros(1, 5, 3, 16, 4, 6))}, file),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_trajectory_is_refused(tmp_path, case):
+    folder, _ = few(tmp_path / "pairs")
+    FILES[case](folder / "00001.pt")
+    with pytest.raises(UserError, match="00001.pt") as caught:
+        pairs = open_pairs("training.distill.pairs", folder)
+        assert case == "NaN", "seen when it is opened"
+        pairs.read([0, 1])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.0])
+def test_a_database_that_is_cut_is_refused_before_it_is_touched(tmp_path, share):
+    """In a process of its own, which a touch beyond the end would kill."""
+    _, path = few(tmp_path / "pairs")
+    os.truncate(path / "data.mdb", int(share * (path / "data.mdb").stat().st_size))
+    code = f"from trainer.pairs import open_pairs; open_pairs('pairs', {str(path)!r}).read([0, 1, 2])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "UserError: pairs=" in done.stderr and "make it again" in done.stderr
+
+
+DATABASES = {
+    "noise": lambda path: (path / "data.mdb").write_bytes(os.urandom(20_000)),
+    "a pipe": lambda path: ((path / "data.mdb").unlink(), os.mkfifo(path / "data.mdb")),
+    "no shape": lambda path: rewritten(path, "latents_shape", None),
+    "a shape of words": lambda path: rewritten(path, "latents_shape", b"3 many 3 16 4 6"),
+    "a shape too short": lambda path: rewritten(path, "latents_shape", b"3 5"),
+    "a shape below nothing": lambda path: rewritten(path, "latents_shape", b"-3 5 3 16 4 6"),
+    "more than there are": lambda path: rewritten(path, "latents_shape", b"9 5 3 16 4 6"),
+    "another size": lambda path: rewritten(path, "latents_shape", b"3 5 9 16 4 6"),
+    "one of another size": lambda path: rewritten(path, "latents_1_data", b"abcd"),
+    "one missing": lambda path: rewritten(path, "latents_1_data", None),
+    "a prompt missing": lambda path: rewritten(path, "prompts_2_data", None),
+    "a prompt that is no text": lambda path: rewritten(path, "prompts_2_data", b"\xff\xfe"),
+    "timesteps that are none": lambda path: rewritten(path, "timesteps", b"[1000, NaN, 0, 0, 0]"),
+    "timesteps that rise": lambda path: rewritten(path, "timesteps", b"[0, 250, 500, 750, 1000]"),
+    "timesteps of words": lambda path: rewritten(path, "timesteps", b'["a", "b", "c", "d", "e"]'),
+    "NaN": lambda path: rewritten(path, "latents_1_data", b"\xff\x7f" * (5 * 3 * 16 * 4 * 6)),
+}
+
+
+@pytest.mark.parametrize("case", DATABASES)
+def test_a_database_of_no_trajectories_is_refused(tmp_path, case):
+    _, path = few(tmp_path / "pairs")
+    DATABASES[case](path)
+    with pytest.raises(UserError, match=str(path)) as caught:
+        pairs = open_pairs("training.distill.pairs", path)
+        assert case == "NaN", "seen when it is opened"
+        pairs.read([0, 1])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("told", ["{", "[1000, NaN, 0, 0, 0]", "[1000, 0]", "7", '{"timesteps": [0, 1, 2, 3, 4]}'])
+def test_timesteps_that_cannot_be_are_refused(tmp_path, told):
+    folder, _ = few(tmp_path / "pairs")
+    (folder / "timesteps.json").write_text(told)
+    with pytest.raises(UserError, match="pairs"):
+        open_pairs("training.distill.pairs", folder)

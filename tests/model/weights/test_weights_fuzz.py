@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bad_files import CASES, WHOLE, flipped, written
+from bad_files import CASES, WHOLE, flipped, run_of_shards, written
 
 from configs.errors import UserError
 from model.weights import load as weights
@@ -76,6 +76,10 @@ def test_whole_ones_load(tmp_path, name):
     role, content = WHOLE[name]
     if role != "text_encoder":  # which needs a tokenizer, too
         LOADERS[role](written(tmp_path, role, name, content)[1])
+
+
+def test_whole_shards_load(tmp_path):
+    weights.load_student(run_of_shards(tmp_path).parent.parent)
 
 
 @pytest.mark.parametrize("name", WHOLE)
