@@ -201,10 +201,10 @@ def make_app(
         return Response((STATIC / "index.html").read_bytes(), media_type="text/html; charset=utf-8")
 
     @app.get("/clip/{visitor}.{kind}")
-    async def clip(visitor: str, kind: str) -> Response:
+    async def clip(visitor: str, kind: str, take: int | None = None) -> Response:
         if visitor not in players or kind not in MEDIA:
             raise HTTPException(404, "there is no such clip; it lasts as long as its page is open")
-        return await download(players[visitor], kind, encoding)
+        return await download(players[visitor], kind, take, encoding)
 
     @app.post("/image/{visitor}")
     async def image(visitor: str, request: Request) -> Response:
@@ -255,14 +255,14 @@ async def body(request: Request) -> bytes:
     return content.getvalue()
 
 
-async def download(player: Player, kind: str, encoding: asyncio.Lock) -> Response:
-    """What `player` made, as a file: its video, or how it was made. encoding: held while a video is packed."""
+async def download(player: Player, kind: str, take: int | None, encoding: asyncio.Lock) -> Response:
+    """What `player` made, as a file: a take's video, or how it was made. encoding: held while a video is packed."""
     try:
         if kind == "json":
-            content = json.dumps(player.record(), indent=2).encode()
+            content = json.dumps(player.record(take), indent=2).encode()
         else:
             async with encoding:
-                content = await asyncio.to_thread(player.video)
+                content = await asyncio.to_thread(player.video, take)
     except UserError as error:
         raise HTTPException(409, str(error)) from error
     headers = {"Content-Disposition": f'attachment; filename="diagonal.{kind}"', "Content-Length": str(len(content))}

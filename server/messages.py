@@ -3,8 +3,9 @@
 {"type": "play", "prompt": "...", "seed": 0, "steps": [4, 3, 2], "context": "last_step", "seconds": 60}
     and "image": true, to begin with the picture that was uploaded
 {"type": "say", "prompt": "...", "switch": "recache"}       {"type": "stop"}
-{"type": "rewind", "chunk": 3, "prompt": "...", "seed": 1}  {"type": "shown", "frames": 120}
-{"type": "schedule", "steps": [4, 3, 2], "context": "clean"}
+{"type": "rewind", "chunk": 3, "take": 2, "prompt": "...", "seed": 1}
+    take: what the chunk was made in, or a later take that goes on from there; left out: the newest
+{"type": "shown", "frames": 120}                            {"type": "schedule", "steps": [4, 3, 2], "context": "clean"}
 """
 
 import json
@@ -40,6 +41,7 @@ class Say:
 @dataclass(frozen=True)
 class Rewind:
     chunk: int
+    take: int | None
     prompt: str | None
     seed: int | None
 
@@ -89,7 +91,8 @@ def read_message(text: str, config: Config, max_seconds: float) -> Message:
         case "rewind":
             prompt = _prompt(values) if values.get("prompt") is not None else None
             seed = _whole(values, "seed", 0, MAX_SEED, 0) if values.get("seed") is not None else None
-            return Rewind(_whole(values, "chunk", 0, 10**9, 0), prompt, seed)
+            take = _whole(values, "take", 0, 10**9, 0) if values.get("take") is not None else None
+            return Rewind(_whole(values, "chunk", 0, 10**9, 0), take, prompt, seed)
         case "shown":
             return Shown(_whole(values, "frames", 0, 10**9, 0))
         case "stop":

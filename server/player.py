@@ -34,6 +34,7 @@ QUALITY = 92  # of JPEG
 THUMB = 96  # pixels across
 _ENCODERS = ThreadPoolExecutor(4, thread_name_prefix="jpeg")  # a single thread would hold up a GPU
 MAX_KEPT = 800  # chunks whose pictures are kept for the download: ten minutes at 16 frames a second
+MAX_TAKES = 8  # a video and its branches that are kept
 
 
 @dataclass
@@ -61,8 +62,10 @@ class Costs:
 class MadeChunk:
     """What is sent of a chunk."""
 
+    take: int
     chunk: int
     prompt: str
+    switch: str  # how the prompt came in, if it did here
     seed: int
     jpegs: list[bytes] = field(repr=False)
     thumb: bytes = field(repr=False)
@@ -70,10 +73,10 @@ class MadeChunk:
     rewindable: bool
     timings: dict[str, float]
 
-    def packet(self, take: int) -> bytes:
+    def packet(self) -> bytes:
         """Length of the head (4 bytes, big-endian), the head as JSON, the thumbnail, the frames."""
         head = {
-            "type": "chunk", "take": take, "chunk": self.chunk, "prompt": self.prompt, "seed": self.seed,
+            "type": "chunk", "take": self.take, "chunk": self.chunk, "prompt": self.prompt, "seed": self.seed,
             "sizes": [len(self.thumb), *map(len, self.jpegs)], "seconds": self.seconds, "rewindable": self.rewindable,
         }  # fmt: skip
         text = json.dumps(head).encode()
@@ -87,51 +90,85 @@ def new_session(pipe: DiagonalPipeline) -> StreamSession:
 
 
 class Player:
-    """Methods but `say` and `cancel` run on the worker."""
+    """Methods but `say` and `cancel` run on the worker.
+
+    A take is what was made since a `play` or a `rewind`. Its video begins with the chunks before it of the take that it
+    went on from, which is kept: going back and on by another prompt or seed is a branch, and takes nothing away.
+    """
 
     def __init__(self, pipe: DiagonalPipeline, session: StreamSession, costs: Costs, rewind_bytes: int):
         self.pipe, self.session, self.costs, self.rewind_bytes = pipe, session, costs, rewind_bytes
-        self.snapshots: OrderedDict[int, Snapshot] = OrderedDict()  # by the chunk that comes next
-        self.made: list[MadeChunk] = []
-        self.seed, self.prompt = 0, ""
+        self.snapshots: OrderedDict[tuple[int, int], Snapshot] = OrderedDict()  # by take, and the chunk that comes next
+        self.take = 0  # the newest
+        self.takes: dict[int, list[MadeChunk]] = {}  # the whole video of each
+        self.seed, self.switch = 0, session.switch
         self.image: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
         self.begun_with: np.ndarray | None = None  # of the present video
+        self._start: Tensor | None = None  # its latents
         self._chunks = iter(())
-        self._lock = threading.Lock()  # over `made`, which a download reads from another thread
+        self._lock = threading.Lock()  # over `takes`, which a download reads from another thread
 
     def play(self, message: Play) -> None:
         """Start a new video."""
         if message.image and self.image is None:
             raise UserError("image=true, but no picture was uploaded; choose one first")
         self.begun_with = self.image if message.image else None
-        start = None if self.begun_with is None else self._encode(self.begun_with)
+        self._start = None if self.begun_with is None else self._encode(self.begun_with)
         self.session.schedule = message.schedule
-        self.seed, self.prompt = message.seed, message.prompt
         self.snapshots.clear()
         with self._lock:
-            self.made = []
-        self._chunks = self.session.play(message.prompt, message.seed, None, start)
+            self.take, self.takes = self.take + 1, {self.take + 1: []}
+        self._from_the_start(message.prompt, message.seed)
 
     def _encode(self, image: np.ndarray) -> Tensor:
         return encode_start(self.session.codec, image[None], self.pipe.geometry, self.session.device)
 
+    def _from_the_start(self, prompt: str, seed: int) -> None:
+        self.seed, self.switch = seed, self.session.switch
+        self._chunks = self.session.play(prompt, seed, None, self._start)
+
     def rewind(self, message: Rewind) -> None:
-        """Go on from before chunk `message.chunk`, by another prompt or seed where one is given."""
-        if message.chunk not in self.snapshots:
+        """Go on from before a chunk as it was made, or by another prompt or seed where one is given."""
+        video = self.takes.get(self.take if message.take is None else message.take, [])
+        there = next((made for made in video if made.chunk == message.chunk), None)
+        place = (there.take, there.chunk) if there else None
+        if there is None or there.chunk and place not in self.snapshots:
             raise UserError(f"chunk={message.chunk} is not kept any more; rewind to one of the thumbnails shown")
-        self.session.restore(self.snapshots[message.chunk])
-        for later in [k for k in self.snapshots if k > message.chunk]:
-            del self.snapshots[later]
         with self._lock:
-            self.made = [made for made in self.made if made.chunk < message.chunk]
-        if message.seed is not None:
-            self.seed = message.seed
-            self.session.reseed(message.seed)
-        if message.prompt is not None:
-            self.session.say(message.prompt)
+            self.take += 1
+            self.takes[self.take] = [made for made in video if made.chunk < there.chunk]
+        seed = there.seed if message.seed is None else message.seed
+        if there.chunk == 0:
+            self._from_the_start(message.prompt or there.prompt, seed)
+        else:
+            self._go_on(self.snapshots[place], message.prompt or there.prompt, there.switch, seed)
+        self._forget()
+
+    def _go_on(self, snapshot: Snapshot, prompt: str, switch: str, seed: int) -> None:
+        self.session.restore(snapshot)
+        self.seed, self.switch = seed, switch
+        if seed != snapshot.seeds[0]:
+            self.session.reseed(seed)
+        if prompt != snapshot.text.prompts[0]:
+            self.session.say(prompt, switch)
         self._chunks = self.session.resume()
 
+    def _forget(self) -> None:
+        """Let the oldest takes go where there are too many, or too many chunks, and what only they needed."""
+        with self._lock:
+            while len(self.takes) > MAX_TAKES or (len(self.takes) > 1 and len(self._places()) > MAX_KEPT):
+                del self.takes[min(self.takes)]
+            self.takes[self.take] = self.takes[self.take][-MAX_KEPT:]
+        needed = {*self._places(), (self.take, self.session.chunk)}
+        for place in [place for place in self.snapshots if place not in needed]:
+            del self.snapshots[place]
+
+    def _places(self) -> set[tuple[int, int]]:
+        """Take and number of every chunk that is kept."""
+        return {(made.take, made.chunk) for video in self.takes.values() for made in video}
+
     def say(self, message: Say) -> None:
+        self.switch = message.switch
         self.session.say(message.prompt, message.switch)
 
     def cancel(self) -> None:
@@ -149,37 +186,43 @@ class Player:
         self.costs.learn(timings)
         jpegs = list(_ENCODERS.map(_jpeg, frames))
         thumb = _jpeg(_small(frames[len(frames) // 2]), 80)
-        made = MadeChunk(
-            result.chunk, result.prompts[0], self.seed, jpegs, thumb, time.perf_counter() - begin,
-            result.chunk in self.snapshots, timings,
-        )  # fmt: skip
+        place, seconds = (self.take, result.chunk), time.perf_counter() - begin
+        rewindable = result.chunk == 0 or place in self.snapshots
+        made = MadeChunk(*place, result.prompts[0], self.switch, self.seed, jpegs, thumb, seconds, rewindable, timings)
         with self._lock:
-            self.made = [*self.made, made][-MAX_KEPT:]
+            self.takes[self.take] = [*self.takes[self.take], made]
+        self._forget()
         return made
 
     def _keep(self) -> None:
         """A snapshot of now, on the host; the oldest ones go where there are too many."""
-        self.snapshots[self.session.chunk] = self.session.snapshot("cpu")
+        self.snapshots[self.take, self.session.chunk] = self.session.snapshot("cpu")
         size = self.session.cache_bytes
         while len(self.snapshots) * size > self.rewind_bytes:
             self.snapshots.popitem(last=False)
 
-    def video(self) -> bytes:
-        """What was made, as MP4."""
+    def chunks(self, take: int | None = None) -> list[MadeChunk]:
+        """The video of a take, None: of the newest. UserError where there is none."""
         with self._lock:
-            made = list(self.made)
-        if not made:
+            video = self.takes.get(self.take if take is None else take)
+        if video is None and self.takes:
+            raise UserError(f"take={take} is not kept any more; choose one of those shown")
+        if not video:
             raise UserError("nothing has been played; press Play first")
+        return video
+
+    def video(self, take: int | None = None) -> bytes:
+        """What was made, as MP4."""
+        made = self.chunks(take)
         config, out = self.pipe.config.video, io.BytesIO()
         with LiveWriter(out, config.fps, (config.height, config.width)) as writer:
             for chunk in made:
                 writer.write(np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in chunk.jpegs]))
         return out.getvalue()
 
-    def record(self) -> dict:
+    def record(self, take: int | None = None) -> dict:
         """How what was made can be made again."""
-        with self._lock:
-            made = list(self.made)
+        made = self.chunks(take)
         return {
             "chunks": [{"chunk": m.chunk, "prompt": m.prompt, "seed": m.seed, "timings_s": m.timings} for m in made],
             "schedule": self.session.schedule.to_dict(),

@@ -42,7 +42,7 @@ class Visit:
         self.socket, self.player, self.pool, self.limits = socket, player, pool, limits
         self._stream: asyncio.Task | None = None
         self._room = asyncio.Event()
-        self._shown = self._sent = self._take = 0  # frames of this take; number of the take
+        self._shown = self._sent = 0  # frames of this take
         self._frames_allowed = 0
         self._errors = 0
         self._stopping = False
@@ -100,10 +100,9 @@ class Visit:
     async def _begin(self, start: Callable[[Any], None], message: Message, frames: int) -> None:
         """A new take: `start` on the worker, then chunks. `frames`: those that the video has before it."""
         await asyncio.get_running_loop().run_in_executor(self.pool, start, message)
-        self._take += 1
         self._shown = self._sent = 0
-        schedule = self.player.session.schedule
-        await self._say("take", take=self._take, frames=frames, **self._describe(schedule))
+        shown = {"take": self.player.take, "takes": list(self.player.takes), "frames": frames}
+        await self._say("take", **shown, **self._describe(self.player.session.schedule))
         self._stream = asyncio.create_task(self._play(frames))
 
     async def _play(self, frames: int) -> None:
@@ -121,7 +120,7 @@ class Visit:
                 frames += len(made.jpegs)
                 self._sent += len(made.jpegs)
                 with gone_if_closed():
-                    await self.socket.send_bytes(made.packet(self._take))
+                    await self.socket.send_bytes(made.packet())
             if not self._stopping:
                 await self._say("end", message=f"{frames / fps:.0f} s are the most that a video may last; press Play")
         except UserError as error:  # what was made is no picture

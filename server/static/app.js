@@ -4,7 +4,9 @@ import { JitterBuffer } from "./buffer.js";
 const $ = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
 const screen = $("screen"), brush = screen.getContext("2d");
-let socket, hello, buffer, take = 0, pressed = 0, first = true, playing = false, lastAck = 0, arrivals = [], picture = false;
+let socket, hello, buffer, take = 0, playing = false, lastAck = 0, arrivals = [], picture = false;
+let asked = []; // when the takes that have not begun were asked for, ms; frames until then are of the one before
+let since = null; // when the take that plays was asked for, until its first frame is there
 
 function connect() {
   const scheme = location.protocol === "https:" ? "wss" : "ws";
@@ -35,15 +37,19 @@ function heard(message) {
     case "hello": return begin(message);
     case "take":
       take = message.take;
+      since = asked.shift() ?? null;
       buffer.clear();
       arrivals = [];
+      for (const row of [...$("strip").children]) if (!message.takes.includes(Number(row.dataset.take))) dropRow(row);
+      addRow();
       setPlaying(true);
       return showSchedule(message);
     case "schedule": return showSchedule(message);
     case "said": return say(`From the next chunk on: ${message.prompt}`);
-    case "stopped": buffer.clear(); setPlaying(false); return say("Stopped.");
+    case "stopped": buffer.clear(); setPlaying(false); return asked.length || say("Stopped.");
     case "end": case "idle": setPlaying(false); return say(message.message);
     case "error":
+      asked = [];
       if (message.over) setPlaying(false);
       return say(message.message, true);
   }
@@ -62,10 +68,8 @@ function begin(message) {
   for (const name of hello.contexts) $("context").append(new Option(name, name, false, name === hello.context));
   for (const name of hello.switches) $("switch").append(new Option(name, name, false, name === hello.switch));
   hello.steps.forEach(addSlider);
-  const token = query.get("token") ? `?token=${encodeURIComponent(query.get("token"))}` : "";
   $("start").hidden = !hello.image;
   if (!hello.trained_image_start) $("image-hint").textContent += "; this model was not trained for it";
-  for (const kind of ["mp4", "json"]) $(kind).dataset.href = `clip/${hello.visitor}.${kind}${token}`;
   ask();
   say("Write a prompt and press Play.");
   requestAnimationFrame(draw);
@@ -106,15 +110,47 @@ async function gotChunk(data) {
   arrivals = arrivals.slice(-8);
   addThumb(head, thumb);
   for (const kind of ["mp4", "json"]) {
-    $(kind).href = $(kind).dataset.href;
+    $(kind).href = clip(kind, take);
     $(kind).removeAttribute("aria-disabled");
   }
   // decoding is started for all, and they enter the buffer in order
   buffer.push(frames.map((blob) => createImageBitmap(blob)), { head });
 }
 
+function clip(kind, of) {
+  const token = query.get("token") ? `&token=${encodeURIComponent(query.get("token"))}` : "";
+  return `clip/${hello.visitor}.${kind}?take=${of}${token}`;
+}
+
+// A row of thumbnails for each take: its own chunks, after those of the take that it went on from.
+function addRow() {
+  const row = document.createElement("section"), title = document.createElement("p");
+  row.dataset.take = take;
+  title.className = "hint";
+  row.append(title, document.createElement("ol"));
+  $("strip").append(row);
+}
+
+function nameRow(row, head) {
+  const links = ["mp4", "json"].map((kind) => {
+    const link = document.createElement("a");
+    link.href = clip(kind, head.take);
+    link.textContent = kind.toUpperCase();
+    link.setAttribute("aria-label", `Download ${kind.toUpperCase()} of take ${head.take}`);
+    return link;
+  });
+  const from = head.chunk ? `, on from chunk ${head.chunk}` : "";
+  row.querySelector("p").append(`Take ${head.take}${from}: ${head.prompt} `, links[0], " ", links[1]);
+}
+
+function dropRow(row) {
+  [...row.querySelectorAll("li")].forEach(drop);
+  row.remove();
+}
+
 function addThumb(head, blob) {
-  for (const old of [...$("strip").children]) if (Number(old.dataset.chunk) >= head.chunk) drop(old);
+  const row = $("strip").lastChild, list = row.querySelector("ol");
+  if (!list.children.length) nameRow(row, head);
   const item = document.createElement("li"), button = document.createElement("button"), image = new Image();
   item.dataset.chunk = head.chunk;
   image.src = URL.createObjectURL(blob);
@@ -126,9 +162,9 @@ function addThumb(head, blob) {
   button.append(image, `${head.chunk} · ${(head.seconds * 1000).toFixed(0)} ms`);
   button.onclick = () => rewind(head);
   item.append(button);
-  $("strip").append(item);
-  while ($("strip").children.length > 60) drop($("strip").firstChild);
-  item.scrollIntoView({ block: "nearest", inline: "end" });
+  list.append(item);
+  while (list.children.length > 60) drop(list.firstChild);
+  list.scrollLeft = list.scrollWidth; // scrollIntoView would move the page, too
 }
 
 function drop(item) {
@@ -137,12 +173,16 @@ function drop(item) {
 }
 
 function rewind(head) {
-  if (head.chunk === 0) return $("form").requestSubmit();
-  pressed = performance.now();
-  first = true;
+  press(`Going on from chunk ${head.chunk} of take ${head.take} …`);
   const prompt = $("prompt").value.trim(), seed = Number($("seed").value);
-  send({ type: "rewind", chunk: head.chunk, ...(prompt && prompt !== head.prompt && { prompt }), ...(seed !== head.seed && { seed }) });
-  say(`Going on from chunk ${head.chunk}.`);
+  send({ type: "rewind", chunk: head.chunk, take: head.take, ...(prompt && prompt !== head.prompt && { prompt }), ...(seed !== head.seed && { seed }) });
+}
+
+function press(text) {
+  asked.push(performance.now());
+  $("latency").value = "–";
+  say(text);
+  screen.scrollIntoView({ block: "nearest" });
 }
 
 function draw(now) {
@@ -151,15 +191,15 @@ function draw(now) {
   if (frame) {
     brush.drawImage(frame.image, 0, 0);
     frame.image.close();
-    if (first) {
-      first = false;
-      $("latency").value = (performance.now() - pressed).toFixed(0);
+    if (since !== null) {
+      $("latency").value = (performance.now() - since).toFixed(0);
+      since = null;
       say(`Playing: ${frame.head.prompt}`);
     }
     if (screen.dataset.prompt !== frame.head.prompt) {
       screen.dataset.prompt = frame.head.prompt;
       screen.setAttribute("aria-label", `Video of: ${frame.head.prompt}`);
-      if (frame.head.chunk) say(`Playing: ${frame.head.prompt}`);
+      if (!asked.length) say(`Playing: ${frame.head.prompt}`);
     }
   }
   if (now - lastAck > 200) {
@@ -178,12 +218,14 @@ function draw(now) {
 
 $("form").onsubmit = (event) => {
   event.preventDefault();
-  pressed = performance.now();
-  first = true;
+  press("Making the first frames …");
   buffer.stalls = 0;
-  [...$("strip").children].forEach(drop);
   send({ type: "play", prompt: $("prompt").value, seed: Number($("seed").value), steps: steps(), context: $("context").value, image: picture });
-  say("Making the first frames …");
+};
+$("prompt").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("form").requestSubmit();
 };
 function usePicture(blob) {
   picture = Boolean(blob);

@@ -165,6 +165,49 @@ def test_a_video_is_played_changed_rewound_and_taken_home(port):
     assert fetch(port, f"clip/{name}.mp4")[0] == 404, "gone with its visitor"
 
 
+def test_branches_are_kept(port):
+    """Each may be gone back to and taken home: the same chunks, and on along its own prompt and seed."""
+
+    async def script(me):
+        async def rewind(**message):
+            await me.send(type="rewind", **message)
+            take = await me.until("take")
+            me.sent = 0
+            return take, await me.chunks(3)
+
+        await me.play(seed=1)
+        first = await me.chunks(5)
+        _, other = await rewind(chunk=2, prompt=OTHER, seed=8)
+        take, again = await rewind(chunk=3, take=1)
+        assert take["takes"] == [1, 2, 3] and [c["take"] for c in other + again] == [2] * 3 + [3] * 3
+        assert [c["frames"] for c in again[:2]] == [c["frames"] for c in first[3:]], "the first one, as it was"
+        _, branch = await rewind(chunk=2, take=2)
+        assert [c["frames"] for c in branch] == [c["frames"] for c in other], "the branch, from its first chunk on"
+        assert {(c["prompt"], c["seed"]) for c in branch} == {(OTHER, 8)}
+        _, start = await rewind(chunk=0, take=1)
+        assert [c["frames"] for c in start] == [c["frames"] for c in first[:3]]
+        await me.send(type="stop")
+        await me.until("stopped")
+        path, kept = f"clip/{me.hello['visitor']}.json", {}
+        for take in range(1, 6):
+            status, record = await asyncio.to_thread(fetch, port, f"{path}?take={take}")
+            kept[take] = [(c["chunk"], c["prompt"], c["seed"]) for c in json.loads(record)["chunks"]]
+        assert kept[1][:5] == [(k, PROMPT, 1) for k in range(5)]
+        assert kept[2][:4] == [(0, PROMPT, 1), (1, PROMPT, 1), (2, OTHER, 8), (3, OTHER, 8)]
+        assert kept[3][:4] == kept[1][:4] and kept[4][:4] == kept[2][:4] and kept[5][:3] == kept[1][:3]
+        assert (await asyncio.to_thread(fetch, port, f"{path}?take=77"))[0] == 409
+        await me.send(type="rewind", chunk=1, take=77)
+        assert "not kept" in (await me.until("error"))["message"]
+        for _ in range(8):
+            take, _ = await rewind(chunk=0)
+        assert len(take["takes"]) == 8 and take["takes"][-1] == 13, "the newest"
+        await me.play()
+        await me.send(type="rewind", chunk=2, take=2)
+        assert "not kept" in (await me.until("error"))["message"], "a new video begins with nothing"
+
+    visit(port, script)
+
+
 def test_pictures_are_not_compressed_again(port):
     async def script(me):
         return me.line.response.headers
@@ -183,7 +226,7 @@ def test_visitors_one_after_the_other_share_a_session(serve):
         await me.send(type="stop")
         await me.until("stopped")
         assert all({*kept.text.prompts} == {changes["prompt"]} for kept in player.snapshots.values())
-        assert {*player.snapshots} <= {1, 2, 3, 4, 5} and 1 in player.snapshots
+        assert {*player.snapshots} <= {(1, k) for k in range(1, 6)} and (1, 1) in player.snapshots
         await me.send(type="rewind", chunk=7)
         assert "is not kept any more" in (await me.until("error"))["message"]
         return id(player.session), [c["frames"] for c in made]

@@ -12,6 +12,8 @@ import pytest
 from test_demo import PROMPT, pipe, serve  # noqa: F401  (fixtures)
 from test_demo_image import RED
 
+from server.player import Player
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -47,10 +49,10 @@ def open_page(browser, serve, request):  # noqa: F811
         page.close()
 
 
-def keep(page, name: str) -> None:
+def keep(page, name: str, full_page: bool = True) -> None:
     folder = os.environ.get("DIAGONAL_SCREENSHOTS")
     if folder:
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=full_page)
 
 
 def wait(page, condition: str, seconds: float = 120) -> None:
@@ -109,6 +111,90 @@ def test_a_visit_by_keyboard_on_a_phone_in_the_dark(open_page):
     )
     assert unnamed == 0, "every control has a name"
     assert not page.problems, page.problems
+
+
+def test_play_while_playing_shows_what_was_asked_for(open_page, monkeypatch):
+    """Prompt and latency are those of the new video, at every replay and branch; Enter plays."""
+    make = Player.next
+
+    def slow(self):
+        if self.session.chunk in (0, 3):
+            time.sleep(0.7)
+        return make(self)
+
+    monkeypatch.setattr(Player, "next", slow)
+    page = open_page(viewport={"width": 1280, "height": 900})
+    for prompt in ("a red circle moves right", "a blue square moves up", "a green triangle moves left"):
+        page.fill("#prompt", prompt)
+        page.keyboard.press("Enter")
+        assert page.inner_text("#latency") == "–" and page.input_value("#prompt") == prompt
+        page.wait_for_timeout(400)
+        assert prompt not in page.inner_text("#status"), "not before it is there"
+        wait(page, f"document.querySelector('#status').textContent === 'Playing: {prompt}'")
+        assert 700 < number(page, "latency") < 5000
+        wait(page, "document.querySelectorAll('#strip li').length >= 5")
+    page.fill("#prompt", "a red square moves down")
+    page.click("#strip li:nth-child(4) button")
+    assert page.inner_text("#latency") == "–"
+    wait(page, "document.querySelector('#status').textContent === 'Playing: a red square moves down'")
+    assert 700 < number(page, "latency") < 5000
+    assert not page.problems, page.problems
+
+
+def test_shift_enter_is_a_new_line(open_page):
+    page = open_page()
+    page.fill("#prompt", "a red circle")
+    page.keyboard.press("Shift+Enter")
+    assert page.input_value("#prompt") == "a red circle\n" and page.query_selector("#strip li") is None
+
+
+def test_branches_stay_on_the_page(open_page):
+    page = open_page(viewport={"width": 1280, "height": 900})
+    page.fill("#prompt", "a red circle moves right")
+    page.click("#play")
+    wait(page, "document.querySelectorAll('#strip li').length >= 4")
+    page.fill("#prompt", "a blue square moves up")
+    page.click("#strip li:nth-child(3) button")
+    wait(page, "document.querySelectorAll('#strip section:nth-child(2) li').length >= 2")
+    page.click("#stop")
+    first, branch = (page.query_selector_all(f"#strip section:nth-child({i}) li") for i in (1, 2))
+    label = branch[0].query_selector("button").get_attribute("aria-label")
+    assert len(first) >= 4 and label == "Go back to chunk 2: a blue square moves up"
+    assert "Take 2, on from chunk 2: a blue square moves up" in page.inner_text("#strip section:nth-child(2) p")
+    sizes = []
+    for i in (1, 2):
+        with page.expect_download() as download:
+            page.click(f"#strip section:nth-child({i}) a")
+        sizes.append(Path(download.value.path()).stat().st_size)
+    assert min(sizes) > 1000 and sizes[0] != sizes[1]
+    page.click("#play")
+    wait(page, "document.querySelectorAll('#strip section').length === 1")
+    assert not page.problems, page.problems
+
+
+def test_on_a_phone_the_picture_is_in_sight_while_it_plays(open_page):
+    for width, height in ((360, 740), (740, 360)):
+        page = open_page(viewport={"width": width, "height": height}, has_touch=True, is_mobile=True)
+        page.tap("#play")
+        wait(page, "document.querySelectorAll('#strip li').length >= 3")
+        page.wait_for_timeout(300)
+        box = page.locator("#screen").bounding_box()
+        assert 0 <= box["y"] and box["y"] + min(box["height"], height) <= height + 1, box
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1280, 900), (360, 740)], ids=["desktop", "phone"])
+def test_twenty_seconds(open_page, size, scheme):
+    """Only where pictures are kept to be looked at."""
+    if "DIAGONAL_SCREENSHOTS" not in os.environ:
+        pytest.skip("DIAGONAL_SCREENSHOTS is not set")
+    page = open_page(viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=scheme)
+    page.click("#play")
+    page.wait_for_timeout(10_000)
+    page.click("#strip li:nth-child(3) button")
+    page.wait_for_timeout(10_000)
+    keep(page, f"seen_{size[0]}_{scheme}", full_page=False)
+    assert number(page, "stalls") <= 2 and not page.problems, page.problems
 
 
 def test_the_page_begins_with_a_picture(open_page):
