@@ -121,7 +121,7 @@ def test_behind_a_proxy(token, origins, headers, comes_in):
 def test_who_does_not_read_is_cut_off(serve, monkeypatch, what):  # noqa: F811
     """The place is free again, and the connection with all that waited in it is gone."""
     monkeypatch.setattr("server.protocols.SEND_SECONDS", 0.5)
-    monkeypatch.setattr(Player, "video", lambda self: b"x" * 2**25)
+    monkeypatch.setattr(Player, "video", lambda self, take: b"x" * 2**25)
     port = serve(limits=Limits(visitors=1))
     serve.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # which its connections inherit
     players, running = serve.app.state.players, serve.server.server_state.connections
