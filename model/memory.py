@@ -128,13 +128,13 @@ class MemoryPlan:
         return self.peak.total <= gib * GIB * USABLE
 
     def table(self) -> str:
-        """Phases as columns, parts as rows, in GB (1e9 bytes)."""
+        """Phases as columns, parts as rows, in GiB."""
         names = list(dict.fromkeys(part for phase in self.phases for part in phase.parts))
-        rows = [["GB", *(phase.name for phase in self.phases)]]
+        rows = [["GiB", *(phase.name for phase in self.phases)]]
         for name in names:
-            rows.append([name, *(f"{p.parts[name] / 1e9:.2f}" if name in p.parts else "" for p in self.phases)])
-        rows.append(["driver, allocator", *(f"{(p.total - sum(p.parts.values())) / 1e9:.2f}" for p in self.phases)])
-        rows.append(["sum", *(f"{phase.total / 1e9:.2f}" for phase in self.phases)])
+            rows.append([name, *(f"{p.parts[name] / GIB:.2f}" if name in p.parts else "" for p in self.phases)])
+        rows.append(["driver, allocator", *(f"{(p.total - sum(p.parts.values())) / GIB:.2f}" for p in self.phases)])
+        rows.append(["sum", *(f"{phase.total / GIB:.2f}" for phase in self.phases)])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
         return "\n".join("  ".join(cells) for cells in lines)

@@ -21,6 +21,7 @@ from pipeline.start import read_start
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import check_writable, safe_name, short_hash
+from utils.machine import size_text
 from utils.prompts import check_prompt, read_prompts
 from utils.seeds import sample_seed
 
@@ -75,7 +76,7 @@ class Plan:
     def describe(self) -> str:
         """Everything that was decided, as text: settings, weights, files."""
         settings = {name: value for name, value in to_dict(self.config).items() if name != "training"}
-        weights = [f"{check.role:<14}{check.path}  {check.size / 1e6:.1f} MB  {check.kind}" for check in self.weights]
+        weights = [f"{check.role:<14}{check.path}  {size_text(check.size)}  {check.kind}" for check in self.weights]
         files = [f"{job.video}  seed {job.seed}" for job in self.jobs]
         files += [f"{job.video}  seed {job.seed}  already there" for job in self.finished]
         parts = [OmegaConf.to_yaml(OmegaConf.create(settings)).rstrip(), *weights, "", self.summary(), *files]

@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.encoded_manifest import read_manifest
-from model.memory import CARDS, GIB, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
+from model.memory import CARDS, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
 from model.schedule import Schedule
 from model.weights.files import read_json, resolve
 from model.weights.peek import Peek, peek, wanted
@@ -58,7 +58,11 @@ class Report:
 
 def examine(config: Config, *, training: bool = False, world: int | None = None) -> Report:
     """Everything, in order; what is wrong is a line among others. world: processes of a training run (None: GPUs)."""
-    report, gpus = Report(), machine.gpus()
+    report, gpus = Report(), []
+    try:
+        gpus = machine.gpus()
+    except UserError as error:
+        report.fail("driver", str(error))
     _machine(report, gpus)
     _disk(report, Path(config.inference.output_folder), "videos")
     peeks = _weights(report, config, training)
@@ -80,21 +84,23 @@ def _machine(report: Report, gpus: list[machine.Gpu]) -> None:
     else:
         report.say("torch", f"{version} ({built}), Python {machine.python_version()}")
     for i, gpu in enumerate(gpus):
-        free, whole = gpu.free / GIB, gpu.memory / GIB
-        report.say(f"GPU {i}", f"{gpu.name}, {whole:.1f} GiB ({free:.1f} free), sm {gpu.capability}, {gpu.driver}")
+        memory = "the host's memory"
+        if gpu.memory is not None:
+            memory = f"{machine.size_text(gpu.memory)} ({machine.size_text(gpu.free)} free)"
+        report.say(f"GPU {i}", f"{gpu.name}, {memory}, sm {gpu.capability}, {gpu.driver}")
     if gpus and cuda and machine.driver_is_old(gpus[0].driver, cuda):
         report.fail("driver", f"driver {gpus[0].driver} is too old for CUDA {cuda}; update it, or use another torch")
     if gpus and version and not cuda:
         report.fail("driver", f"torch {version} is built for CPUs, so the GPU idles; install a build for CUDA")
-    if not gpus:
+    if not gpus and not report.problems:
         report.say("GPU", "none that a driver tells of; the CPU computes, which is for the tiny model only")
     report.say("attention", ", ".join(machine.kernels()))
-    report.say("host memory", f"{machine.host_memory() / GIB:.1f} GiB")
+    report.say("host memory", machine.size_text(machine.host_memory()))
 
 
 def _disk(report: Report, folder: Path, what: str) -> None:
     free = machine.free_space(folder.expanduser())
-    line = f"{free / 1e9:.1f} GB free for {what} in {folder}"
+    line = f"{machine.size_text(free)} free for {what} in {folder}"
     if free < VIDEO_SPACE:
         report.fail("disk", f"{line}, which is too little; make room or set inference.output_folder")
     else:
@@ -110,7 +116,7 @@ def _weights(report: Report, config: Config, training: bool) -> dict[str, Peek]:
         except UserError as error:
             report.fail(role, str(error))
         else:
-            report.say(role, f"{found[role].path}, {found[role].size / 1e9:.2f} GB, {found[role].kind}")
+            report.say(role, f"{found[role].path}, {machine.size_text(found[role].size)}, {found[role].kind}")
     return found
 
 
@@ -137,7 +143,7 @@ def _encoded(report: Report, config: Config) -> None:
         return
     try:
         _, manifest = read_manifest(path, text_tokens=config.model.text_tokens)
-        report.say("encoded", f"{sum(manifest.counts):,} prompts in {path}, {sum(manifest.sizes) / 1e9:.2f} GB")
+        report.say("encoded", f"{sum(manifest.counts):,} prompts in {path}, {machine.size_text(sum(manifest.sizes))}")
     except UserError as error:
         report.fail("encoded", str(error))
 
@@ -210,27 +216,25 @@ def _memory(
     head = f"by formulas, one GPU of {world}, bfloat16" if training else "by formulas, one GPU, bfloat16"
     if "student" not in peeks and not training:
         head += ", in sizes of Wan2.1-1.3B for want of files"
-    report.say("memory", f"{head}: {plan.peak.total / GIB:.1f} GiB at most ({plan.peak.name})")
+    report.say("memory", f"{head}: {machine.size_text(plan.peak.total)} at most ({plan.peak.name})")
     for line in plan.table().splitlines():
         report.say("", line)
-    smallest = min((gpu.memory for gpu in gpus), default=None)
+    smallest = min((gpu.memory or machine.host_memory() for gpu in gpus), default=None)
     if smallest is not None and plan.peak.total > smallest:
         report.fail("memory", too_much(plan, smallest))
     fitting = largest_training if training else largest_inference
     for card in CARDS:
-        report.say(f"{card} GB card", fitting(config, peeks, card))
+        report.say(f"{card} GiB card", fitting(config, peeks, card))
 
 
 def too_much(plan: MemoryPlan, memory: int) -> str:
     """The sentence for a plan that a GPU cannot hold."""
-    return (
-        f"{plan.peak.name} needs some {plan.peak.total / GIB:.1f} GiB and the GPU has {memory / GIB:.1f}; "
-        f"`python scripts/doctor.py` says what fits"
-    )
+    needed, there = machine.size_text(plan.peak.total), machine.size_text(memory)
+    return f"{plan.peak.name} needs some {needed} and the GPU has {there}; `python scripts/doctor.py` says what fits"
 
 
 def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
-    """The least that has to be changed for a card of so many GB, as settings."""
+    """The least that has to be changed for a card of so many GiB, as settings."""
     for rung in LADDER:
         smaller = config
         for section, key, value in rung:
@@ -238,18 +242,19 @@ def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
         plan = memory_plan(smaller, peeks)
         if plan.fits(card):
             settings = " ".join(f"{section}.{key}={value}" for section, key, value in rung) or "as configured"
-            return f"{settings} ({plan.peak.total / GIB:.1f} GiB)"
+            return f"{settings} ({machine.size_text(plan.peak.total)})"
     return "too small"
 
 
 def largest_training(config: Config, peeks: dict[str, Peek], card: int) -> str:
-    """How few cards of so many GB hold the run, sharded, with its prompts encoded ahead."""
+    """How few cards of so many GiB hold the run, sharded, with its prompts encoded ahead."""
     distill = replace(config.training.distill, encoded_prompts="ahead")
     sharded = replace(config, training=replace(config.training, sharding="full", distill=distill))
     for count in GPU_COUNTS:
         plan = memory_plan(sharded, peeks, training=True, world=count)
         if plan.fits(card):
-            return f"{count} or more, training.sharding=full, prompts encoded ahead ({plan.peak.total / GIB:.1f} GiB)"
+            size = machine.size_text(plan.peak.total)
+            return f"{count} or more, training.sharding=full, prompts encoded ahead ({size})"
     return f"not even {GPU_COUNTS[-1]} hold it"
 
 

@@ -10,7 +10,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.errors import UserError, shown
+
 MIB = 1 << 20
+MEND_DRIVER = "restart the machine or install the driver again, or set CUDA_VISIBLE_DEVICES= to do without"
 # attention kernel -> modules that bring it; torch's own need none
 KERNELS = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "fa3_fwd_interface")}
 CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}  # oldest driver of each CUDA, on Linux
@@ -21,28 +24,38 @@ class Gpu:
     """One GPU, as its driver describes it; bytes."""
 
     name: str
-    memory: int
+    memory: int | None  # None: it has none of its own and takes the host's
     free: int
     driver: str
     capability: str  # compute capability, "9.0"
 
 
 def gpus() -> list[Gpu]:
-    """GPUs that a process started here would see; none where there is no driver or it does not answer."""
+    """GPUs that a process started here would see; none where there is no driver. UserError where it is broken."""
     tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
     query = "--query-gpu=name,memory.total,memory.free,driver_version,compute_cap"
     try:
-        run = subprocess.run([tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=2)
-    except (OSError, subprocess.TimeoutExpired):
+        run = subprocess.run([tool, query, "--format=csv,noheader,nounits"], capture_output=True, timeout=5)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"nvidia-smi does not answer within {error.timeout:.0f} s; {MEND_DRIVER}") from error
+    except OSError as error:
+        raise UserError(f"nvidia-smi cannot be started ({error.strerror}); {MEND_DRIVER}") from error
+    lines = run.stdout.decode(errors="replace").strip().splitlines()
+    if run.returncode and any("No devices were found" in line for line in lines):
         return []
-    found = []
-    for line in run.stdout.splitlines() if run.returncode == 0 else ():
-        name, memory, free, driver, capability = (part.strip() for part in line.rsplit(",", 4))
-        if memory.isdecimal() and free.isdecimal():
-            found.append(Gpu(name, int(memory) * MIB, int(free) * MIB, driver, capability))
-    return _visible(found)
+    rows = [[part.strip() for part in line.rsplit(",", 4)] for line in lines]
+    if run.returncode or any(len(row) != 5 for row in rows):
+        said = lines or run.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise UserError(f"nvidia-smi says: {shown(said[0])}; {MEND_DRIVER}")
+    return _visible([_gpu(*row) for row in rows])
+
+
+def _gpu(name: str, memory: str, free: str, driver: str, capability: str) -> Gpu:
+    """From the cells of a row; a GPU without memory of its own has no numbers there."""
+    known = memory.isdecimal() and free.isdecimal()
+    return Gpu(name, int(memory) * MIB if known else None, int(free) * MIB if known else 0, driver, capability)
 
 
 def _visible(found: list[Gpu]) -> list[Gpu]:
@@ -72,9 +85,16 @@ def kernels() -> list[str]:
 
 
 def driver_is_old(driver: str, cuda: str) -> bool:
-    """Whether a driver is older than that CUDA needs."""
+    """Whether a driver is older than that CUDA needs; not where it does not say its version."""
     major = int(cuda.split(".")[0])
-    return int(driver.split(".")[0]) < CUDA_DRIVERS.get(major, 0)
+    own = driver.split(".")[0]
+    return own.isdecimal() and int(own) < CUDA_DRIVERS.get(major, 0)
+
+
+def size_text(size: float) -> str:
+    """Bytes as text, in the largest unit that has a digit to show: `31.6 GiB`, `7.2 MiB`, `0.5 KiB`."""
+    unit, power = next(u for u in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if size >= 0.1 * (1 << u[1]) or u[1] == 10)
+    return f"{size / (1 << power):.1f} {unit}"
 
 
 def host_memory() -> int:

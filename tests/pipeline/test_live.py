@@ -29,7 +29,7 @@ def numbered(n: int, height: int = 32, width: int = 48) -> np.ndarray:
 def test_a_fragmented_file_plays_though_its_writer_was_killed(tmp_path):
     code = f"""
 import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "pipeline")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(Path(__file__).parent)!r}]
 from test_live import numbered
 from utils.video_live import LiveWriter
 writer = LiveWriter("dead.mp4", 4, (32, 48)).__enter__()

@@ -44,9 +44,10 @@ def test_it_is_quick_and_imports_nothing_heavy(tiny_assets):
     took = os.times()  # of the CPU: by the clock it depends on what else the machine does
     assert took.children_user + took.children_system - begin.children_user - begin.children_system < 3
     for name in ("torch ", "attention ", "host memory", "disk ", "student ", "vae ", "tokenizer ", "prompts ",
-                 "schedule ", "memory ", "12 GB card", "80 GB card"):  # fmt: skip
+                 "schedule ", "memory ", "12 GiB card", "80 GiB card"):  # fmt: skip
         assert f"\n{name}" in f"\n{run.stdout}", name
     assert "nothing to mend" in run.stdout and "2 in " in run.stdout
+    assert " GB" not in run.stdout and " 0.00 " not in run.stdout.split("memory  ")[0]
 
 
 def test_missing_files_are_all_told_at_once(capsys, monkeypatch):
@@ -55,7 +56,7 @@ def test_missing_files_are_all_told_at_once(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert shown.count("PROBLEM  ") == 4 and "4 things to mend" in shown
     assert "download.py umt5" in shown and "download.py vae" in shown
-    assert "31." in shown.split("40 GB card")[1].splitlines()[0]  # as configured, sizes of Wan being taken for granted
+    assert "31." in shown.split("40 GiB card")[1].splitlines()[0]  # as configured, sizes of Wan being taken for granted
     assert doctor.main(["--config_path", TRAIN, "--train", "--gpus", "8"]) == 1
     shown = capsys.readouterr().out
     assert "64 = 1 a pass x 8 processes x 8 accumulated" in shown and "download.py prompts" in shown
@@ -100,7 +101,7 @@ def test_peek_knows_every_format(tmp_path, wan, wan_state, student, t5):
         with pytest.raises(UserError, match="averaged"):
             peek("student", tmp_path / path, use_ema=True)
     weights.save_network(t5, tmp_path / "t5")
-    assert peek("text_encoder", tmp_path / "t5").kind == "T5 text encoder (folder)"
+    assert peek("text_encoder", tmp_path / "t5").kind == "T5 text encoder (our own)"
     with pytest.raises(UserError, match="should be a video VAE and seems to be a T5"):
         peek("vae", write_t5(tmp_path, t5))
     lora = {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 128)}
@@ -125,7 +126,7 @@ def test_peek_agrees_with_the_whole_check(tiny_assets):
 
 
 def test_gpus(monkeypatch):
-    rows = "NVIDIA H100 80GB HBM3, 81559, 80994, 580.95.05, 9.0\nNVIDIA RTX 4090, 24564, 20000, 580.95.05, 8.9\n"
+    rows = b"NVIDIA H100 80GB HBM3, 81559, 80994, 580.95.05, 9.0\nNVIDIA RTX 4090, 24564, 20000, 580.95.05, 8.9\n"
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
     monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=rows, returncode=0))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -138,14 +139,66 @@ def test_gpus(monkeypatch):
         assert machine.gpus() == []
 
 
-def test_a_driver_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
-    for failure in (subprocess.TimeoutExpired("x", 2), OSError()):
-        monkeypatch.setattr(machine.subprocess, "run", lambda *a, f=failure, **k: (_ for _ in ()).throw(f))
-        assert machine.gpus() == []
-    broken = SimpleNamespace(stdout="Failed to initialize NVML\n", returncode=9)
-    monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: broken)
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """Put a program that prints and ends as told in the place of nvidia-smi."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def write(says: str, code: int = 0, first_line: str = "#!/bin/sh") -> None:
+        (tmp_path / "nvidia-smi").write_text(f"{first_line}\nprintf '{says}'\nexit {code}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "problem"),
+    [
+        ("Failed to initialize NVML: Driver/library version mismatch", 18, "nvidia-smi says: Failed to initialize"),
+        ("", 9, "nvidia-smi says: nothing"),
+        ("Something else\\n", 0, "nvidia-smi says: Something else"),
+        ("\\377\\376", 1, "nvidia-smi says: "),
+    ],
+)
+def test_a_broken_driver_is_something_to_mend(nvidia_smi, capsys, says, code, problem):
+    nvidia_smi(says, code)
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert f"PROBLEM  {problem}" in shown and "restart the machine" in shown and "1 thing to mend" in shown
+
+
+def test_a_driver_that_cannot_be_started(nvidia_smi, monkeypatch):
+    nvidia_smi("", first_line="#!/no/such/shell")
+    with pytest.raises(UserError, match="cannot be started"):
+        machine.gpus()
+    monkeypatch.setattr(
+        machine.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(subprocess.TimeoutExpired("x", 5))
+    )
+    with pytest.raises(UserError, match="does not answer within 5 s"):
+        machine.gpus()
+
+
+def test_a_machine_without_a_gpu_has_nothing_to_mend(nvidia_smi):
+    nvidia_smi("No devices were found", 6)
     assert machine.gpus() == []
+
+
+@pytest.mark.parametrize("unknown", ["[N/A]", "[Not Supported]"])
+def test_a_gpu_that_takes_the_host_s_memory(nvidia_smi, monkeypatch, unknown):
+    nvidia_smi(f"NVIDIA GB10, {unknown}, {unknown}, 580.95.05, 12.1\\n")
+    monkeypatch.setattr(machine, "torch_build", lambda: ("2.13.0+cu130", "13.0"))
+    (gpu,) = machine.gpus()
+    assert gpu.memory is None
+    text = str(preflight.examine(load_config("configs/tiny.yaml")))
+    assert "NVIDIA GB10, the host's memory, sm 12.1" in text and "none that a driver tells of" not in text
+    monkeypatch.setattr(machine, "host_memory", lambda: GIB // 2)
+    assert "the GPU has 0.5 GiB" in "".join(preflight.examine(load_config("configs/tiny.yaml")).problems)
+
+
+def test_sizes_have_a_digit_to_show():
+    sizes = {0: "0.0 KiB", 500: "0.5 KiB", 7_600_000: "7.2 MiB", GIB // 2: "0.5 GiB", 34 * GIB: "34.0 GiB"}
+    assert {size: machine.size_text(size) for size in sizes} == sizes
 
 
 def test_versions():
@@ -198,11 +251,11 @@ def test_inference_is_refused_what_the_gpu_cannot_hold(full_size, monkeypatch):
     config = load_config(FULL)
     preflight.check_inference(config, None)
     preflight.check_inference(config, 80 * GIB)
-    with pytest.raises(UserError, match=r"decode needs some 31\.6 GiB and the GPU has 16\.0; .*doctor\.py"):
+    with pytest.raises(UserError, match=r"decode needs some 31\.6 GiB and the GPU has 16\.0 GiB; .*doctor\.py"):
         preflight.check_inference(config, 16 * GIB)
     preflight.check_inference(load_config("configs/wan2.1_t2v_1.3b_16gb.yaml"), 16 * GIB)
     monkeypatch.setattr(machine, "free_space", lambda folder: 1000)
-    with pytest.raises(UserError, match="0.0 GB free for videos in videos, which is too little"):
+    with pytest.raises(UserError, match="1.0 KiB free for videos in videos, which is too little"):
         preflight.check_inference(config, None)
 
 
@@ -222,7 +275,7 @@ def test_training_is_refused_before_it_loads(tiny_assets, tmp_path):
     assert preflight.memory_plan(fresh, {}, training=True).phases[0].parts["student, gradients, AdamW, average"] < 1e9
     with pytest.raises(UserError, match="not a multiple"):
         preflight.check_training(good, 3, None)
-    with pytest.raises(UserError, match="GiB and the GPU has 0.0"):
+    with pytest.raises(UserError, match="GiB and the GPU has 1.0 KiB"):
         preflight.check_training(good, 1, 1000)
 
 
@@ -230,6 +283,6 @@ def test_report_is_plain_text(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: [h100()])
     monkeypatch.setattr(machine, "torch_build", lambda: ("2.13.0+cu130", "13.0"))
     text = str(preflight.examine(load_config(FULL)))
-    assert "NVIDIA H100 80GB HBM3, 80.0 GiB (79.0 free), sm 9.0" in text
+    assert "NVIDIA H100 80GB HBM3, 80.0 GiB (79.0 GiB free), sm 9.0" in text
     assert json.dumps(text).isascii()
     assert max(map(len, text.splitlines())) < 400
