@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -86,6 +88,16 @@ def pick_training_kernel(name: str, capability: tuple[int, int] | None, dtype: t
         )
     wanted = name == "cudnn" or (name == "auto" and capability is not None and capability >= HOPPER)
     return "cudnn" if wanted and dtype in HALF else "sdpa"
+
+
+def set_attention(network: WanTransformer3DModel, kernel: str) -> None:
+    """Have all attention of `network` use `kernel`, a key of DIFFUSERS, where its own code calls diffusers' dispatcher.
+
+    Not by `set_attention_backend`, which makes it the kernel of every network that has none as well.
+    """
+    for block in network.blocks:
+        for attn in (block.attn1, block.attn2):
+            attn.processor._attention_backend = AttentionBackendName(DIFFUSERS[kernel])
 
 
 def here(device: torch.device) -> tuple[tuple[int, int] | None, list[str]]:

@@ -37,7 +37,7 @@ def compile_parts(network: WanTransformer3DModel, **options: Any) -> None:
     Self-attention stays as it is: a student's sees more keys chunk by chunk. A student has about ten kinds of pass:
     with a graph or without, with adapters, from a given image, with the text or keys of it.
     """
-    for name in ("_before", "_after"):
+    for name in ("pre_attention", "post_attention"):
         shared = compiled(getattr(CausalWanBlock, name), dynamic=False, **(options or {"options": TRAINED}))
         for block in in_parts(network).blocks:
             setattr(block, name, MethodType(shared, block))

@@ -13,6 +13,7 @@ float32 timesteps. A wrapper that casts a module's inputs must leave `timestep` 
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -149,10 +150,10 @@ class CausalWanBlock(WanTransformerBlock):
 
         modulation [B, 1 or F, 6, D]; text embedded [B, text tokens, D], or its keys and values.
         """
-        seen, kept = self._attend_past(*self._before(x, modulation, rotation), past, mask)
-        return self._after(x, seen, modulation, text), kept
+        attended, kept = self._self_attention(*self.pre_attention(x, modulation, rotation), past, mask)
+        return self.post_attention(x, attended, modulation, text), kept
 
-    def _attend_past(
+    def _self_attention(
         self, q: Tensor, k: Tensor, v: Tensor, past: LayerView | None, mask: Mask | None
     ) -> tuple[Tensor, KV | None]:
         if self.sequence is not None:
@@ -160,25 +161,41 @@ class CausalWanBlock(WanTransformerBlock):
         kept = None
         if past is not None:
             (k, v), kept = past.put(k, v)
-        seen = attend(self.attn1, q, k, v, mask)
-        return seen if self.sequence is None else self.sequence.to_tokens(seen), kept
+        attended = attend(self.attn1, q, k, v, mask)
+        return attended if self.sequence is None else self.sequence.to_tokens(attended), kept
 
-    def _before(self, x: Tensor, modulation: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        shift, scale = self._table(modulation)[:2]
-        return project(self.attn1, _modulate(self.norm1(x.float()), shift, scale).type_as(x), rotation)
+    def pre_attention(self, x: Tensor, modulation: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> rotated queries and keys, and values, of self-attention, each [B, L, heads, head_dim]."""
+        return project(self.attn1, self.attention_input(x, modulation), rotation)
 
-    def _after(self, x: Tensor, seen: Tensor, modulation: Tensor, text: Tensor | KV) -> Tensor:
-        """x, and what its tokens have seen of each other [B, L, heads, head_dim] -> x."""
-        gate, ffn_shift, ffn_scale, ffn_gate = self._table(modulation)[2:]
-        x = (x.float() + _gate(leave_attention(self.attn1, seen), gate)).type_as(x)
+    def post_attention(self, x: Tensor, attended: Tensor, modulation: Tensor, text: Tensor | KV) -> Tensor:
+        """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x behind the feed-forward."""
+        k, v = self.text_kv(text) if isinstance(text, Tensor) else text
+        x, q = self.cross_attention_query(x, attended, modulation)
+        return self.feed_forward(x, attend(self.attn2, q.type_as(v), k, v, None), modulation)
 
+    def attention_input(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [B, L, D], normed and modulated, as the projections of self-attention read it."""
+        shift, scale = self.adaln(modulation)[:2]
+        return _modulate(self.norm1(x.float()), shift, scale).type_as(x)
+
+    def cross_attention_query(self, x: Tensor, attended: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the result of self-attention -> x with it added, and queries [B, L, heads, head_dim] of the text."""
+        gate, attn = self.adaln(modulation)[2], self.attn2
+        x = (x.float() + _gate(self.attn1.to_out[0](attended.flatten(2, 3)), gate)).type_as(x)
         y = self.norm2(x.float()).type_as(x)
-        x = x + self._attend_text(y, self.text_kv(text) if isinstance(text, Tensor) else text)
+        return x, attn.norm_q(attn.to_q(y)).unflatten(2, (attn.heads, -1))
 
-        y = _modulate(self.norm3(x.float()), ffn_shift, ffn_scale).type_as(x)
-        return (x.float() + _gate(self.ffn(y).float(), ffn_gate)).type_as(x)
+    def feed_forward(
+        self, x: Tensor, attended: Tensor, modulation: Tensor, ffn: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """x and the result of cross-attention -> x with it and the feed-forward added. ffn: in place of the block's."""
+        shift, scale, gate = self.adaln(modulation)[3:]
+        x = x + self.attn2.to_out[0](attended.flatten(2, 3))
+        y = _modulate(self.norm3(x.float()), shift, scale).type_as(x)
+        return (x.float() + _gate((ffn or self.ffn)(y).float(), gate)).type_as(x)
 
-    def _table(self, modulation: Tensor) -> tuple[Tensor, ...]:
+    def adaln(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of self-attention and of the feed-forward, each [B, 1 or F, 1, D], float32."""
         return (self.scale_shift_table + modulation.float()).unsqueeze(3).unbind(2)
 
@@ -187,12 +204,6 @@ class CausalWanBlock(WanTransformerBlock):
         attn = self.attn2
         k, v = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
         return attn.norm_k(k).type_as(v).unflatten(2, (attn.heads, -1)), v.unflatten(2, (attn.heads, -1))
-
-    def _attend_text(self, x: Tensor, text: KV) -> Tensor:
-        attn = self.attn2
-        k, v = text
-        q = attn.norm_q(attn.to_q(x)).type_as(v).unflatten(2, (attn.heads, -1))
-        return leave_attention(attn, attend(attn, q, k, v, None))
 
 
 class FrameRotary(nn.Module):
@@ -292,11 +303,6 @@ def attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Non
     if mask is not None:
         return dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others refuse a mask
     return dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
-
-
-def leave_attention(attn: WanAttention, seen: Tensor) -> Tensor:
-    """The output projection of what attention returned; [B, L, D]."""
-    return attn.to_out[1](attn.to_out[0](seen.flatten(2, 3)))
 
 
 @functools.cache

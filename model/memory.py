@@ -13,10 +13,10 @@ three norms read, two of them made, and the feed-forward's result before its gat
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from configs.geometry import Geometry
 from configs.schema import Config
+from model.sizes import WAN_1_3B, WAN_14B, Network
 
 GIB = 1 << 30
 CONTEXT = 0.6 * GIB  # CUDA context and kernels
@@ -33,70 +33,6 @@ WAN_CALL = 2_000_000  # latent cells x base channels that WanCodec decodes at on
 T5_WEIGHTS, T5_BLOCK, T5_EMBEDDING = 11_361_820_672, 386_000_000, 2_100_298_752  # UMT5-XXL's encoder in bfloat16
 T5_SCORES = 8 * 64 * 2  # bytes of its activations for each pair of tokens: position bias and mask of 64 heads
 VAE_WEIGHTS, TINY_WEIGHTS = 253_785_062, 19_700_000  # in bfloat16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """Sizes of a Wan transformer."""
-
-    dim: int
-    ffn: int
-    layers: int
-    text_dim: int = 4096
-    freq_dim: int = 256
-    channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Network":
-        """From a config.json as diffusers has it."""
-        return cls(
-            dim=config["num_attention_heads"] * config["attention_head_dim"],
-            ffn=config["ffn_dim"],
-            layers=config["num_layers"],
-            text_dim=config["text_dim"],
-            freq_dim=config["freq_dim"],
-            channels=config["in_channels"],
-            patch=tuple(config["patch_size"]),
-        )
-
-    @property
-    def block(self) -> int:
-        """Parameters of a block: 8 square matrices, 4 of their norms, feed-forward, affine norm, modulation."""
-        d, f = self.dim, self.ffn
-        return 8 * (d * d + d) + 4 * d + 2 * d * f + f + d + 2 * d + 6 * d
-
-    @property
-    def parameters(self) -> int:
-        d, cell = self.dim, self.channels * self.patch[0] * self.patch[1] * self.patch[2]
-        embeddings = (cell * d + d) + (self.text_dim * d + d) + (d * d + d)
-        time = (self.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
-        return self.layers * self.block + embeddings + time + 2 * d + (d * cell + cell)
-
-    @property
-    def wide(self) -> int:
-        """Those that diffusers keeps in float32: norms, modulation and the time embedding."""
-        d = self.dim
-        return self.layers * (2 * d + 6 * d) + 2 * d + (self.freq_dim * d + d) + (d * d + d)
-
-    @property
-    def inference_bytes(self) -> int:
-        """Weights in bfloat16, but for those."""
-        return 2 * self.parameters + 2 * self.wide
-
-    @property
-    def fp8_bytes(self) -> int:
-        """The same with float8 in the linears of all blocks but the first and last; text keys' stay (model/fp8.py)."""
-        return self.inference_bytes - (self.layers - 2) * (6 * self.dim**2 + 2 * self.dim * self.ffn)
-
-    @property
-    def streamed_bytes(self) -> int:
-        """The same with the blocks on the host (model/fast/offload.py): slots for two of them, and the rest."""
-        return self.inference_bytes - (self.layers - 2) * (2 * self.block + 2 * 8 * self.dim)
-
-
-WAN_1_3B = Network(dim=1536, ffn=8960, layers=30)
-WAN_14B = Network(dim=5120, ffn=13824, layers=40)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.geometry import latent_frames, pixel_frames
 from configs.load import load_config
 from configs.schema import Config, InferenceConfig, ModelConfig
-from model.attention import DIFFUSERS
+from model.attention import set_attention
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
@@ -106,7 +106,8 @@ class DiagonalPipeline:
     ) -> "DiagonalPipeline":
         """A pipeline of loaded networks, each put where `inference` wants it and made as fast as it says."""
         places, plan = config.inference, FastPlan.from_config(config.inference, device)
-        choose_attention(student, places.attention, device)
+        if places.attention != "auto":  # which leaves to torch what `plan` does not make fast
+            set_attention(student, places.attention)
         if places.student == "stream":
             BlockStream(student, device)
         if places.decode_frames:
@@ -257,23 +258,6 @@ def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Code
     if plan.plain:
         return student, codec
     return optimise(student, plan), optimise_codec(codec, compiled=plan.compile)
-
-
-def check_attention(name: str, device: torch.device) -> None:
-    """Refuse an attention kernel that `device` cannot have."""
-    if device.type != "cuda" and name not in ("auto", "sdpa"):
-        raise UserError(f"inference.attention={name} needs a GPU and device={device} is none; use auto or sdpa")
-
-
-def choose_attention(student: WanTransformer3DModel, name: str, device: torch.device) -> None:
-    """Make `student` use the attention kernel that `inference.attention` names; `auto` leaves it to torch."""
-    check_attention(name, device)
-    if name == "auto":
-        return
-    try:
-        student.set_attention_backend(DIFFUSERS[name])
-    except (RuntimeError, ImportError) as error:  # its package is missing, or too old
-        raise UserError(f"inference.attention={name} cannot be used here ({error}); use auto or sdpa") from error
 
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ from configs.schema import Config
 from model.fast.student import FastPlan
 from model.weights.files import resolve
 from model.weights.load import WeightCheck, check_weights
-from pipeline.diagonal import check_attention
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
 from pipeline.start import read_start
@@ -104,7 +103,6 @@ def make_plan(
     start = read_start(config, *(Path(x).expanduser() if x else None for x in (names.image, names.video)), length)
     folder = check_writable(Path(config.inference.output_folder).expanduser(), "inference.output_folder")
     device = pick_device(config.device, ranks.local_rank)
-    check_attention(config.inference.attention, device)
     FastPlan.from_config(config.inference, device)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))

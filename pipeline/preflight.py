@@ -10,8 +10,9 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.encoded_manifest import read_manifest
-from model.memory import CARDS, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan, inference_plan
+from model.memory import CARDS, MemoryPlan, distill_plan, inference_plan
 from model.schedule import Schedule
+from model.sizes import WAN_1_3B, WAN_14B, Network
 from model.weights.files import read_json, resolve
 from model.weights.peek import Peek, peek, wanted
 from utils import machine
@@ -24,7 +25,7 @@ SIZED = ("student", "text_encoder")  # whose headers say what the plan needs
 
 SMALL = (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"))
 # Settings of inference, each smaller than the one before it, by section and key.
-LADDER: tuple[tuple[tuple[str, str, str | int], ...], ...] = (
+SMALLER_SETTINGS: tuple[tuple[tuple[str, str, str | int], ...], ...] = (
     (),
     (("inference", "text_encoder", "after_use"),),
     (("inference", "text_encoder", "stream"),),
@@ -235,7 +236,7 @@ def too_much(plan: MemoryPlan, memory: int) -> str:
 
 def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
     """The least that has to be changed for a card of so many GiB, as settings."""
-    for rung in LADDER:
+    for rung in SMALLER_SETTINGS:
         smaller = config
         for section, key, value in rung:
             smaller = replace(smaller, **{section: replace(vars(smaller)[section], **{key: value})})

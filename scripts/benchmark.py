@@ -46,7 +46,7 @@ from model.weights.random import RandomText, network_of, random_codec, random_st
 from pipeline.diagonal import DiagonalPipeline, home, quick  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
 from scripts.bench import speed  # noqa: E402
-from scripts.bench.roofline import ceilings, versions  # noqa: E402
+from scripts.bench.roofline import ceilings, machine_of  # noqa: E402
 from scripts.bench.speed_suites import SUITES, Variant  # noqa: E402
 from scripts.bench.speed_tables import comparison, suite_table, table  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
@@ -166,7 +166,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     found: dict[str, Any] = {
         "config": config.name,
         "weights": bench.weights,
-        "machine": versions(device),
+        "machine": machine_of(device),
         "settings": {
             "size": [config.video.width, config.video.height],
             "frames": sum(first.frames),
@@ -197,7 +197,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     fast = bench.plan.fp8 is not None
     found["steps"] = speed.efficiency(session, network, found, found["ceilings"], batch=args.batch, fp8=fast)
     if args.stream:
-        found["stream"] = speed.long_stream(session, args.stream, config.video.fps, args.batch)
+        found["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)
     return found
 
 

@@ -62,7 +62,7 @@ from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from model.encoded_text import EncodingJob  # noqa: E402
 from model.fp8 import check_fp8  # noqa: E402
-from model.memory import Network  # noqa: E402
+from model.sizes import Network  # noqa: E402
 from model.weights.random import transformer_sizes  # noqa: E402
 from scripts.bench import cycle_tables as tables  # noqa: E402
 from scripts.bench.cycle import cap_memory, check, measure  # noqa: E402

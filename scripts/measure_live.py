@@ -36,7 +36,7 @@ from model.denoiser import Student  # noqa: E402
 from model.fast.student import FastPlan  # noqa: E402
 from model.weights.random import RandomText, random_codec, random_student  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, quick  # noqa: E402
-from scripts.bench.live import lines, long_stream, switches  # noqa: E402
+from scripts.bench.live import lines, switches, watch_stream  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         chunks = math.ceil((frames + 3) / 4 / config.stream.chunk_frames)
         with tempfile.TemporaryDirectory() as folder:
             path = args.video or Path(folder) / "long.mp4"
-            figures["long"] = long_stream(pipe.session, PROMPT, chunks, video.fps, path, args.drift_frames)
+            figures["long"] = watch_stream(pipe.session, PROMPT, chunks, video.fps, path, args.drift_frames)
     if args.switches:
         world = TinyWorld(video.height, video.width)
         figures["switches"] = switches(pipe.session, world, args.switches, args.switch_chunk, args.batch)

@@ -40,7 +40,8 @@ from configs.schema import Config  # noqa: E402
 from model.causal_wan import CausalWanModel  # noqa: E402
 from model.checkpointing import checkpointed  # noqa: E402
 from model.codec import WanCodec  # noqa: E402
-from model.memory import CONTEXT, GIB, WAN_1_3B, WAN_14B, Network, graph_bytes, inference_plan  # noqa: E402
+from model.memory import CONTEXT, GIB, graph_bytes, inference_plan  # noqa: E402
+from model.sizes import NETWORKS, UMT5_XXL, Network  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec  # noqa: E402
 from model.weights.files import Tensors  # noqa: E402
@@ -52,8 +53,6 @@ from scripts.bench.host_peak import HostPeak  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 
-NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 PROMPT = "a red circle moves right"
 TOLERANCE = 0.1
 HOST_LIMIT = 1.3  # times the files

@@ -1,9 +1,9 @@
-"""`enter`, `cross` and `leave` of model/fast/student.py through the operators of model/fast/ops.py.
+"""The three functions of a step in model/fast/student.py, through the operators of model/fast/ops.py.
 
-    tables   what modulates each block
-    enter    norm | fused QKV | norms, rotary, slots                        | is a cut between kernels
-    cross    output projection | gate, sum, norm | query of the text | its norm
-    leave    output projection | sum, norm | feed-forward | gate, sum
+    adaln_tables            shifts, scales and gates of each block
+    pre_attention           norm | fused QKV | norms, rotary, slots                   (| is a cut between kernels)
+    cross_attention_query   output projection | gate, sum, norm | query of the text | its norm
+    feed_forward            output projection | sum, norm | feed-forward | gate, sum
 
 In float8 a norm, or the GELU, writes the rows that the next product reads; what attention gives is rounded by itself.
 """
@@ -30,13 +30,15 @@ def fits(model: CausalWanModel) -> bool:
     )
 
 
-def tables(model: CausalWanModel, modulation: Tensor) -> list[Tensor]:
+def adaln_tables(model: CausalWanModel, modulation: Tensor) -> list[Tensor]:
     """Modulation [B, 1 or F, 6, D] -> that of each block, float32."""
     wide = modulation.float()
     return [block.scale_shift_table + wide for block in model.blocks]
 
 
-def enter(block: CausalWanBlock, x: Tensor, table: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor):
+def pre_attention(
+    block: CausalWanBlock, x: Tensor, table: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor
+) -> Tensor:
     """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
     attn = block.attn1
     q, k = attn.norm_q, attn.norm_k
@@ -45,18 +47,20 @@ def enter(block: CausalWanBlock, x: Tensor, table: Tensor, rotation: Rotation, k
     return qk_norm_rope(qkv, q.weight, k.weight, *rotation, k_slot, v_slot, q.eps, k.eps)
 
 
-def cross(block: CausalWanBlock, x: Tensor, table: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, L, D] and what self-attention saw [B, L, heads, head_dim] -> x, queries of the text."""
+def cross_attention_query(
+    block: CausalWanBlock, x: Tensor, table: Tensor, attended: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of the text."""
     attn = block.attn2
-    y = _linear(block.attn1.to_out[0], seen.flatten(2, 3))
+    y = _linear(block.attn1.to_out[0], attended.flatten(2, 3))
     x, *rows = _norm(block.norm2, attn.to_q, x, table, branch=y, gate=GATE)
     return x, attn.norm_q(_product(attn.to_q, rows, x)).type_as(x).unflatten(2, (attn.heads, -1))
 
 
-def leave(block: CausalWanBlock, x: Tensor, table: Tensor, read: Tensor, fused_gelu: bool) -> Tensor:
-    """x [B, L, D] and what the text said [B, L, heads, head_dim] -> x."""
+def feed_forward(block: CausalWanBlock, x: Tensor, table: Tensor, attended: Tensor, fused_gelu: bool) -> Tensor:
+    """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
     wide, _, narrow = block.ffn.net
-    y = _linear(block.attn2.to_out[0], read.flatten(2, 3))
+    y = _linear(block.attn2.to_out[0], attended.flatten(2, 3))
     x, *rows = _norm(block.norm3, wide.proj, x, table, branch=y, shift=FFN_SHIFT)
     if fused_gelu and type(wide.proj) is nn.Linear:
         y = _linear(narrow, linear_gelu(*rows, wide.proj.weight, wide.proj.bias))

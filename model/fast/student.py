@@ -3,11 +3,11 @@
 A step is cut where its shapes stop being the same for every chunk. Between the cuts nothing depends on the cache, so
 that three functions are compiled once each and serve every block and every chunk:
 
-    enter   norm, modulation, fused QKV, rotary; writes keys and values straight into the chunk's slot -> q
-            .. attention to the visible slots (a kernel of its own, any number of keys)
-    cross   output projection, gate, norm, query of the text -> x, q
-            .. attention to the text
-    leave   output projection, norm, modulation, feed-forward, gate -> x
+    pre_attention          norm, modulation, fused QKV, rotary; writes keys and values into the chunk's slot -> q
+                           .. self-attention to the visible slots (a kernel of its own, any number of keys)
+    cross_attention_query  output projection, gate, norm, query of the text -> x, q
+                           .. cross-attention
+    feed_forward           output projection, norm, modulation, feed-forward, gate -> x
 
 Around them CUDA graphs: one for each cache state, that is each pair (slot written, slots visible). A bounded window has
 window + ring - 1 of them however long the stream is; `cache_states` lists them. A state runs as it is the first time,
@@ -33,7 +33,7 @@ from configs.schema import InferenceConfig
 from model import fp8
 from model.attention import Kernels, attend, here, pick_kernels
 from model.cache import E4M3, StreamLayer, StreamView, View, narrowed, slot, visible
-from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _gate, _modulate, _rotate
+from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _modulate, _rotate
 from model.denoiser import Student, as_timestep
 from model.fast import blocks as fused_wan
 from model.fast.ops import linear_gelu
@@ -128,11 +128,12 @@ def cache_states(geometry: Geometry, num_chunks: int) -> list[tuple[int, int]]:
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def enter(block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor):
+def pre_attention(
+    block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor
+) -> Tensor:
     """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
     attn = block.attn1
-    shift, scale = _table(block, modulation)[:2]
-    y = _modulate(block.norm1(x.float()), shift, scale).type_as(x)
+    y = block.attention_input(x, modulation)
     if attn.fused_projections:
         q, k, v = attn.to_qkv(y).chunk(3, dim=-1)
     else:
@@ -143,31 +144,22 @@ def enter(block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotati
     return narrowed(_rotate(q, rotation).type_as(v), k_slot.dtype)
 
 
-def cross(block: CausalWanBlock, x: Tensor, modulation: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, L, D] and what self-attention saw [B, L, heads, head_dim] -> x, queries of the text."""
-    attn = block.attn2
-    gate = _table(block, modulation)[2]
-    x = (x.float() + _gate(block.attn1.to_out[0](seen.flatten(2, 3)), gate)).type_as(x)
-    y = block.norm2(x.float()).type_as(x)
-    return x, attn.norm_q(attn.to_q(y)).type_as(x).unflatten(2, (attn.heads, -1))
+def cross_attention_query(
+    block: CausalWanBlock, x: Tensor, modulation: Tensor, attended: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of the text."""
+    x, q = block.cross_attention_query(x, attended, modulation)
+    return x, q.type_as(x)
 
 
-def leave(block: CausalWanBlock, x: Tensor, modulation: Tensor, read: Tensor, fused_gelu: bool) -> Tensor:
-    """x [B, L, D] and what the text said [B, L, heads, head_dim] -> x."""
-    shift, scale, gate = _table(block, modulation)[3:]
-    x = x + block.attn2.to_out[0](read.flatten(2, 3))
-    y = _modulate(block.norm3(x.float()), shift, scale).type_as(x)
+def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attended: Tensor, fused_gelu: bool) -> Tensor:
+    """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
     wide, _, narrow = block.ffn.net
-    if fused_gelu and type(wide.proj) is nn.Linear:
-        y = narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias))
-    else:
-        y = narrow(wide(y))
-    return (x.float() + _gate(y.float(), gate)).type_as(x)
-
-
-def _table(block: CausalWanBlock, modulation: Tensor) -> tuple[Tensor, ...]:
-    """Shift, scale, gate, and those of the feed-forward: each [B, 1 or F, 1, D], float32."""
-    return (block.scale_shift_table + modulation.float()).unsqueeze(3).unbind(2)
+    if not fused_gelu or type(wide.proj) is not nn.Linear:
+        return block.feed_forward(x, attended, modulation)
+    return block.feed_forward(
+        x, attended, modulation, lambda y: narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias))
+    )
 
 
 def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
@@ -194,22 +186,23 @@ class FastStep:
     def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
         self.model, self.plan = model, plan
         self.fused = plan.fused_norms and fused_wan.fits(model)
-        own = (fused_wan.enter, fused_wan.cross, fused_wan.leave)
-        parts = (patches, head, fused_wan.tables, *(own if self.fused else (enter, cross, leave)))
+        own = (fused_wan.pre_attention, fused_wan.cross_attention_query, fused_wan.feed_forward)
+        plain = (pre_attention, cross_attention_query, feed_forward)
+        parts = (patches, head, fused_wan.adaln_tables, *(own if self.fused else plain))
         if plan.compile:
             parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
-        self._patches, self._head, self._tables, self._enter, self._cross, self._leave = parts
+        self._patches, self._head, self._adaln_tables, self._pre_attention, self._query, self._feed_forward = parts
 
     def __call__(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]):
         model, kernels = self.model, self.plan.kernels
         x = self._patches(model, x_t)
         temb, modulation = model._embed_time(t, x.dtype)
-        modulations = self._tables(model, modulation) if self.fused else [modulation] * len(layers)
+        modulations = self._adaln_tables(model, modulation) if self.fused else [modulation] * len(layers)
         for block, table, past, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
             own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
-            q = self._enter(block, x, table, rotation, past.keys[:, own], past.values[:, own])
-            x, q = self._cross(block, x, table, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
-            x = self._leave(block, x, table, attend(kernels.text, q, k, v), self.plan.fused_gelu)
+            q = self._pre_attention(block, x, table, rotation, past.keys[:, own], past.values[:, own])
+            x, q = self._query(block, x, table, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
+            x = self._feed_forward(block, x, table, attend(kernels.text, q, k, v), self.plan.fused_gelu)
         return self._head(model, x, temb, x_t, t)
 
 

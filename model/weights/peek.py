@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Config
-from model.memory import Network
+from model.sizes import Network
 from model.weights import names, run_folders
 from model.weights.files import (
     BARE,

@@ -16,17 +16,13 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
-from model.memory import WAN_1_3B, WAN_14B, Network
+from model.sizes import HEAD_DIM, NETWORKS, UMT5_XXL, Network
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, in_best_precision
 from model.weights.files import Tensors, read_json, resolve
 from model.weights.load import fill
 from model.weights.plans import Plan, stored
 
-NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 TINY = "configs/networks/tiny_{}.json"
-HEAD = 128  # width of a head in the published networks
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-UMT5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False}
 
 
 def random_plan(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Plan:
@@ -78,7 +74,7 @@ def transformer_sizes(size: str) -> dict[str, Any]:
         sizes = dict(read_json("network", resolve(TINY.format("transformer"))))
     else:
         n = NETWORKS[name]
-        sizes = {"num_attention_heads": n.dim // HEAD, "attention_head_dim": HEAD, "num_layers": n.layers}
+        sizes = {"num_attention_heads": n.dim // HEAD_DIM, "attention_head_dim": HEAD_DIM, "num_layers": n.layers}
         sizes |= {"ffn_dim": n.ffn, "text_dim": n.text_dim, "freq_dim": n.freq_dim}
     return sizes | ({"num_layers": int(layers)} if layers else {})
 

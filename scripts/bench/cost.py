@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from configs.geometry import Geometry
-from model.memory import Network
 from model.schedule import Schedule
+from model.sizes import Network
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Config
-from model.memory import CONTEXT, Network
+from model.memory import CONTEXT
+from model.sizes import Network
 from scripts.bench.host_peak import HostPeak
 from scripts.bench.lone_rank import Messages
-from scripts.bench.roofline import matrix_rate, versions
+from scripts.bench.roofline import machine_of, matrix_rate
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distill.stage import Distill
 from trainer.loop import keep_garbage_small, save_checkpoint
@@ -188,7 +189,7 @@ def measure(
     watch, ratio = Watch(stage, device), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
     found: dict[str, Any] = {
-        "machine": versions(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
+        "machine": machine_of(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
         "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
         "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
         "turns": stage.turns is not None,

@@ -19,13 +19,13 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from model.memory import CONTEXT, WAN_1_3B, WAN_14B, MemoryPlan, Network, distill_plan
+from model.memory import CONTEXT, MemoryPlan, distill_plan
+from model.sizes import NETWORKS, WAN_1_3B, Network
 from scripts.bench.training_cost import ROLLOUT
 
 KINDS = ("none", "full", "hybrid", "sequence")
 ROLES = ("student", "teacher", "critic")
 WORDS = ("accumulate", "card", "alone")
-NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 MACHINE = 8  # GPUs in one
 GB = 1e9
 
@@ -147,7 +147,7 @@ def _plain(layout: Layout) -> list[str]:
     return [f"training.sequence_parallel={layout.sequence}"] if layout.sequence > 1 else []
 
 
-LADDER: tuple[tuple[str, ...], ...] = (
+SMALLER_LAYOUTS: tuple[tuple[str, ...], ...] = (
     (),
     ("training.distill.teacher_fp8=true",),
     ("teacher=1.3B",),
@@ -161,7 +161,7 @@ def advice(
 ) -> tuple[str, MemoryPlan] | None:
     """The least that has to change for cards of `card_gb` GB: a layout, and its plan."""
     kind = "none:1" if world == 1 else f"full:{world}"
-    for rung in LADDER:
+    for rung in SMALLER_LAYOUTS:
         layout = Layout.parse(",".join([kind, *rung]))
         config = load_config(config_path, [*settings, *layout.settings])
         sizes = {**networks, **({} if not layout.sizes else {"teacher": WAN_1_3B})}

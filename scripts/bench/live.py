@@ -112,7 +112,7 @@ def memory_held(device: torch.device) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def long_stream(session: StreamSession, prompt: str, chunks: int, fps: int, path: Path, drift_frames: int) -> dict:
+def watch_stream(session: StreamSession, prompt: str, chunks: int, fps: int, path: Path, drift_frames: int) -> dict:
     """Play `chunks` chunks into a fragmented MP4 at `path`, then read its numbers back.
 
     drift_frames: latent frames over which the drift of saturation is taken.

@@ -70,7 +70,7 @@ def ceilings(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str,
     return rates
 
 
-def versions(device: torch.device) -> dict[str, Any]:
+def machine_of(device: torch.device) -> dict[str, Any]:
     """Hardware and software that figures belong to."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in PACKAGES:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.memory import Network
+from model.sizes import Network
 from pipeline.delivery import ahead, to_frames, to_host
 from pipeline.stream import ChunkResult, StreamSession
 from scripts.bench.cost import clip_flops, step_cost
@@ -220,7 +220,7 @@ def steadiness(played: Played, fps: int) -> Steadiness:
     )
 
 
-def long_stream(session: StreamSession, seconds: float, fps: int, batch: int = 1) -> dict[str, Any]:
+def time_stream(session: StreamSession, seconds: float, fps: int, batch: int = 1) -> dict[str, Any]:
     """A stream of so many seconds of video."""
     geometry = session.geometry
     chunks = max(4, -(-int(seconds * fps) // (4 * geometry.chunk_frames)) + 1)

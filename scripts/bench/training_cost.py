@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.geometry import Geometry
-from model.memory import Network
 from model.schedule import Schedule
+from model.sizes import Network
 
 ROLLOUT, STUDENT, TEACHER, SCORE, CRITIC = (
     "rollout without grad",

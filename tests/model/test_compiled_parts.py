@@ -40,7 +40,7 @@ def compiled(model: nn.Module) -> CompileCounterWithBackend:
 
 def parts(model: nn.Module) -> set[int]:
     """The functions that its blocks call, where those are compiled ones."""
-    methods = [vars(block).get(name) for block in model.blocks for name in ("_before", "_after")]
+    methods = [vars(block).get(name) for block in model.blocks for name in ("pre_attention", "post_attention")]
     return {id(method._torchdynamo_orig_callable.__code__) for method in methods if method is not None}
 
 
@@ -150,7 +150,7 @@ def test_a_copy_computes_with_its_own_weights():
         for p in (*twin.parameters(), *halved.parameters()):
             p.mul_(0.5)
     assert parts(twin) == parts(score)
-    assert all(block._before.__self__ is block._after.__self__ is block for block in twin.blocks)
+    assert all(block.pre_attention.__self__ is block.post_attention.__self__ is block for block in twin.blocks)
     assert_close(backward(twin, "score"), backward(halved, "score"))
     assert_close(backward(score, "score"), before)
 
@@ -187,7 +187,7 @@ def test_inductor():
     plain = backward(student, "student")
     compile_parts(student)
     for block in student.blocks:
-        del block._after
+        del block.post_attention
     assert_close(backward(student, "student"), plain, rtol=1e-4, atol=1e-7)
 
 

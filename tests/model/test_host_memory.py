@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model.memory import Network
+from model.sizes import Network
 from model.weights.files import open_safetensors
 from scripts.bench.host_peak import HostPeak
 from scripts.measure_memory import sparse_folder

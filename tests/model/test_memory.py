@@ -19,7 +19,8 @@ from model.codec import WORK_PER_CALL, WanCodec
 from model.fast import offload
 from model.fast.codec import optimise_codec
 from model.fast.int8 import convert
-from model.memory import CARDS, WAN_1_3B, WAN_14B, Network, distill_plan, inference_plan
+from model.memory import CARDS, distill_plan, inference_plan
+from model.sizes import WAN_1_3B, WAN_14B, Network
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from pipeline.cli import LOW_MEMORY
 

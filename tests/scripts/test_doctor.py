@@ -16,7 +16,8 @@ from weight_layouts import write_wan_folder
 
 from configs.errors import UserError
 from configs.load import load_config
-from model.memory import GIB, WAN_1_3B, Network
+from model.memory import GIB
+from model.sizes import WAN_1_3B, Network
 from model.weights import load as weights
 from model.weights.peek import peek
 from pipeline import preflight

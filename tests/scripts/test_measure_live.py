@@ -9,7 +9,7 @@ import torch
 from test_session import PROMPT, make  # noqa: F401  (fixture)
 
 from configs.load import CHECKOUT
-from scripts.bench.live import Numbered, Watch, change, lines, long_stream, read_numbers, recoloured
+from scripts.bench.live import Numbered, Watch, change, lines, read_numbers, recoloured, watch_stream
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.world import TinyWorld
 from utils.video_live import LiveWriter
@@ -38,12 +38,12 @@ def test_numbers_survive_the_file_and_a_lost_or_repeated_frame_is_seen(tmp_path)
 def test_a_long_stream_is_watched_and_left_as_it_was(make, tmp_path, tiny_geometry):  # noqa: F811
     session = make()
     before = session.delivery.to_frames
-    found = long_stream(session, PROMPT, 8, 16, tmp_path / "x.mp4", 12)
+    found = watch_stream(session, PROMPT, 8, 16, tmp_path / "x.mp4", 12)
     assert found["every_frame_once"] and found["frames"] == 93 and found["latent_frames"] == 24
     assert session.delivery.to_frames is before
     assert found["memory_change"] < 0.5 and found["chunk_seconds"] > 0
     session.delivery.to_frames = lambda pixels: before(pixels)[:, :-1]  # one frame a chunk is lost before it is counted
-    assert not long_stream(session, PROMPT, 2, 16, tmp_path / "y.mp4", 12)["every_frame_once"]
+    assert not watch_stream(session, PROMPT, 2, 16, tmp_path / "y.mp4", 12)["every_frame_once"]
 
 
 def test_drift_and_seams_of_a_made_up_stream():

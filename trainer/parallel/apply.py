@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,7 +25,7 @@ from transformers import UMT5EncoderModel
 
 from configs.errors import UserError
 from configs.train_schema import TrainingConfig
-from model.attention import DIFFUSERS, capability_of, pick_training_kernel
+from model.attention import capability_of, pick_training_kernel, set_attention
 from model.block_parts import compile_parts
 from model.causal_wan import CausalWanModel
 from model.checkpointing import checkpointed, recomputed
@@ -117,16 +116,10 @@ def placed(
 
 
 def choose_attention(network: WanTransformer3DModel, where: Placing, dtype: torch.dtype) -> None:
-    """Have `network`, whose activations are `dtype`, use the kernel of the run; `auto` leaves to torch what it can.
-
-    Not by `set_attention_backend`, which makes it that of all networks that have none, an average in float32 included.
-    """
+    """Have `network`, whose activations are `dtype`, use the kernel of the run; `auto` leaves to torch what it can."""
     kernel = where.kernel(dtype)
-    if where.training.attention == "auto" and kernel == "sdpa":
-        return
-    for block in network.blocks:
-        for attn in (block.attn1, block.attn2):
-            attn.processor._attention_backend = AttentionBackendName(DIFFUSERS[kernel])
+    if where.training.attention != "auto" or kernel != "sdpa":
+        set_attention(network, kernel)
 
 
 def shard(

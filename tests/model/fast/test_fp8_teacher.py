@@ -13,7 +13,8 @@ from configs.load import load_config
 from configs.schema import Config
 from model.fast.fp8_teacher import TIMES, FrozenFp8Linear, in_float8, round_and_compare
 from model.fp8 import E4M3
-from model.memory import Network, distill_plan
+from model.memory import distill_plan
+from model.sizes import Network
 from scripts.bench.fake_ranks import count_shards
 from trainer.cli import parse
 from trainer.command import train

@@ -10,8 +10,8 @@ from conftest import random_student, random_vae
 from configs.errors import UserError
 from configs.schema import ScheduleConfig, StreamConfig
 from model.codec import WanCodec
-from model.memory import Network
 from model.schedule import Schedule
+from model.sizes import Network
 from model.weights.random import RandomText
 from pipeline.stream import StreamSession
 from scripts import benchmark

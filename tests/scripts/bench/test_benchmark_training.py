@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 
 from configs.errors import UserError
 from configs.load import load_config
-from model.memory import WAN_1_3B, Network
+from model.sizes import WAN_1_3B, Network
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
 from scripts.bench.cycle import Watch, covered, exposed, summary

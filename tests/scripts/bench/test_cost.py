@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.geometry import Geometry
 from configs.schema import ScheduleConfig, StreamConfig
 from model.denoiser import Student
-from model.memory import WAN_1_3B, Network
 from model.schedule import Schedule
+from model.sizes import WAN_1_3B, Network
 from scripts.bench.cost import clip_flops, step_cost
 
 

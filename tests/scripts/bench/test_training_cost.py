@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from configs.geometry import Geometry
-from model.memory import WAN_1_3B, WAN_14B, Network
+from model.sizes import WAN_1_3B, WAN_14B, Network
 from scripts.bench.cycle import cost_of
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, network_pass, text_keys
 

@@ -7,7 +7,8 @@ from test_fast_wan import FakeRecorder
 
 from configs.errors import UserError
 from configs.load import load_config
-from model.memory import WAN_1_3B, distill_plan
+from model.memory import distill_plan
+from model.sizes import WAN_1_3B
 
 FAST = "training.distill.fast_rollout=true"
 LONG = (
