@@ -41,13 +41,11 @@ def main() -> int:
     from pipeline.diagonal import DiagonalPipeline
     from pipeline.plan import make_plan
     from server.messages import MAX_MESSAGE
-    from utils.device import set_threads
     from utils.logs import console
 
     console()
     config = load_config(args.config_path, args.settings)
     make_plan(config, ["a prompt"])  # every check that needs no weights in memory
-    set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config)
     app = make_app(
         pipe, warm=True, token=args.token, local=is_loopback(args.host), origins=origins, limits=limits

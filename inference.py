@@ -20,7 +20,6 @@ def main() -> int:
     from pipeline.live import plan_live, run_live
     from pipeline.outputs import profile_table, render
     from pipeline.plan import make_plan
-    from utils.device import set_threads
     from utils.distributed import Ranks
     from utils.logs import console
 
@@ -41,7 +40,6 @@ def main() -> int:
         return 0
 
     if live is not None:
-        set_threads(config.inference.cpu_threads)
         pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
         start = None if plan.start is None else pipe.encode(plan.start)
         for job in ranks.share(live):
@@ -52,7 +50,6 @@ def main() -> int:
         print(plan.summary())
     if not plan.jobs:
         return 0
-    set_threads(config.inference.cpu_threads)
     pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
     start, clips = None if plan.start is None else pipe.encode(plan.start), []
     for job in plan.jobs:

@@ -32,14 +32,15 @@ STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # e
 log = logging.getLogger(f"diagonal.{__name__}")
 # settings that there were once, and what does now what they said
 REMOVED = {"model.teacher": "training.init.teacher", "model.critic": "training.init.critic"}
+MOVED = {("inference", "cpu_threads"): "cpu_threads"}  # from a section to the top
 MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The tree that `path` and `overrides` describe; UserError for anything unknown, mistyped or out of range."""
-    files = [as_meant(_check(layer, Config, "")) for layer in _layers(Path(path), ())]
-    given = [as_meant(_check(_override(text), Config, "")) for text in overrides]
+    files = [as_meant(_check(_moved(layer), Config, "")) for layer in _layers(Path(path), ())]
+    given = [as_meant(_check(_moved(_override(text)), Config, "")) for text in overrides]
     layers = [*files, *given]
     _check_context([[layer] for layer in files] + [given])
     try:
@@ -193,6 +194,16 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
         return str(error).splitlines()[0]
     mark = error.problem_mark
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def _moved(values: dict) -> dict:
+    """`values` with the settings that have another place by now in that place."""
+    for (section, key), now in MOVED.items():
+        inner = values[section] if section in values else None
+        if isinstance(inner, dict) and key in inner:
+            log.warning("%s.%s is called %s by now", section, key, now)
+            values = {now: inner[key]} | values | {section: {k: v for k, v in inner.items() if k != key}}
+    return values
 
 
 def _check(values: dict, section: type, prefix: str) -> dict:

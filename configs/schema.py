@@ -155,8 +155,6 @@ class InferenceConfig:
     # latent frames that the VAE decodes at once; 0 = as many as is fastest, 1 = least memory
     decode_frames: int = number(0, 0, 1024)
     profile: bool = False  # print where the time went
-    # of one process; 0 = all CPUs. Rounding depends on it: the same number, the same video
-    cpu_threads: int = number(1, 0, 1024)
 
     def __post_init__(self):
         check_bounds("inference", self)
@@ -182,6 +180,9 @@ class Config:
     name: str = "wan2.1_t2v_1.3b"
     seed: int = number(0, -1, MAX_SEED)  # -1: inference draws one and says which
     device: str = "auto"  # auto = cuda if there is one, else cpu
+    # threads that torch computes with on the CPU; 0 = for videos one, for rounding depends on the number; for training
+    # those of the CPUs that are available, shared out over a machine's ranks, unless OMP_NUM_THREADS says how many
+    cpu_threads: int = number(0, 0, 1024)
     video: VideoConfig = field(default_factory=VideoConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)

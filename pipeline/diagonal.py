@@ -38,7 +38,7 @@ from model.weights.lora import Loras, plan_lora
 from pipeline.delivery import ahead
 from pipeline.start import encode_start, read_start, warn_of_start
 from pipeline.stream import StreamSession
-from utils.device import pick_device, pick_dtype
+from utils.device import pick_device, pick_dtype, set_threads
 from utils.logs import get_logger
 from utils.pictures import Clip, Picture
 from utils.prompts import check_prompt
@@ -80,13 +80,15 @@ class DiagonalPipeline:
         """A pipeline of what the configuration names; `overrides` as on the command line: "schedule.steps=5432222".
 
         local_rank: the GPU to use where there are several.
-        Raises UserError where a file is missing or does not fit, or a setting is wrong.
+        Sets torch's number of CPU threads (`cpu_threads`). Raises UserError where a file is missing or does not fit,
+        or a setting is wrong.
         """
         if not isinstance(config, Config):
             config = load_config(config, overrides)
         elif overrides:
             raise ValueError("overrides go with a path; use dataclasses.replace on a Config")
         device = pick_device(config.device, local_rank)
+        set_threads(config.cpu_threads)
         dtype = pick_dtype(config.inference.precision, device)
         FastPlan.from_config(config.inference, device)  # refuses what cannot be before anything is loaded
         names, places = config.model, config.inference

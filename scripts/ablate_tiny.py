@@ -11,7 +11,6 @@ after each row: table.md, table.json; rows/<row>.json holds a row, runs/<row>-<s
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -115,8 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     for config in configs.values():
         check_training(config, 1, gpu_memory(device))
     torch.set_float32_matmul_precision("high")
-    if "OMP_NUM_THREADS" not in os.environ:
-        set_threads(0)
+    set_threads(first.cpu_threads, training=True)
     (out / "rows").mkdir(parents=True, exist_ok=True)
     sizes = {"clips": args.num_prompts, "open_clips": args.open_prompts}
     sizes |= {"long_clips": args.long_prompts, "long_frames": args.long_frames}

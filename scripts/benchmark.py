@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(suite_table(cards))
             return int(all("failed" in card for card in cards.values()))
         config = load_config(args.config_path, args.settings)
-        set_threads(config.inference.cpu_threads)
+        set_threads(config.cpu_threads)
         found = plain(measure(config, args))
     print(table(found))
     if args.json:

@@ -133,8 +133,7 @@ def worker(file: Path) -> int:
     cap_memory(spec["card_gb"], device)
     torch.set_float32_matmul_precision("high")  # as train.py does
     torch.backends.cudnn.benchmark = True
-    if "OMP_NUM_THREADS" not in os.environ:
-        set_threads(0)
+    set_threads(config.cpu_threads, training=True)
     out = Path(spec["out"])
     if spec["alone"]:
         os.environ["LOCAL_WORLD_SIZE"] = str(min(MACHINE, spec["alone"]))

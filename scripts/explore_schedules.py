@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = prompts_of(args, config, quality)
     if quality == "tiny" and not all(any(parse_caption(prompt).values()) for prompt in prompts):
         raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
-    set_threads(config.inference.cpu_threads)
+    set_threads(config.cpu_threads)
     bench = Bench(config, prompts, args.seed, quality, args.reference)
     write(bench.in_turns(explore(bench, args), args.rounds), bench, args, out)
     return 0

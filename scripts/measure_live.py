@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console()
     config = load_config(args.config_path, args.settings)
-    set_threads(config.inference.cpu_threads)
+    set_threads(config.cpu_threads)
     pipe, video = pipeline(config, args.random_weights), config.video
     figures: dict[str, Any] = {"weights": f"random, {args.random_weights}" if args.random_weights else "as configured"}
     figures["device"] = str(pipe.session.device)

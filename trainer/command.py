@@ -1,6 +1,5 @@
 """What `train.py` does: one stage, from flags to its end."""
 
-import os
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,8 +30,7 @@ def train(args: Namespace) -> bool:
         check_fp8(device, "training.distill.teacher_fp8=true", "teacher_fp8=false")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
-    if "OMP_NUM_THREADS" not in os.environ:
-        set_threads(0)
+    set_threads(config.cpu_threads, training=True)
     check_resumable(config, logdir)
     if not args.no_save:
         check_export(config, logdir)

@@ -1,7 +1,9 @@
 """Which device and which precision `auto` means on this machine."""
 
+import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -54,20 +56,40 @@ def gpu_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def set_threads(threads: int) -> None:
-    """Let torch compute with so many CPU threads; 0 = one for each CPU that this process may use.
+def set_threads(threads: int, *, training: bool = False) -> None:
+    """Let torch compute with so many CPU threads.
 
-    Left to itself torch starts one for each core of the machine, also in a container that may use two of them. Float
-    sums, and with them the last bits of a video, depend on the number, so it is fixed rather than found out.
+    0: one for videos, because float sums, and with them a video's last bits, depend on the number; for training what
+    OMP_NUM_THREADS says, which torchrun sets, too, else this rank's share of the CPUs that are available. Left to
+    itself torch starts one for each core of the machine, also in a container that may use two of them.
     """
-    torch.set_num_threads(threads or available_cpus())
+    if not threads and training:
+        if "OMP_NUM_THREADS" in os.environ:
+            return
+        threads = max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads or 1)
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use at once: its affinity, cut to the quota of its control group (Linux)."""
+    """CPUs that this process may use at once: its affinity, cut to the quotas of its control groups (Linux)."""
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min([cpus, *(math.ceil(quota) for quota in cpu_quotas())]))
+
+
+def cpu_quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """CPUs that the control groups of this process may use, its own and those around it; versions 2 and 1."""
+    quotas = []
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+        names = [Path(path.strip("/")) for _, kinds, path in groups if kinds == "" or "cpu" in kinds.split(",")]
     except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+        names = []
+    for name in {parent for path in (*names, Path()) for parent in (path, *path.parents)}:
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (root / name / "cpu.max").read_text().split()  # "max" where there is none
+            quotas.append(int(quota) / int(period))
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            folder = root / "cpu" / name
+            quota, period = (int((folder / f"cpu.cfs_{part}_us").read_text()) for part in ("quota", "period"))
+            quotas += [quota / period] * (quota > 0)  # -1 where there is none
+    return quotas

@@ -67,6 +67,9 @@ def guard(name: str) -> None:
     """In `__main__`, before other imports: what goes wrong until `run` takes over ends as it would there."""
     if name == "__main__":
         _check_python()
+        # threads that wait for others give their CPU away: where other programs work, too, spinning made steps of
+        # training 20 times as slow. It must be said before torch is loaded
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         sys.excepthook = _end
 
 

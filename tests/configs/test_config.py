@@ -357,3 +357,9 @@ def test_checkpointing_is_refused_where_it_is_ignored(stage):
     assert "training.checkpointing=true is for stage distill" in refusal(
         f"configs/train_tiny_{stage}.yaml", "training.checkpointing=true"
     )
+
+
+def test_a_setting_that_has_moved_is_still_read(tmp_path, caplog):
+    written = write(tmp_path, "a.yaml", f"base: {CHECKOUT / TINY}\ninference:\n  cpu_threads: 3\n")
+    assert load_config(written).cpu_threads == load_config(TINY, ["inference.cpu_threads=3"]).cpu_threads == 3
+    assert "inference.cpu_threads is called cpu_threads by now" in caplog.text

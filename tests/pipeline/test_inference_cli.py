@@ -40,7 +40,7 @@ def cli(tiny_assets, tmp_path, monkeypatch):
         return stop.value.code
 
     before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(load_config(tiny_assets / "tiny.yaml").inference.cpu_threads)
+    torch.set_num_threads(1)
     yield run
     signal.signal(signal.SIGTERM, before)
     torch.set_num_threads(threads)

@@ -192,3 +192,14 @@ def test_a_config_takes_no_overrides(tiny_assets):
     assert DiagonalPipeline.from_config(config).config is config
     with pytest.raises(ValueError):
         DiagonalPipeline.from_config(config, "seed=1")
+
+
+def test_a_pipeline_computes_with_the_threads_of_its_configuration(tiny_assets):
+    before = torch.get_num_threads()
+    try:
+        for override, threads in ((), 1), (("cpu_threads=3",), 3), (("inference.cpu_threads=2",), 2):
+            torch.set_num_threads(4)
+            DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *override)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from configs.errors import UserError
 from utils import exits
-from utils.device import available_cpus, pick_device, pick_dtype
+from utils.device import available_cpus, cpu_quotas, pick_device, pick_dtype, set_threads
 from utils.distributed import Ranks
 from utils.files import (
     CHECKOUT,
@@ -484,3 +484,50 @@ def test_only_files_are_replaced_by_files(tmp_path):
     for name in ("folder", "pipe"):
         with pytest.raises(UserError, match="is no file"), atomic_path(tmp_path / name):
             raise AssertionError
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_quotas_of_the_groups_around_a_process_count(tmp_path, version):
+    """A process in a group of its own inside one that may use one and a half CPUs; either version of control groups."""
+    (tmp_path / "cgroup").write_text("0::/jobs/mine\n" if version == 2 else "4:cpu,cpuacct:/jobs/mine\n1:memory:/x\n")
+    for name, quota in (("jobs", 150), ("jobs/mine", None)):
+        folder = tmp_path / ("" if version == 2 else "cpu") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{quota or 'max'} 100\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota or -1}\n")
+            (folder / "cpu.cfs_period_us").write_text("100\n")
+    assert cpu_quotas(tmp_path, tmp_path / "cgroup") == [1.5]
+    assert cpu_quotas(tmp_path / "none", tmp_path / "none") == []
+
+
+def test_threads(monkeypatch):
+    """One setting; what it means where it is 0."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("utils.device.available_cpus", lambda: 6)
+    try:
+        for environment, threads, training, expected in (
+            ({}, 0, False, 1), ({}, 3, False, 3), ({}, 3, True, 3), ({}, 0, True, 6),
+            ({"LOCAL_WORLD_SIZE": "4"}, 0, True, 1), ({"LOCAL_WORLD_SIZE": "2"}, 0, True, 3),
+            ({"OMP_NUM_THREADS": "5"}, 0, True, 2), ({"OMP_NUM_THREADS": "5"}, 3, True, 3),
+        ):  # fmt: skip
+            for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+                monkeypatch.delenv(name, raising=False)
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            torch.set_num_threads(2)
+            set_threads(threads, training=training)
+            assert torch.get_num_threads() == expected, (environment, threads, training)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_that_wait_do_not_spin(tmp_path):
+    """As OpenMP is told before torch is loaded; what the user says goes before."""
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from utils import exits; exits.guard(__name__)"
+    for given, said in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        show = "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+        command = [sys.executable, "-c", f"{code}; {show}"]
+        assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == said

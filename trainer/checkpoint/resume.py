@@ -23,7 +23,7 @@ from utils.logs import get_logger
 log = get_logger(__name__)
 
 FREE = (
-    "name", "device", "inference",
+    "name", "device", "cpu_threads", "inference",
     "training.attention", "training.checkpointing", "training.compile", "training.cuda_graphs",
     "training.sharding", "training.shard_ranks", "training.sequence_parallel",
     "training.sequence_student", "training.timeout_s",
