@@ -1,6 +1,7 @@
 """Text to video: `python inference.py --prompt "a red circle moves right"`. All flags: --help."""
 
 import sys
+from dataclasses import replace
 
 from utils import exits
 
@@ -22,8 +23,12 @@ def main() -> int:
     from pipeline.plan import make_plan
     from utils.distributed import Ranks
     from utils.logs import console
+    from utils.seeds import settled
 
-    config, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
+    given, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
+    config = replace(given, seed=settled(given.seed, ranks))
+    if config.seed != given.seed and ranks.first:
+        print(f"seed={given.seed}: drawn was {config.seed}, --seed {config.seed} makes the same", file=sys.stderr)
     console(quiet=not ranks.first or args.endless)
     geometry = Geometry.from_config(config)
     num_chunks = geometry.num_chunks(config.video.num_latent_frames)

@@ -136,14 +136,14 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
-        """The inverse of `to_dict`."""
-        return cls(
-            rows=tuple(tuple(float(t) for t in row) for row in values["rows"]),
-            policy=values["policy"],
-            exceptions=tuple((int(chunk), policy) for chunk, policy in values["exceptions"]),
-            renoise_timestep=float(values["renoise_timestep"]),
+        """The inverse of `to_dict`; checked as a configuration is, since it is read from files."""
+        stream = StreamConfig(
+            context=values["policy"],
+            context_by_chunk={int(chunk): policy for chunk, policy in values["exceptions"]},
+            context_timestep=float(values["renoise_timestep"]),
             restart_every=int(values.get("restart_every", 0)),
         )
+        return cls.from_config(ScheduleConfig(timesteps=[[float(t) for t in row] for row in values["rows"]]), stream)
 
     def _cells(self, chunk: int, geometry: Geometry | None, width: int) -> list[str]:
         """What the table says of a chunk, its number apart; `width` characters a timestep."""

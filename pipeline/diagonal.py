@@ -21,7 +21,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import latent_frames, pixel_frames
 from configs.load import load_config
-from configs.schema import Config, InferenceConfig, ModelConfig
+from configs.schema import Config, InferenceConfig, ModelConfig, ScheduleConfig, StreamConfig
 from model.attention import set_attention
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
@@ -39,12 +39,15 @@ from pipeline.delivery import ahead
 from pipeline.start import encode_start, read_start, warn_of_start
 from pipeline.stream import StreamSession
 from utils.device import pick_device, pick_dtype, set_threads
+from utils.distributed import Ranks
 from utils.logs import get_logger
 from utils.pictures import Clip, Picture
 from utils.prompts import check_prompt
+from utils.seeds import settled
 from utils.video import VideoWriter
 
 log = get_logger(__name__)
+SELF_FORCING = Schedule.from_config(ScheduleConfig(preset="self_forcing"), StreamConfig())
 
 Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
 
@@ -214,11 +217,15 @@ class DiagonalPipeline:
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    """Prompts and seeds as lists of one length; a single seed serves all prompts."""
+    """Prompts and seeds as lists of one length; a single seed serves all prompts, and -1 draws one for each."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if not prompts or len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one a prompt")
+    for i, given in enumerate(seeds):
+        seeds[i] = settled(given, Ranks())
+        if seeds[i] != given:
+            log.info(f"seed {given}: drawn was {seeds[i]}")
     return prompts, seeds
 
 
@@ -263,8 +270,13 @@ def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Code
 
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
-    """Say so where a checkpoint was trained with another schedule than the one it is to run by."""
+    """Say so where a checkpoint was trained with another schedule than the one it is to run by, or does not tell."""
     if card.get("schedule") is None:
+        if schedule.rows != SELF_FORCING.rows:
+            log.warning(
+                "this student's file does not say which schedule it was trained with; those that Self-Forcing and "
+                "LongLive published were trained with schedule.preset=self_forcing, and with no other"
+            )
         return
     trained = Schedule.from_dict(card["schedule"])
     if str(trained) != str(schedule):  # rows that only repeat the last one make no difference

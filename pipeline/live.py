@@ -16,6 +16,7 @@ from configs.load import to_dict
 from configs.schema import Config
 from model.weights.files import resolve
 from pipeline.diagonal import DiagonalPipeline
+from pipeline.plan import check_count
 from pipeline.story import Story, holds_stories, play_story, read_stories
 from utils.files import safe_name, short_hash, write_json_atomic
 from utils.logs import get_logger
@@ -64,6 +65,7 @@ def plan_live(config: Config, prompts: list[str] | None, endless: bool, output: 
         raise UserError(
             f"--output={output} holds one video and {asked} were asked for; give one --prompt and one sample"
         )
+    check_count(len(given), names.num_samples)
     jobs = []
     for story in given:
         for sample in range(names.num_samples):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.load import to_dict
 from configs.schema import Config
@@ -23,6 +24,8 @@ from utils.files import check_writable, safe_name, short_hash
 from utils.machine import size_text
 from utils.prompts import check_prompt, read_prompts
 from utils.seeds import sample_seed
+
+MAX_VIDEOS = 1_000_000  # of one run
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,17 @@ def make_plan(
     check_inference(config, gpu_memory(device))
     jobs = ranks.share(plan_jobs(config, prompts, folder, fingerprint(config, weights)))
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
-    return Plan(config, ranks, [job for job in jobs if job not in finished], finished, weights, device, dtype, start)
+    done = set(finished)
+    return Plan(config, ranks, [job for job in jobs if job not in done], finished, weights, device, dtype, start)
+
+
+def check_count(prompts: int, samples: int) -> None:
+    """Refuse more videos than can be planned at once."""
+    if prompts * samples > MAX_VIDEOS:
+        raise UserError(
+            f"inference.num_samples={samples} of {prompts:,} prompts are {prompts * samples:,} videos, and one run "
+            f"plans {MAX_VIDEOS:,} at most; give fewer, or a part of the prompts at a time"
+        )
 
 
 def plan_jobs(config: Config, prompts: Sequence[str], folder: Path, settings: str) -> list[Job]:
@@ -118,6 +131,7 @@ def plan_jobs(config: Config, prompts: Sequence[str], folder: Path, settings: st
     A file's name ends in a hash of all that makes the video what it is: prompt, seed, sample and `settings` (schedule,
     sizes, weights). No two different videos share a name, and one of another schedule is not taken for finished.
     """
+    check_count(len(prompts), config.inference.num_samples)
     jobs = {}
     for index, prompt in enumerate(prompts):
         for sample in range(config.inference.num_samples):

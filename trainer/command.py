@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from model.fp8 import check_fp8
 from pipeline.preflight import check_training
@@ -16,11 +17,14 @@ from utils.device import gpu_memory, pick_device, set_threads
 from utils.distributed import Ranks, process_group
 from utils.files import atomic_path, check_writable, sole_use
 from utils.logs import console
+from utils.seeds import DRAW
 
 
 def train(args: Namespace) -> bool:
     """Run the stage that `args` (of trainer/cli.py) describe. Returns whether its end was reached, not a signal."""
     config = load_config(args.config_path, args.overrides)
+    if config.seed == DRAW:
+        raise UserError(f"seed={DRAW} draws one for inference; give training one that a resumed run can repeat")
     ranks = Ranks.from_env()
     console(quiet=not ranks.first)
     logdir = check_writable(args.logdir or f"logs/{Path(args.config_path).stem}", "--logdir")

@@ -24,11 +24,13 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device={name} is not a device; use auto, cpu, cuda or cuda:<index>") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type != "cuda":
-        return device
+        raise UserError(f"device={name} is none that this runs on; use auto, cpu, cuda or cuda:<index>")
     if not torch.cuda.is_available():
         raise UserError(f"device={name} but torch {torch.__version__} finds no CUDA device; use device=cpu or auto")
-    index = local_rank if device.index is None else device.index
+    index = int(name.partition(":")[2] or local_rank)  # torch's own index wraps at 256
     visible = torch.cuda.device_count()
     if index >= visible:
         raise UserError(

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from utils.files import atomic_path
+from configs.errors import UserError
+from utils.files import atomic_path, parse_json
 
 ROOT = "diagonal"  # parent of all our loggers, so that other libraries keep their own settings
 
@@ -78,11 +79,18 @@ class JsonlSink:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file; a last line cut off by a kill is ignored."""
+    """All whole lines of a file of metrics; a last one cut off by a kill is ignored. UserError for other damage."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                row = parse_json(line)
+                whole = isinstance(row, dict) and isinstance(row["step"], int)
+            except (ValueError, KeyError):
+                whole = False
+            if not whole:
+                raise UserError(f"{path} line {number} is no line of metrics; remove it, or the file")
+            rows.append(row)
     return rows
 
 

@@ -2,8 +2,16 @@
 
 import hashlib
 import json
+import os
+import secrets
 
 import torch
+
+from configs.errors import UserError
+from utils.distributed import Ranks
+
+DRAW = -1  # in place of a seed: draw one
+LARGEST_DRAWN = 2**31
 
 
 def stable_hash(seed: int, *names: str | int) -> int:
@@ -20,6 +28,21 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
     return torch.Generator(device=device).manual_seed(stable_hash(seed, *names))
 
 
+def settled(seed: int, ranks: Ranks) -> int:
+    """`seed` itself, and for `DRAW` one that is drawn now, the same in all processes of a run.
+
+    Raises UserError where processes have nothing in common to draw it from.
+    """
+    if seed != DRAW:
+        return seed
+    if ranks.world == 1:
+        return secrets.randbelow(LARGEST_DRAWN)
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun --standalone gives each run its own
+    if run == "none":
+        raise UserError(f"seed={DRAW} asks {ranks.world} processes for one seed; give it, or use torchrun --standalone")
+    return stable_hash(0, "run", run) % LARGEST_DRAWN
+
+
 def sample_seed(seed: int, sample: int) -> int:
     """Seed of sample `sample` of a prompt: `seed` itself for sample 0; each works as `--seed` to make it alone."""
-    return seed if sample == 0 else stable_hash(seed, "sample", sample) % 2**31
+    return seed if sample == 0 else stable_hash(seed, "sample", sample) % LARGEST_DRAWN

@@ -137,6 +137,14 @@ def test_round_trip_through_json(preset):
 
 
 @pytest.mark.parametrize(
+    "change", [{"policy": "own"}, {"rows": []}, {"rows": [[2000]]}, {"exceptions": [[0, "own"]]}, {"restart_every": -1}]
+)
+def test_a_stored_schedule_is_checked(change):
+    with pytest.raises(UserError):
+        Schedule.from_dict(build().to_dict() | change)
+
+
+@pytest.mark.parametrize(
     "fields, message",
     [
         ({"steps": "4302"}, "schedule.steps=4302 .* digits 1-9"),

@@ -95,6 +95,19 @@ def test_samples_and_index_names(cli, tmp_path):
     assert all(record["frames"] == 9 for record in records)
 
 
+def test_a_seed_of_minus_one_is_drawn_and_written_down(cli, tmp_path, capsys):
+    arguments = ("--prompt", PROMPT, "--num_samples", "2", "--num_output_frames", "3")
+    assert cli("--seed", "-1", *arguments) == 0
+    said = capsys.readouterr().err
+    drawn = int(said.split("--seed ")[1].split()[0])
+    records = [json.loads(path.read_text()) for path in files(tmp_path / "videos", ".json")]
+    assert {record["seed"] for record in records} == {drawn, sample_seed(drawn, 1)} and drawn >= 0
+    assert all(record["config"]["seed"] == drawn for record in records)
+    assert cli("--seed", str(drawn), *arguments) == 0
+    assert "2 videos already there" in capsys.readouterr().out, "the same seed is the same videos"
+    assert cli("seed=-1", *arguments) == 0 and len(files(tmp_path / "videos", ".json")) == 4
+
+
 def test_sample_can_be_made_again_alone(cli, tmp_path):
     cli("--num_samples", "2", "--prompt", PROMPT, "--num_output_frames", "3", "--output_folder", "a")
     cli("--seed", str(sample_seed(0, 1)), "--prompt", PROMPT, "--num_output_frames", "3", "--output_folder", "b")

@@ -14,6 +14,7 @@ from model.codec import WanCodec
 from model.schedule import Schedule
 from pipeline import DiagonalPipeline
 from pipeline.delivery import to_frames
+from pipeline.diagonal import warn_of_schedule
 from pipeline.stream import StreamSession
 from utils.video import read_video
 
@@ -178,6 +179,23 @@ def test_another_schedule_than_the_trained_one_is_a_warning(tiny_assets, caplog)
         assert "945.1" in caplog.text and "921.1" in caplog.text, "both are named"
     finally:
         card.write_text(before)
+
+
+def test_a_student_that_tells_no_schedule_is_a_warning_that_names_self_forcing_s(caplog):
+    config = load_config("configs/tiny.yaml")
+    warn_of_schedule(Schedule.from_config(config.schedule, config.stream), {})
+    assert caplog.text.count("schedule.preset=self_forcing") == 1 and "\n" not in caplog.records[0].getMessage()
+    caplog.clear()
+    warn_of_schedule(Schedule.from_config(load_config("configs/self_forcing.yaml").schedule, config.stream), {})
+    assert not caplog.text
+
+
+def test_a_seed_of_minus_one_draws_one_for_each_video(pipe, caplog):
+    caplog.set_level("INFO", logger="diagonal")
+    videos = pipe([PROMPT, PROMPT], seed=-1, num_frames=9)
+    seeds = [video.seed for video in videos]
+    assert seeds[0] != seeds[1] and min(seeds) >= 0 and all(str(seed) in caplog.text for seed in seeds)
+    assert pipe(PROMPT, seed=seeds[1], num_frames=9).seed == seeds[1]
 
 
 def test_attention_kernel_is_chosen(tiny_assets, pipe):

@@ -118,6 +118,11 @@ def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
         make_sinks(config, tmp_path)(0)
 
 
+def test_a_seed_that_is_drawn_is_refused(config_file, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="seed=-1 draws one for inference"):
+        train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"), "seed=-1")
+
+
 def test_an_unknown_logger_is_refused():
     with pytest.raises(UserError, match="training.loggers"):
         load_config("configs/train_tiny.yaml", ["training.loggers=[mlflow]"])

@@ -38,7 +38,7 @@ from utils.files import (
 from utils.logs import JsonlSink, console, get_logger, read_jsonl
 from utils.progress import progress_bar
 from utils.prompts import check_prompt, read_prompts
-from utils.seeds import generator, sample_seed, stable_hash
+from utils.seeds import generator, sample_seed, settled, stable_hash
 from utils.timers import SpanTimer
 
 NASTY = ["a/b\\c", "..", "🚀🎉", "line\nbreak\ttab", "x" * 10_000, "中文提示" * 99, "con", "-rf *", "\u202e?"]
@@ -294,6 +294,27 @@ def test_jsonl_resumes_without_doubles(tmp_path):
     assert rows[0] == {"step": 0, "loss": 0.5, "note": "x", "bad": "nan"} and rows[3]["loss"] == 1
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "x"}', "\xff", "3", "[" * 100_000])
+def test_damaged_metrics_name_file_and_line(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', encoding="latin-1")
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is no line of metrics; remove it"):
+        read_jsonl(tmp_path / "metrics.jsonl")
+
+
+def test_drawn_seeds_are_one_for_all_processes(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert settled(7, Ranks(1, 2, 1)) == 7
+    assert len({settled(-1, Ranks()) for _ in range(4)}) == 4
+    with pytest.raises(UserError, match="seed=-1 asks 2 processes for one seed"):
+        settled(-1, Ranks(0, 2, 0))
+    found = set()
+    for run in "ab":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
+        assert settled(-1, Ranks(0, 2, 0)) == settled(-1, Ranks(1, 2, 1))
+        found.add(settled(-1, Ranks(1, 2, 1)))
+    assert len(found) == 2 and min(found) >= 0
+
+
 def test_console_speaks_in_the_right_voice(capsys):
     console()
     get_logger("test").info("hello")
@@ -347,8 +368,12 @@ def test_devices_and_precision():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="device=gpu"):
         pick_device("gpu")
-    with pytest.raises(UserError, match="device=cuda:99"):
-        pick_device("cuda:99")
+    for name in ("cuda:99", "cuda:300", "cuda:-1", "cuda:", "", "cpu:x"):
+        with pytest.raises(UserError, match=f"device={name}"):
+            pick_device(name)
+    for name in ("meta", "mps", "xpu", "hpu", "ipu"):
+        with pytest.raises(UserError, match=f"device={name} is none that this runs on; use auto, cpu, cuda"):
+            pick_device(name)
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("float16", torch.device("cpu")) == torch.float16
     with pytest.raises(UserError, match="precision=fp4"):
