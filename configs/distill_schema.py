@@ -6,24 +6,53 @@ from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.validate import check_bounds, number, one_of
 
-HEADS = ("difference", "conv", "learned")
 ROLLOUT_CONTEXTS = ("inference", "release")
-EXITS = ("random", "last")
+LONG_ROLLOUTS = ("inference", "release")
+EXITS = ("random", "last", "release")
+FRAME_ERRORS = ("motion", "release")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowLossConfig:
-    """Flow distribution matching: the loss on F(x) = head(x[:, 1:] - x[:, :-1])."""
+    """Flow distribution matching: the loss on differences of neighbouring latent frames. `release`: diagdistill."""
 
     weight: float = number(4.0, 0, 1_000_000)  # lambda_flow; 0 = off
-    head: str = "difference"  # difference = identity, conv = fixed filter bank, learned = trained beside the student
+    half: bool = True  # the factor 1/2 that the spatial loss has, too; false: as in commit 24ef1c9
     frame_weights: bool = True  # later frames, and those after more of the error, count more
-    gradient_cut: bool = False  # true: as both public releases compute it, which moves nothing; for comparison only
-    head_lr: float = number(1e-4, 0, 10)  # learned head
+    frame_error: str = "motion"  # of the critic's motion; release: of the loss's gradient against the latents
+    gradient_cut: bool = False  # true: as in commit 4ea418d and before, which moves nothing; for comparison only
 
     def __post_init__(self):
         check_bounds("training.distill.flow", self)
-        one_of(HEADS, "training.distill.flow", self, "head")
+        one_of(FRAME_ERRORS, "training.distill.flow", self, "frame_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionRegressionConfig:
+    """Regression of motion on a frozen copy of the student that training starts from, through a trained head.
+
+    As in diagdistill's commit 24ef1c9, whose values the defaults are but for the weight, 1 there. The head is a network
+    of `layers` convolutions over single frames of motion; that of the target is its average.
+    """
+
+    weight: float = number(0.0, 0, 1_000_000)  # times gamma; 0 = off
+    layers: int = number(2, 1, 16)
+    hidden: int = number(64, 1, 4096)  # channels between them
+    kernel: int = number(1, 1, 15)  # pixels of a latent frame, odd
+    decay: float = number(0.95, 0, 1)  # of the average
+    lr: float = number(1e-4, 0, 10)  # of the head
+    timesteps: list[float] = number([1000.0, 750.0, 500.0, 250.0], 1, 1000)  # of the copy, in every chunk, un-warped
+
+    def __post_init__(self):
+        check_bounds("training.distill.motion_regression", self)
+        if self.kernel % 2 == 0:
+            raise UserError(f"training.distill.motion_regression.kernel={self.kernel} has no middle; use 1 or 3")
+        row = self.timesteps
+        if not row or any(a <= b for a, b in zip(row, row[1:], strict=False)):
+            raise UserError(
+                f"training.distill.motion_regression.timesteps={row} do not fall; list them from noisy to clean, "
+                f"[1000, 750, 500, 250]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +65,13 @@ class LongConfig:
     min_frames: int = number(0, 0, 100_000)
     # share of rollouts whose prompt changes before the window that the loss looks at
     switch_share: float = number(0.0, 0, 1)
+    rollout: str = "inference"  # before the window as inference; release: Self-Forcing (trainer/distill/long_tuning.py)
     reencode_first: bool = True  # the window's first latent is encoded again as an image, as a clip's first one is
-    decode_frames: int = number(6, 1, 1024)  # latent frames decoded for that image, itself last
+    decode_frames: int = number(6, 0, 1024)  # latent frames decoded for that image, itself last; 0 = all up to it
 
     def __post_init__(self):
         check_bounds("training.distill.long", self)
+        one_of(LONG_ROLLOUTS, "training.distill.long", self, "rollout")
         if self.max_frames and self.min_frames > self.max_frames:
             raise UserError(
                 f"training.distill.long.min_frames={self.min_frames} is above max_frames={self.max_frames}; lower it"
@@ -72,10 +103,11 @@ class DistillConfig:
     critic_warmup: int = number(0, 0, 1_000_000_000)
     critic_optimizer: OptimizerConfig = field(default_factory=_critic_optimizer)  # the student: training.optimizer
 
-    # the loss: spatial_weight L + L_reg + gamma (flow.weight L_F + L_reg^F)
+    # the loss: spatial_weight L + L_reg + gamma (flow.weight L_F + L_reg^F + motion_regression.weight L_M)
     spatial_weight: float = number(4.0, 0, 1_000_000)  # lambda_spatial
     gamma: float = number(1.0, 0, 1_000_000)  # weight of motion against space
     flow: FlowLossConfig = field(default_factory=FlowLossConfig)
+    motion_regression: MotionRegressionConfig = field(default_factory=MotionRegressionConfig)
     regression_weight: float = number(1.0, 0, 1_000_000)  # of L_reg and L_reg^F, which are on when `pairs` is given
     pairs: str | None = None  # teacher's trajectories: a folder or LMDB made by scripts/generate_ode_pairs.py
 
@@ -91,8 +123,9 @@ class DistillConfig:
     max_timestep: float = number(980.0, 1, 1000)
 
     # the rollout
-    exit: str = "random"  # step that has the gradient: random (one share of every chunk's row, drawn a step), last
+    exit: str = "random"  # step with the gradient: random (one share of every chunk's row, drawn a step), last, release
     rollout_context: str = "inference"  # later chunks see what inference leaves; release = re-noise the exit's x0
+    context_noise: float = number(100.0, 0, 1000)  # of release: to this timestep, not warped; 0 in commit 4ea418d
     context_grad: bool = True  # the loss of later chunks reaches earlier ones through their keys and values
     long: LongConfig = field(default_factory=LongConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -31,7 +31,14 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # every key of a stored schedule
 log = logging.getLogger(f"diagonal.{__name__}")
 # settings that there were once, and what does now what they said
-REMOVED = {"model.teacher": "training.init.teacher", "model.critic": "training.init.critic"}
+HEADS = "motion is compared as it is, which was `difference`; a trained head: training.distill.motion_regression"
+REMOVED = {  # key -> what to do in its place
+    "model.teacher": "set training.init.teacher",
+    "model.critic": "set training.init.critic",
+    "training.distill.flow.head": HEADS,
+    "training.distill.flow.head_lr": HEADS,
+}
+IDLE = {"training.distill.flow.head": "difference", "training.distill.flow.head_lr": "0.0001"}  # as stored by default
 MOVED = {("inference", "cpu_threads"): "cpu_threads"}  # from a section to the top
 MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
@@ -213,8 +220,8 @@ def _check(values: dict, section: type, prefix: str) -> dict:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if name in REMOVED:
-            if value is not None:
-                log.warning("%s=%s is not read any more: set %s", name, shown(value), REMOVED[name])
+            if value is not None and value != IDLE.get(name):
+                log.warning("%s=%s is not read any more: %s", name, shown(value), REMOVED[name])
             continue
         if key not in hints:
             raise UserError(_unknown(name))

@@ -7,7 +7,7 @@ later chunks see is what inference would leave in the cache:
     context="inference"   the row is walked to its end without a graph, and the context pass of the schedule, if it
                           has one, is made of the last x0; under diagonal forcing the cache then holds the keys of the
                           noisy input at the row's last timestep, whatever the exit was
-    context="release"     as the public releases do: stop at the exit, noise its x0 to the level of the context with
+    context="release"     as diagdistill and Self-Forcing do: stop at the exit, noise its x0 to `context_noise` with
                           fresh noise, and make one more pass; inference never sees such keys
 
 With `context_grad`, what later chunks lose through the keys they read of this one reaches its exit step: exactly where
@@ -87,16 +87,18 @@ def exit_steps(schedule: Schedule, chunks: int, share: float) -> tuple[int, ...]
     return tuple(int(share * len(schedule.row(k))) for k in range(chunks))
 
 
+def clipped_exits(schedule: Schedule, drawn: Sequence[int]) -> tuple[int, ...]:
+    """As in diagdistill's commit 24ef1c9: of each chunk a step of the last row, clipped to the chunk's own.
+
+    For rows of 4, 3 and 2 steps these are steps 0 and 1: the last two of the first chunk and the last one of the
+    second never run in training, and nothing ever trains them.
+    """
+    return tuple(min(step, len(schedule.row(k)) - 1) for k, step in enumerate(drawn))
+
+
 def last_steps(schedule: Schedule, chunks: int) -> tuple[int, ...]:
     """Exit at the end of every row, as inference does."""
     return tuple(len(schedule.row(k)) - 1 for k in range(chunks))
-
-
-def exit_patterns(schedule: Schedule, chunks: int) -> list[tuple[int, ...]]:
-    """Every tuple that `exit_steps` can return, by growing share."""
-    borders = sorted({i / len(schedule.row(k)) for k in range(chunks) for i in range(len(schedule.row(k)))})
-    ends = [*borders[1:], 1.0]
-    return [exit_steps(schedule, chunks, (a + b) / 2) for a, b in zip(borders, ends, strict=True)]
 
 
 def rollout(
@@ -111,6 +113,7 @@ def rollout(
     first_grad: int = 0,
     context_grad: bool = True,
     context: str = "inference",
+    context_noise: float = 100.0,
     start: Tensor | None = None,
     recache_at: int | None = None,
 ) -> Tensor:
@@ -144,7 +147,8 @@ def rollout(
         )
         out.append(x0)
         if chunk + 1 < len(exits):  # nobody reads the last chunk's
-            _leave(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad, context)
+            _leave(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad,
+                   context_noise if context == "release" else None)  # fmt: skip
             recall.keep(Pass(chunk, *student.last))
             recall.renew_sink(cache, schedule, chunk)
     return torch.cat(out, dim=1)
@@ -158,16 +162,18 @@ def _leave(
     exit_at: int,
     place: dict,
     graph: bool,
-    context: str,
+    release_level: float | None,
 ) -> None:
-    """Put into the cache what later chunks see, given the exit's x0 without its graph."""
+    """Put into the cache what later chunks see, given the exit's x0 without its graph.
+
+    release_level: timestep to which that x0 is noised at once; None = as inference, after the rest of the row.
+    """
     cache, chunk = place["cache"], place["chunk"]
     readers = {name: value for name, value in place.items() if name != "given"}
     exits_own = cache.newest() if graph else []
     with torch.no_grad():
-        if context == "release":
-            level = schedule.context_level(chunk)
-        else:
+        level = release_level
+        if level is None:
             level = schedule.context_timestep(chunk)
             x0 = _finish(student, schedule.row(chunk), noise, x0, exit_at, place)
         leave_context(student, x0, level=level, eps=lambda: noise.context(chunk), **readers)

@@ -61,12 +61,12 @@ def score_network(config: Config, name: str, dtype: torch.dtype = torch.float32)
     return load_score(path, CPU, dtype)
 
 
-def causal_student(config: Config, name: str) -> CausalWanModel:
-    """A causal network in float32 on the CPU; any Wan transformer of its sizes can be its start."""
+def causal_student(config: Config, name: str, dtype: torch.dtype = torch.float32) -> CausalWanModel:
+    """A causal network on the CPU, a fresh one in float32; any Wan transformer of its sizes can be its start."""
     path = _source(config, name)
     if path.suffix == ".json":
         return _fresh(config, name, path, causal=True)
-    return load_student(path, CPU, torch.float32)
+    return load_student(path, CPU, dtype)
 
 
 @torch.no_grad()

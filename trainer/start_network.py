@@ -19,4 +19,4 @@ def start_network(
     if source.startswith(RANDOM):
         seed = stable_hash(config.seed, "random", name)
         return random_transformer(source.removeprefix(RANDOM), device, dtype, causal=causal, seed=seed)
-    return causal_student(config, name) if causal else score_network(config, name, dtype)
+    return causal_student(config, name, dtype) if causal else score_network(config, name, dtype)

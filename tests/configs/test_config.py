@@ -328,6 +328,14 @@ def test_keys_that_nothing_reads_any_more_say_what_does(key, tmp_path, caplog):
     assert not caplog.text
 
 
+def test_the_flow_losses_heads_are_gone_and_only_those_that_did_something_are_spoken_of(caplog):
+    """Every stored configuration has these keys."""
+    load_config("configs/train_tiny.yaml", ["training.distill.flow={head: difference, head_lr: 0.0001, weight: 4.0}"])
+    assert not caplog.records
+    load_config("configs/train_tiny.yaml", ["training.distill.flow.head=conv"])
+    assert "training.distill.flow.head=conv is not read any more: motion is compared as it is" in caplog.text
+
+
 @pytest.mark.parametrize(
     "overrides, refused",
     [

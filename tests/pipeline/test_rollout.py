@@ -14,7 +14,7 @@ from model.codec import WanCodec
 from model.denoiser import Student
 from model.schedule import Schedule
 from pipeline.noise import NoiseSource
-from pipeline.rollout import DrawnNoise, exit_patterns, exit_steps, last_steps, rollout
+from pipeline.rollout import DrawnNoise, clipped_exits, exit_steps, last_steps, rollout
 from pipeline.stream import StreamSession
 from pipeline.switch import switched
 
@@ -87,6 +87,8 @@ def test_the_releases_context_is_not_what_inference_leaves(tiny_student, text):
     last = last_steps(schedule, CHUNKS)
     ours, theirs = (run(tiny_student, schedule, last, text=text, context=c) for c in ("inference", "release"))
     assert torch.equal(ours[:, :3], theirs[:, :3]) and not torch.equal(ours[:, 3:6], theirs[:, 3:6])
+    renoised = Schedule(rows=ROWS, policy="renoise", renoise_timestep=100.0)
+    assert torch.equal(theirs, run(tiny_student, renoised, last, text=text)), "from whole rows: one pass more, at 100"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
@@ -191,8 +193,37 @@ def test_exit_steps_are_one_share_of_every_row():
     schedule = Schedule(rows=ROWS)
     assert exit_steps(schedule, 4, 0.0) == (0, 0, 0, 0) and exit_steps(schedule, 4, 0.7) == (2, 2, 1, 1)
     assert exit_steps(schedule, 4, 0.999) == last_steps(schedule, 4) == (3, 2, 1, 1)
-    drawn = {exit_steps(schedule, 4, i / 997) for i in range(997)}
-    assert set(exit_patterns(schedule, 4)) == drawn and len(drawn) == 6
+    assert len({exit_steps(schedule, 4, i / 997) for i in range(997)}) == 6
+
+
+def test_released_exits_never_train_the_last_steps_of_the_first_chunks(tiny_assets):
+    """Every step that has a graph in 60 updates of a run as diagdistill's commit 24ef1c9 rolls out, and as here."""
+
+    def trained_steps(*overrides):
+        stage = distill_stage(tiny_assets, "schedule.preset=release", *overrides)
+        exits = [stage.planner.draw("generator", step).exits for step in range(60)]
+        found = {(k, stage.schedule.row(k)[e]) for plan in exits for k, e in enumerate(plan)}
+        return stage, exits, {k: sorted((round(t, 1) for c, t in found if c == k), reverse=True) for k in range(4)}
+
+    stage, exits, steps = trained_steps("training.distill.exit=release", "training.distill.rollout_context=release")
+    assert steps == {0: [1000, 937.5], 1: [1000, 937.5], 2: [1000, 357.1], 3: [1000, 357.1]}
+    assert len({e for plan in exits for e in [plan]}) == 2**4, "one draw a chunk"
+    calls = []
+
+    class Spy(Student):
+        def x0(self, x_t, t, *args, **kwargs):
+            calls.append((torch.is_grad_enabled(), round(t.flatten()[0].item(), 1)))
+            return super().x0(x_t, t, *args, **kwargs)
+
+    stage.student = Spy(stage.student.model)
+    step = next(s for s in range(60) if exits[s] == (1, 1, 1, 1))
+    stage.generator_backward.run(*stage._batches("generator", step))
+    first, second = [(False, 1000), (True, 937.5), (False, 100)], [(False, 1000), (True, 357.1), (False, 100)]
+    assert calls == [*first, *first, *second, *second[:2]], "then one more pass at 100, but behind the last chunk"
+
+    _, exits, steps = trained_steps()
+    assert steps == {0: [1000, 937.5, 833.3, 357.1], 1: [1000, 937.5, 357.1], 2: [1000, 357.1], 3: [1000, 357.1]}
+    assert clipped_exits(Schedule(rows=((1000.0, 500.0, 200.0, 100.0),)), [3, 0, 2]) == (3, 0, 2)
 
 
 def test_drawn_noise_gives_every_use_its_own():

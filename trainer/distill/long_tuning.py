@@ -4,6 +4,10 @@
     window                     [ first ............ ]     the last `video.num_latent_frames`; the loss sees these
     counted                            [ .......... ]     all but the window's first chunk, if it is not the rollout's
 
+`long.rollout: release` is Self-Forcing's way of long rollouts: chunks before the window stop at their drawn exits, too,
+where here they run to their last step, as a stream's do; the window's first chunk has a graph, which what later chunks
+read of it reaches; and the critic learns from all of the window, where here it leaves out what the student's loss does.
+
 Teacher and critic know clips that begin with the latent of a single image, so the window's first latent is replaced by
 an encoding of the last pixel frame that it decodes to (Self-Forcing, arXiv 2506.08009); its chunk then has no gradient.
 """
@@ -18,7 +22,7 @@ from configs.geometry import Geometry
 from configs.schema import Config
 from model.codec import Codec
 from model.schedule import Schedule
-from pipeline.rollout import exit_steps, last_steps
+from pipeline.rollout import clipped_exits, exit_steps, last_steps
 from utils.seeds import generator
 
 
@@ -62,20 +66,34 @@ class Planner:
         chunks = self.shortest + int(length * (self.longest - self.shortest + 1))
         d = self.config.training.distill
         before = chunks - self.window
-        last = last_steps(self.schedule, chunks)
-        exits = last if d.exit == "last" else last[:before] + exit_steps(self.schedule, chunks, share)[before:]
+        release = d.long.rollout == "release"
+        exits = self._exits(name, step, chunks, share)
+        if not release:
+            exits = last_steps(self.schedule, chunks)[:before] + exits[before:]
         switch = 1 + int(where * before) if before and switches < d.long.switch_share else None
-        counted = slice(self.chunk_frames, self.window * self.chunk_frames) if before else None
+        masked = before and not (release and name == "critic")
+        counted = slice(self.chunk_frames, self.window * self.chunk_frames) if masked else None
         drawn = torch.rand(1, generator=generator(self.config.seed, "image start", name, step), dtype=torch.float64)
         image = float(drawn) < self.config.training.image_start
-        return Plan(exits, before + 1 if before else 0, switch, counted, image)
+        return Plan(exits, before + 1 if before and not release else before, switch, counted, image)
+
+    def _exits(self, name: str, step: int, chunks: int, share: float) -> tuple[int, ...]:
+        """Of each chunk, as `training.distill.exit` says."""
+        how = self.config.training.distill.exit
+        if how == "last":
+            return last_steps(self.schedule, chunks)
+        if how == "release":
+            rng = generator(self.config.seed, "release exits", name, step)
+            drawn = torch.randint(len(self.schedule.rows[-1]), (chunks,), generator=rng)
+            return clipped_exits(self.schedule, drawn.tolist())
+        return exit_steps(self.schedule, chunks, share)
 
 
 def window_of(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
     """The last `frames` latents of x [B, F, C, H, W] as a clip of its own; x itself if it is no longer.
 
     reencode: replace the first of them by the latent of the last pixel frame that it decodes to, without a graph.
-    decode_frames: latents, the replaced one last, that are decoded to get there.
+    decode_frames: latents, the replaced one last, that are decoded to get there; 0 = all from the rollout's first on.
     """
     start = x.shape[1] - frames
     if start == 0:
@@ -83,6 +101,6 @@ def window_of(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_fr
     if not reencode:
         return x[:, start:]
     with torch.no_grad():
-        past = x[:, max(0, start + 1 - decode_frames) : start + 1].detach()
+        past = x[:, max(0, start + 1 - decode_frames) if decode_frames else 0 : start + 1].detach()
         image = codec.encode(codec.decode(past)[:, -1:]).to(x.dtype)
     return torch.cat([image, x[:, start + 1 :]], dim=1)

@@ -39,37 +39,41 @@ def flow_matching_loss(
     x: Tensor,
     real_x0: Tensor,
     fake_x0: Tensor,
-    head: Head,
     *,
+    half: bool = True,
     frame_weights: bool = True,
+    frame_error: str = "motion",
     gradient_cut: bool = False,
     frames: slice | None = None,
 ) -> tuple[Tensor, Log]:
     """Flow distribution matching (Diagonal Distillation, arXiv 2603.09488): the same regression, of motion.
 
-        F(y)  = head(y[:, 1:] - y[:, :-1])
+        F(y)  = y[:, 1:] - y[:, :-1]
         g_F   = (F(f) - F(r)) / mean|F(x) - F(r)|
         L_F   = 1/2 mean_i w_i (F(x)_i - sg(F(x)_i - g_F,i))^2      so that dL_F/dF(x)_i = w_i g_F,i / numel
 
     i runs over the differences between neighbouring latent frames; w as in `frame_weighting`, or 1. The gradient
-    reaches x through F(x): through the head, whose own parameters it must not reach (give one that is frozen).
+    reaches x through F(x).
 
-    gradient_cut: F(x) without a graph, as both public releases compute it: a number in the log, no gradient.
+    half: with the factor 1/2; diagdistill has none in commit 24ef1c9, though its spatial loss does.
+    frame_error: what w goes by. motion: (F(f) - F(r))^2, how wrong the motion is. release: (g_F,i - x_{i+1})^2, the
+        gradient against the latents, as diagdistill has it.
+    gradient_cut: F(x) without a graph, as in diagdistill's commit 4ea418d: a number in the log, no gradient.
     frames: as in dmd_loss; a difference counts if both its frames do.
     """
     x, r, f = _precise(x, real_x0, fake_x0)
-    of_x, of_r, of_f = (head(motion(y)) for y in (x, r, f))
+    of_x, of_r, of_f = (motion(y) for y in (x, r, f))
     of_x = of_x.detach() if gradient_cut else of_x
     of_r, of_f = of_r.detach(), of_f.detach()
     g = _normalised(of_f - of_r, of_x - of_r)
-    error = (of_f - of_r).square().flatten(2).mean(2)  # [B, N]
+    error = (of_f - of_r if frame_error == "motion" else g - x[:, 1:].detach()).square().flatten(2).mean(2)  # [B, N]
     weight = frame_weighting(error) if frame_weights else torch.ones_like(error)
     log = {"flow_gradient": g.detach().abs().mean()}
     if frames is not None:
-        inside = slice(frames.start, frames.stop - 1)
+        inside = differences(frames)
         of_x, g, weight = of_x[:, inside], g[:, inside], weight[:, inside]
     square = (of_x - (of_x - g).detach()).square()
-    return 0.5 * (weight.view(*weight.shape, 1, 1, 1) * square).mean(), log
+    return (0.5 if half else 1.0) * (weight.view(*weight.shape, 1, 1, 1) * square).mean(), log
 
 
 def frame_weighting(error: Tensor) -> Tensor:
@@ -77,14 +81,27 @@ def frame_weighting(error: Tensor) -> Tensor:
 
         w_i = 0.7 (1 + e_0..i / e_0..N-1) + 0.3 (1.2^i / mean_j 1.2^j),    e_0..i = sum_{j <= i} error_j
 
-    The numbers are those of the public releases; they take the running share of how far the motion *gradient* is from
-    the motion, here it is that of the error itself.
+    The numbers are those of diagdistill, in commits 4ea418d and 24ef1c9 alike.
     """
     error = error.detach()
     total = error.sum(1, keepdim=True)
     share = _ratio(error.cumsum(1), total)
     growth = 1.2 ** torch.arange(error.shape[1], device=error.device, dtype=error.dtype)
     return 0.7 * (1 + share) + 0.3 * growth / growth.mean()
+
+
+def motion_regression_loss(
+    x: Tensor, y: Tensor, head: Head, target_head: Head, *, frames: slice | None = None
+) -> Tensor:
+    """Motion towards that of a frozen student (diagdistill, commit 24ef1c9): L_M = mean (h(F(x)) - sg(h'(F(y))))^2.
+
+    y: what the student that training started from makes of the same noise, constant. The gradient reaches x and the
+    head h, not its average h'. frames: as in `flow_matching_loss`.
+    """
+    x, y = _precise(x, y)
+    inside = slice(None) if frames is None else differences(frames)
+    ours, theirs = head(motion(x)[:, inside]), target_head(motion(y)[:, inside]).detach()
+    return (ours - theirs).square().mean()
 
 
 def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:
@@ -98,19 +115,24 @@ def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tu
     return (v - target.detach()).square().mean(), {}
 
 
-def regression_losses(x: Tensor, y: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def regression_losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """L_reg = mean (x - y)^2 and L_reg^F = mean (F(x) - F(y))^2, for x made from the noise of the teacher's pair y.
 
     The gradient reaches x.
     """
     x, y = _precise(x, y)
     y = y.detach()
-    return (x - y).square().mean(), (head(motion(x)) - head(motion(y)).detach()).square().mean()
+    return (x - y).square().mean(), (motion(x) - motion(y)).square().mean()
 
 
 def motion(x: Tensor) -> Tensor:
     """[B, F, ...] -> differences between neighbouring frames [B, F - 1, ...]."""
     return x[:, 1:] - x[:, :-1]
+
+
+def differences(frames: slice) -> slice:
+    """Those of `motion` both of whose frames are in `frames`."""
+    return slice(frames.start, frames.stop - 1)
 
 
 def _normalised(difference: Tensor, distance: Tensor) -> Tensor:

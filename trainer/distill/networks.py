@@ -9,26 +9,25 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.fast.fp8_teacher import in_float8, round_and_compare
 from model.sequence import SequenceGroup
 from model.weights.plans import Plan
-from trainer.distill.flow_heads import build_head
+from trainer.distill.motion_head import MotionHead
 from trainer.optim.train_state import Average, Player
 from trainer.parallel.apply import Placing, placed
 from trainer.parallel.sharded_weights import copy_parts, empty, fill_parts, init_plan
 from trainer.start_network import start_network
 from utils.device import pick_dtype
 from utils.logs import get_logger
-from utils.seeds import generator
+from utils.seeds import generator, stable_hash
 
 log = get_logger(__name__)
 
 FLOAT = torch.float32  # of what is trained, and of its average
-HEAD_DECAY = 0.95  # of the learned flow head's target; the public releases' value
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
@@ -77,18 +76,27 @@ def critic_player(config: Config, where: Placing) -> Player:
     return Player(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
 
 
-def flow_head(config: Config, channels: int, device: torch.device) -> tuple[nn.Module, Player | None]:
-    """The head that the flow loss uses, frozen; where it is learned, the average of a twin, which is the player."""
-    t, d = config.training, config.training.distill
+def frozen_start(config: Config, where: Placing) -> CausalWanModel:
+    """The student that training starts from, frozen, in the precision of activations; a resumed run reads it again."""
+    if config.training.sequence_student == "whole":
+        where = replace(where, sequence=SequenceGroup())
+    dtype = pick_dtype(config.training.precision, where.device)
+    plan = init_plan(config, "student", where, dtype, causal=True)
+    start = start_network(config, "student", where.device, dtype, causal=True) if plan is None else empty(plan, dtype)
+    start = placed(start.eval().requires_grad_(False), where, role="student")
+    return start if plan is None else fill_parts(start, plan, where.device, dtype)
+
+
+def motion_head_player(config: Config, channels: int, device: torch.device) -> Player:
+    """The head of the motion regression with its optimiser; its average is the target's head."""
+    t, r = config.training, config.training.distill.motion_regression
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        head = build_head(d.flow, channels).to(device)
-    if d.flow.head != "learned":
-        return head, None
-    knobs = replace(d.critic_optimizer, lr=d.flow.head_lr, betas=[0.9, 0.999])
+        torch.manual_seed(stable_hash(config.seed, "motion head"))
+        head = MotionHead(r, channels).to(device)
+    knobs = replace(t.distill.critic_optimizer, lr=r.lr, betas=[0.9, 0.999], muon_lr=0.0)
     player = Player(head, t, optimizer=knobs, averaged=False)
-    player.average = Average(head, HEAD_DECAY, start_step=0)
-    return player.average.module, player
+    player.average = Average(head, r.decay, start_step=0)
+    return player
 
 
 def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:

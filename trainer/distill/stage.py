@@ -15,6 +15,7 @@ rollouts for the critic in turns (trainer/distill/rollout_sharing.py).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from model.causal_wan import CausalWanModel
 from model.denoiser import Score, Student
 from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
+from model.timesteps import TIME, warp
 from model.weights.load import save_student
 from pipeline.rollout import DrawnNoise, last_steps, rollout
 from pipeline.switch import switched
@@ -39,8 +41,21 @@ from trainer.distill.diagnostics import SIGNS, vital_signs, warnings
 from trainer.distill.fast_rollout import FastTwin
 from trainer.distill.gradient_check import Audit, gradient_audit, switches
 from trainer.distill.long_tuning import Plan, Planner, window_of
-from trainer.distill.losses import critic_loss, dmd_loss, flow_matching_loss, motion, regression_losses
-from trainer.distill.networks import critic_player, flow_head, frozen_teacher, merged, student_player
+from trainer.distill.losses import (
+    critic_loss,
+    dmd_loss,
+    flow_matching_loss,
+    motion_regression_loss,
+    regression_losses,
+)
+from trainer.distill.networks import (
+    critic_player,
+    frozen_start,
+    frozen_teacher,
+    merged,
+    motion_head_player,
+    student_player,
+)
 from trainer.distill.rollout_sharing import Turns, in_turns
 from trainer.optim.train_state import Player
 from trainer.pairs import Pairs, open_pairs
@@ -95,9 +110,13 @@ class Distill(Stage):
         check_text_dim(self.encoder, self.student.model.config.text_dim)
         self.critic = Score(self._players["critic"].module)
         self.geometry = self.geometry.for_network(self.student.model.config)
-        self.head, player = flow_head(config, self.geometry.latent_channels, device)
-        if player is not None:
-            self._players["head"] = player
+        self.start: Student | None = None  # what training starts from, where motion is regressed on what it makes
+        if self._regresses_motion:
+            self.start = Student(frozen_start(config, place))
+            even = self.settings.motion_regression.timesteps
+            row = tuple(warp(t / TIME, config.schedule.shift) for t in even)
+            self.start_schedule = replace(self.schedule, rows=(row,))
+            self._players["motion_head"] = motion_head_player(config, self.geometry.latent_channels, device)
 
         self.fast = self._fast_twin()
         shape = self.geometry.latent_shape(t.micro_batch, config.video.num_latent_frames)
@@ -109,6 +128,10 @@ class Distill(Stage):
         self.generator_backward = self._family(self._generator_loss, generator_parameters)
         self.critic_backward = self._family(self._critic_loss, self._players["critic"].parameters)
         self.validator = Validator(config, self.encoder, self.codec, self.geometry, self.schedule, self.prompts.prompts)
+
+    @property
+    def _regresses_motion(self) -> bool:
+        return self.settings.gamma * self.settings.motion_regression.weight > 0
 
     def _open_pairs(self) -> tuple[Pairs | None, PromptBank | None]:
         """The teacher's pairs for the regression terms, if there are any, and the embeddings of their prompts."""
@@ -160,10 +183,25 @@ class Distill(Stage):
             states = self.pairs.read(index.tolist()).to(self.device).float()
             DrawnNoise(batch["noise"], self.schedule).start_from(states[:, 0])
             batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
+        if self.start is not None and who == "generator":
+            batch["start_noise"] = self._start_noise(batch["noise"], step, part)
         if plan.image and image:
             target = batch.get("target")
             batch["image"] = self._own_image(batch["text"], rng) if target is None else target[:, :1]
         return batch
+
+    def _start_noise(self, drawn: Tensor, step: int, part: int) -> Tensor:
+        """Noise of the frozen start's rollout: the student's, and more for the steps that a row of it lacks."""
+        ours = DrawnNoise(drawn, self.schedule)
+        chunks = len(ours.starts) - 1
+        shape = DrawnNoise.shape(len(drawn), chunks, self.start_schedule, self.geometry)
+        rng = generator(self.config.seed, "distill start noise", step, part, device=self.device)
+        theirs = DrawnNoise(torch.randn(shape, generator=rng, device=self.device), self.start_schedule)
+        for chunk in range(chunks):
+            steps = min(len(self.schedule.row(chunk)), len(self.start_schedule.row(chunk)))
+            a, b = ours.starts[chunk], theirs.starts[chunk]
+            theirs.drawn[:, b : b + steps] = drawn[:, a : a + steps]
+        return theirs.drawn
 
     @torch.no_grad()
     def _own_image(self, text: Tensor, rng: torch.Generator) -> Tensor:
@@ -195,10 +233,10 @@ class Distill(Stage):
         return [text] * before + list(after)
 
     @contextmanager
-    def _roller(self, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
-        """Who makes a rollout, and an empty cache."""
-        if grad or self.fast is None:
-            yield self.student, GraphCache(self.geometry, self.student.model.config.num_layers)
+    def _roller(self, student: Student, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
+        """Who makes a rollout of `student`, and an empty cache."""
+        if grad or self.fast is None or student is not self.student:
+            yield student, GraphCache(self.geometry, student.model.config.num_layers)
         else:
             with self.fast.ready(self.student.model) as ready:
                 yield ready
@@ -208,25 +246,41 @@ class Distill(Stage):
         image: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
-        d = self.settings
+        return self._window(self.student, self.schedule, plan.exits, plan, text, noise, text_after, grad, image)
+
+    @torch.no_grad()
+    def _sample_of_start(
+        self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, image: Tensor | None
+    ) -> Tensor:
+        """The same of the student that training starts from, each chunk walked to the end of its fixed steps."""
+        exits = last_steps(self.start_schedule, len(plan.exits))
+        return self._window(self.start, self.start_schedule, exits, plan, text, noise, text_after, False, image)
+
+    def _window(
+        self, student: Student, schedule: Schedule, exits: tuple[int, ...], plan: Plan, text: Tensor, noise: Tensor,
+        text_after: Tensor | None, grad: bool, image: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        d, trained = self.settings, student is self.student
         how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
-        with self._roller(grad) as (student, cache):
-            if not (self.sharded and grad):  # text keys once a text; else blocks make theirs, for FSDP to see the graph
+        with self._roller(student, grad) as (student, cache):
+            # text keys once a text; else blocks make theirs: FSDP is to see the graph, and gathers a frozen one by pass
+            if not (self.sharded and (grad or not trained)):
                 gather(student.model)
                 with torch.set_grad_enabled(grad):
                     made = {key: student.model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
                 texts = [made[id(x)] for x in texts]
             x = rollout(
                 student,
-                self.schedule,
-                DrawnNoise(noise, self.schedule),
+                schedule,
+                DrawnNoise(noise, schedule),
                 texts.__getitem__,
                 cache=cache,
-                exits=plan.exits,
+                exits=exits,
                 grad=grad,
                 first_grad=plan.first_grad,
                 context_grad=d.context_grad,
                 context=d.rollout_context,
+                context_noise=d.context_noise,
                 recache_at=plan.switch if how == "recache" else None,
                 start=image,
             )
@@ -248,12 +302,14 @@ class Distill(Stage):
 
     def _flow_loss(self, plan: Plan, x: Tensor, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         f = self.settings.flow
-        options = {"frame_weights": f.frame_weights, "gradient_cut": f.gradient_cut, "frames": plan.frames}
-        return flow_matching_loss(x, real, fake, self.head, **options)
+        return flow_matching_loss(
+            x, real, fake, half=f.half, frame_weights=f.frame_weights, frame_error=f.frame_error,
+            gradient_cut=f.gradient_cut, frames=plan.frames,
+        )  # fmt: skip
 
     def _generator_terms(
         self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
-        target: Tensor | None = None, image: Tensor | None = None,
+        target: Tensor | None = None, image: Tensor | None = None, start_noise: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Every term with its weight, and what is logged."""
         d = self.settings
@@ -268,20 +324,23 @@ class Distill(Stage):
                 loss, seen = self._flow_loss(plan, x, real, fake)
                 terms["flow"], logs = d.gamma * d.flow.weight * loss, logs | seen
             if target is not None and d.regression_weight:
-                space, flow = regression_losses(x, target, self.head)
+                space, flow = regression_losses(x, target)
                 terms["regression"] = d.regression_weight * space
                 if d.gamma:
                     terms["regression_flow"] = d.gamma * d.regression_weight * flow
-            if "head" in self._players:  # no gradient reaches the student: its inputs are constants
-                logs["head_loss"] = self._players["head"].module.loss(motion(fake), motion(real))
+        if start_noise is not None:
+            y = self._sample_of_start(plan, text, start_noise, text_after, image)
+            head, weight = self._players["motion_head"], d.gamma * d.motion_regression.weight
+            with torch.autocast(self.device.type, enabled=False):
+                loss = motion_regression_loss(x, y, head.module, head.average.module, frames=plan.frames)
+                terms["motion_regression"] = weight * loss
         return terms, logs
 
     def _generator_loss(self, plan: Plan, **batch: Tensor) -> dict[str, Tensor]:
         terms, logs = self._generator_terms(plan, **batch)
         total = torch.stack(list(terms.values())).sum()
         named = {f"generator_{name}": value.detach() for name, value in terms.items()}
-        loss = total + logs["head_loss"] if "head_loss" in logs else total  # disjoint parameters: one backward
-        return {"loss": loss, "generator_loss": total.detach()} | named | logs
+        return {"loss": total, "generator_loss": total.detach()} | named | logs
 
     def _critic_loss(
         self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
@@ -335,8 +394,8 @@ class Distill(Stage):
         logs["generator_grad_norm"] = self._players["generator"].step(count)
         if self.fast is not None:
             self.fast.stale = True
-        if "head" in self._players:
-            self._players["head"].step(count)
+        if "motion_head" in self._players:
+            logs["motion_head_grad_norm"] = self._players["motion_head"].step(count)
         return logs
 
     def begin(self, step: int, logdir: Path) -> None:
@@ -360,7 +419,9 @@ class Distill(Stage):
 
         if self.settings.flow.gradient_cut and self.settings.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
-        return gradient_audit(terms, self._players["generator"].parameters, settings=switches(self.settings))
+        audit = gradient_audit(terms, self._players["generator"].parameters, settings=switches(self.settings))
+        self.generator_backward.clear()  # a term may reach the motion head, too
+        return audit
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
         return warnings(rows)

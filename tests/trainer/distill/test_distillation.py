@@ -10,6 +10,7 @@ from configs.errors import UserError
 from model.weights.load import load_student
 from trainer.distill.diagnostics import warnings
 from trainer.distill.gradient_check import gradient_audit
+from trainer.distill.long_tuning import window_of
 from trainer.loop import NonFiniteLoss, run
 from trainer.prompt_bank import training_prompts
 from trainer.registry import build_stage
@@ -44,6 +45,57 @@ def largest_difference(a, b) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
+MOTION = "training.distill.motion_regression={weight: 1.0, hidden: 8, lr: 1.0e-2}"
+
+
+class TestMotionRegression:
+    def test_it_moves_student_and_head_and_the_audit_shows_it(self, tiny_assets, tmp_path):
+        stage = distill_stage(tiny_assets, MOTION)
+        off = student_gradient(distill_stage(tiny_assets))
+        assert largest_difference(student_gradient(stage), off) > 1e-6
+        stage.begin(0, tmp_path)
+        figures = json.loads((tmp_path / "audit.json").read_text())
+        assert figures["audit_norm_motion_regression"] > 0
+        assert all(p.grad is None for player in stage.players.values() for p in player.parameters)
+        before, start = states(stage), [p.clone() for p in stage.start.model.parameters()]
+        logs = stage.update(0)
+        after = states(stage)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {"/motion_head/module/net.0.weight", "/motion_head/average/net.0.weight"} <= moved
+        assert logs["generator_motion_regression"] > 0 and logs["motion_head_grad_norm"] > 0
+        assert all(torch.equal(a, b) for a, b in zip(start, stage.start.model.parameters(), strict=True))
+        average, module = "/motion_head/average/net.0.weight", "/motion_head/module/net.0.weight"
+        torch.testing.assert_close(after[average], torch.lerp(before[average], after[module], 0.05))
+
+    def test_the_target_is_the_frozen_start_on_the_same_noise(self, tiny_assets):
+        """With the student still at its start, and its schedule the target's, they make the same clip."""
+        steps = ["schedule.first=1000", "schedule.last=250", "schedule.steps=4", "training.distill.exit=last"]
+        stage = distill_stage(tiny_assets, MOTION, *steps)
+        plan, (batch,) = stage._batches("generator", 0)
+        target = {"text_after": None, "image": None}
+        x = stage._sample(plan, batch["text"], batch["noise"], None, grad=False)
+        y = stage._sample_of_start(plan, batch["text"], batch["start_noise"], **target)
+        assert stage.start_schedule.rows == stage.schedule.rows and torch.equal(x, y)
+        for _ in range(2):
+            stage._generator_step(0, 0)
+        assert not torch.equal(stage._sample(plan, batch["text"], batch["noise"], None, grad=False), x)
+        assert torch.equal(stage._sample_of_start(plan, batch["text"], batch["start_noise"], **target), y)
+
+    def test_its_rows_are_fixed_whatever_the_schedule(self, tiny_assets):
+        stage = distill_stage(tiny_assets, MOTION, "schedule.preset=release")
+        (row,) = stage.start_schedule.rows
+        assert row == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+        assert all(value.isfinite() for value in stage.update(0).values())
+
+    @pytest.mark.parametrize(
+        ("setting", "said"),
+        [("kernel: 2", "kernel=2 has no middle; use 1 or 3"), ("timesteps: [250, 500]", "do not fall; list them from")],
+    )
+    def test_mistakes(self, tiny_assets, setting, said):
+        with pytest.raises(UserError, match=said):
+            distill_config(tiny_assets, f"training.distill.motion_regression={{{setting}}}")
+
+
 def test_a_cycle_is_one_generator_update_and_then_critic_updates(tiny_assets):
     stage = distill_stage(tiny_assets)
     teacher = {k: v.clone() for k, v in stage.teacher.model.state_dict().items()}
@@ -75,14 +127,14 @@ def test_a_warm_up_of_all_steps_is_refused(tiny_assets):
         distill_config(tiny_assets, "training.distill.critic_warmup=6")
 
 
-@pytest.mark.parametrize("head", ["difference", "conv", "learned"])
-def test_the_flow_loss_changes_the_students_gradient(tiny_assets, head):
-    on = student_gradient(distill_stage(tiny_assets, f"training.distill.flow.head={head}"))
+@pytest.mark.parametrize("variant", ["half=true", "half=false", "frame_error=release", "frame_weights=false"])
+def test_the_flow_loss_changes_the_students_gradient(tiny_assets, variant):
+    on = student_gradient(distill_stage(tiny_assets, f"training.distill.flow.{variant}"))
     off = student_gradient(distill_stage(tiny_assets, "training.distill.flow.weight=0"))
     assert largest_difference(on, off) > 1e-3 * max(x.abs().max().item() for x in off)
 
 
-def test_the_releases_flow_loss_changes_nothing_and_is_called_so(tiny_assets, tmp_path, caplog):
+def test_the_flow_loss_of_4ea418d_changes_nothing_and_is_called_so(tiny_assets, tmp_path, caplog):
     cut = distill_stage(tiny_assets, "training.distill.flow.gradient_cut=true")
     off = student_gradient(distill_stage(tiny_assets, "training.distill.flow.weight=0"))
     assert largest_difference(student_gradient(cut), off) == 0.0
@@ -120,7 +172,7 @@ def test_a_term_without_gradient_stops_the_run():
 
 @pytest.mark.parametrize(("stop_after", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2), (3, 2)])
 def test_resume_is_exact_in_the_middle_of_a_cycle(tiny_assets, tmp_path, stop_after, warmup):
-    extra = ["training.distill.flow.head=learned", f"training.distill.critic_warmup={warmup}"]
+    extra = [MOTION, f"training.distill.critic_warmup={warmup}"]
     straight = distill_stage(tiny_assets, *extra)
     run(straight, tmp_path / "straight")
 
@@ -175,6 +227,7 @@ def test_bfloat16_gradients_agree_roughly(tiny_assets):
         ["training.distill.rollout_context=release"],
         ["training.distill.context_grad=false"],
         ["training.distill.exit=last"],
+        ["training.distill.rollout_context=release", "training.distill.context_noise=0"],
         ["training.distill.fake_guidance=0.5"],
         ["stream.context=clean"],
         ["schedule.steps=2"],
@@ -217,6 +270,27 @@ class TestLong:
             assert (plan.switch is None) == (before == 0) and (not before or 1 <= plan.switch <= before)
             assert plan.frames == (slice(3, 12) if before else None)
             assert plan.exits[:before] == (3, 2, 1, 1, 1, 1)[:before], "chunks before the window walk whole rows"
+
+    def test_long_rollouts_as_self_forcing_makes_them(self, tiny_assets):
+        """Drawn exits before the window, a graph in its first chunk, no mask for the critic, the whole past decoded."""
+        release = self.LONG.replace("decode_frames: 3", "decode_frames: 0, rollout: release")
+        stage, ours = distill_stage(tiny_assets, release), distill_stage(tiny_assets, self.LONG)
+        for step in range(30):
+            plan, other = (s.planner.draw("generator", step) for s in (stage, ours))
+            before = len(plan.exits) - 4
+            assert plan.exits[before:] == other.exits[before:] and plan.frames == other.frames
+            assert plan.first_grad == before and stage.planner.draw("critic", step).frames is None
+            if other.exits[-1] == 0:
+                assert set(plan.exits[:before]) <= {0, 1}, "the same share of every row"
+        step = next(s for s in range(60) if len(stage.planner.draw("generator", s).exits) == 6)
+        plan = stage.planner.draw("generator", step)
+        batch = stage._draw("generator", step, 0, plan)
+        x = stage._sample(plan, batch["text"], batch["noise"], batch["text_after"], grad=True)
+        assert x.shape[1] == 12 and stage.generator_backward.run(plan, [batch])["loss"].isfinite()
+        past = torch.randn(1, 15, 16, 4, 6)
+        whole, part = (window_of(past, 9, stage.codec, reencode=True, decode_frames=n) for n in (0, 2))
+        assert torch.equal(whole, window_of(past, 9, stage.codec, reencode=True, decode_frames=7))
+        assert not torch.equal(whole[:, 0], part[:, 0]) and torch.equal(whole[:, 1:], part[:, 1:])
 
     def test_the_window_is_a_clip_and_its_first_chunk_has_no_gradient(self, tiny_assets):
         stage = distill_stage(tiny_assets, self.LONG)
@@ -325,13 +399,13 @@ def test_health_warns_once_with_a_remedy():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("head", ["difference", "learned"])
-def test_graphs_of_several_plans_give_the_eager_gradients(tiny_assets, head):
+@pytest.mark.parametrize("regression", [0, 1])
+def test_graphs_of_several_plans_give_the_eager_gradients(tiny_assets, regression):
     """Each plan captured when it comes up, replayed in another order, with one and with two micro-batches."""
     stages = {}
     for graphs in (False, True):
         extra = [f"training.cuda_graphs={str(graphs).lower()}", "training.precision=float32", "device=cuda"]
-        extra += ["training.global_batch=4", f"training.distill.flow.head={head}"]
+        extra += ["training.global_batch=4", f"training.distill.motion_regression.weight={regression}"]
         stages[graphs] = build_stage(distill_config(tiny_assets, *extra), torch.device("cuda", 0), Ranks())
     for step in (0, 3, 6, 0, 9, 3, 12):
         for who in ("generator", "critic"):
