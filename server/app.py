@@ -242,12 +242,16 @@ async def take_picture(player: Player, request: Request, decoding: asyncio.Lock)
 
 
 async def body(request: Request) -> bytes:
-    """What was sent; refused as soon as it is too much or takes too long."""
-    content = io.BytesIO()  # gives its bytes without a copy
+    """What was sent; refused as soon as it is too much, takes too long, or is broken off."""
+    content, more = io.BytesIO(), True  # gives its bytes without a copy
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
-            async for part in request.stream():
-                content.write(part)
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise HTTPException(400, "image was broken off; send it again")
+                content.write(message.get("body", b""))
+                more = message.get("more_body", False)
                 if content.tell() > MAX_UPLOAD:
                     raise HTTPException(413, f"image has more than {MAX_UPLOAD:,} bytes; make it smaller")
     except TimeoutError as error:

@@ -154,7 +154,7 @@ def ask_for_ever(line: socket.socket, frame: bytes) -> None:
         return
 
 
-def test_unfinished_uploads_are_bounded(serve):  # noqa: F811
+def test_unfinished_uploads_are_bounded(serve, tracebacks):  # noqa: F811
     """One a visitor, as many as visitors in all, whether or not those are still here; the time is bounded, too."""
     port = serve(limits=Limits(visitors=2))
 
@@ -187,6 +187,8 @@ def test_unfinished_uploads_are_bounded(serve):  # noqa: F811
     assert visit(port, lambda me: asyncio.to_thread(post, port, f"image/{me.hello['visitor']}", RED))[0] == 429
     for line in lines:
         line.close()
+    time.sleep(0.3)
+    assert not tracebacks(), "an upload that is broken off is no fault"
 
 
 @pytest.mark.parametrize(
