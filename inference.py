@@ -18,7 +18,6 @@ def main() -> int:
     from configs.load import load_config
     from model.schedule import Schedule
     from pipeline.diagonal import DiagonalPipeline
-    from pipeline.live import plan_live, run_live
     from pipeline.outputs import profile_table, render
     from pipeline.plan import make_plan
     from utils.distributed import Ranks
@@ -29,7 +28,7 @@ def main() -> int:
     config = replace(given, seed=settled(given.seed, ranks))
     if config.seed != given.seed and ranks.first:
         print(f"seed={given.seed}: drawn was {config.seed}, --seed {config.seed} makes the same", file=sys.stderr)
-    console(quiet=not ranks.first or args.endless)
+    console(quiet=not ranks.first or args.output == "-" or args.endless)
     geometry = Geometry.from_config(config)
     num_chunks = geometry.num_chunks(config.video.num_latent_frames)
     schedule = Schedule.from_config(config.schedule, config.stream).table(num_chunks, geometry)
@@ -37,33 +36,25 @@ def main() -> int:
         print(schedule)
         return 0
 
-    live = plan_live(config, args.prompt, args.endless, args.output, args.format)
-    prompts = args.prompt if live is None else [job.story.prompts[0] for job in live]
-    plan = make_plan(config, prompts, ranks, endless=args.endless)
+    plan = make_plan(config, args.prompt, ranks, endless=args.endless, output=args.output, kind=args.format)
     if args.dry_run:
         print(f"{plan.describe()}\n\n{schedule}")
         return 0
 
-    if live is not None:
-        pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
-        start = None if plan.start is None else pipe.encode(plan.start)
-        for job in ranks.share(live):
-            frames = run_live(pipe, job, None if args.endless else num_chunks, start)
-            print(f"{job.target}  {frames} frames", file=sys.stderr)
-        return 0
+    said = sys.stderr if plan.piped else sys.stdout
     if ranks.first:
-        print(plan.summary())
+        print(plan.summary(), file=said)
     if not plan.jobs:
         return 0
     pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
     start, clips = None if plan.start is None else pipe.encode(plan.start), []
     for job in plan.jobs:
         clips.append(render(pipe, job, plan.weights, position=ranks.local_rank, start=start))
-        print(clips[-1].line())
+        print(clips[-1].line(), file=said)
     if config.inference.profile:
-        print(profile_table(clips))
-    if ranks.first:
-        print(schedule)
+        print(profile_table(clips), file=said)
+    if ranks.first and not args.endless:
+        print(schedule, file=said)
     return 0
 
 

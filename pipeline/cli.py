@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, metavar=metavar, help=f"{text} ({key})")
     for flag, (key, text) in SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
-    parser.add_argument("--output", metavar="FILE", help="one video, written as it grows; - is standard output")
+    parser.add_argument("--output", metavar="FILE", help="the file of one video; - is standard output")
     parser.add_argument("--format", choices=("fmp4", "y4m", "raw"), help="of --output (default: by its ending, fmp4)")
     parser.add_argument("--low_memory", action="store_true", help=f"slower, in less memory ({', '.join(LOW_MEMORY)})")
     parser.add_argument("--print_schedule", action="store_true", help="print the schedule and stop")

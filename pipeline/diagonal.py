@@ -37,7 +37,8 @@ from model.weights.load import load_student, load_text_encoder, load_tiny_decode
 from model.weights.lora import Loras, plan_lora
 from pipeline.delivery import ahead
 from pipeline.start import encode_start, read_start, warn_of_start
-from pipeline.stream import StreamSession
+from pipeline.story import Story, play_story
+from pipeline.stream import ChunkResult, StreamSession
 from utils.device import pick_device, pick_dtype, set_threads
 from utils.distributed import Ranks
 from utils.logs import get_logger
@@ -200,7 +201,17 @@ class DiagonalPipeline:
             lengths = [self.num_chunks(n) for n in num_frames]
         else:
             lengths = self.num_chunks(num_frames)
-        results = self.session.play(prompts, seeds, lengths, start)
+        yield from self._arrived(self.session.play(prompts, seeds, lengths, start))
+
+    def tell(
+        self, story: Story, seed: int, num_chunks: int | None, start: Tensor | None = None
+    ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
+        """As `chunks`, for one video of prompts that follow one another. num_chunks: None = without end."""
+        for prompt in story.prompts:
+            self._warn_of_length(check_prompt(prompt))
+        yield from self._arrived(play_story(self.session, story, seed, num_chunks, start))
+
+    def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
         beside = self.session.device.type == "cuda" and self.config.inference.overlap
         for result in ahead(results, 1) if beside else results:  # the next chunk is queued before this one is awaited
             frames = result.wait().frames.numpy()

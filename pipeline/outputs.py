@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from configs.load import to_dict
 from model.weights.load import WeightCheck
 from pipeline.diagonal import DiagonalPipeline
+from pipeline.live import Recording, growing
 from pipeline.plan import Job
 from pipeline.provenance import versions, weight_hashes
-from utils.files import atomic_path, write_json_atomic
+from utils.files import DiskFull, atomic_path, write_json_atomic
+from utils.logs import get_logger
 from utils.progress import progress_bar
-from utils.video import VideoWriter, contact_sheet, shrink
+from utils.video import VideoWriter, clip_sheet, sheet_frames, shrink
+from utils.video_live import LiveWriter
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,15 @@ class Clip:
     """A finished job and where its time went, all in seconds."""
 
     job: Job
-    frames: int  # pixel frames
-    total: float
-    first_frames: float  # until the first chunk's frames were there
-    chunks: list[dict[str, float]]  # pipeline.stream.ChunkResult.timings, and `write`
+    frames: int = 0  # pixel frames
+    total: float = 0.0
+    first_frames: float = 0.0  # until the first chunk's frames were there
+    num_chunks: int = 0
+    chunks: Sequence[dict[str, float]] = ()  # ChunkResult.timings, and `write`; none of a video without end
 
     def line(self) -> str:
         return (
-            f"{self.job.video}  {self.frames} frames in {self.total:.1f} s "
+            f"{self.job.video or 'standard output'}  {self.frames} frames in {self.total:.1f} s "
             f"({self.frames / self.total:.0f} FPS, first frames after {self.first_frames:.2f} s)"
         )
 
@@ -40,44 +47,132 @@ class Clip:
 def render(
     pipe: DiagonalPipeline, job: Job, weights: Sequence[WeightCheck], position: int = 0, start: Tensor | None = None
 ) -> Clip:
-    """Make one clip: frames are written as they arrive, and files appear only when they are whole.
+    """Make one video: frames are written as they arrive, and files appear only when they are whole.
 
+    A video without end plays while it grows, and Ctrl-C ends it well (pipeline/live.py).
     start: latents that it begins with.
     position: line of the progress bar, where several processes share a terminal.
     """
-    video_config = pipe.config.video
-    begin = time.perf_counter()
-    chunks, thumbnails, borders, first_frames = [], [], [], 0.0
-    with (
-        progress_bar(job.prompt, pipe.num_pixel_frames, "frame", position) as bar,
-        VideoWriter(job.video, video_config.fps, (video_config.height, video_config.width)) as video,
-    ):
-        for (frames,), spans in pipe.chunks([job.prompt], [job.seed], start=start):
-            arrived = time.perf_counter()
-            first_frames = first_frames or arrived - begin
-            borders.append(video.frames_written)
-            video.write(frames)
-            thumbnails.append(shrink(frames))
-            bar.update(len(frames))
-            chunks.append(spans | {"write": time.perf_counter() - arrived})
-    with atomic_path(job.sheet) as temporary:
-        contact_sheet(np.concatenate(thumbnails), chunk_borders=borders[1:]).save(temporary)
-    clip = Clip(job, video.frames_written, time.perf_counter() - begin, first_frames, chunks)
-    write_json_atomic(job.record, describe(pipe, clip, weights))
-    return clip
+    video = pipe.config.video
+    making = _Making(pipe, job, start, position)
+    size = video.height, video.width
+    if job.piped:
+        with growing(job.video) as out, LiveWriter(out, video.fps, size, job.kind) as writer:
+            making.run(writer)
+        return making.clip()
+    if job.endless:
+        return _record(making, weights)
+    if job.kind is None:
+        with VideoWriter(job.video, video.fps, size) as writer:
+            making.run(writer)
+    else:
+        with (
+            atomic_path(job.video) as temporary,
+            open(temporary, "wb") as file,
+            LiveWriter(file, video.fps, size, job.kind) as writer,
+        ):
+            making.run(writer)
+    if job.sheet:
+        with atomic_path(job.sheet) as temporary:
+            making.sheet().save(temporary)
+    write_json_atomic(job.record, describe(pipe, making.clip(), weights))
+    return making.clip()
+
+
+def _record(making: "_Making", weights: Sequence[WeightCheck]) -> Clip:
+    """A video without end in a file. What was recorded gets its name whenever that can be played to its end."""
+    pipe, job, video = making.pipe, making.job, making.pipe.config.video
+    recording = Recording(job.video, describe(pipe, making.clip(), weights))
+    writer = LiveWriter(recording.partial, video.fps, (video.height, video.width), job.kind)
+    well = False
+    try:
+        with writer:
+            making.run(writer)
+        well = True
+    except SystemExit:
+        well = True
+        raise
+    except DiskFull as error:
+        well = True
+        raise DiskFull(
+            f"the disk of {job.video} is full; the video ends there, whole, after {writer.frames_written} frames"
+        ) from error
+    finally:
+        making.frames = writer.frames_written
+        if not writer.frames_written:
+            recording.remove()
+        elif well:
+            recording.finish(describe(pipe, making.clip(), weights))
+    return making.clip()
+
+
+class _Making:
+    """One job on its way: it is played into a writer, and what happened meanwhile is kept."""
+
+    def __init__(self, pipe: DiagonalPipeline, job: Job, start: Tensor | None, position: int):
+        self.pipe, self.job, self.start, self.position = pipe, job, start, position
+        self.begin = time.perf_counter()
+        self.frames, self.first_frames, self.num_chunks = 0, 0.0, 0
+        self.chunks: list[dict[str, float]] = []
+        self._shown = frozenset() if job.endless or not job.sheet else frozenset(sheet_frames(pipe.num_pixel_frames))
+        self._thumbnails: list[np.ndarray] = []
+        self._borders: list[int] = []
+
+    def run(self, writer: VideoWriter | LiveWriter) -> None:
+        """Play the whole of it; one without end until Ctrl-C."""
+        pipe, job = self.pipe, self.job
+        length = None if job.endless else pipe.num_chunks()
+        total = None if job.endless else pipe.num_pixel_frames
+        with progress_bar(job.prompt, total, "frame", self.position) as bar:
+            try:
+                for (frames,), spans in pipe.tell(job.story, job.seed, length, self.start):
+                    arrived = time.perf_counter()
+                    self.first_frames = self.first_frames or arrived - self.begin
+                    writer.write(frames)
+                    self._keep(frames)
+                    bar.update(len(frames))
+                    if not job.endless:
+                        self.chunks.append(spans | {"write": time.perf_counter() - arrived})
+                    self.num_chunks += 1
+            except KeyboardInterrupt:
+                if not job.endless:
+                    raise
+                log.info("stopped")
+
+    def _keep(self, frames: np.ndarray) -> None:
+        self._borders.append(self.frames)
+        own = [i for i in range(len(frames)) if self.frames + i in self._shown]
+        if own:
+            self._thumbnails.append(shrink(frames[own]))
+        self.frames += len(frames)
+
+    def sheet(self) -> Image.Image:
+        """The contact sheet."""
+        shown, borders = sheet_frames(self.frames), self._borders[1:]
+        prompts = " | ".join(self.job.story.prompts)
+        title = f"{prompts} (seed {self.job.seed}, {self.frames} frames, {self.pipe.config.video.fps} a second)"
+        return clip_sheet(np.concatenate(self._thumbnails), shown, borders, title)
+
+    def clip(self) -> Clip:
+        seconds = time.perf_counter() - self.begin
+        return Clip(self.job, self.frames, seconds, self.first_frames, self.num_chunks, tuple(self.chunks))
 
 
 def describe(pipe: DiagonalPipeline, clip: Clip, weights: Sequence[WeightCheck]) -> dict[str, Any]:
-    """Contents of a clip's JSON: enough to make it again."""
+    """Contents of a video's JSON: enough to make it again."""
     job = clip.job
+    story = zip(job.story.frames, job.story.prompts, strict=True)
+    told = {"story": [{"latent_frame": frame, "prompt": prompt} for frame, prompt in story]}
     return {
         "prompt": job.prompt,
+        **(told if len(job.story.prompts) > 1 or job.endless else {}),
         "seed": job.seed,
         "sample": job.sample,
         "video": job.video.name,
+        "digest": job.digest,
         "frames": clip.frames,
         "schedule": pipe.schedule.to_dict(),
-        "nfe": pipe.schedule.nfe(len(clip.chunks)),
+        "nfe": pipe.schedule.nfe(clip.num_chunks),
         "timings_s": {"total": clip.total, "first_frames": clip.first_frames, "chunks": clip.chunks},
         "weights_sha256": weight_hashes(tuple(weights)),
         "device": str(pipe.session.device),

@@ -1,8 +1,13 @@
 """What a run of inference will do, decided and checked before anything heavy is loaded."""
 
+import json
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,34 +18,53 @@ from configs.geometry import Geometry
 from configs.load import to_dict
 from configs.schema import Config
 from model.fast.student import FastPlan
-from model.weights.files import resolve
 from model.weights.load import WeightCheck, check_weights
+from pipeline.live import partial_name
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
 from pipeline.start import read_start
+from pipeline.story import Story, planned_stories
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
-from utils.files import check_writable, safe_name, short_hash
+from utils.files import check_writable, explained, safe_name, short_hash
 from utils.machine import size_text
-from utils.prompts import check_prompt, read_prompts
 from utils.seeds import sample_seed
+from utils.video import FILE_KINDS
+
+PIPE = "-"  # as an output: standard output
+KIND_OF = {".y4m": "y4m", ".raw": "raw", ".rgb": "raw"}  # endings of what is no container
+SUFFIX_OF = {"fmp4": ".mp4", "y4m": ".y4m", "raw": ".raw"}
 
 MAX_VIDEOS = 1_000_000  # of one run
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip to be made: sample `sample` of prompt number `index`."""
+    """One video to be made: sample `sample` of story number `index`."""
 
     index: int
-    prompt: str
+    story: Story
     sample: int
     seed: int
-    video: Path
+    video: Path | None  # None = standard output
+    digest: str  # of all that makes the video what it is
+    kind: str | None = None  # of utils/video_live.py; None = a file that is whole when it appears
+    endless: bool = False
+    named: bool = False  # the user gave the file's name; no contact sheet then
 
     @property
-    def sheet(self) -> Path:
-        return self.video.with_suffix(".png")
+    def prompt(self) -> str:
+        """The first one."""
+        return self.story.prompts[0]
+
+    @property
+    def piped(self) -> bool:
+        """Whether it goes to a pipe or a device, of which nothing stays."""
+        return self.video is None or (os.path.exists(self.video) and not os.path.isfile(self.video))
+
+    @property
+    def sheet(self) -> Path | None:
+        return None if self.named else self.video.with_suffix(".png")
 
     @property
     def record(self) -> Path:
@@ -48,7 +72,37 @@ class Job:
 
     @property
     def finished(self) -> bool:
+        """Whether an earlier run has made it."""
+        if self.piped:
+            return False
+        if self.named:
+            return self.video.exists() and self._earlier().get("digest") == self.digest
         return all(path.exists() for path in (self.video, self.sheet, self.record))
+
+    def check_name(self, overwrite: bool) -> None:
+        """Refuse a name that the user gave and that cannot be had without loss. UserError."""
+        if self.piped and self.video is not None and self.video.is_dir():
+            raise UserError(f"--output={self.video} is a folder; give a file, or --output_folder")
+        if self.piped:
+            return
+        check_writable(self.video.parent, "--output")
+        longest = partial_name(self.video, 100).with_suffix(".json") if self.endless else self.record
+        with explained(self.video, every=True), suppress(FileNotFoundError):
+            os.lstat(longest)
+        if os.path.lexists(self.record) and self._earlier().get("video") != self.video.name:
+            raise UserError(
+                f"--output={self.video} would replace {self.record}, which is not of such a video; choose another name"
+            )
+        if os.path.lexists(self.video) and not self.finished and not overwrite:
+            raise UserError(f"--output={self.video} is there and is another video; choose another name, or --overwrite")
+
+    def _earlier(self) -> dict[str, Any]:
+        """The JSON beside the video, {} where there is none that can be read."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -64,9 +118,15 @@ class Plan:
     dtype: torch.dtype
     start: np.ndarray | None = None  # pixels uint8 [T, H, W, 3] that every video begins with
 
+    @property
+    def piped(self) -> bool:
+        """Whether standard output is the video's."""
+        return any(job.video is None for job in self.jobs)
+
     def summary(self) -> str:
         """One line: how many videos, where, on what."""
-        folder = self.config.inference.output_folder
+        places = {str(job.video or "a pipe") for job in self.jobs if job.named}
+        folder = " ".join(places) or self.config.inference.output_folder
         precision = str(self.dtype).removeprefix("torch.")
         line = f"{_count(len(self.jobs))} to make in {folder} on {self.device} ({precision})"
         if self.finished:
@@ -79,18 +139,26 @@ class Plan:
         """Everything that was decided, as text: settings, weights, files."""
         settings = {name: value for name, value in to_dict(self.config).items() if name != "training"}
         weights = [f"{check.role:<14}{check.path}  {size_text(check.size)}  {check.kind}" for check in self.weights]
-        files = [f"{job.video}  seed {job.seed}" for job in self.jobs]
+        files = [f"{job.video or PIPE}  seed {job.seed}" for job in self.jobs]
         files += [f"{job.video}  seed {job.seed}  already there" for job in self.finished]
         parts = [OmegaConf.to_yaml(OmegaConf.create(settings)).rstrip(), *weights, "", self.summary(), *files]
         return "\n".join(parts)
 
 
 def make_plan(
-    config: Config, prompts: Sequence[str] | None = None, ranks: Ranks | None = None, *, endless: bool = False
+    config: Config,
+    prompts: Sequence[str] | None = None,
+    ranks: Ranks | None = None,
+    *,
+    endless: bool = False,
+    output: str | None = None,
+    kind: str | None = None,
 ) -> Plan:
     """Check everything that can be checked without loading weights. `prompts`: instead of the configured file.
 
-    endless: of videos without an end, whose length cannot be too short for what they begin with.
+    endless: videos without an end, whose length cannot be too short for what they begin with.
+    output: the file of the one video, PIPE for standard output; None = files of the output folder, named by the job.
+    kind: one of utils/video_live.py; None = by the file's ending.
     All jobs are shared out before finished ones are left out: processes that start at different times see different
     files, and would otherwise disagree about who makes what.
 
@@ -98,19 +166,28 @@ def make_plan(
     """
     ranks = ranks or Ranks()
     Geometry.from_config(config).num_chunks(config.video.num_latent_frames)
-    if prompts is None:
-        prompts = read_prompts(resolve(config.inference.prompts))
-    else:
-        prompts = [check_prompt(prompt, "--prompt") for prompt in prompts]
+    stories = planned_stories(config, prompts, endless=endless)
+    if endless and not output:
+        if sys.stdout.isatty():
+            raise UserError("--num_output_frames=0 streams without end to a terminal; give --output FILE, or a pipe")
+        output = PIPE
     names, length = config.inference, None if endless else config.video.num_latent_frames
     start = read_start(config, *(Path(x).expanduser() if x else None for x in (names.image, names.video)), length)
-    folder = check_writable(Path(config.inference.output_folder).expanduser(), "inference.output_folder")
+    folder = Path(config.inference.output_folder).expanduser()
+    if output is None:
+        check_writable(folder, "inference.output_folder")
     device = pick_device(config.device, ranks.local_rank)
     FastPlan.from_config(config.inference, device)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))
     check_inference(config, gpu_memory(device))
-    jobs = ranks.share(plan_jobs(config, prompts, folder, fingerprint(config, weights)))
+    settings = fingerprint(config, weights)
+    if output is None:
+        jobs = plan_jobs(config, stories, folder, settings, kind)
+    else:
+        jobs = [plan_output(config, stories, output, settings, kind, endless)]
+        jobs[0].check_name(config.inference.overwrite)
+    jobs = ranks.share(jobs)
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
     done = set(finished)
     return Plan(config, ranks, [job for job in jobs if job not in done], finished, weights, device, dtype, start)
@@ -125,22 +202,50 @@ def check_count(prompts: int, samples: int) -> None:
         )
 
 
-def plan_jobs(config: Config, prompts: Sequence[str], folder: Path, settings: str) -> list[Job]:
-    """The jobs of a run, prompt by prompt. A job's seed does not depend on the prompt's place in the file.
+def plan_jobs(
+    config: Config, stories: Sequence[Story], folder: Path, settings: str, kind: str | None = None
+) -> list[Job]:
+    """The jobs of a run, story by story. A job's seed does not depend on the prompt's place in the file.
 
-    A file's name ends in a hash of all that makes the video what it is: prompt, seed, sample and `settings` (schedule,
+    A file's name ends in a hash of all that makes the video what it is: prompts, seed, sample and `settings` (schedule,
     sizes, weights). No two different videos share a name, and one of another schedule is not taken for finished.
     """
-    check_count(len(prompts), config.inference.num_samples)
+    check_count(len(stories), config.inference.num_samples)
     jobs = {}
-    for index, prompt in enumerate(prompts):
+    for index, story in enumerate(stories):
         for sample in range(config.inference.num_samples):
             seed = sample_seed(config.seed, sample)
-            digest = short_hash(prompt, seed, sample, settings)
-            words = f"{index:04d}-{sample}" if config.inference.save_with_index else f"{safe_name(prompt)}-{seed}"
-            video = folder / f"{words}-{digest}.mp4"
-            jobs.setdefault(video, Job(index, prompt, sample, seed, video))  # a prompt given twice is one video
+            digest = _digest(story, seed, sample, settings)
+            words = f"{index:04d}-{sample}"
+            if not config.inference.save_with_index:
+                words = f"{safe_name(story.prompts[0])}-{seed}"
+            video = folder / f"{words}-{digest}{SUFFIX_OF.get(kind, '.mp4')}"
+            jobs.setdefault(video, Job(index, story, sample, seed, video, digest, kind))  # given twice is one video
     return list(jobs.values())
+
+
+def plan_output(
+    config: Config, stories: Sequence[Story], output: str, settings: str, kind: str | None, endless: bool
+) -> Job:
+    """The one job of `--output`. UserError where there is more to be made, or its ending says nothing."""
+    asked = len(stories) * config.inference.num_samples
+    if asked > 1:
+        raise UserError(f"--output={output} holds one video and {asked} were asked for; give one prompt and one sample")
+    video = None if output == PIPE else Path(output).expanduser()
+    ending = "" if video is None else video.suffix.lower()
+    kind = kind or KIND_OF.get(ending) or ("fmp4" if video is None or (endless and ending == ".mp4") else None)
+    if kind is None and (endless or ending not in FILE_KINDS):
+        known = [*SUFFIX_OF.values()] if endless else [*FILE_KINDS, *KIND_OF]
+        raise UserError(
+            f"--output={output} has no known ending; end it in {', '.join(known[:-1])} or {known[-1]}, or give --format"
+        )
+    seed = sample_seed(config.seed, 0)
+    digest = _digest(stories[0], seed, 0, settings, *(["endless"] if endless else []))
+    return Job(0, stories[0], 0, seed, video, digest, kind, endless, named=True)
+
+
+def _digest(story: Story, seed: int, sample: int, settings: str, *more: str) -> str:
+    return short_hash(*story.prompts, *story.frames[1:], seed, sample, settings, *more)
 
 
 def _count(videos: int) -> str:

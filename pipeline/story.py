@@ -22,8 +22,10 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE
+from configs.schema import Config
+from model.weights.files import resolve
 from pipeline.stream import ChunkResult, StreamSession
-from utils.prompts import check_prompt, is_story, read_records
+from utils.prompts import check_prompt, is_story, read_prompts, read_records
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Story:
 
     prompts: tuple[str, ...]
     frames: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompt: str) -> "Story":
+        """One prompt from beginning to end."""
+        return cls((prompt,), (0,))
 
     def chunk_prompts(self, chunk_frames: int) -> dict[int, str]:
         """The prompt that comes in at a chunk; of several at one chunk, the last."""
@@ -60,6 +67,18 @@ def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, i
     if any(is_timed for is_timed, _ in timed):
         raise UserError(f"{path} mixes lines that have 'at' with lines that have 'prompts'; use one kind")
     return [_listed(line, where, latent_frames, indices) for line, where in lines]
+
+
+def planned_stories(config: Config, prompts: Sequence[str] | None = None, *, endless: bool = False) -> list[Story]:
+    """What the configuration's file of prompts asks for, or `prompts` in its place; a prompt alone is a story, too."""
+    names = config.inference
+    if prompts is not None:
+        return [Story.of(check_prompt(prompt, "--prompt")) for prompt in prompts]
+    path = resolve(names.prompts)
+    if not holds_stories(path):
+        return [Story.of(prompt) for prompt in read_prompts(path)]
+    length = None if endless else config.video.num_latent_frames
+    return read_stories(path, config.video.fps, length, names.switch_frame_indices)
 
 
 def play_story(

@@ -162,16 +162,23 @@ def temporary_path(beside: Path, ending: str, *, folder: bool = False) -> Iterat
         os.close(held)
 
 
+class DiskFull(UserError):
+    """A disk took no more, or may not be written to."""
+
+
 @contextmanager
 def explained(path: Path, *, every: bool = False) -> Iterator[None]:
-    """Raise a UserError about `path` where the disk is full or cannot be written to; with `every`, for any OSError."""
+    """Raise DiskFull, about `path`, where the disk is full or read-only; with `every`, UserError for any OSError."""
     try:
         yield
     except OSError as error:
-        if not every and error.errno not in NO_ROOM:
+        full = error.errno in NO_ROOM
+        if not every and not full:
             raise
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"{path} cannot be written ({reason}); make room there, or choose another place") from error
+        said = f"{path} cannot be written ({error.strerror or type(error).__name__})"
+        if full:
+            raise DiskFull(f"{said}; make room there, or choose another place") from error
+        raise UserError(f"{said}; choose another place") from error
 
 
 def _claimed(parent: Path, ending: str, folder: bool) -> tuple[Path, int]:

@@ -2,47 +2,77 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from configs.errors import UserError
 from utils.files import atomic_path
 
 ENCODER_THREADS = 4  # x264's output depends on this number: fixed, so that the machine's cores do not count
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, which PyAV has no name for
+ANIMATED = {".gif": "GIF", ".webp": "WEBP"}
+FILE_KINDS = (".mp4", ".webm", *ANIMATED)  # endings that VideoWriter knows
 CELL_WIDTH = 160  # pixels; frames of a contact sheet are shrunk to at most this
+FONT_SIZE = 11  # pixels
 BORDER = (255, 200, 0)  # the bar at the left of a chunk's first frame
 
 
 class VideoWriter:
-    """An H.264 file (yuv420p, BT.709, plays in a browser), written as frames arrive.
+    """A video file of the kind that its ending names, written as frames arrive.
+
+        .mp4   H.264, yuv420p, BT.709: plays in a browser
+        .webm  VP9, yuv420p, BT.709
+        .gif, .webp  animations that are shown as pictures are; kept in memory until the end
 
     A context manager: the file appears at `path` when the block ends well, and not at all otherwise.
-    `size` is (height, width) in pixels, both even.
+    `size` is (height, width) in pixels; both even for .mp4 and .webm. UserError for another ending, an odd side, and a
+    path or disk that cannot take the file.
     """
 
     def __init__(self, path: str | os.PathLike, fps: int, size: tuple[int, int]):
-        if size[0] % 2 or size[1] % 2:
-            raise UserError(f"video size {size[0]}x{size[1]} has an odd side, which H.264 cannot hold; use even sizes")
         self.path, self.fps, self.size = Path(path), fps, tuple(size)
         self.frames_written = 0
-        self._open_file = self._file()
+        ending = self.path.suffix.lower()
+        if ending not in FILE_KINDS:
+            known = f"{', '.join(FILE_KINDS[:-1])} or {FILE_KINDS[-1]}"
+            raise UserError(f"{path} has no ending of a video that can be written; end it in {known}")
+        self._animated = ending in ANIMATED
+        if not self._animated and (size[0] % 2 or size[1] % 2):
+            sides = f"{size[0]}x{size[1]}"
+            raise UserError(f"video size {sides} has an odd side, which {ending} cannot hold; use even sizes")
+        self._open_file = self._animation() if self._animated else self._video()
 
     @contextmanager
-    def _file(self) -> Iterator[None]:
-        options = {"movflags": "+faststart"}  # the index goes first: a browser can start before it has the whole file
-        with atomic_path(self.path) as temporary, av.open(str(temporary), "w", format="mp4", options=options) as file:
-            stream = add_h264(file, self.fps, self.size)
+    def _video(self) -> Iterator[None]:
+        webm = self.path.suffix.lower() == ".webm"
+        # the index goes first: a browser can start before it has the whole file
+        options = {"format": "webm"} if webm else {"format": "mp4", "options": {"movflags": "+faststart"}}
+        with atomic_path(self.path) as temporary, av.open(str(temporary), "w", **options) as file:
+            stream = (add_vp9 if webm else add_h264)(file, self.fps, self.size)
             self._container, self._stream = file, stream
             yield
             file.mux(stream.encode(None))  # what the encoder still holds back
+
+    @contextmanager
+    def _animation(self) -> Iterator[None]:
+        self._images: list[Image.Image] = []
+        with atomic_path(self.path) as temporary:
+            yield
+            # of whole hundredths of a second, as GIF has them, that add up to the right time
+            ends = [round(100 * (i + 1) / self.fps) for i in range(len(self._images))]
+            times = [10 * (end - begin) for begin, end in pairwise([0, *ends])]
+            options = {"quality": 90} if self.path.suffix.lower() == ".webp" else {}
+            first, *rest = self._images
+            kind = ANIMATED[self.path.suffix.lower()]
+            first.save(temporary, kind, save_all=True, append_images=rest, duration=times, loop=0, **options)
 
     def __enter__(self) -> "VideoWriter":
         self._open_file.__enter__()
@@ -56,13 +86,25 @@ class VideoWriter:
         if frames.dtype != np.uint8 or frames.shape[1:] != (*self.size, 3):
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3] of {self.size}")
         for image in frames:
-            self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
+            if self._animated:
+                self._images.append(Image.fromarray(image))
+            else:
+                self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
             self.frames_written += 1
 
 
 def add_h264(file: av.container.OutputContainer, fps: int, size: tuple[int, int], **options: str) -> av.VideoStream:
     """An H.264 stream of (height, width) in `file`, with the colours said; `options` are x264's."""
-    stream = file.add_stream("libx264", rate=fps, options={"crf": "18", **options})
+    return _with_colours(file.add_stream("libx264", rate=fps, options={"crf": "18", **options}), size)
+
+
+def add_vp9(file: av.container.OutputContainer, fps: int, size: tuple[int, int]) -> av.VideoStream:
+    """The same in VP9, about as good."""
+    options = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4"}
+    return _with_colours(file.add_stream("libvpx-vp9", rate=fps, options=options), size)
+
+
+def _with_colours(stream: av.VideoStream, size: tuple[int, int]) -> av.VideoStream:
     stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
     codec = stream.codec_context
     codec.thread_count = ENCODER_THREADS
@@ -112,6 +154,11 @@ def shrink(frames: np.ndarray, width: int = CELL_WIDTH) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in frames])
 
 
+def sheet_frames(frames: int, max_cells: int = 81) -> np.ndarray:
+    """Numbers of the frames that a contact sheet shows of so many: all, or `max_cells` at even distances."""
+    return np.unique(np.linspace(0, frames - 1, min(frames, max_cells)).round().astype(int))
+
+
 def contact_sheet(
     frames: np.ndarray, columns: int = 9, chunk_borders: Collection[int] | None = None, max_cells: int = 81
 ) -> Image.Image:
@@ -120,15 +167,74 @@ def contact_sheet(
     Of more than `max_cells` frames, that many are shown at even distances, and the mark of a chunk whose first frame
     is not among them moves to the next one that is.
     """
-    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), max_cells)).round().astype(int))
-    marked = {int(np.searchsorted(shown, border)) for border in chunk_borders or ()}
+    shown = sheet_frames(len(frames), max_cells)
     cells = shrink(frames[shown])
-    height, width = cells.shape[1:3]
-    sheet = Image.new("RGB", (min(columns, len(cells)) * width, math.ceil(len(cells) / columns) * height))
-    draw = ImageDraw.Draw(sheet)
-    for i, cell in enumerate(cells):
-        x, y = i % columns * width, i // columns * height
-        sheet.paste(Image.fromarray(cell), (x, y))
-        if i in marked:
-            draw.rectangle((x, y, x + 1, y + height - 1), fill=BORDER)
+    sheet, places = _grid(cells, columns, strip=0)
+    _mark(ImageDraw.Draw(sheet), places, cells.shape[1], shown, chunk_borders or ())
     return sheet
+
+
+def clip_sheet(
+    cells: np.ndarray, shown: Sequence[int], chunk_borders: Collection[int], title: str, columns: int = 9
+) -> Image.Image:
+    """A contact sheet that explains itself: title, a line that says what is shown, a number below each frame.
+
+    cells: the frames to show, uint8 `[N, h, w, 3]`; shown: their numbers in the clip.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    sheet, places = _grid(cells, columns, strip=FONT_SIZE + 4)
+    draw = ImageDraw.Draw(sheet)
+    _mark(draw, places, cells.shape[1], shown, chunk_borders)
+    for (x, y), number in zip(places, shown, strict=True):
+        draw.text((x + 4, y + cells.shape[1] + 1), str(number), "white", font)
+    legend = "numbers count frames from 0; a yellow bar marks the first frame shown of each later chunk"
+    lines = [line for text in (title, legend) for line in _wrapped(text, font, sheet.width - 8)]
+    head = Image.new("RGB", (sheet.width, (FONT_SIZE + 4) * len(lines) + 4))
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(head).text((4, 2 + i * (FONT_SIZE + 4)), line, "white", font)
+    whole = Image.new("RGB", (sheet.width, head.height + sheet.height))
+    whole.paste(head, (0, 0))
+    whole.paste(sheet, (0, head.height))
+    return whole
+
+
+def _grid(cells: np.ndarray, columns: int, strip: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """A picture of the cells, row by row, `strip` pixels below each left empty; and where each one's corner is."""
+    height, width = cells.shape[1] + strip, cells.shape[2]
+    sheet = Image.new("RGB", (min(columns, len(cells)) * width, math.ceil(len(cells) / columns) * height))
+    places = [(i % columns * width, i // columns * height) for i in range(len(cells))]
+    for cell, place in zip(cells, places, strict=True):
+        sheet.paste(Image.fromarray(cell), place)
+    return sheet, places
+
+
+def _mark(
+    draw: ImageDraw.ImageDraw,
+    places: list[tuple[int, int]],
+    height: int,
+    shown: Sequence[int],
+    borders: Collection[int],
+) -> None:
+    """A bar at the left of the first frame shown of each chunk that begins at `borders`."""
+    marked = {int(np.searchsorted(shown, border)) for border in borders}
+    for i in marked & set(range(len(places))):
+        x, y = places[i]
+        draw.rectangle((x, y, x + 1, y + height - 1), fill=BORDER)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
+    """`text` in at most so many lines of `width` pixels; what is too long is cut off."""
+    lines = [""]
+    for word in text.split():
+        word = word[:width]
+        while font.getlength(word) > width:
+            word = word[:-1]
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+        elif len(lines) == most:
+            lines[-1] += " ..."
+            break
+        else:
+            lines.append(word)
+    return lines

@@ -18,14 +18,19 @@ import av
 import numpy as np
 
 from configs.errors import UserError
+from utils.files import explained
 from utils.video import add_h264, assumed_matrix, to_yuv
 
 KINDS = ("fmp4", "y4m", "raw")
+FRAME = b"FRAME\n"  # before each frame of y4m
 FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
 
 class LiveWriter:
-    """A context manager. `target` is a path, written in place, or an open binary stream that need not be seekable."""
+    """A context manager. `target` is a path, written in place, or an open binary stream that need not be seekable.
+
+    A path on a disk that gets full keeps all whole frames (fmp4: fragments), and DiskFull is raised.
+    """
 
     def __init__(self, target: str | os.PathLike | BinaryIO, fps: int, size: tuple[int, int], kind: str = "fmp4"):
         if kind not in KINDS:
@@ -34,6 +39,7 @@ class LiveWriter:
             raise UserError(f"video size {size[0]}x{size[1]} has an odd side, which {kind} cannot hold; use even sizes")
         self.target, self.fps, self.size, self.kind = target, fps, tuple(size), kind
         self.frames_written = 0
+        self._head = b""  # of y4m
         self._open_file = self._file()
 
     @contextmanager
@@ -43,25 +49,46 @@ class LiveWriter:
                 yield
             return
         path = Path(self.target)
-        try:
+        with explained(path, every=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("wb")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written to ({error.strerror}); choose another file") from error
-        with file, self._sink(file):
-            yield
+            file = path.open("wb", buffering=0)  # what was written is on its way to the disk, whatever comes after
+        with explained(path):
+            try:
+                with file, self._sink(file):
+                    yield
+            except OSError:
+                self._cut(path)
+                raise
+
+    def _cut(self, path: Path) -> None:
+        """Leave what reads of a file that could not be written on, and count its frames again."""
+        frame = self.size[0] * self.size[1]
+        head, frame = {"raw": (0, 3 * frame), "y4m": (len(self._head), len(FRAME) + frame * 3 // 2)}.get(
+            self.kind, (0, 0)
+        )
+        length = path.stat().st_size
+        if frame:
+            self.frames_written = max(0, length - head) // frame
+            os.truncate(path, head + self.frames_written * frame if self.frames_written else 0)
+            return
+        os.truncate(path, _whole_fragments(path))
+        self.frames_written = 0
+        if path.stat().st_size:
+            with av.open(str(path)) as container:
+                self.frames_written = sum(packet.size > 0 for packet in container.demux(video=0))
 
     @contextmanager
     def _sink(self, file: BinaryIO) -> Iterator[None]:
-        self._out = file
+        self._out = out = _Forward(file)
         if self.kind != "fmp4":
             if self.kind == "y4m":
                 height, width = self.size
                 header = f"YUV4MPEG2 W{width} H{height} F{self.fps}:1 Ip A1:1 C420mpeg2 XCOLORRANGE=LIMITED\n"
-                file.write(header.encode())
+                self._head = header.encode()
+                out.write(self._head)
             yield
             return
-        with av.open(_Forward(file), "w", format="mp4", options=FRAGMENTS) as container:
+        with av.open(out, "w", format="mp4", options=FRAGMENTS) as container:
             # no frames are held back, a fragment ends at each key frame, and a GPU is not held up much
             live = {"tune": "zerolatency", "g": str(self.fps), "preset": "veryfast"}
             self._container, self._stream = container, add_h264(container, self.fps, self.size, **live)
@@ -83,7 +110,7 @@ class LiveWriter:
                 self._out.write(image.tobytes())
             elif self.kind == "y4m":
                 yuv = to_yuv(image, 0, self.fps, assumed_matrix(*self.size))
-                self._out.write(b"FRAME\n" + yuv.to_ndarray().tobytes())
+                self._out.write(FRAME + yuv.to_ndarray().tobytes())
             else:
                 self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
             self.frames_written += 1
@@ -91,11 +118,31 @@ class LiveWriter:
 
 
 class _Forward:
-    """A file that PyAV can only append to, as a pipe is."""
+    """A file that PyAV can only append to, as a pipe is. All of what is given to it is written, or OSError raised."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
 
     def write(self, data: bytes) -> int:
-        self._file.write(data)
+        rest = memoryview(data)
+        while rest:  # a file without a buffer may take a part
+            rest = rest[self._file.write(rest) :]
         return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _whole_fragments(path: Path) -> int:
+    """Bytes of a fragmented MP4 up to the end of its last whole fragment; 0 where there is none."""
+    whole, end, length = 0, 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while len(head := file.read(8)) == 8:
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            end += size
+            if size < 8 or end > length:
+                break
+            if kind == b"mdat":  # comes after its moof
+                whole = end
+            file.seek(end)
+    return whole

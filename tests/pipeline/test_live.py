@@ -2,18 +2,28 @@
 
 import io
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
+from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_inference_cli import cli  # noqa: F401
 
 from configs.errors import UserError
 from configs.load import load_config
-from pipeline.live import plan_live
+from pipeline import DiagonalPipeline
+from pipeline.cli import parse
+from pipeline.plan import make_plan
 from pipeline.story import Story, holds_stories, latent_frame_at, read_stories
 from utils.video import read_video
 from utils.video_live import LiveWriter
@@ -159,21 +169,202 @@ def test_an_endless_stream_flows_until_its_reader_goes(tiny_assets, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_story_becomes_a_growing_file_and_its_record(tiny_assets, tmp_path):
-    story = write(tmp_path / "story.jsonl", {"at": 0, "prompt": A}, {"at": 0.5, "prompt": B})
-    process = run(tiny_assets, tmp_path, "--data_path", str(story), "--output", "out.mp4")
-    assert process.wait(300) == 0, process.stderr.read()
-    assert read_video(tmp_path / "out.mp4").shape == (21, 32, 48, 3)
-    record = json.loads((tmp_path / "out.json").read_text())
+@pytest.fixture
+def story(tmp_path) -> Path:
+    return write(tmp_path / "story.jsonl", {"at": 0, "prompt": A}, {"at": 0.5, "prompt": B})
+
+
+def videos(folder: Path, suffix: str = ".mp4") -> list[Path]:
+    return sorted(folder.glob(f"*{suffix}"))
+
+
+def test_a_story_is_made_as_clips_are(cli, tmp_path, story, capsys):  # noqa: F811
+    told = ["--data_path", str(story), "--output_folder", "out"]
+    assert cli(*told, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert cli(*told) == 0
+    (video,) = videos(tmp_path / "out")
+    assert f"{Path('out') / video.name}  seed 0" in said, "--dry_run told the name"
+    assert read_video(video).shape == (21, 32, 48, 3) and video.with_suffix(".png").exists()
+    record = json.loads(video.with_suffix(".json").read_text())
     assert [part["prompt"] for part in record["story"]] == [A, B] and record["frames"] == 21
+    assert record["video"] == video.name and record["weights_sha256"]["student"] and record["timings_s"]["chunks"]
+    before = video.stat().st_mtime_ns
+    capsys.readouterr()
+    assert cli(*told) == 0 and "1 video already there" in capsys.readouterr().out
+    assert video.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
-    ("prompts", "output", "sentence"),
-    [([A], "out.avi", "no known ending"), ([A, B], "out.mp4", "holds one video"), ([A], "/dev/null/x.mp4", None)],
+    "change", [["--num_output_frames", "9"], ["--seed", "1"], ["video.width=64"], ["inference.precision=bfloat16"],
+               ["student"], ["stream.switch=cut"], ["schedule.steps=1"], ["at"]],
+)  # fmt: skip
+def test_another_story_has_another_name(tiny_assets, tmp_path, story, change):
+    """Whatever makes its pixels others: nothing is written over, or taken for finished."""
+    first = planned(tiny_assets, story)
+    assert planned(tiny_assets, story) == first
+    if change == ["at"]:
+        write(story, {"at": 0, "prompt": A}, {"at": 0.9, "prompt": B})
+        change = []
+    if change == ["student"]:
+        folder = Path(shutil.copytree(tiny_assets / "student", tmp_path / "student"))
+        save_file({k: v * 0.9 for k, v in load_file(next(folder.glob("*.safetensors"))).items()},
+                  next(folder.glob("*.safetensors")), {"format": "pt"})  # fmt: skip
+        change = ["--checkpoint_path", str(folder)]
+    assert planned(tiny_assets, story, *change) != first
+
+
+def planned(tiny_assets, story: Path, *arguments: str) -> str:
+    overrides = parse(["--data_path", str(story), *arguments]).overrides
+    (job,) = make_plan(load_config(tiny_assets / "tiny.yaml", overrides)).jobs
+    return job.video.name
+
+
+def test_a_killed_rerun_leaves_the_earlier_story(tiny_assets, cli, tmp_path, story):  # noqa: F811
+    told = ["--data_path", str(story), "--output_folder", "out", "--num_output_frames", "300"]
+    (tmp_path / "out").mkdir()
+    name = planned(tiny_assets, story, "--num_output_frames", "300")
+    for suffix in (".mp4", ".png", ".json"):
+        (tmp_path / "out" / name).with_suffix(suffix).write_text("whole")
+    process = run(tiny_assets, tmp_path, *told, "--overwrite")
+    wait_for(process, lambda: [p for p in (tmp_path / "out").glob(".partial-*.mp4") if p.stat().st_size])
+    process.kill()
+    process.wait()
+    assert (tmp_path / "out" / name).read_text() == "whole"
+    assert cli("--prompt", A, "--num_output_frames", "3", "--output_folder", "out") == 0
+    if process.returncode == -9:
+        assert not list((tmp_path / "out").glob(".partial-*")), "a later run clears what it left"
+
+
+def wait_for(process, seen) -> None:
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+
+
+ENDLESS = ("--num_output_frames", "0", "--prompt", A, "--output")
+
+
+def test_a_killed_recording_plays_and_the_whole_one_before_it_stays(tiny_assets, tmp_path):
+    (tmp_path / "long.mp4").write_text("whole")
+    process = run(tiny_assets, tmp_path, *ENDLESS, "long.mp4", "--overwrite")
+    partial = tmp_path / "long.partial.mp4"
+    wait_for(process, lambda: partial.exists() and partial.stat().st_size > 10_000)
+    process.kill()
+    process.wait()
+    assert len(read_video(partial)) >= 9 and (tmp_path / "long.mp4").read_text() == "whole"
+    record = json.loads(partial.with_suffix(".json").read_text())
+    assert (record["prompt"], record["seed"], record["video"]) == (A, 0, "long.mp4")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "whole"), [(KeyboardInterrupt, 0, True), (SystemExit(143), 143, True), (UserError("x"), 2, False)]
 )
-def test_an_output_that_cannot_be_is_refused(tiny_assets, prompts, output, sentence):
+def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # noqa: F811
+    """By Ctrl-C and SIGTERM it gets its name; what an error stopped stays partial, and so does what was killed."""
+    tell = DiagonalPipeline.tell
+
+    def three(*args):
+        yield from islice(tell(*args), 3)
+        raise end
+
+    monkeypatch.setattr(DiagonalPipeline, "tell", three)
+    (tmp_path / "long.partial.mp4").write_text("killed")
+    assert cli(*ENDLESS, "long.mp4") == code
+    assert (tmp_path / "long.partial.mp4").read_text() == "killed"
+    name = "long" if whole else "long.partial-2"
+    assert len(read_video(tmp_path / f"{name}.mp4")) == 33
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["frames"] == (33 if whole else 0)
+    names = {f"{name}.mp4", f"{name}.json", "long.partial.mp4"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", ["long.mp4", "long.y4m", "long.raw"])
+def test_a_recording_ends_well_where_the_disk_is_full(tiny_assets, tmp_path, name):
+    def little():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = run(tiny_assets, tmp_path, *ENDLESS, name, preexec_fn=little)
+    errors = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 2 and len(errors.splitlines()) == 1, errors
+    assert f"error: the disk of {name} is full; the video ends there, whole" in errors
+    frames = json.loads((tmp_path / "long.json").read_text())["frames"]
+    if name.endswith("raw"):
+        assert (tmp_path / name).stat().st_size == frames * 32 * 48 * 3 > 0
+    else:
+        assert len(read_video(tmp_path / name)) == frames > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "long.json"])
+
+
+@pytest.mark.parametrize("name", ["one.mp4", "one.webm", "one.gif", "one.y4m"])
+def test_a_video_that_the_disk_cannot_hold_leaves_nothing(tiny_assets, tmp_path, name):
+    def little():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+    process = run(tiny_assets, tmp_path, "--prompt", A, "--output", name, preexec_fn=little)
+    errors = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 2, errors
+    assert f"error: {name} cannot be written (File too large); make room there" in errors.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "config.json").write_text('{"precious": 1}')
+    (tmp_path / "old.mp4").write_text("precious")
+    (tmp_path / "folder.mp4").mkdir()
+    one = ["--prompt", A, "--num_output_frames", "3", "--output"]
+    for name, more, words in (
+        ("config.mp4", [], "config.json, which is not of such a video"),
+        ("config.mp4", ["--overwrite"], "config.json, which is not of such a video"),
+        ("old.mp4", [], "is there and is another video"),
+        ("folder.mp4", [], "is a folder"),
+        ("x" * 252 + ".mp4", [], "too long"),
+    ):
+        assert cli(*one, name, *more) == 2
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == '{"precious": 1}'
+    assert (tmp_path / "old.mp4").read_text() == "precious"
+    assert cli(*one, "old.mp4", "--overwrite") == 0 and len(read_video(tmp_path / "old.mp4")) == 9
+    capsys.readouterr()
+    assert cli(*one, "old.mp4") == 0 and "already there" in capsys.readouterr().out
+    assert cli(*one, "old.mp4", "--seed", "1") == 2, "another video"
+    assert cli(*one, "old.mp4", "--seed", "1", "--overwrite") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "folder.mp4", "old.json", "old.mp4"]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webm", "a.webp", "a.y4m"])
+def test_an_output_is_what_its_ending_says(cli, tmp_path, name):  # noqa: F811
+    assert cli("--prompt", A, "--num_output_frames", "3", "--output", name) == 0
+    if name != "a.webp":  # which libav does not read
+        assert read_video(tmp_path / name).shape == (9, 32, 48, 3)
+    assert json.loads((tmp_path / "a.json").read_text())["video"] == name
+
+
+@pytest.mark.parametrize(
+    ("prompts", "output", "endless", "sentence"),
+    [
+        ([A], "out.avi", True, "no known ending"),
+        ([A], "out.gif", True, "no known ending"),
+        ([A], "out.avi", False, "no known ending"),
+        ([A, B], "out.mp4", True, "holds one video"),
+        ([A], "/dev/null/x.mp4", True, "--output"),
+        ([A], "/dev/null/x.mp4", False, "--output"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(tiny_assets, prompts, output, endless, sentence):
     config = load_config(tiny_assets / "tiny.yaml")
     with pytest.raises(UserError, match=sentence):
-        (job,) = plan_live(config, prompts, True, output, None)
-        LiveWriter(job.target, 16, (32, 48), job.kind).__enter__()
+        make_plan(config, prompts, endless=endless, output=output)
+
+
+def test_a_device_or_pipe_as_output_is_written_to_and_not_replaced(cli, tmp_path):  # noqa: F811
+    os.mkfifo(tmp_path / "pipe.raw")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe.raw").read_bytes()), daemon=True)
+    reader.start()
+    assert cli("--prompt", A, "--num_output_frames", "3", "--output", "pipe.raw") == 0
+    reader.join(20)
+    assert len(read[0]) == 9 * 32 * 48 * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.raw"] and (tmp_path / "pipe.raw").is_fifo()

@@ -107,7 +107,7 @@ def overflowing(tiny_assets, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "how", [[]]
+    "how", [[], ["--num_output_frames", "0", "--output", "out/long.mp4"], ["--output", "out/one.mp4"]]
 )
 def test_the_command_line_says_so_and_leaves_nothing(tiny_assets, overflowing, tmp_path, monkeypatch, capsys, how):
     monkeypatch.chdir(tmp_path)
