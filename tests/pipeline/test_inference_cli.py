@@ -146,7 +146,7 @@ def test_dry_run_checks_and_prints_and_loads_nothing(cli, tmp_path, capsys, monk
     monkeypatch.setattr(DiagonalPipeline, "from_config", refuse)
     assert cli("--dry_run", "--seed", "5") == 0
     said = capsys.readouterr().out
-    for part in ("2 videos to make", "student", "MB", "seed: 5", "a_red_circle_moves_right-5-", "total: 7 NFE"):
+    for part in ("2 videos to make", "student", " MiB", "seed: 5", "a_red_circle_moves_right-5-", "total: 7 NFE"):
         assert part in said
     assert not list(tmp_path.iterdir())
 
@@ -161,12 +161,12 @@ def test_profile_prints_a_table(cli, capsys):
 
 def test_flags_set_their_keys(tiny_assets):
     args = parse(
-        "--data_path p.txt --output_folder o --checkpoint_path w --use_ema --seed -3 --num_output_frames 9 "
+        "--data_path p.txt --output_folder o --checkpoint_path w --use_ema --seed 3 --num_output_frames 9 "
         "--num_samples 4 --save_with_index --profile --overwrite video.fps=8 stream.context=clean".split()
     )
     config = load_config(tiny_assets / "tiny.yaml", args.overrides)
     assert (config.inference.prompts, config.inference.output_folder, config.model.student) == ("p.txt", "o", "w")
-    assert (config.seed, config.video.num_latent_frames, config.inference.num_samples) == (-3, 9, 4)
+    assert (config.seed, config.video.num_latent_frames, config.inference.num_samples) == (3, 9, 4)
     assert config.model.use_ema and config.inference.save_with_index and config.inference.profile
     assert config.inference.overwrite and config.video.fps == 8 and config.stream.context == "clean"
 
