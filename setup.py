@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["configs*", "model*", "pipeline*", "server*", "trainer*", "utils*"]),
-    package_data={"server": ["static/*"], "configs": ["*.yaml", "networks/*.json"]},
+    package_data={"": ["py.typed"], "server": ["static/*"], "configs": ["*.yaml", "networks/*.json"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own
