@@ -21,6 +21,7 @@ from utils.prompts import read_prompts
 TORCH = ("2.11", "2.12", "2.13")
 VIDEO_SPACE = 200_000_000  # bytes that must be free where videos go
 ROLES_WITH_EMA = ("student",)
+NETWORKS = ("student", "teacher", "critic")
 SIZED = ("student", "text_encoder")  # whose headers say what the plan needs
 
 SMALL = (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"))
@@ -276,6 +277,47 @@ def check_inference(config: Config, memory: int | None) -> None:
             report.fail("memory", too_much(plan, memory))
     if report.problems:
         raise UserError(report.problems[0])
+
+
+def saved_bytes(config: Config, peeks: dict[str, Peek]) -> tuple[int, int]:
+    """Bytes of a checkpoint and of an export, as far as the headers of what a run starts from say their sizes.
+
+    A trained network is saved in float32 with its moments (one of AdamW's where the first beta is 0) and its average;
+    an export has two bytes a parameter.
+    """
+    t = config.training
+    critic = peeks.get("critic", peeks.get("teacher"))
+    trained = [(peeks.get("student"), t.distill.lora.student_rank if t.stage == "distill" else 0, t.optimizer, 1)]
+    if t.stage == "distill":
+        trained.append((critic, t.distill.lora.critic_rank, t.distill.critic_optimizer, 0))
+    checkpoint = export = 0
+    for found, rank, optimizer, averaged in trained:
+        if found is not None and found.network is not None:
+            moments = 0 if rank else 2 if optimizer.betas[0] else 1
+            checkpoint += 4 * (1 + moments + averaged) * found.network.parameters
+            export += averaged * 2 * found.network.parameters
+    return checkpoint, export
+
+
+def check_room(config: Config, logdir: Path, export: Path, there: int) -> None:
+    """Refuse a run whose checkpoints and export the disk cannot hold.
+
+    there: checkpoints that the run has already. One more than `training.max_checkpoints` is there while one is written.
+    """
+    named = [entry for entry in wanted(config, training=True) if entry[0] in NETWORKS]
+    peeks = {role: peek(role, path, name=name) for role, path, name in named}
+    checkpoint, exported = saved_bytes(config, peeks)
+    number = max(1, config.training.max_checkpoints + 1 - there)
+    for folder, needed, what in (
+        (logdir, number * checkpoint + exported, f"{number} checkpoints and an export"),
+        (export, exported, "an export"),
+    ):
+        free = machine.free_space(folder)
+        if free < needed:
+            raise UserError(
+                f"{folder} has {machine.size_text(free)} free and {what} take {machine.size_text(needed)}; make room, "
+                f"choose another place, or set training.max_checkpoints lower"
+            )
 
 
 def check_training(config: Config, world: int, memory: int | None) -> None:

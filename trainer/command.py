@@ -9,8 +9,9 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from model.fp8 import check_fp8
-from pipeline.preflight import check_training
-from trainer.checkpoint.resume import check_export, check_resumable
+from pipeline.preflight import check_room, check_training
+from trainer.checkpoint.resume import check_export, check_resumable, export_folder
+from trainer.checkpoint.save import folders
 from trainer.loop import make_sinks, run
 from trainer.registry import build_stage
 from utils.device import gpu_memory, pick_device, set_threads
@@ -18,6 +19,7 @@ from utils.distributed import Ranks, process_group
 from utils.files import atomic_path, check_writable, sole_use
 from utils.logs import console
 from utils.seeds import DRAW
+from utils.sinks import check_loggers
 
 
 def train(args: Namespace) -> bool:
@@ -39,6 +41,9 @@ def train(args: Namespace) -> bool:
     if not args.no_save:
         check_export(config, logdir)
     if ranks.first:
+        if not args.no_save:
+            check_room(config, logdir, export_folder(config, logdir), len(folders(logdir)))
+        check_loggers(config.training.loggers, wandb=not args.disable_wandb)
         logdir.mkdir(parents=True, exist_ok=True)
     alone = sole_use(logdir, "--logdir") if ranks.first else nullcontext()
     with alone, process_group(ranks, device, config.training.timeout_s):

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.errors import UserError
 from configs.load import to_dict
 from configs.schema import Config
 from model.weights.run_folders import EXPORT, MANIFEST
@@ -25,7 +26,7 @@ from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
-from utils.files import sole_use
+from utils.files import is_full, sole_use
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
@@ -177,11 +178,34 @@ class _Journal:
 
     def stop_at(self, bad: list[str], step: int, batch: dict[str, Any]) -> NoReturn:
         kept = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
-        torch.save({"step": step, **batch}, kept)
+        given = f"what this step was given is in {kept}"
+        try:
+            torch.save({"step": step, **batch}, kept)
+        except (OSError, RuntimeError) as error:
+            if not is_full(error):
+                raise
+            kept.unlink(missing_ok=True)
+            given = f"the disk has no room for what this step was given ({kept})"
         raise NonFiniteLoss(
-            f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and what this step was given "
-            f"is in {kept}: lower the learning rate (training.optimizer.lr) and resume"
+            f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and {given}: lower the "
+            "learning rate (training.optimizer.lr) and resume"
         )
+
+
+@contextmanager
+def _saying_no_room(logdir: Path) -> Iterator[None]:
+    """Turns the error of any library for a disk that is full into one sentence. Checkpoints have their own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"--logdir {logdir}: the disk is full ({str(error).splitlines()[0]}); the checkpoints that are there are "
+            f"whole: make room, and start the same command again"
+        ) from error
 
 
 def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal, team: Team) -> None:
@@ -202,7 +226,8 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     team = Team(stage.config.training.timeout_s)
     logdir.mkdir(parents=True, exist_ok=True)
     resume = f"start the same command again: {logdir} resumes from its newest checkpoint"
-    with sole_use(logdir, "--logdir") if team.rank == 0 else nullcontext(), noticing_loss(resume):
+    with sole_use(logdir, "--logdir") if team.rank == 0 else nullcontext(), noticing_loss(resume), \
+            _saying_no_room(logdir):  # fmt: skip
         start = _resume(stage, logdir, team)
         stage.begin(start, logdir)
         make = sinks or make_sinks(stage.config, logdir)

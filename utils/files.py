@@ -166,6 +166,12 @@ class DiskFull(UserError):
     """A disk took no more, or may not be written to."""
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk has no room or cannot be written to, in the words of whichever library."""
+    said = ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "inline_container")
+    return (isinstance(error, OSError) and error.errno in NO_ROOM) or any(words in str(error) for words in said)
+
+
 @contextmanager
 def explained(path: Path, *, every: bool = False) -> Iterator[None]:
     """Raise DiskFull, about `path`, where the disk is full or read-only; with `every`, UserError for any OSError."""

@@ -1,11 +1,56 @@
 """Metric sinks beside the JSON lines: Weights & Biases and TensorBoard, where they are installed and asked for."""
 
 import hashlib
-from collections.abc import Mapping
+import importlib.util
+import netrc
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from configs.errors import UserError
+
+NO_WANDB = "training.loggers names wandb, which is not installed; run pip install wandb, or pass --disable-wandb"
+NO_TENSORBOARD = (
+    "training.loggers names tensorboard, which is not installed; run pip install tensorboard, or set "
+    "training.loggers=[]"
+)
+
+
+def check_loggers(loggers: Sequence[str], *, wandb: bool = True) -> None:
+    """Refuse what WandbSink and TensorboardSink would fail at, before a network is made. wandb: False leaves it out."""
+    if "tensorboard" in loggers and not _installed("tensorboard"):
+        raise UserError(NO_TENSORBOARD)
+    if "wandb" not in loggers or not wandb:
+        return
+    if not _installed("wandb"):
+        raise UserError(NO_WANDB)
+    if os.environ.get("WANDB_MODE", "online") == "online" and not _wandb_key():
+        raise UserError(
+            "training.loggers names wandb, which has no key here; run wandb login, set WANDB_API_KEY or "
+            "WANDB_MODE=offline, or pass --disable-wandb"
+        )
+
+
+def _installed(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
+
+
+def _wandb_key() -> bool:
+    """Whether wandb finds a key where it looks for one: in its environment, or in ~/.netrc for its host."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        with suppress(OSError, netrc.NetrcParseError):
+            if file and netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return True
+    return False
 
 
 class WandbSink:
@@ -15,8 +60,7 @@ class WandbSink:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("training.loggers names wandb, which is not installed; run pip install wandb, or pass "
-                            "--disable-wandb") from error  # fmt: skip
+            raise UserError(NO_WANDB) from error
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         where = save_dir or folder
         where.mkdir(parents=True, exist_ok=True)
@@ -41,8 +85,7 @@ class TensorboardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError("training.loggers names tensorboard, which is not installed; run pip install tensorboard, "
-                            "or set training.loggers=[]") from error  # fmt: skip
+            raise UserError(NO_TENSORBOARD) from error
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, **values: Any) -> None:

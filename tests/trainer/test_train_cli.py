@@ -123,6 +123,79 @@ def test_a_seed_that_is_drawn_is_refused(config_file, tmp_path, monkeypatch):
         train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"), "seed=-1")
 
 
+@pytest.mark.parametrize(
+    "logger, installed, environment, said",
+    [
+        ("tensorboard", False, {}, "tensorboard, which is not installed"),
+        ("wandb", False, {}, "wandb, which is not installed"),
+        ("wandb", True, {}, "wandb, which has no key here"),
+        ("wandb", True, {"WANDB_API_KEY": "x"}, None),
+        ("wandb", True, {"WANDB_MODE": "offline"}, None),
+        ("wandb", True, {"NETRC": "netrc"}, None),
+    ],
+)
+def test_loggers_are_looked_at_before_a_network_is_made(
+    config_file, tmp_path, monkeypatch, logger, installed, environment, said
+):
+    class Made(Exception):
+        pass
+
+    def make(*_):
+        raise Made
+
+    monkeypatch.setattr("trainer.command.build_stage", make)
+    monkeypatch.setitem(sys.modules, logger, types.ModuleType(logger) if installed else None)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+    arguments = ("--config_path", str(config_file), "--logdir", str(tmp_path / "run"), f"training.loggers=[{logger}]")
+    with pytest.raises(UserError if said else Made, match=said):
+        train(monkeypatch, *arguments)
+    if said == "wandb, which has no key here":
+        with pytest.raises(Made):
+            train(monkeypatch, *arguments, "--disable-wandb")
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_found_before_a_network_is_made(config_file, tmp_path, monkeypatch):
+    """Of student, average, moments and critic, one more than is kept; those that are there count."""
+    from model.weights.peek import peek, wanted
+    from pipeline.preflight import check_room, saved_bytes
+    from trainer.loop import run
+    from trainer.registry import build_stage
+    from utils.distributed import Ranks
+
+    config = load_config(config_file, ["training.validation_clips=0", "training.max_checkpoints=2"])
+    places = {role: path for role, path, _ in wanted(config, training=True)}
+    peeks = {role: peek(role, places[role]) for role in ("student", "teacher")}
+    checkpoint, export = saved_bytes(config, peeks)
+    run(build_stage(config, torch.device("cpu"), Ranks()), tmp_path / "run")
+    state = (tmp_path / "run" / "checkpoint_000003" / "state.pt").stat().st_size
+    written = (tmp_path / "run" / "export" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert checkpoint == pytest.approx(state, rel=0.1) and export == pytest.approx(written, rel=0.1)
+    free = 3 * checkpoint + export
+    for space, there, refused in ((free, 0, False), (free - 1, 0, True), (free - 1, 1, False)):
+        monkeypatch.setattr("utils.machine.free_space", lambda folder, space=space: space)
+        if refused:
+            monkeypatch.setattr("trainer.command.build_stage", lambda *a: pytest.fail("a network was made"))
+            with pytest.raises(UserError, match="3 checkpoints and an export take .*; make room"):
+                train(
+                    monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "new"),
+                    "training.validation_clips=0", "training.max_checkpoints=2",
+                )  # fmt: skip
+        else:
+            check_room(config, tmp_path / "run", tmp_path / "run" / "export", there)
+
+
+def test_a_folder_with_another_programs_config_is_refused(config_file, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(UserError, match="--logdir .* holds a config.yaml that is of no run"):
+        train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+
+
 def test_an_unknown_logger_is_refused():
     with pytest.raises(UserError, match="training.loggers"):
         load_config("configs/train_tiny.yaml", ["training.loggers=[mlflow]"])

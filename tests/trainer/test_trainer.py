@@ -1,6 +1,7 @@
 """The training machinery on tiny things: schedules, averages, accumulation, checkpoints, exact resume."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_a_checkpoint_is_put_back_where_its_replacing_was_killed(tmp_path):
     (tmp_path / ".partial-checkpoint_000002").mkdir()
     checkpoint.clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_000001"] and checkpoint.verified(made)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (error 28)")],
+)
+@pytest.mark.parametrize("what", ["metrics", "validation", "export"])
+def test_a_disk_that_is_full_elsewhere_is_one_sentence_too(tmp_path, monkeypatch, what, error):
+    """The run goes on from its checkpoint when there is room."""
+
+    def full(*_, **__):
+        raise error
+
+    def stage():
+        often = ["training.checkpoint_every=2", "training.log_every=3"]
+        return text_stage(tmp_path, "training.validation_clips=2", *often)
+
+    places = {"metrics": "trainer.loop.JsonlSink.write", "validation": "trainer.tiny.text.TextStage.validate",
+              "export": "trainer.tiny.text.TextStage.export"}  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(places[what], full)
+        with pytest.raises(UserError, match="--logdir .* the disk is full .*No space left"):
+            run(stage(), tmp_path / "run")
+    assert run(stage(), tmp_path / "run") and (tmp_path / "export" / "card.json").exists()
 
 
 def test_fewer_steps_than_a_run_has_reached(tmp_path, caplog):

@@ -59,7 +59,15 @@ def check_export(config: Config, logdir: Path) -> None:
 
 
 def check_resumable(config: Config, logdir: Path) -> None:
-    """`check_changes` against what `logdir` holds, if anything, before a network is made."""
+    """`check_changes` against what `logdir` holds, if anything, before a network is made.
+
+    Refuses a folder with a config.yaml that no run has written.
+    """
+    file = logdir / "config.yaml"
+    if file.exists():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if text.strip() and not ("\ntraining:" in text and "\nstream:" in text):
+            raise UserError(f"--logdir {logdir} holds a config.yaml that is of no run; choose another --logdir")
     for folder in reversed(folders(logdir)):
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -27,14 +27,13 @@ from model.weights.run_folders import MANIFEST, SHARDS, STATE
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.optim.train_state import Player
 from trainer.parallel.control_group import FailedElsewhere, Team
-from utils.files import HashedFile, Kind, sha256_of
+from utils.files import HashedFile, Kind, is_full, sha256_of
 from utils.logs import get_logger
 
 log = get_logger(__name__)
 
 PREFIX, ASIDE, BEFORE = "checkpoint_", ".partial-", "-before"
 OURS = Kind(MANIFEST, re.compile(rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{SHARDS}/"))
-WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left", "File too large")  # torch.save's own words
 
 
 class SaveFailed(UserError):
@@ -83,7 +82,7 @@ def save(
             hashes["files"] = _hashes(aside, team)
         on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": team.world} | hashes))
     except (OSError, RuntimeError, FailedElsewhere) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITER_ERRORS):
+        if isinstance(error, RuntimeError) and not is_full(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         last = [p.name for p in folders(logdir) if step_of(p) < step and run_folders.complete(p)]
