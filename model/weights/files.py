@@ -5,7 +5,10 @@ Tensors are read one at a time: safetensors through its own mapping of the file,
 refused in one sentence.
 """
 
+import functools
+import importlib.util
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +30,10 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 MAX_HEADER = 16_000_000  # bytes of names and shapes; of a thousand tensors 0.15 MB, and adapters tell of their training
 MAX_JSON = 16_000_000  # bytes; of the index of a thousand tensors 0.1 MB
 MAX_SHARDS = 4096
+MAX_TOKENIZER = 32_000_000  # bytes of each of its files; of UMT5's tokenizer.json 17 MB
+MAX_GROWTH = 1000  # times that the rules of a tokenizer may lengthen a text
+MAX_ENDS = 64  # tokens that it puts around one
+MAX_REPEATS, REPEATED_GROUP = 3, re.compile(r"\)[*+?{]")  # of a regular expression
 FLOATS = ("Double", "Float", "Half", "BFloat16", "Untyped")  # of storages; float8 has those without a type
 NO_FILE = "give a folder or a file of weights"
 BARE = ""  # the part of a file that is one flat dictionary of tensors
@@ -82,6 +89,32 @@ class Tensors:
         shapes = {new: self.shapes[old] for new, old in origin.items()}
         odd = {new: self.odd[old] for new, old in origin.items() if old in self.odd}
         return Tensors(self.files, shapes, lambda name: self.read(origin[name]), odd)
+
+    def scaled(self) -> "Tensors":
+        """With what float8 weights are scaled by (ComfyUI's and LightX2V's, by tensor or by row) taken into them."""
+        scale: dict[str, str] = {}
+        for name in self.shapes:
+            stem, _, kind = name.rpartition(".")
+            weight = f"{stem}.weight"
+            rows = self.shapes.get(weight, (0,))[:1]
+            if kind in ("scale_weight", "weight_scale") and self.shapes[name] in ((), (1,), rows, (*rows, 1)):
+                scale[weight] = name
+        if not scale:
+            return self
+        used = {*scale.values(), "scaled_fp8"}
+        kinds = ("scale_input", "input_scale", "comfy_quant")
+        used |= {f"{weight.removesuffix('weight')}{kind}" for weight in scale for kind in kinds}
+        used |= {name for name in self.shapes if name.endswith(".scaled_fp8")}
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in used}
+
+        def read(name: str) -> "Tensor":
+            value = self.read(name)
+            if name not in scale:
+                return value
+            factor = self.read(scale[name]).float()
+            return value.float() * factor.reshape(-1, *[1] * (value.ndim - 1))
+
+        return Tensors(self.files, shapes, read, {name: kind for name, kind in self.odd.items() if name in shapes})
 
 
 def resolve(path: str | Path) -> Path:
@@ -141,9 +174,55 @@ def find_tokenizer(path: str | Path, name: str = "model.tokenizer") -> Path:
     """The folder with the tokenizer's files: `path`, its `tokenizer` folder, or the one in an original Wan folder."""
     path = resolve(path)
     for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
-        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        if any((folder / file).exists() for file in TOKENIZER_FILES):
+            _check_tokenizer(name, folder)
             return folder
     raise missing(name, path, f"has no {' or '.join(TOKENIZER_FILES)}" if path.exists() else "does not exist")
+
+
+def _check_tokenizer(name: str, folder: Path) -> None:
+    """Refuse what would hang its reader, or make gigabytes of a prompt."""
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".model", ".txt") and not file.is_dir():
+            ordinary_file(name, file, MAX_TOKENIZER, fix="fetch it again")
+    main = folder / TOKENIZER_FILES[0]
+    if main.exists():
+        _check_rules(name, main, main.stat().st_mtime_ns)
+    elif importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{name}={folder} has spiece.model alone, for which the package sentencepiece is needed and not installed; "
+            f"install it and protobuf, or put tokenizer.json beside it (`python scripts/download.py umt5`)"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _check_rules(name: str, path: Path, changed: int) -> None:
+    """Refuse a tokenizer.json whose rules lengthen a text beyond reason, or take for ever to match."""
+    try:
+        told = parse_json(path.read_bytes())
+        growth, rules = 1, [told.get("normalizer"), told.get("pre_tokenizer")]
+        while rules:
+            rule = rules.pop()
+            if isinstance(rule, list):
+                rules += rule
+            elif isinstance(rule, dict):
+                rules += [value for value in rule.values() if isinstance(value, list | dict)]
+                growth *= 1 + max((len(rule[key]) for key in ("content", "prepend") if key in rule), default=0)
+                if growth > MAX_GROWTH:
+                    raise ValueError("its rules make texts too long")
+                if "Regex" in rule and may_take_forever(rule["Regex"]):
+                    raise ValueError("its rules could take for ever to match")
+        ends = told.get("post_processor") or {}
+        pieces = [*ends.get("single", []), *(token["ids"] for token in ends.get("special_tokens", {}).values())]
+        if len(pieces) > MAX_ENDS or any(len(piece) > MAX_ENDS for piece in pieces):
+            raise ValueError("it puts too many tokens around a text")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{name}: {path} is no tokenizer that can be read ({error}); fetch it again") from error
+
+
+def may_take_forever(pattern: str) -> bool:
+    """Whether matching a stranger's regular expression can take more than a moment: repeats of repeats, or many."""
+    return bool(REPEATED_GROUP.search(pattern)) or sum(map(pattern.count, "*+?{")) > MAX_REPEATS
 
 
 def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
@@ -202,19 +281,22 @@ def _unread(name: str) -> "Tensor":
 
 def open_safetensors(field: str, *files: Path) -> Tensors:
     """Tensors of one or more safetensors files, each mapped and none read."""
+    told = safetensors_headers(field, *files)
     handles: dict[str, Any] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    odd: dict[str, str] = {}
     for file in files:
-        told = _check_safetensors(field, file)
         try:
             handle = safe_open(file, framework="pt")  # which checks that sizes, types and places agree
         except (SafetensorError, OSError) as error:
             raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
-        handles |= dict.fromkeys(told.shapes, handle)
-        shapes |= told.shapes
-        odd |= told.odd
-    return Tensors(files, shapes, lambda name: handles[name].get_tensor(name), odd)
+        handles |= dict.fromkeys(handle.keys(), handle)
+    return Tensors(files, told.shapes, lambda name: handles[name].get_tensor(name), told.odd).scaled()
+
+
+def safetensors_headers(field: str, *files: Path) -> Tensors:
+    """Tensors of one or more safetensors files by their headers alone."""
+    told = [_check_safetensors(field, file) for file in files]
+    shapes = {name: shape for part in told for name, shape in part.shapes.items()}
+    return Tensors(files, shapes, _unread, {name: kind for part in told for name, kind in part.odd.items()})
 
 
 def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
@@ -278,7 +360,7 @@ def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
 def headers(field: str, path: Path) -> dict[str, Tensors]:
     """The parts of a file as `open_file` has them, without torch, so that their values cannot be read."""
     if path.suffix == ".safetensors":
-        return {BARE: _check_safetensors(field, path)}
+        return {BARE: safetensors_headers(field, path).scaled()}
     if path.suffix not in PICKLES:
         raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
     parts = _parts(field, path, _load_pickle(field, path, dry=True))
@@ -287,7 +369,7 @@ def headers(field: str, path: Path) -> dict[str, Tensors]:
         refs = {name: v for name, v in values.items() if isinstance(name, str) and isinstance(v, TensorRef)}
         odd = {name: v.storage.kind for name, v in refs.items() if v.storage.kind not in FLOATS}
         if refs:
-            found[part] = Tensors((path,), {name: v.shape for name, v in refs.items()}, _unread, odd)
+            found[part] = Tensors((path,), {name: v.shape for name, v in refs.items()}, _unread, odd).scaled()
     return found
 
 
@@ -296,4 +378,5 @@ def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:
 
     values = {name: value for name, value in data.items() if isinstance(name, str) and isinstance(value, Tensor)}
     odd = {name: str(value.dtype) for name, value in values.items() if not value.is_floating_point()}
-    return Tensors((path,), {name: tuple(value.shape) for name, value in values.items()}, values.__getitem__, odd)
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    return Tensors((path,), shapes, values.__getitem__, odd).scaled()

@@ -11,6 +11,7 @@ device and gives it the tensors one by one, so that there is never a second copy
 """
 
 import shutil
+import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from model.weights.files import (
     DIFFUSERS_STEM,
     EMA_STEM,
     HF_STEM,
+    MAX_GROWTH,
     TOKENIZER_FILES,
     checked,
     find_tokenizer,
@@ -165,14 +167,27 @@ def load_tiny_decoder(
     return fill(plan_tiny_decoder(path), device, dtype)
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder; nothing is fetched, and no code that the folder may bring is run."""
+def load_tokenizer(path: str | Path, known: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder; nothing is fetched, and no code that the folder may bring is run.
+
+    known: words of the text encoder; a tokenizer that gives others is refused.
+    """
     folder = find_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        rules = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+        if rules is not None and len(rules.normalize_str(string.printable)) > MAX_GROWTH * len(string.printable):
+            raise ValueError("its rules make texts too long")
+        most = max([*tokenizer.get_vocab().values(), *tokenizer("a").input_ids])
     except Exception as error:  # a damaged file can make its reader fail in any way
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"model.tokenizer={folder} cannot be read ({reason}); fetch it again") from error
+    if most >= known:
+        raise UserError(
+            f"model.tokenizer={folder} gives ids up to {most:,} and model.text_encoder knows {known:,} words; name the "
+            f"tokenizer that belongs to it"
+        )
+    return tokenizer
 
 
 def load_text_encoder(
@@ -183,7 +198,9 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
     """UMT5 with its tokenizer, giving `text_tokens` rows a prompt."""
-    return TextEncoder(fill(plan_text_encoder(path), device, dtype), load_tokenizer(tokenizer), text_tokens)
+    plan = plan_text_encoder(path)
+    words = load_tokenizer(tokenizer, plan.tensors.shapes["shared.weight"][0])
+    return TextEncoder(fill(plan, device, dtype), words, text_tokens)
 
 
 # --- fresh and saved --------------------------------------------------------------------------------------------------

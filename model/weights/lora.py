@@ -28,16 +28,14 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import BARE, Tensors, checked, missing, open_file, read_json, resolve
+from model.weights.files import BARE, Tensors, checked, may_take_forever, missing, open_file, read_json, resolve
 from utils.files import atomic_path, parse_json, write_json_atomic
 
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors", "adapter_model.bin", "lora.pt", "model.pt")
 # Settings of peft with which an adapter is more than B A.
 OTHER_KINDS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "layer_replication")
-# Of the patterns in settings, which are regular expressions of a stranger: what no pattern that ends in time exceeds.
-MAX_PATTERNS, MAX_REPEATING, MAX_REPEATS = 4096, 16, 3
-REPEATED_GROUP = re.compile(r"\)[*+?{]")
+MAX_PATTERNS, MAX_REPEATING = 4096, 16  # in settings; of them those with repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +166,9 @@ def _patterns(name: str, path: Path, stated: Mapping[str, Any], key: str) -> lis
     patterns = stated.get(key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{name}={path} states {key}={patterns!r:.40}, which is no table; correct it there")
-    repeats = [repeats for pattern in patterns if (repeats := sum(map(pattern.count, "*+?{")))]
-    many = len(patterns) > MAX_PATTERNS or len(repeats) > MAX_REPEATING or max(repeats, default=0) > MAX_REPEATS
-    if many or any(REPEATED_GROUP.search(pattern) for pattern in patterns):
+    repeating = [pattern for pattern in patterns if any(map(pattern.count, "*+?{"))]
+    many = len(patterns) > MAX_PATTERNS or len(repeating) > MAX_REPEATING
+    if many or any(map(may_take_forever, repeating)):
         raise UserError(f"{name}={path} has {key} whose patterns could take for ever to match; name the layers there")
     try:
         return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]

@@ -5,6 +5,7 @@ we have no use for; a name that it does not know comes back unchanged, and is re
 `*_config` function reads a network's sizes off the shapes. No tensor is transposed or reshaped.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_modul
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 # Parts of a training checkpoint that hold a whole network, best first.
-STUDENT_PARTS = ("generator", "model", "state_dict")
-STUDENT_EMA_PARTS = ("generator_ema",)
-SCORE_PARTS = ("critic", "model", "state_dict", "generator")
+NETWORK_PARTS = ("state_dict", "model", "module")
+STUDENT_PARTS = ("generator", "model", "state_dict", "module")
+STUDENT_EMA_PARTS = ("generator_ema", "ema", "model_ema", "ema_model", "module_ema")
+SCORE_PARTS = ("critic", "model", "state_dict", "module", "generator")
 
 WAN_RENAMES = (
     ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
@@ -125,6 +127,38 @@ def stated_sizes(stated: Mapping[str, Any]) -> dict[str, int]:
     table = {"ffn_dim": "ffn_dim", "num_layers": "num_layers", "freq_dim": "freq_dim", "in_dim": "in_channels"}
     sizes = {ours: stated[theirs] for theirs, ours in table.items() if theirs in stated}
     return sizes
+
+
+def wan_layout(config: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of a text-to-video network of these sizes, as diffusers' `WanTransformer3DModel` has them."""
+    dim, wide = config["num_attention_heads"] * config["attention_head_dim"], config["ffn_dim"]
+    patch = tuple(config["patch_size"])
+    out: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (dim, config["in_channels"], *patch),
+        "patch_embedding.bias": (dim,),
+        "scale_shift_table": (1, 2, dim),
+    }
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        out[f"{name}.weight"], out[f"{name}.bias"] = (rows, columns), (rows,)
+
+    linear("proj_out", config["out_channels"] * math.prod(patch), dim)
+    for embedder, columns in (("time", config["freq_dim"]), ("text", config["text_dim"])):
+        linear(f"condition_embedder.{embedder}_embedder.linear_1", dim, columns)
+        linear(f"condition_embedder.{embedder}_embedder.linear_2", dim, dim)
+    linear("condition_embedder.time_proj", 6 * dim, dim)
+    for i in range(config["num_layers"]):
+        block = f"blocks.{i}"
+        out[f"{block}.scale_shift_table"] = (1, 6, dim)
+        for attention in ("attn1", "attn2"):
+            for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+                linear(f"{block}.{attention}.{projection}", dim, dim)
+            out |= {f"{block}.{attention}.norm_{x}.weight": (dim,) for x in "qk"}
+        if config["cross_attn_norm"]:
+            out |= {f"{block}.norm2.{x}": (dim,) for x in ("weight", "bias")}
+        linear(f"{block}.ffn.net.0.proj", wide, dim)
+        linear(f"{block}.ffn.net.2", dim, wide)
+    return out
 
 
 def original_name(name: str) -> str:
@@ -261,21 +295,31 @@ def t5_name(name: str) -> str:
     return name
 
 
-def hf_t5_name(name: str) -> str | None:
-    """The token embedding is stored once, though transformers lists it twice."""
-    return None if name == "encoder.embed_tokens.weight" else name
+def is_hf_t5(shapes: Shapes) -> bool:
+    return "encoder.block.0.layer.0.SelfAttention.q.weight" in shapes
+
+
+def hf_t5_name(name: str, tied: bool = True) -> str | None:
+    """One name of transformers' encoder, or of ComfyUI's file, which holds a tokenizer, too.
+
+    The token embedding is stored once, though transformers lists it twice; untied: under the other of its names.
+    """
+    if name == "encoder.embed_tokens.weight":
+        return None if tied else "shared.weight"
+    return None if name == "spiece_model" else name
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:
-    """Sizes of Wan's T5 encoder, as `UMT5Config` takes them."""
-    vocabulary, dim = shapes["token_embedding.weight"]
-    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    """Sizes of a T5 encoder under transformers' names, as `UMT5Config` takes them."""
+    attention, wide = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
+    vocabulary, dim = shapes["shared.weight"]
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
     return {
         "vocab_size": vocabulary,
         "d_model": dim,
-        "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
-        "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
-        "num_layers": _count(shapes, r"blocks\.(\d+)\."),
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes[wide][0],
+        "num_layers": _count(shapes, r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "relative_attention_max_distance": 128,
@@ -283,6 +327,23 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": False,
     }
+
+
+def t5_layout(config: Mapping[str, Any]) -> Shapes:
+    """Names and shapes of the encoder of these sizes, as transformers' `UMT5EncoderModel` has them."""
+    dim, wide, heads = config["d_model"], config["d_ff"], config["num_heads"]
+    inner = heads * config["d_kv"]
+    out = {"shared.weight": (config["vocab_size"], dim), "encoder.final_layer_norm.weight": (dim,)}
+    for i in range(config["num_layers"]):
+        attention, forward = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        out |= {f"{attention}.SelfAttention.{x}.weight": (inner, dim) for x in "qkv"}
+        out[f"{attention}.SelfAttention.o.weight"] = (dim, inner)
+        buckets = config.get("relative_attention_num_buckets", 32)
+        out[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
+        out |= {f"{forward}.DenseReluDense.{x}.weight": (wide, dim) for x in ("wi_0", "wi_1")}
+        out[f"{forward}.DenseReluDense.wo.weight"] = (dim, wide)
+        out |= {f"{layer}.layer_norm.weight": (dim,) for layer in (attention, forward)}
+    return out
 
 
 # --- VAE --------------------------------------------------------------------------------------------------------------
@@ -369,7 +430,7 @@ def guess(shapes: Shapes) -> str:
     if is_wan(shapes) or is_diffusers_wan(shapes):
         layers, dim = _count(shapes, r"blocks\.(\d+)\."), shapes["patch_embedding.weight"][0]
         return f"a Wan transformer of width {dim} with {layers} layers"
-    if is_wan_t5(shapes) or "encoder.block.0.layer.0.SelfAttention.q.weight" in shapes:
+    if is_wan_t5(shapes) or is_hf_t5(shapes):
         return "a T5 text encoder"
     if is_taehv(shapes):
         return "a tiny decoder (TAEHV)"

@@ -3,7 +3,6 @@
 `model.weights.check_weights` compares every tensor with the network; this only says what a file seems to be.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from configs.schema import Config
 from model.sizes import Network
 from model.weights import names, run_folders
 from model.weights.files import (
-    BARE,
     DIFFUSERS_STEM,
     EMA_STEM,
     HF_STEM,
@@ -22,9 +20,21 @@ from model.weights.files import (
     find_tokenizer,
     headers,
     missing,
+    read_json,
     resolve,
+    safetensors_headers,
     shards,
     subfolder,
+)
+from model.weights.fitting import (
+    as_text_encoder,
+    as_transformer,
+    as_vae,
+    layout,
+    pick,
+    read_card,
+    refuse_misfit,
+    sizes_of,
 )
 from utils.files import CARD
 
@@ -65,25 +75,36 @@ def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None
         folder = find_tokenizer(path, name)
         return Peek(role, folder, sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), "tokenizer")
     place = _place(role, path, use_ema)
+    wanted, config, files, form = _wanted(role, use_ema), {}, (place,), place.suffix
     if place.name == run_folders.SHARDS:
         files, form = tuple(sorted(place.iterdir())), "shards"
-        parts = {part: tensors.shapes for part, tensors in run_folders.open_parts(name, place).items()}
-        shapes = _part(name, place, role, use_ema, parts)
+        tensors = pick(name, place, run_folders.open_parts(name, place), wanted)
     elif place.is_dir():
         stem = HF_STEM if role == "text_encoder" else EMA_STEM if use_ema else DIFFUSERS_STEM
         if use_ema and not (place / f"{stem}.safetensors").is_file():
             raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
-        files = shards(name, place, stem)
-        shapes = {key: shape for file in files for key, shape in headers(name, file)[BARE].shapes.items()}
-        form = "our own" if (place / CARD).exists() else "folder"
+        files, form = shards(name, place, stem), "our own" if (place / CARD).exists() else "folder"
+        tensors = safetensors_headers(name, *files).scaled().renamed(names.unwrapped)
+        config = read_json(name, place / "config.json") if role != "lora" else {}
+        if form == "our own":
+            read_card(name, place / CARD)
     else:
-        files, form = (place,), place.suffix
-        shapes = _part(name, place, role, use_ema, {part: found.shapes for part, found in headers(name, place).items()})
-    shapes = {names.unwrapped(key): shape for key, shape in shapes.items()}
-    kind = names.guess(shapes)
+        tensors = pick(name, place, headers(name, place), wanted)
+    kind = names.guess(tensors.shapes)
     if not kind.startswith(KINDS[role]):
         raise UserError(f"{name}={path} should be {KINDS[role]} and seems to be {kind}; give {name} another file")
-    network = network_of(shapes) if KINDS[role] == "a Wan transformer" else None
+    sized = place.name in (run_folders.STATE, run_folders.SHARDS)  # whose sizes are told elsewhere
+    transformer, network = KINDS[role] == "a Wan transformer", None
+    if transformer and not sized:
+        ours, config = as_transformer(name, place, tensors, config)
+        refuse_misfit(name, place, ours, layout(name, place, names.wan_layout, config))
+    elif role == "text_encoder":
+        ours, config = as_text_encoder(name, place, tensors, config)
+        refuse_misfit(name, place, ours, layout(name, place, names.t5_layout, config))
+    elif role == "vae":
+        as_vae(name, place, tensors, config)
+    if transformer:
+        network = sizes_of(name, place, network_of, tensors.shapes)
     return Peek(label, place, sum(file.stat().st_size for file in files), f"{kind.split(' ', 1)[1]} ({form})", network)
 
 
@@ -99,20 +120,16 @@ def _place(role: str, path: Path, use_ema: bool) -> Path:
     return inner if inner.is_file() else path
 
 
-def _part(name: str, path: Path, role: str, use_ema: bool, parts: Mapping[str, Shapes]) -> Shapes:
-    """Shapes of the part of a file that holds `role`."""
+def _wanted(role: str, use_ema: bool) -> tuple[str, ...]:
+    """The parts of a training checkpoint, others' or ours, that can be `role`, best first."""
+    if role == "lora":
+        return names.LORA_PARTS
+    if role not in ("student", "teacher", "critic"):
+        return names.NETWORK_PARTS
     players = run_folders.CRITICS if role == "critic" else run_folders.STUDENTS
     state = [f"{player}.{'average' if use_ema else 'module'}" for player in players]
-    wanted = names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS
-    wanted = names.LORA_PARTS if role == "lora" else wanted
-    for part in (*wanted, *state, *(() if use_ema else (BARE,))):
-        if part in parts:
-            return parts[part]
-    if use_ema:
-        raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
-    if any(part in parts for part in names.STUDENT_EMA_PARTS):
-        raise UserError(f"{name}={path} holds averaged weights only; set model.use_ema=true")
-    raise UserError(f"{name}={path} holds no {wanted[0]}; choose another file")
+    theirs = names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS
+    return (*theirs, *state)
 
 
 def network_of(shapes: Shapes) -> Network:

@@ -3,7 +3,6 @@
 A plan costs the headers of the files. It is refused, in one sentence, if the tensors are not exactly the network's.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from configs.errors import UserError
-from model.schedule import Schedule
 from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from model.weights import names, run_folders
 from model.weights.files import (
@@ -34,12 +32,8 @@ from model.weights.files import (
     shards,
     subfolder,
 )
+from model.weights.fitting import as_text_encoder, as_transformer, as_vae, pick, read_card, refuse_misfit, sizes_of
 from utils.files import CARD
-
-# Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
-# their own size a table that exists before there are weights.
-MAX_SIZE = 1_000_000
-MAX_SIZES = {"rope_max_seq_len": 16_384, "attention_head_dim": 1024}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,61 +57,8 @@ def _fitting(name: str, plan: Plan) -> Plan:
     except Exception as error:  # sizes that no network can have
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{name}={plan.path} describes no network ({reason}); fetch it again") from error
-    have = plan.tensors.shapes
-    lost, extra = sorted(wanted.keys() - have.keys()), sorted(have.keys() - wanted.keys())
-    bent = [
-        f"{key} {have[key]} for {wanted[key]}"
-        for key in sorted(wanted.keys() & have.keys())
-        if wanted[key] != have[key]
-    ]
-    faults = [
-        f"{len(keys)} tensors {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for keys, what in ((lost, "missing"), (extra, "unexpected"), (bent, "of another shape"))
-        if keys
-    ]
-    odd = {key: plan.tensors.odd[key] for key in sorted(wanted.keys() & plan.tensors.odd.keys())}
-    if odd:
-        faults.append(f"{len(odd)} tensors of another type ({', '.join(f'{k} {t}' for k, t in [*odd.items()][:3])})")
-    if faults:
-        raise UserError(
-            f"{name}={plan.path} does not fit: {'; '.join(faults)}; it seems to be {names.guess(have)}, "
-            f"so give {name} a file of the right network"
-        )
+    refuse_misfit(name, plan.path, plan.tensors, wanted)
     return plan
-
-
-def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Refuse sizes from which building the network, even without weights, would take all memory or for ever."""
-    for key, value in config.items():
-        values = value if isinstance(value, list) else [value]
-        most = len(tensors.shapes) if re.search("layers|blocks", key) else MAX_SIZES.get(key, MAX_SIZE)
-        small = key.endswith(("eps", "epsilon"))  # of a norm
-        numbers = [n for n in values if isinstance(n, int | float)]
-        wrong = any(not 0 < n < 1 for n in numbers) if small else any(abs(n) > most for n in numbers)
-        if len(values) > 64 or wrong:
-            raise UserError(
-                f"{name}={path} says {key}={str(value)[:40]} in config.json, which its tensors cannot have; "
-                f"fetch it again"
-            )
-
-
-def _sizes(name: str, path: Path, read: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `read` says of a file's sizes; refuses one that lacks the tensors that tell."""
-    try:
-        return read(*arguments)
-    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{name}={path} lacks tensors that tell its sizes ({error}); fetch it again") from error
-
-
-def _read_card(name: str, path: Path) -> dict[str, Any]:
-    """A student's card, its schedule being one."""
-    card = read_json(name, path)
-    try:
-        if card.get("schedule") is not None:
-            Schedule.from_dict(card["schedule"])
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{name}: {path} holds a schedule that is none ({error}); remove it from the file") from error
-    return card
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -126,21 +67,6 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, UMT5EncoderModel):
         state = {key: value for key, value in state.items() if names.hf_t5_name(key)}
     return state
-
-
-def _part(name: str, path: Path, parts: Mapping[str, Tensors], wanted: tuple[str, ...]) -> Tensors:
-    """The first of the `wanted` parts of a training checkpoint that is there, or the bare file; names unwrapped."""
-    for part in wanted:
-        if part in parts:
-            return parts[part].renamed(names.unwrapped)
-    if BARE in parts and wanted != names.STUDENT_EMA_PARTS:
-        return parts[BARE].renamed(names.unwrapped)
-    if names.STUDENT_EMA_PARTS[0] in parts:
-        raise UserError(f"{name}={path} holds averaged weights only; set model.use_ema=true")
-    if wanted == names.STUDENT_EMA_PARTS:
-        raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
-    found = next(iter(parts.values())).shapes if parts else {}
-    raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {names.guess(found)}, so choose another file")
 
 
 def _transformer_tensors(
@@ -155,7 +81,7 @@ def _transformer_tensors(
     if not path.is_dir():
         parts = open_file(name, path)
         kind = "safetensors" if set(parts) == {BARE} and path.suffix == ".safetensors" else "training checkpoint"
-        return path, _part(name, path, parts, wanted), {}, {}, kind
+        return path, pick(name, path, parts, wanted), {}, {}, kind
     path = subfolder(path, "transformer")
     config = read_json(name, path / "config.json")
     stem = EMA_STEM if ema else DIFFUSERS_STEM
@@ -163,7 +89,7 @@ def _transformer_tensors(
         raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
     tensors = open_safetensors(name, *shards(name, path, stem))
     own = (path / CARD).exists()
-    card = _read_card(name, path / CARD) if own else {}
+    card = read_card(name, path / CARD) if own else {}
     return path, tensors, config, card, "our own" if own else "original Wan" if "dim" in config else "Diffusers"
 
 
@@ -175,25 +101,7 @@ def plan_transformer(
     if not path.exists():
         raise missing(name, path, "does not exist")
     path, tensors, config, card, kind = _transformer_tensors(name, path, wanted)
-    if names.guess(tensors.shapes).startswith("an image-to-video") or config.get("model_type", "t2v") != "t2v":
-        raise UserError(f"{name}={path} is an image-to-video Wan transformer; use text-to-video weights")
-    if names.is_wan(tensors.shapes):
-        stated, config = config, _sizes(name, path, names.wan_config, tensors.shapes, config)
-        wrong = [key for key, value in names.stated_sizes(stated).items() if config[key] != value]
-        if wrong:
-            raise UserError(
-                f"{name}={path} says {wrong[0]}={names.stated_sizes(stated)[wrong[0]]} in config.json but its tensors "
-                f"have {config[wrong[0]]}; fetch the folder again"
-            )
-        tensors = tensors.renamed(names.wan_name)
-    elif not names.is_diffusers_wan(tensors.shapes):
-        raise UserError(
-            f"{name}={path} is not a Wan transformer; it seems to be {names.guess(tensors.shapes)}, "
-            f"so give {name} another file"
-        )
-    elif not config:
-        config = read_json(name, path.parent / "config.json")
-    _plausible(name, path, config, tensors)
+    tensors, config = as_transformer(name, path, tensors, config)
     return _fitting(
         name, Plan(path=path, kind=kind, make=lambda: diffusers_network(cls, config), tensors=tensors, card=card)
     )
@@ -228,19 +136,8 @@ def plan_vae(path: str | Path, name: str = "model.vae") -> Plan:
         config = read_json(name, path / "config.json")
         tensors, kind = open_safetensors(name, *shards(name, path, DIFFUSERS_STEM)), "Diffusers"
     else:
-        tensors = _part(name, path, open_file(name, path), ("state_dict",))
-        if not names.is_wan_vae(tensors.shapes):
-            raise UserError(
-                f"{name}={path} is not a Wan 2.1 VAE; it seems to be {names.guess(tensors.shapes)}, use {VAE_FILE}"
-            )
-        config, kind = _sizes(name, path, names.vae_config, tensors.shapes), "original Wan"
-        tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
-    _plausible(name, path, config, tensors)
-    for key in ("latents_mean", "latents_std"):
-        said = config.get(key, [1.0] * config.get("z_dim", 16))  # not said: those of the class, which are Wan's
-        numbers = [n for n in said if isinstance(n, int | float)] if isinstance(said, list) else []
-        if len(numbers) != config.get("z_dim", 16) or (key == "latents_std" and min(numbers) <= 0):
-            raise UserError(f"{name}={path} says {key}={str(said)[:40]}, with which no latents can be; fetch it again")
+        tensors, config, kind = pick(name, path, open_file(name, path), names.NETWORK_PARTS), {}, "original Wan"
+    tensors, config = as_vae(name, path, tensors, config)
     return _fitting(
         name, Plan(path=path, kind=kind, make=lambda: diffusers_network(AutoencoderKLWan, config), tensors=tensors)
     )
@@ -253,16 +150,11 @@ def plan_text_encoder(path: str | Path, name: str = "model.text_encoder") -> Pla
         path = path / T5_FILE
     if path.is_dir():
         config = read_json(name, path / "config.json")
-        tensors, kind = open_safetensors(name, *shards(name, path, HF_STEM)).renamed(names.hf_t5_name), "transformers"
+        tensors, kind = open_safetensors(name, *shards(name, path, HF_STEM)), "transformers"
     else:
-        tensors = _part(name, path, open_file(name, path), ("state_dict",))
-        if not names.is_wan_t5(tensors.shapes):
-            raise UserError(
-                f"{name}={path} is not Wan's text encoder; it seems to be {names.guess(tensors.shapes)}, use {T5_FILE}"
-            )
-        config, kind = _sizes(name, path, names.t5_config, tensors.shapes), "original Wan"
-        tensors = tensors.renamed(names.t5_name)
-    _plausible(name, path, config, tensors)
+        tensors, config = pick(name, path, open_file(name, path), names.NETWORK_PARTS), {}
+        kind = "original Wan" if names.is_wan_t5(tensors.shapes) else "one file, names of transformers"
+    tensors, config = as_text_encoder(name, path, tensors, config)
 
     def make() -> UMT5EncoderModel:
         return UMT5EncoderModel(UMT5Config.from_dict(config))
@@ -273,12 +165,12 @@ def plan_text_encoder(path: str | Path, name: str = "model.text_encoder") -> Pla
 def plan_tiny_decoder(path: str | Path, name: str = "model.tiny_decoder") -> Plan:
     """The tiny decoder: `taew2_1.pth` or `.safetensors`. Growth weights that make more frames are cut to the last."""
     path = resolve(path)
-    tensors = _part(name, path, open_file(name, path), ("state_dict",))
+    tensors = pick(name, path, open_file(name, path), names.NETWORK_PARTS)
     if not names.is_taehv(tensors.shapes):
         raise UserError(
             f"{name}={path} is not a tiny decoder; it seems to be {names.guess(tensors.shapes)}, use taew2_1.pth"
         )
-    config = TinyDecoderConfig(**_sizes(name, path, names.taehv_config, tensors.shapes))
+    config = TinyDecoderConfig(**sizes_of(name, path, names.taehv_config, tensors.shapes))
     whole = tensors.renamed(names.taehv_name)
     rows = {f"decoder.{7 + 6 * i}.conv.weight": config.widths[i] * config.growth[i] for i in range(3)}
     shapes = {k: (min(s[0], rows[k]), *s[1:]) if k in rows else s for k, s in whole.shapes.items()}

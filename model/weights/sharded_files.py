@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -188,7 +189,7 @@ def read_whole(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
 
 def open_sharded(field: str, folder: Path) -> dict[str, Tensors]:
     """The parts of a checkpoint (`generator.module`, ...), as `model.weights.files.open_file` has those of a file."""
-    def refused(error: Exception, what: str | Path) -> UserError:
+    def refused(error: BaseException, what: str | Path) -> UserError:
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         return UserError(f"{field}: {what} cannot be read ({reason}); choose another checkpoint")
 
@@ -206,8 +207,9 @@ def open_sharded(field: str, folder: Path) -> dict[str, Tensors]:
         def read(key: str) -> Tensor:
             try:
                 return read_whole(folder, {names[key]: shapes[names[key]]})[names[key]]
-            except Exception as error:  # and so can each tensor's own
-                raise refused(error, f"{folder}: {names[key]}") from error
+            except CheckpointException as error:  # and so can each tensor's own
+                cause, _ = next(iter(error.failures.values()))
+                raise refused(cause, f"{folder}: {names[key]}") from error
 
         return Tensors(files, {key: shapes[name][0] for key, name in names.items()}, read)
 

@@ -105,4 +105,4 @@ def sharded_text_encoder(config: Config, where: Placing) -> TextEncoder:
     plan = plan_text_encoder(m.text_encoder)
     encoder = placed(empty(plan, dtype).requires_grad_(False), where)
     fill_parts(encoder, plan, where.device, dtype)
-    return TextEncoder(encoder, load_tokenizer(m.tokenizer), m.text_tokens)
+    return TextEncoder(encoder, load_tokenizer(m.tokenizer, encoder.config.vocab_size), m.text_tokens)

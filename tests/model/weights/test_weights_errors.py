@@ -36,7 +36,7 @@ def test_missing_pieces(tmp_path, wan_state):
     with pytest.raises(UserError, match=r"download\.py vae`"):
         weights.load_vae(tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"tokenizer\.json.*download\.py umt5`"):
-        weights.load_tokenizer(tmp_path)
+        weights.load_tokenizer(tmp_path, 32)
     folder = write_wan_folder(tmp_path / "wan", wan_state, 3)
     (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match="lacks 1 of 3 shards.*00002-of-00003"):

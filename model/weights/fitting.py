@@ -1,0 +1,165 @@
+"""Whether tensors are those of a network, told by their names and shapes alone, so that no torch is needed.
+
+What loads a network and what only looks at its files (`scripts/doctor.py`) refuse by these.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from model.schedule import Schedule
+from model.weights import names
+from model.weights.files import BARE, T5_FILE, VAE_FILE, Tensors, read_json
+
+# Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
+# their own size a table that exists before there are weights.
+MAX_SIZE = 1_000_000
+MAX_SIZES = {"rope_max_seq_len": 16_384, "attention_head_dim": 1024}
+
+
+def pick(name: str, path: Path, parts: Mapping[str, Tensors], wanted: tuple[str, ...]) -> Tensors:
+    """The first of the `wanted` parts of a training checkpoint that is there, or the bare file; names unwrapped."""
+    averages = [part for part in names.STUDENT_EMA_PARTS if part in parts]
+    averaged = wanted[0] in names.STUDENT_EMA_PARTS
+    for part in (*wanted, *(() if averaged or averages else (BARE,))):
+        if part in parts:
+            return parts[part].renamed(names.unwrapped)
+    if averages:
+        raise UserError(f"{name}={path} holds averaged weights only; set model.use_ema=true")
+    if averaged:
+        raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
+    found = next(iter(parts.values())).shapes if parts else {}
+    listed = f" but {', '.join(sorted(parts)[:5])}" if parts else ""
+    raise UserError(
+        f"{name}={path} holds no {wanted[0]}{listed}; it seems to be {names.guess(found)}, so choose another file"
+    )
+
+
+def refuse_misfit(name: str, path: Path, tensors: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """A UserError that lists what differs from the `wanted` shapes, and guesses why."""
+    have = tensors.shapes
+    lost, extra = sorted(wanted.keys() - have.keys()), sorted(have.keys() - wanted.keys())
+    both = sorted(wanted.keys() & have.keys())
+    bent = [f"{key} {have[key]} for {wanted[key]}" for key in both if wanted[key] != have[key]]
+    faults = [
+        f"{len(keys)} tensors {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, what in ((lost, "missing"), (extra, "unexpected"), (bent, "of another shape"))
+        if keys
+    ]
+    odd = {key: tensors.odd[key] for key in sorted(wanted.keys() & tensors.odd.keys())}
+    if odd:
+        faults.append(f"{len(odd)} tensors of another type ({', '.join(f'{k} {t}' for k, t in [*odd.items()][:3])})")
+    if faults:
+        raise UserError(
+            f"{name}={path} does not fit: {'; '.join(faults)}; it seems to be {names.guess(have)}, "
+            f"so give {name} a file of the right network"
+        )
+
+
+def as_transformer(
+    name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    """A Wan transformer's tensors by our names, and its sizes as diffusers states them.
+
+    config: the config.json beside the tensors, of either kind; empty where there is none.
+    """
+    if names.guess(tensors.shapes).startswith("an image-to-video") or config.get("model_type", "t2v") != "t2v":
+        raise UserError(f"{name}={path} is an image-to-video Wan transformer; use text-to-video weights")
+    if names.is_wan(tensors.shapes):
+        stated, config = config, sizes_of(name, path, names.wan_config, tensors.shapes, config)
+        wrong = [key for key, value in names.stated_sizes(stated).items() if config[key] != value]
+        if wrong:
+            raise UserError(
+                f"{name}={path} says {wrong[0]}={names.stated_sizes(stated)[wrong[0]]} in config.json but its tensors "
+                f"have {config[wrong[0]]}; fetch the folder again"
+            )
+        tensors = tensors.renamed(names.wan_name)
+    elif not names.is_diffusers_wan(tensors.shapes):
+        raise UserError(
+            f"{name}={path} is not a Wan transformer; it seems to be {names.guess(tensors.shapes)}, "
+            f"so give {name} another file"
+        )
+    elif not config:
+        config = read_json(name, path.parent / "config.json")
+    _plausible(name, path, config, tensors)
+    return tensors, dict(config)
+
+
+def as_vae(name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """As `as_transformer`, the Wan 2.1 VAE."""
+    if not config:
+        if not names.is_wan_vae(tensors.shapes):
+            raise UserError(
+                f"{name}={path} is not a Wan 2.1 VAE; it seems to be {names.guess(tensors.shapes)}, use {VAE_FILE}"
+            )
+        config = sizes_of(name, path, names.vae_config, tensors.shapes)
+        tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
+    _plausible(name, path, config, tensors)
+    for key in ("latents_mean", "latents_std"):
+        said = config.get(key, [1.0] * config.get("z_dim", 16))  # not said: those of the class, which are Wan's
+        numbers = [n for n in said if isinstance(n, int | float)] if isinstance(said, list) else []
+        if len(numbers) != config.get("z_dim", 16) or (key == "latents_std" and min(numbers) <= 0):
+            raise UserError(f"{name}={path} says {key}={str(said)[:40]}, with which no latents can be; fetch it again")
+    return tensors, dict(config)
+
+
+def as_text_encoder(
+    name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    """As `as_transformer`, UMT5's encoder, as transformers and ComfyUI name its tensors, or Wan."""
+    if names.is_wan_t5(tensors.shapes):
+        tensors = tensors.renamed(names.t5_name)
+    elif names.is_hf_t5(tensors.shapes):
+        tied = "shared.weight" in tensors.shapes
+        tensors = tensors.renamed(lambda key: names.hf_t5_name(key, tied))
+    else:
+        raise UserError(
+            f"{name}={path} is not Wan's text encoder; it seems to be {names.guess(tensors.shapes)}, use {T5_FILE}"
+        )
+    config = config or sizes_of(name, path, names.t5_config, tensors.shapes)
+    _plausible(name, path, config, tensors)
+    return tensors, dict(config)
+
+
+def layout(name: str, path: Path, of: Callable[..., names.Shapes], config: Mapping[str, Any]) -> names.Shapes:
+    """Names and shapes `of` a network of the sizes in `config`."""
+    try:
+        return of(config)
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(f"{name}={path} describes no network ({error}); fetch it again") from error
+
+
+def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+    """Refuse sizes from which building the network, even without weights, would take all memory or for ever."""
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        most = len(tensors.shapes) if re.search("layers|blocks", key) else MAX_SIZES.get(key, MAX_SIZE)
+        small = key.endswith(("eps", "epsilon"))  # of a norm
+        numbers = [n for n in values if isinstance(n, int | float)]
+        wrong = any(not 0 < n < 1 for n in numbers) if small else any(abs(n) > most for n in numbers)
+        if len(values) > 64 or wrong:
+            raise UserError(
+                f"{name}={path} says {key}={str(value)[:40]} in config.json, which its tensors cannot have; "
+                f"fetch it again"
+            )
+
+
+def sizes_of(name: str, path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+    """What `read` says of a file's sizes; refuses one that lacks the tensors that tell."""
+    try:
+        return read(*arguments)
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{name}={path} lacks tensors that tell its sizes ({error}); fetch it again") from error
+
+
+def read_card(name: str, path: Path) -> dict[str, Any]:
+    """A student's card, its schedule being one."""
+    card = read_json(name, path)
+    try:
+        if card.get("schedule") is not None:
+            Schedule.from_dict(card["schedule"])
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{name}: {path} holds a schedule that is none ({error}); remove it from the file") from error
+    return card
