@@ -128,6 +128,7 @@ class Visit:
         except Gone:
             pass
         except Exception:
+            log.exception("a stream broke off")
             with suppress(Gone):
                 await self._say("error", message="the server could not go on; its log says why", over=True)
             raise
@@ -143,8 +144,8 @@ class Visit:
         begin = time.monotonic()
         await asyncio.wait([task])
         self._stopping = False
-        if not task.cancelled() and task.exception():
-            raise task.exception()
+        if not task.cancelled():
+            task.exception()  # which has been logged, and told to the visitor
         log.debug(f"stopped after {time.monotonic() - begin:.3f} s")
 
     def _describe(self, schedule: Schedule) -> dict[str, Any]:
