@@ -16,7 +16,7 @@ from model.weights.load import WeightCheck
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.live import Recording, growing
 from pipeline.plan import Job
-from pipeline.provenance import versions, weight_hashes
+from pipeline.provenance import commit, versions, weight_hashes
 from utils.files import DiskFull, atomic_path, write_json_atomic
 from utils.logs import get_logger
 from utils.progress import progress_bar
@@ -178,7 +178,8 @@ def describe(pipe: DiagonalPipeline, clip: Clip, weights: Sequence[WeightCheck])
         "device": str(pipe.session.device),
         "dtype": str(pipe.session.dtype).removeprefix("torch."),
         "versions": versions(),
-        "config": to_dict(pipe.config),
+        "commit": commit(),
+        "config": {name: value for name, value in to_dict(pipe.config).items() if name != "training"},
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from configs.errors import UserError
-from configs.geometry import Geometry
+from configs.geometry import Geometry, pixel_frames
 from configs.load import to_dict
 from configs.schema import Config
 from model.fast.student import FastPlan
@@ -27,7 +27,7 @@ from pipeline.story import Story, planned_stories
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
 from utils.files import check_writable, explained, safe_name, short_hash
-from utils.machine import size_text
+from utils.machine import free_space, size_text
 from utils.seeds import sample_seed
 from utils.video import FILE_KINDS
 
@@ -35,6 +35,7 @@ PIPE = "-"  # as an output: standard output
 KIND_OF = {".y4m": "y4m", ".raw": "raw", ".rgb": "raw"}  # endings of what is no container
 SUFFIX_OF = {"fmp4": ".mp4", "y4m": ".y4m", "raw": ".raw"}
 
+RECORD_BYTES = 4_000  # of the JSON beside a video, at least
 MAX_VIDEOS = 1_000_000  # of one run
 
 
@@ -190,7 +191,29 @@ def make_plan(
     jobs = ranks.share(jobs)
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
     done = set(finished)
-    return Plan(config, ranks, [job for job in jobs if job not in done], finished, weights, device, dtype, start)
+    jobs = [job for job in jobs if job not in done]
+    check_room(config, jobs, ranks)
+    return Plan(config, ranks, jobs, finished, weights, device, dtype, start)
+
+
+def check_room(config: Config, jobs: Sequence[Job], ranks: Ranks) -> None:
+    """Refuse what the disk cannot hold, as far as its size is known; `jobs` are those of one of the ranks."""
+    videos = [job for job in jobs if not (job.piped or job.endless)]
+    if not videos:
+        return
+    folder, need = videos[0].video.parent, ranks.world * sum(least_bytes(config, job) for job in videos)
+    free = free_space(folder)
+    if need > free:
+        raise UserError(
+            f"{_count(ranks.world * len(videos))} need {size_text(need)} at least and {size_text(free)} are free in "
+            f"{folder}; make room, or choose another place"
+        )
+
+
+def least_bytes(config: Config, job: Job) -> int:
+    """What a video with an end takes on the disk: exactly where nothing is compressed, else rather too little."""
+    pixels = pixel_frames(config.video.num_latent_frames) * config.video.height * config.video.width
+    return {"raw": 3 * pixels, "y4m": 3 * pixels // 2}.get(job.kind, pixels // 100) + RECORD_BYTES
 
 
 def check_count(prompts: int, samples: int) -> None:

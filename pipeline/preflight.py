@@ -264,12 +264,11 @@ def largest_training(config: Config, peeks: dict[str, Peek], card: int) -> str:
 
 
 def check_inference(config: Config, memory: int | None) -> None:
-    """Refuse a full disk, and what a GPU of `memory` bytes (None: there is none) cannot hold.
+    """Refuse what a GPU of `memory` bytes (None: there is none) cannot hold.
 
     Formulas may be off by a tenth, so only what is beyond that. Weights are checked by `check_weights`.
     """
     report = Report()
-    _disk(report, Path(config.inference.output_folder), "videos")
     if memory is not None:
         peeks = {role: peek(role, path, name=name) for role, path, name in wanted(config) if role in SIZED}
         plan = memory_plan(config, peeks)

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import os
 import platform
+import subprocess
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from configs.load import to_dict
+from configs.load import CHECKOUT, to_dict
 from configs.schema import Config
 from model.schedule import Schedule
 from model.weights.load import WeightCheck
@@ -20,6 +22,21 @@ LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that touch the pixels."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit of this code, with `-dirty` where files differ from it; None where it is no checkout of git."""
+    if not (CHECKOUT / ".git").exists():
+        return None
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+        )
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed, or its disk does not answer
+        return None
+    return found.stdout.strip() or None
 
 
 def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:

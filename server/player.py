@@ -23,7 +23,7 @@ from torch import Tensor
 from configs.errors import UserError
 from model.schedule import Schedule
 from pipeline.diagonal import DiagonalPipeline
-from pipeline.provenance import versions
+from pipeline.provenance import commit, versions
 from pipeline.snapshot import Snapshot
 from pipeline.start import encode_start
 from pipeline.stream import StreamSession
@@ -230,6 +230,7 @@ class Player:
             "switch": self.session.switch,
             "fps": self.pipe.config.video.fps,
             "versions": versions(),
+            "commit": commit(),
         }
 
 

@@ -65,6 +65,9 @@ def test_a_run_leaves_video_sheet_and_record(cli, tmp_path, tiny_assets, capsys)
     assert record["config"]["video"]["num_latent_frames"] == 6 and record["nfe"] == 7
     assert len(record["weights_sha256"]["student"]) == 64 and set(record["weights_sha256"]) >= {"vae", "text_encoder"}
     assert record["versions"]["torch"] and record["schedule"]["rows"][0][0] == 1000
+    assert "training" not in record["config"]
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (record["commit"] or "").removesuffix("-dirty") == head, "none where this is no checkout"
     assert record["timings_s"]["total"] >= record["timings_s"]["first_frames"] > 0
     said = capsys.readouterr().out
     assert str(Path("videos") / video.name) in said and " 21 frames in " in said and "total: 7 NFE" in said

@@ -310,6 +310,27 @@ def test_a_video_that_the_disk_cannot_hold_leaves_nothing(tiny_assets, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "free", "fits"),
+    [
+        (["--num_samples", "3", "--output_folder", "out"], 10_000, False),
+        (["--num_samples", "3", "--output_folder", "out"], 40_000, True),
+        (["--output", "one.raw"], 21 * 32 * 48 * 3, False),
+        (["--output", "one.raw"], 21 * 32 * 48 * 3 + 4_000, True),
+        (["--output", "one.y4m"], 21 * 32 * 48, False),
+        (["--output", "-", "--format", "raw"], 0, True),
+        (["--output", "long.mp4", "--num_output_frames", "0"], 20_000, True),
+    ],
+)
+def test_a_disk_that_cannot_hold_it_is_found_before_anything_is_loaded(
+    cli, tmp_path, monkeypatch, capsys, arguments, free, fits  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr("pipeline.plan.free_space", lambda folder: free)
+    assert cli("--prompt", A, "--dry_run", *arguments) == (0 if fits else 2)
+    assert ("need" in capsys.readouterr().err) != fits
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys):  # noqa: F811
     (tmp_path / "config.json").write_text('{"precious": 1}')
     (tmp_path / "old.mp4").write_text("precious")

@@ -7,9 +7,11 @@ import av
 import numpy as np
 import pytest
 from conftest import ROOT, alike
+from PIL import Image
 
 from configs.errors import UserError
-from utils.video import VideoWriter, contact_sheet, read_video, shrink, to_yuv
+from pipeline.diagonal import Video
+from utils.video import VideoWriter, clip_sheet, contact_sheet, read_video, sheet_frames, shrink, to_yuv
 
 
 def clip(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
@@ -54,6 +56,41 @@ def test_same_frames_reach_the_encoder_and_others_do_not_look_like_them(tmp_path
     assert alike(a, b) and not alike(a, later)
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "size"),
+    [("a.gif", b"GIF89a", (63, 96)), ("a.webp", b"RIFF", (63, 95)), ("a.webm", b"\x1aE\xdf\xa3", (64, 96))],
+)
+def test_a_file_is_what_its_ending_says(tmp_path, name, start, size):
+    frames = clip(21)[:, : size[0], : size[1]]
+    video = Video(frames, 16, "a prompt", 0)
+    video.save(tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    if name == "a.webm":
+        back, seconds = read_video(tmp_path / name), 21 / 16
+    else:
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames == 21 and image.info["loop"] == 0
+            back, seconds = [], 0.0
+            for i in range(21):
+                image.seek(i)
+                back.append(np.asarray(image.convert("RGB")))
+                seconds += image.info["duration"] / 1000
+    assert np.abs(np.stack(back).astype(int) - frames).mean() < 6
+    assert seconds == pytest.approx(21 / 16, abs=0.006), "at the right speed"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / name, 16, size) as writer:
+        writer.write(frames[:3])
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a", "a.png", "mp4"])
+def test_an_ending_that_cannot_be_written_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} has no ending.*.mp4, .webm, .gif or .webp"):
+        Video(clip(3), 16, "a prompt", 0).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_failed_video(tmp_path, error):
     path = tmp_path / "clip.mp4"
@@ -86,6 +123,21 @@ def test_contact_sheet_places_frames_and_marks_chunks():
     assert sheet[15, 30].tolist() == [10] * 3, "frame 10 is the second of the second row"
     marked = [i for i in range(21) if sheet[i // 9 * 10 + 5, i % 9 * 20, 0] == 255]
     assert marked == [9]
+
+
+@pytest.mark.parametrize("title", ["a red circle", "many words " * 99, "x" * 9999, "", "熊猫 🐼"])
+def test_a_clips_sheet_has_its_title_numbers_and_marks(title):
+    shown = sheet_frames(200)
+    cells = np.full((len(shown), 10, 30, 3), 90, np.uint8)
+    sheet = np.asarray(clip_sheet(cells, shown, [9], title))
+    head = sheet.shape[0] - 9 * 25
+    assert 30 <= head <= 100 and sheet.shape[1] == 9 * 30
+    assert sheet[:head].max() == 255, "what is shown is said"
+    place = int(np.searchsorted(shown, 9))
+    marked = [i for i in range(81) if sheet[head + i // 9 * 25 + 5, i % 9 * 30, 2] == 0]
+    assert marked == [place]
+    strips = [sheet[head + i // 9 * 25 + 10 : head + i // 9 * 25 + 25, i % 9 * 30 : i % 9 * 30 + 30] for i in range(81)]
+    assert all(strip.max() > 200 for strip in strips) and not np.array_equal(strips[1], strips[2])
 
 
 def test_contact_sheet_of_a_long_clip_stays_small():
