@@ -282,12 +282,12 @@ def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Code
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
     """Say so where a checkpoint was trained with another schedule than the one it is to run by, or does not tell."""
+    if not card and schedule.rows != SELF_FORCING.rows:  # a file of somebody else's
+        log.warning(
+            "this student's file does not say which schedule it was trained with; those that Self-Forcing and LongLive "
+            "published were trained with schedule.preset=self_forcing, and with no other"
+        )
     if card.get("schedule") is None:
-        if schedule.rows != SELF_FORCING.rows:
-            log.warning(
-                "this student's file does not say which schedule it was trained with; those that Self-Forcing and "
-                "LongLive published were trained with schedule.preset=self_forcing, and with no other"
-            )
         return
     trained = Schedule.from_dict(card["schedule"])
     if str(trained) != str(schedule):  # rows that only repeat the last one make no difference

@@ -48,7 +48,7 @@ ARGUMENTS = {
     "unbounded samples": (["--num_samples", "1000000000"], "inference.num_samples=1000000000 is out of range"),
     "too many videos": (["--num_samples", "100000", *["--prompt", "a"] * 11], "are 1,100,000 videos, and one run"),
     "unbounded frames": (["--num_output_frames", "999999999"], "video.num_latent_frames=999999999 is out of range"),
-    "unbounded threads": (["inference.cpu_threads=1000000"], "inference.cpu_threads=1000000 is out of range"),
+    "unbounded threads": (["cpu_threads=1000000"], "cpu_threads=1000000 is out of range"),
     "seed of 300 digits": (["--seed", "9" * 300], "is out of range"),
     "device without kernels": (["device=mps"], "device=mps is none that this runs on"),
     "unknown device": (["device=quantum"], "device=quantum"),
