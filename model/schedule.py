@@ -183,8 +183,8 @@ def _row_of(rows: Sequence[tuple[float, ...]], chunk: int, steps: int) -> tuple[
     longest = max(rows, key=len)
     if len(longest) == 1:
         raise UserError(
-            f"schedule.timesteps={[list(row) for row in rows]} has one step in each row, which does not say where "
-            f"{steps} steps would end; list a longer row, or give schedule.steps"
+            f"schedule.timesteps={shown([list(row) for row in rows])} has one step in each row, which does not say "
+            f"where {steps} steps would end; list a longer row, or give schedule.steps"
         )
     row = []
     for i in range(steps):
