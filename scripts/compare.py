@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     data, ratio = report_data(folders), speed_ratio(rows)
     write_json_atomic(out / "report.json", data)
     with atomic_path(out / "report.html") as temporary:
-        temporary.write_text(report_page(folders), encoding="utf-8")
+        temporary.write_text(report_page(folders, out), encoding="utf-8")
     write_json_atomic(out / "compare.json", {"theirs": args.theirs, "speed_ratio": ratio.to_dict(), "clips": rows})
     print(f"\n{summary(ratio, data)}\n\n{out / 'report.html'}")
     return 0

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     data = report_data(folders)
     write_json_atomic(out / "report.json", data)
     with atomic_path(out / "report.html") as temporary:
-        temporary.write_text(report_page(folders), encoding="utf-8")
+        temporary.write_text(report_page(folders, out), encoding="utf-8")
     print(table(data))
     if not FLOW_MEASURES.keys() <= data["measures"].keys():
         print(f"without {' and '.join(FLOW_MEASURES)}: pip install opencv-python-headless gives them", file=sys.stderr)

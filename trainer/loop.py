@@ -6,8 +6,9 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,13 +27,14 @@ from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
+from utils.curves import write_curves
 from utils.files import is_full, sole_use
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
 log = get_logger(__name__)
 
-METRICS = "metrics.jsonl"  # in the run's folder
+METRICS, CURVES = "metrics.jsonl", "curves.png"  # in the run's folder
 
 
 class _Stop:
@@ -116,6 +118,15 @@ def save_checkpoint(stage: Stage, logdir: Path, step: int, team: Team) -> None:
     checkpoint.save(logdir, step, state, manifest, stage.config.training.max_checkpoints, team)
     if stage.export_often and (stage.sharded or stage.ranks.first):
         stage.export(logdir / EXPORT, step)
+    if stage.ranks.first:
+        show_curves(logdir, stage.name)
+
+
+def show_curves(logdir: Path, name: str) -> None:
+    """Draw what the run has logged into its curves.png."""
+    path = logdir / METRICS
+    if path.exists():
+        write_curves(logdir / CURVES, read_jsonl(path), f"{name}: {logdir.resolve().name}")
 
 
 def _resume(stage: Stage, logdir: Path, team: Team) -> int:
@@ -165,7 +176,7 @@ class _Journal:
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if self.stage.ranks.first:
             self.write(step, **row, seconds_per_step=seconds)
-            self.bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            log.info(progress_line(step, self.stage.config.training.steps, row, seconds))
             self.rows.append({"step": step} | row)
             for warning in self.stage.diagnose(self.rows) if not bad else []:
                 log.warning("step %d: %s", step, warning)
@@ -190,6 +201,19 @@ class _Journal:
             f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and {given}: lower the "
             "learning rate (training.optimizer.lr) and resume"
         )
+
+
+def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: float, width: int = 79) -> str:
+    """A step as a line of at most `width` columns: as many values as have room, losses first; the time that is left."""
+    left = timedelta(seconds=round(seconds * max(0, steps - step)))
+    start, end = f"step {step}/{steps}", f"  {seconds:.2f} s a step, {left} left"
+    rank = {"loss": 0, "norm": 1}
+    names = sorted(row, key=lambda name: (rank.get(name.rpartition("_")[2], 2), list(row).index(name)))
+    for name in names:
+        cell = f"  {name.removeprefix('generator_')} {row[name]:.3g}"
+        if len(start) + len(cell) + len(end) <= width:
+            start += cell
+    return start + end
 
 
 @contextmanager
@@ -240,6 +264,8 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
             reached = max(start, stage.config.training.steps)
             if stage.config.training.validation_clips:
                 _validate(stage, reached, logdir, journal, team)
+                if save and stage.ranks.first:
+                    show_curves(logdir, stage.name)
         if save:
             _export(stage, logdir, reached, team)
     return True

@@ -1,9 +1,11 @@
 """What a stage looks at while it runs: sampled clips measured against their captions, and caption gaps."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +27,8 @@ from trainer.tiny.measures import score as score_clips
 from trainer.tiny.world import ATTRIBUTES, caption, flip_attribute
 from utils.seeds import generator, sample_seed
 from utils.video import VideoWriter, contact_sheet
+
+LABEL = 16  # pixels: height of the line above clips that stand side by side
 
 
 def validation_seeds(config: Config, count: int) -> list[int]:
@@ -136,8 +140,25 @@ class Validator:
 
 
 def write_side_by_side(left: Tensor, right: Tensor, path: Path, fps: int) -> None:
-    """A video of clips [N, T, 3, H, W] in [-1, 1], `left` beside `right`, a row a clip."""
+    """A video of clips [N, T, 3, H, W] in [-1, 1], the student's `left` beside the teacher's `right`, a row a clip.
+
+    A line above says which is which.
+    """
     both = torch.cat([left.float().cpu(), right.float().cpu()], dim=-1)
     tall = torch.cat(list(both), dim=-2)  # [T, 3, N H, 2 W]
-    with VideoWriter(path, fps, tuple(tall.shape[-2:])) as writer:
-        writer.write(to_frames(tall[None])[0].numpy())
+    frames = to_frames(tall[None])[0].numpy()
+    head = np.broadcast_to(heading(("student", "teacher"), left.shape[-1]), (len(frames), LABEL, *frames.shape[2:]))
+    frames = np.concatenate([head, frames], axis=1)
+    with VideoWriter(path, fps, frames.shape[1:3]) as writer:
+        writer.write(frames)
+
+
+def heading(names: Sequence[str], width: int) -> np.ndarray:
+    """Pixels [LABEL, len(names) * width, 3] with each name over its column, as large as there is room for."""
+    line = Image.new("RGB", (width * len(names), LABEL))
+    draw = ImageDraw.Draw(line)
+    for i, name in enumerate(names):
+        fonts = (ImageFont.load_default(size) for size in (13, 11, 9, 7))
+        font = next((font for font in fonts if font.getlength(name) <= width - 4), ImageFont.load_default(7))
+        draw.text((i * width + width / 2, LABEL / 2), name, "white", font, anchor="mm")
+    return np.asarray(line)

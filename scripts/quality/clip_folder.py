@@ -40,6 +40,7 @@ class ClipReport:
     defects: list[Defect]
     series: dict[str, list[float]] = field(repr=False)  # levels of 255 and shares, frame by frame
     strip: str = field(repr=False)  # contact strip, a JPEG as base64
+    path: Path = field(repr=False)  # of the video
 
     @property
     def key(self) -> tuple:
@@ -47,8 +48,8 @@ class ClipReport:
         return (self.prompt, self.seed) if self.prompt is not None else (self.name,)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: no NaN, no picture."""
-        plain = {name: value for name, value in asdict(self).items() if name != "strip"}
+        """As JSON holds it: no NaN, no picture, no place on this machine."""
+        plain = {name: value for name, value in asdict(self).items() if name not in ("strip", "path")}
         plain["measures"] = {name: _finite(value) for name, value in self.measures.items()}
         return plain
 
@@ -101,6 +102,7 @@ def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
     small = shrink(frames, STRIP_WIDTH)
     return ClipReport(
         name=video.name,
+        path=video,
         frames=len(frames),
         size=frames.shape[1:3],
         fps=_section(config, "video").get("fps"),

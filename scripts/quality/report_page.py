@@ -1,10 +1,12 @@
-"""The clip report as one HTML page that needs nothing else: no network, no other file."""
+"""The clip report as one HTML page that needs no network, and no other file but for the videos that it plays."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from scripts.quality.clip_folder import ClipReport, averages, differences, measured, pair
 
@@ -37,12 +39,16 @@ def _index(clips: list[ClipReport], clip: ClipReport) -> int:
     return next(i for i, other in enumerate(clips) if other is clip)
 
 
-def report_page(folders: Sequence[tuple[str, Sequence[ClipReport]]]) -> str:
-    """The page. Prompts and file names are data in it, never markup."""
+def report_page(folders: Sequence[tuple[str, Sequence[ClipReport]]], home: Path | None = None) -> str:
+    """The page. Prompts and file names are data in it, never markup.
+
+    home: the folder that it is to lie in, from where it plays the videos; None = it plays none.
+    """
     data = report_data(folders)
     for folder, (_, clips) in zip(data["folders"], folders, strict=True):
         for shown, clip in zip(folder["clips"], clips, strict=True):
             shown["strip"] = clip.strip
+            shown["address"] = home and quote(os.path.relpath(clip.path.absolute(), home.absolute()))
             shown["schedule_text"] = schedule_text(clip.schedule)
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")  # no </script> from a prompt
     return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)

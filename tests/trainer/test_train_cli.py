@@ -15,12 +15,14 @@ import pytest
 import torch
 from conftest import ROOT
 from distill_case import distill_config
+from PIL import Image
 
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from pipeline import DiagonalPipeline
 from trainer.cli import parse
 from trainer.loop import make_sinks
+from trainer.validation import LABEL
 from utils.logs import read_jsonl
 
 sys.path.insert(0, str(ROOT))
@@ -63,6 +65,25 @@ def test_a_run_that_inference_plays(config_file, tiny_assets, tmp_path, monkeypa
     for path in (logdir, logdir / "export"):
         pipe = DiagonalPipeline.from_config(str(tiny_assets / "tiny.yaml"), f"model.student={path}")
         assert pipe("a red circle").frames.shape == (21, 32, 48, 3)
+
+
+def test_a_run_shows_what_it_does(config_file, tmp_path, monkeypatch, capsys):
+    """Lines that stay and fit 80 columns; curves beside the metrics; which clip is the student's."""
+    from utils.video import read_video
+
+    logdir = tmp_path / "run"
+    settings = ["training.checkpoint_every=1", "training.distill.video_clips=1"]
+    train(monkeypatch, "--config_path", str(config_file), "--logdir", str(logdir), *settings)
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("step ") and "s a step" in line]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert all(len(line) < 80 and "critic_loss" in line and line.endswith(" left") for line in lines)
+    assert Image.open(logdir / "curves.png").width > 1000
+    (video,) = (logdir / "validation").glob("*.mp4")
+    frames = read_video(video)
+    assert frames.shape[1:3] == (32 + LABEL, 2 * 48)
+    strip = frames[:, :LABEL]
+    assert (strip.max(axis=(0, 1, 3)).reshape(2, 48).max(axis=1) > 150).all(), "a name above each"
 
 
 def test_no_save_leaves_metrics_only(config_file, tmp_path, monkeypatch):

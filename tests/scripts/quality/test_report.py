@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -58,6 +59,18 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
         write_clip(root / name / f"{name}.mp4", 2, "a blue square", brightness)
         write_clip(root / name / f"only-{name}.mp4", 3, f"only in {name}", brightness)
     return root / "plain", root / "seamy"
+
+
+def test_the_page_plays_its_videos_from_where_it_lies(tmp_path):
+    """By a relative address, whatever is in a name; in report.json there is none."""
+    video = write_clip(tmp_path / "a b" / 'c "#?%.mp4', 1, "a red circle")
+    assert report.main([str(video.parent), "--workers", "1", "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
+    address = shown["folders"][0]["clips"][0]["address"]
+    assert (tmp_path / "out" / unquote(address)).resolve() == video and quote(unquote(address)) == address
+    assert "address" not in (tmp_path / "out" / "report.json").read_text()
+    assert "media-src 'self' file:" in page and 'el("video"' in page
 
 
 def test_borders_are_those_of_the_codec():
