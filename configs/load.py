@@ -25,6 +25,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from configs.errors import UserError, shown
+from configs.reading import ordinary_file
 from configs.schema import CONTEXT_OF, DATED, Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -166,15 +167,11 @@ def _parse(text: str, where: str) -> Any:
 def _read(path: Path) -> dict:
     """One YAML file as a dict; an empty file is an empty dict."""
     where = f"config_path={path}"
-    size = path.stat().st_size
-    if size > MAX_FILE:
-        raise UserError(f"{where} has {size:,} bytes, which no configuration has; give a YAML file")
+    ordinary_file("config_path", path, MAX_FILE, fix="give a YAML file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}); give a YAML file") from None
     values = _parse(text, where)
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{where} holds no settings; it must hold `key: value` lines")

@@ -17,6 +17,8 @@ def ordinary_file(
     """
     try:
         state = os.stat(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{field}={path} does not exist; {fix}") from error
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{field}={path} cannot be read ({reason}); {fix}") from error
@@ -25,5 +27,5 @@ def ordinary_file(
     if not os.access(path, os.R_OK):
         raise UserError(f"{field}={path} cannot be read (permission denied); {fix}")
     if most is not None and state.st_size > most:
-        raise UserError(f"{field}={path} has {state.st_size:,} bytes, more than the {most:,} that are read; {fix}")
+        raise UserError(f"{field}={path} has {state.st_size:,} bytes; at most {most:,} are read, so {fix}")
     return state.st_size

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from configs.errors import UserError
+from configs.reading import ordinary_file
 from utils.colour import needs_mapping, to_srgb
 from utils.video import to_rgb
 
@@ -67,7 +68,7 @@ def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: 
         pixels = [_pixels(frame, 3, name) for frame in source[-frames:]]
         return np.stack([fit(frame, size) for frame in pixels])
     path = Path(source)
-    _check_file(path, MAX_CLIP_BYTES, name)
+    ordinary_file(name, path, MAX_CLIP_BYTES, fix="give the path of a file")
     kept: deque[np.ndarray] = deque(maxlen=frames)
     try:
         with av.open(str(path)) as container:
@@ -134,19 +135,8 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 
 
 def _content(path: str | os.PathLike, name: str) -> bytes:
-    path = Path(path)
-    _check_file(path, MAX_IMAGE_BYTES, name)
-    return path.read_bytes()
-
-
-def _check_file(path: Path, most: int, name: str) -> None:
-    """Refuse what is no file, or too large, before it is opened."""
-    if not path.exists():
-        raise UserError(f"{name}={path} does not exist; give the path of a file")
-    if not path.is_file():
-        raise UserError(f"{name}={path} is no file; give the path of a file")
-    if path.stat().st_size > most:
-        raise UserError(f"{name}={path} has {path.stat().st_size:,} bytes; at most {most:,} are taken")
+    ordinary_file(name, path, MAX_IMAGE_BYTES, fix="give the path of a file")
+    return Path(path).read_bytes()
 
 
 def _pixels(array: np.ndarray, dims: int, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, shown
+from configs.reading import ordinary_file
 from utils.files import parse_json
 
 MAX_PROMPT = 10_000  # characters; a text encoder reads some 2,500 and cleaning takes time that grows with length
@@ -65,20 +66,11 @@ def is_story(record: Any) -> bool:
 
 
 def _read_text(path: str | os.PathLike, field: str) -> str:
-    where = f"{field}={path}"
+    ordinary_file(field, path, MAX_TEXT, fix="give a text file with one prompt a line")
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"{where} cannot be read (no ordinary file); give a text file")
-        size = Path(path).stat().st_size
-        if size > MAX_TEXT:
-            raise UserError(f"{where} has {size:,} bytes and at most {MAX_TEXT:,} are read; split it")
         return Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{where} does not exist; give a text file with one prompt a line") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not valid UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}); give a text file") from error
+        raise UserError(f"{field}={path} is not valid UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def _records(text: str, where: str, suffix: str) -> list[Any] | None:

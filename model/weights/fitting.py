@@ -123,6 +123,18 @@ def as_text_encoder(
     return tensors, dict(config)
 
 
+def as_lora(name: str, path: Path, tensors: Tensors) -> dict[str, names.LoraTensor]:
+    """What each tensor of an adapter is."""
+    known = {tensor: names.lora_tensor(tensor) for tensor in tensors.shapes}
+    odd = [tensor for tensor, parsed in known.items() if parsed is None]
+    if odd or not any(parsed.part in ("A", "diff") for parsed in known.values()):
+        raise UserError(
+            f"{name}={path} is not a LoRA that we know ({len(odd)} tensors unexpected, the first being "
+            f"{min(odd, default='none')}); it seems to be {names.guess(tensors.shapes)}, so give {name} another file"
+        )
+    return known
+
+
 def layout(name: str, path: Path, of: Callable[..., names.Shapes], config: Mapping[str, Any]) -> names.Shapes:
     """Names and shapes `of` a network of the sizes in `config`."""
     try:

@@ -29,6 +29,7 @@ from torch import Tensor
 from configs.errors import UserError
 from model.weights import names
 from model.weights.files import BARE, Tensors, checked, may_take_forever, missing, open_file, read_json, resolve
+from model.weights.fitting import as_lora
 from utils.files import atomic_path, parse_json, write_json_atomic
 
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -95,13 +96,7 @@ def plan_lora(
     if found is None:
         seems = names.guess(next(iter(parts.values())).shapes if parts else {})
         raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {seems}, so give {name} another file")
-    known = {tensor: names.lora_tensor(tensor) for tensor in found.shapes}
-    odd = [tensor for tensor, parsed in known.items() if parsed is None]
-    if odd or not any(parsed.part in ("A", "diff") for parsed in known.values()):
-        raise UserError(
-            f"{name}={path} is not a LoRA that we know ({len(odd)} tensors unexpected, the first being "
-            f"{min(odd, default='none')}); it seems to be {names.guess(found.shapes)}, so give {name} another file"
-        )
+    known = as_lora(name, path, found)
 
     def of(*wanted: str, layers: bool = True) -> Tensors:
         def rename(tensor: str) -> str | None:

@@ -27,6 +27,7 @@ from model.weights.files import (
     subfolder,
 )
 from model.weights.fitting import (
+    as_lora,
     as_text_encoder,
     as_transformer,
     as_vae,
@@ -101,6 +102,8 @@ def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None
     elif role == "text_encoder":
         ours, config = as_text_encoder(name, place, tensors, config)
         refuse_misfit(name, place, ours, layout(name, place, names.t5_layout, config))
+    elif role == "lora":
+        as_lora(name, place, tensors)
     elif role == "vae":
         as_vae(name, place, tensors, config)
     if transformer:

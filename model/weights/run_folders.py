@@ -7,7 +7,6 @@
     <run>/checkpoint_model_000600/model.pt    Self-Forcing's and its forks'
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def complete(folder: Path) -> bool:
     if (folder / MODEL).is_file():
         return True
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json("run", folder / MANIFEST)
         sizes = manifest["sizes"] if "sizes" in manifest else dict.fromkeys(manifest.get("files", {STATE: None}))
         return all((folder / file).stat().st_size == size or size is None for file, size in sizes.items())
     except (OSError, ValueError, TypeError, AttributeError):

@@ -4,7 +4,9 @@ import io
 import json
 import struct
 import zlib
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,19 @@ def test_limits_are_held_before_anything_is_decoded(monkeypatch, tmp_path):
         read_clip(path, SIZE, 16, 5)
 
 
+def test_frames_that_last_a_day_take_no_more_than_the_clip_does(tmp_path):
+    """Ten frames that would be fourteen million at 16 a second."""
+    with av.open(str(tmp_path / "x.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=1)
+        stream.height, stream.width = SIZE
+        for i in range(10):
+            frame = av.VideoFrame.from_ndarray(np.full((*SIZE, 3), 10 + 4 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = i * 86400, Fraction(1)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    assert numbers(read_clip(tmp_path / "x.mkv", SIZE, 16, 5)) == [8, 8, 8, 8, 9]
+
+
 @pytest.mark.parametrize("pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])
 def test_arrays_that_are_no_pixels(pixels):
     with pytest.raises(UserError, match="not pixels"):
@@ -190,7 +205,7 @@ def test_a_clip_is_its_end_at_the_rate_that_is_generated(tmp_path, fps, expected
 
 BAD_STARTS = {
     "missing image": (["--image", "none.png"], "inference.image=none.png does not exist"),
-    "folder as image": (["--image", "."], "inference.image=. is no file"),
+    "folder as image": (["--image", "."], "inference.image=. is no ordinary file"),
     "video as image": (["--image", "long.mp4"], "cannot be read"),
     "image as long as nothing": (["--image", "file"], "cannot be read"),
     "missing video": (["--video", "none.mp4"], "inference.video=none.mp4 does not exist"),

@@ -182,7 +182,7 @@ TOKENIZERS = {
     ),
     "no object": (lambda folder: (folder / "tokenizer.json").write_text("[]"), "is no tokenizer"),
     "cut": (lambda folder: os.truncate(folder / "tokenizer.json", 500), "is no tokenizer"),
-    "60 MB": (lambda folder: (folder / "tokenizer.json").write_bytes(b" " * 60_000_000), "60,000,000 bytes, more than"),
+    "60 MB": (lambda folder: (folder / "tokenizer.json").write_bytes(b" " * 60_000_000), "60,000,000 bytes; at most"),
     "a pipe": (pipe("tokenizer.json"), "no ordinary file"),
     "settings a pipe": (pipe("tokenizer_config.json"), "no ordinary file"),
     "more words than the encoder": (grown, "gives ids up to 42 and model.text_encoder knows 32 words"),
