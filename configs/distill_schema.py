@@ -137,6 +137,10 @@ class DistillConfig:
     encoded_prompts: str | None = None  # folder of scripts/encode_prompts.py; no text encoder is loaded then
     video_clips: int = number(4, 0, 1000)  # validation clips written as a video, the teacher's beside them
 
+    @property
+    def regresses_motion(self) -> bool:
+        return self.gamma * self.motion_regression.weight > 0
+
     def generator_updates(self, steps: int) -> int:
         """Updates of the generator in the first `steps` steps."""
         return max(0, -((self.critic_warmup - steps) // self.dfake_gen_update_ratio))

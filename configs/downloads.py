@@ -68,6 +68,12 @@ DOWNLOADS = {
         {"checkpoints/self_forcing_dmd.pt": 5.68, "checkpoints/ode_init.pt": 5.68},
         optional=("checkpoints/ode_init.pt",),
     ),
+    "causal-forcing": Download(
+        "Causal-Forcing's chunk-wise student, a start for training",
+        "zhuhz22/Causal-Forcing",
+        "checkpoints",
+        {"chunkwise/causal_forcing.pt": 5.68},
+    ),
     "longlive": Download(
         "LongLive's base student and its LoRA",
         "Efficient-Large-Model/LongLive-1.3B",

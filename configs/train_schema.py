@@ -108,6 +108,7 @@ class TrainingConfig:
     validate_every: int = number(0, 0, 1_000_000_000)  # steps; 0 = only at the end
     validation_clips: int = number(64, 0, 1_000_000)
     max_checkpoints: int = number(2, 1, 1_000_000)  # the newest that are kept
+    accept_unfinished: bool = False  # start from a run of ours that has not reached its last step
     accept_changes: list[str] = field(default_factory=list)  # settings in which a resumed run may differ all the same
     export: str | None = None  # folder that the trained modules are written to at the end, from the checkout on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -251,6 +251,8 @@ def distill_plan(
         "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,
     }
+    if t.distill.regresses_motion:
+        always["frozen start"] = 2 * student.parameters / shards
     if t.distill.fast_rollout:
         always["fast student"] = twin_bytes(config, student)
     if shards > 1:

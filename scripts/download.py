@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table() -> str:
     """What can be fetched, a line each."""
-    return "\n".join(f"{name:<14}{d.gigabytes:>6.2f} GB  {d.folder:<28}{d.what}" for name, d in DOWNLOADS.items())
+    return "\n".join(f"{name:<15}{d.gigabytes:>6.2f} GB  {d.folder:<28}{d.what}" for name, d in DOWNLOADS.items())
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------

@@ -10,16 +10,18 @@ from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from model.fp8 import check_fp8
 from pipeline.preflight import check_room, check_training
-from trainer.checkpoint.resume import check_export, check_resumable, export_folder
+from trainer.checkpoint.resume import check_export, check_resumable, check_starts, export_folder
 from trainer.checkpoint.save import folders
-from trainer.loop import make_sinks, run
+from trainer.loop import at_end, make_sinks, run
 from trainer.registry import build_stage
 from utils.device import gpu_memory, pick_device, set_threads
 from utils.distributed import Ranks, process_group
 from utils.files import atomic_path, check_writable, sole_use
-from utils.logs import console
+from utils.logs import console, get_logger
 from utils.seeds import DRAW
 from utils.sinks import check_loggers
+
+log = get_logger(__name__)
 
 
 def train(args: Namespace) -> bool:
@@ -38,8 +40,12 @@ def train(args: Namespace) -> bool:
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
     set_threads(config.cpu_threads, training=True)
     check_resumable(config, logdir)
+    check_starts(config)
     if not args.no_save:
         check_export(config, logdir)
+        if at_end(config, logdir):
+            log.info("%s is at its end, step %d; nothing is left to do", logdir, config.training.steps)
+            return True
     if ranks.first:
         if not args.no_save:
             check_room(config, logdir, export_folder(config, logdir), len(folders(logdir)))

@@ -1,6 +1,7 @@
 """The training loop: step, log, validate, save; stop and resume exactly."""
 
 import gc
+import json
 import math
 import os
 import signal
@@ -28,7 +29,7 @@ from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
 from utils.curves import write_curves
-from utils.files import is_full, sole_use
+from utils.files import CARD, is_full, sole_use
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
@@ -286,6 +287,18 @@ def make_sinks(
         return sinks
 
     return make
+
+
+def at_end(config: Config, logdir: Path) -> bool:
+    """Whether the run in `logdir` has been trained, validated and exported as far as `config` says."""
+    steps = config.training.steps
+    try:
+        card = json.loads((export_folder(config, logdir) / CARD).read_text(encoding="utf-8"))
+        rows = read_jsonl(logdir / METRICS)
+        validated = any(row["step"] == steps and any(name.startswith("validation_") for name in row) for row in rows)
+        return card["step"] == steps == card["steps"] and (validated or not config.training.validation_clips)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def keep_garbage_small() -> None:

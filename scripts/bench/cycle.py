@@ -51,6 +51,7 @@ def cost_of(stage: Distill) -> DistillCost:
         guidance=bool(d.guidance),
         fake_guidance=bool(d.fake_guidance),
         release_context=d.rollout_context == "release",
+        start_steps=len(d.motion_regression.timesteps) if d.regresses_motion else 0,
         frozen=bool(d.lora.student_rank),
     )
 
@@ -65,6 +66,7 @@ class Watch:
         wrap(stage, "_draw", self._name(INPUTS))
         wrap(stage.prompts, "batch", self._name(TEXT))
         wrap(stage, "_sample", self._name(ROLLOUT))
+        wrap(stage, "_sample_of_start", self._name(ROLLOUT))
         if stage.turns is not None:
             wrap(stage.turns, "take", self._name(ROLLOUT))
         wrap(stage.student, "x0", lambda: self._name(STUDENT if graph() else ROLLOUT)())

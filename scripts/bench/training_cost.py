@@ -80,13 +80,14 @@ class DistillCost:
     guidance: bool = True
     fake_guidance: bool = False
     release_context: bool = False  # training.distill.rollout_context
+    start_steps: int = 0  # of a chunk of the frozen start, where motion is regressed on what it makes
     frozen: bool = False  # adapters are trained
 
     def generator(self, exits: Sequence[int]) -> dict[str, int]:
         """Of an update of the student whose chunks exit at these steps."""
         without, graph = self._rollout(exits)
         return {
-            ROLLOUT: without.total,
+            ROLLOUT: (without + self._start_rollout(len(exits))).total,
             STUDENT: graph.total,
             TEACHER: self._score(self.teacher, 2 if self.guidance else 1).total,
             SCORE: self._score(self.critic, 2 if self.fake_guidance else 1).total,
@@ -116,13 +117,26 @@ class DistillCost:
         """Passes without a graph, and those with one (with the text's keys, which are made once a rollout)."""
         without, graph = Passes(), text_keys(self.student, self.text_tokens, self.batch)
         for chunk, exit_at in enumerate(exits):
-            tokens = self.geometry.tokens_per_chunk
-            keys = len(self.geometry.visible_chunks(chunk)) * tokens
-            one = network_pass(self.student, tokens=tokens, keys=keys, text_tokens=self.text_tokens, batch=self.batch)
+            one = self._pass(chunk)
             graph += one
             for _ in range(exit_at + self._after(chunk, exit_at, last=chunk + 1 == len(exits))):
                 without += one
         return without, graph
+
+    def _start_rollout(self, chunks: int) -> Passes:
+        """The frozen start's, every chunk to the end of its steps."""
+        total = text_keys(self.student, self.text_tokens, self.batch) if self.start_steps else Passes()
+        for chunk in range(chunks if self.start_steps else 0):
+            extra = self.release_context or self.schedule.context_timestep(chunk) is not None
+            for _ in range(self.start_steps + (extra and chunk + 1 < chunks)):
+                total += self._pass(chunk)
+        return total
+
+    def _pass(self, chunk: int) -> Passes:
+        """One step of a chunk."""
+        tokens = self.geometry.tokens_per_chunk
+        keys = len(self.geometry.visible_chunks(chunk)) * tokens
+        return network_pass(self.student, tokens=tokens, keys=keys, text_tokens=self.text_tokens, batch=self.batch)
 
     def _after(self, chunk: int, exit_at: int, *, last: bool) -> int:
         """Passes after the exit, for the chunks to come (pipeline/rollout.py)."""

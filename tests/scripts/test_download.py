@@ -36,6 +36,7 @@ FILES = {
     f"{SMALL}/{T5}": WHOLE["models_t5_umt5-xxl-enc-bf16.pth"][1],
     **{f"{SMALL}/{name}": b"{}" for name in [*TOKENIZER][1:]},  # the first can be done without
     "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt": student(),
+    "zhuhz22/Causal-Forcing/chunkwise/causal_forcing.pt": student(),
     "gdhe17/Self-Forcing/vidprom_filtered_extended.txt": "a cat\nein Bär\n".encode(),
     "madebyollin/taehv/raw/main/taew2_1.pth": WHOLE["taew2_1.pth"][1],
 }

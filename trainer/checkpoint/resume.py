@@ -14,10 +14,11 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import CHECKOUT, as_meant, to_dict
 from configs.schema import Config
+from model.weights.files import resolve
 from model.weights.run_folders import EXPORT as EXPORTS
-from model.weights.run_folders import MANIFEST
+from model.weights.run_folders import MANIFEST, SHARDS, STATE, find
 from trainer.checkpoint.save import folders
-from utils.files import replaceable
+from utils.files import CARD, replaceable
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -29,6 +30,7 @@ FREE = (
     "training.sequence_student", "training.timeout_s",
     "training.log_every", "training.loggers", "training.checkpoint_every", "training.max_checkpoints",
     "training.validate_every", "training.validation_clips", "training.export", "training.accept_changes",
+    "training.accept_unfinished",
     "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
 )  # fmt: skip
 ROLLOUT = tuple(  # what training.distill.fast_rollout makes rollouts by
@@ -56,6 +58,30 @@ def check_export(config: Config, logdir: Path) -> None:
         replaceable(export_folder(config, logdir), "training.export", keep=[logdir])
     if not config.training.export or config.training.stage == "distill":  # which exports with every checkpoint
         replaceable(logdir / EXPORTS, f"--logdir {logdir}: its folder {EXPORTS}")
+
+
+def check_starts(config: Config) -> None:
+    """Refuse to start from a run of ours that has not reached its last step, before a network is made."""
+    for name, source in config.training.init.items() if not config.training.accept_unfinished else ():
+        step, steps = _progress(resolve(source))
+        if step < steps:
+            raise UserError(
+                f"training.init.{name}={source} is at step {step} of {steps}; let that run reach its end (its own "
+                f"command goes on with it), or set training.accept_unfinished=true"
+            )
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """Step and last step of the run that what is read from `path` belongs to; of anything else, twice the same."""
+    found = find(path, averaged=False)
+    try:
+        if found.name in (STATE, SHARDS):
+            manifest = json.loads((found.parent / MANIFEST).read_text(encoding="utf-8"))
+            return int(manifest["step"]), int(manifest["config"]["training"]["steps"])
+        card = json.loads((found / CARD).read_text(encoding="utf-8"))
+        return int(card["step"]), int(card["steps"])
+    except (OSError, ValueError, KeyError, TypeError):  # whoever loads it says what is wrong with it
+        return 0, 0
 
 
 def check_resumable(config: Config, logdir: Path) -> None:

@@ -111,7 +111,7 @@ class Distill(Stage):
         self.critic = Score(self._players["critic"].module)
         self.geometry = self.geometry.for_network(self.student.model.config)
         self.start: Student | None = None  # what training starts from, where motion is regressed on what it makes
-        if self._regresses_motion:
+        if self.settings.regresses_motion:
             self.start = Student(frozen_start(config, place))
             even = self.settings.motion_regression.timesteps
             row = tuple(warp(t / TIME, config.schedule.shift) for t in even)
@@ -128,10 +128,6 @@ class Distill(Stage):
         self.generator_backward = self._family(self._generator_loss, generator_parameters)
         self.critic_backward = self._family(self._critic_loss, self._players["critic"].parameters)
         self.validator = Validator(config, self.encoder, self.codec, self.geometry, self.schedule, self.prompts.prompts)
-
-    @property
-    def _regresses_motion(self) -> bool:
-        return self.settings.gamma * self.settings.motion_regression.weight > 0
 
     def _open_pairs(self) -> tuple[Pairs | None, PromptBank | None]:
         """The teacher's pairs for the regression terms, if there are any, and the embeddings of their prompts."""
@@ -452,6 +448,7 @@ class Distill(Stage):
         card = {
             "stage": self.name,
             "step": step,
+            "steps": self.config.training.steps,
             "generator_updates": d.generator_updates(step),
             "schedule": self.schedule.to_dict(),
             "trained_image_start": self.config.training.image_start > 0,

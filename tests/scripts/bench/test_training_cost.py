@@ -42,12 +42,16 @@ def counted(owner, method: str, totals: dict[str, int], name) -> None:
 
 
 @pytest.mark.parametrize("context", ["inference", "release"])
-@pytest.mark.parametrize("step", [0, 3])
-def test_every_phase_of_an_update(tiny_assets, context, step):
-    stage = distill_stage(tiny_assets, f"training.distill.rollout_context={context}")
+@pytest.mark.parametrize(("step", "regression"), [(0, 0), (3, 0), (0, 1)])
+def test_every_phase_of_an_update(tiny_assets, context, step, regression):
+    motion = f"training.distill.motion_regression={{weight: {regression}, hidden: 1}}"
+    stage = distill_stage(tiny_assets, f"training.distill.rollout_context={context}", motion)
     seen: dict[str, int] = {}
     counted(stage.student, "x0", seen, lambda: STUDENT if torch.is_grad_enabled() else ROLLOUT)
     counted(stage.student.model, "text_kv", seen, lambda: STUDENT if torch.is_grad_enabled() else ROLLOUT)
+    if stage.start is not None:
+        counted(stage.start, "x0", seen, lambda: ROLLOUT)
+        counted(stage.start.model, "text_kv", seen, lambda: ROLLOUT)
     counted(stage.teacher, "v", seen, lambda: TEACHER)
     counted(stage.critic, "v", seen, lambda: CRITIC if torch.is_grad_enabled() else SCORE)
     cost = cost_of(stage)

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from model.weights.safe_pickle import dry_run
 from model.weights.sharded_files import open_sharded
 from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
-from trainer.checkpoint.resume import check_changes
+from trainer.checkpoint.resume import check_changes, check_starts
+from trainer.loop import at_end
 from trainer.optim.train_state import Player
 from trainer.parallel.control_group import Team
 
@@ -183,3 +185,40 @@ def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, c
     assert all(torch.equal(value, exported[name]) for name, value in stage.averaged.state_dict().items())
     raw = load_student(folder).state_dict()
     assert all(torch.equal(value, raw[name]) for name, value in stage.student.model.state_dict().items())
+
+
+def test_a_start_from_a_run_that_is_not_at_its_end_is_refused(tmp_path):
+    """Whether its export or only a checkpoint is there; weights of others say nothing of steps."""
+
+    def start_from(path, *more):
+        check_starts(load_config("configs/train_tiny_distill.yaml", [f"training.init.student={path}", *more]))
+
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run / "export", other, tmp_path / "half" / "checkpoint_000400"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}") if folder.name != "checkpoint_000400" else None
+    (run / "export" / "card.json").write_text('{"stage": "distill", "step": 400, "steps": 1000}')
+    (other / "card.json").write_text('{"stage": "distill", "step": 400}')
+    half = tmp_path / "half" / "checkpoint_000400"
+    (half / "state.pt").write_bytes(b"")
+    (half / "manifest.json").write_text('{"step": 400, "files": {}, "config": {"training": {"steps": 1000}}}')
+    for path in (run, run / "export", tmp_path / "half", half):
+        with pytest.raises(UserError, match=r"training.init.student=.* is at step 400 of 1000; let that run reach"):
+            start_from(path)
+        start_from(path, "training.accept_unfinished=true")
+    for path in (other, tmp_path / "nothing"):
+        start_from(path)
+    (run / "export" / "card.json").write_text('{"stage": "distill", "step": 1000, "steps": 1000}')
+    start_from(run)
+
+
+def test_a_run_at_its_end_is_known_by_what_it_left(tmp_path):
+    config = load_config("configs/train_tiny.yaml", ["training.steps=40", "training.validation_clips=4"])
+    export = tmp_path / "export"
+    export.mkdir()
+    assert not at_end(config, tmp_path)
+    (export / "card.json").write_text('{"step": 40, "steps": 40}')
+    assert not at_end(config, tmp_path), "its last validation is missing"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "critic_loss": 1.0}\n{"step": 40, "validation_psnr": 1.0}\n')
+    assert at_end(config, tmp_path)
+    assert not at_end(replace(config, training=replace(config.training, steps=60)), tmp_path)
