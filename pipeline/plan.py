@@ -187,8 +187,9 @@ def make_plan(
         jobs = plan_jobs(config, stories, folder, settings, kind)
     else:
         jobs = [plan_output(config, stories, output, settings, kind, endless)]
-        jobs[0].check_name(config.inference.overwrite)
     jobs = ranks.share(jobs)
+    for job in jobs if output else ():
+        job.check_name(config.inference.overwrite)
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
     done = set(finished)
     jobs = [job for job in jobs if job not in done]

@@ -59,17 +59,16 @@ class LiveWriter:
             except OSError:
                 self._cut(path)
                 raise
+            if self.kind != "fmp4":  # whose last frame Ctrl-C may have cut
+                self._cut(path)
 
     def _cut(self, path: Path) -> None:
         """Leave what reads of a file that could not be written on, and count its frames again."""
-        frame = self.size[0] * self.size[1]
-        head, frame = {"raw": (0, 3 * frame), "y4m": (len(self._head), len(FRAME) + frame * 3 // 2)}.get(
-            self.kind, (0, 0)
-        )
-        length = path.stat().st_size
-        if frame:
-            self.frames_written = max(0, length - head) // frame
-            os.truncate(path, head + self.frames_written * frame if self.frames_written else 0)
+        length, pixels = path.stat().st_size, self.size[0] * self.size[1]
+        if self.kind != "fmp4":
+            frame = 3 * pixels if self.kind == "raw" else len(FRAME) + 3 * pixels // 2
+            self.frames_written = max(0, length - len(self._head)) // frame
+            os.truncate(path, len(self._head) + self.frames_written * frame if self.frames_written else 0)
             return
         os.truncate(path, _whole_fragments(path))
         self.frames_written = 0
