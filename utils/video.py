@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,9 +94,24 @@ class VideoWriter:
             self.frames_written += 1
 
 
+@cache
+def x264_params() -> dict[str, str]:
+    """Options that make equal frames give equal files.
+
+    x264's AVX-512 code reads memory that nobody has written (its macroblock tree: without it files are equal, too, and
+    up to 1.6 dB worse at their size). Its AVX2 code does not, at the same quality, size and speed.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return {}
+    return {"x264-params": "asm=avx2"} if "avx512" in flags else {}
+
+
 def add_h264(file: av.container.OutputContainer, fps: int, size: tuple[int, int], **options: str) -> av.VideoStream:
     """An H.264 stream of (height, width) in `file`, with the colours said; `options` are x264's."""
-    return _with_colours(file.add_stream("libx264", rate=fps, options={"crf": "18", **options}), size)
+    options = {"crf": "18", **x264_params(), **options}
+    return _with_colours(file.add_stream("libx264", rate=fps, options=options), size)
 
 
 def add_vp9(file: av.container.OutputContainer, fps: int, size: tuple[int, int]) -> av.VideoStream:
