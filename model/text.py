@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
+MOST_WORDS = 1000  # of a vocabulary that can be named
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
@@ -39,6 +40,21 @@ class TextEncoder:
         """As `torch.nn.Module.to`."""
         self.encoder.to(*args, **kwargs)
         return self
+
+    @property
+    def known_words(self) -> list[str]:
+        """All words of a tokenizer of so few that they can be named; [] of one that reads any text."""
+        words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
+        return sorted(words) if len(words) <= MOST_WORDS else []
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """What the tokenizer has no token for, so that the model does not see it: each part once, in order."""
+        if not self.tokenizer.is_fast:  # it does not say where its tokens come from
+            return []
+        text = clean_prompt(prompt)
+        tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        spans = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
+        return list(dict.fromkeys(text[a:b] for token, (a, b) in spans if token == self.tokenizer.unk_token_id))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, text_tokens] on the encoder's device; what is too long is cut, its last token being EOS."""

@@ -36,7 +36,7 @@ from model.tiny_decoder import TinyDecoderCodec, in_best_precision
 from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
 from model.weights.lora import Loras, plan_lora
 from pipeline.delivery import ahead
-from pipeline.start import encode_start, read_start, warn_of_start
+from pipeline.start import encode_start, read_start, start_warnings
 from pipeline.story import Story, play_story
 from pipeline.stream import ChunkResult, StreamSession
 from utils.device import pick_device, pick_dtype, set_threads
@@ -50,6 +50,7 @@ from utils.video import VideoWriter
 log = get_logger(__name__)
 SELF_FORCING = Schedule.from_config(ScheduleConfig(preset="self_forcing"), StreamConfig())
 
+FAR = 1.3  # times as high or as wide as what a student was trained for
 Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
 
 
@@ -62,6 +63,7 @@ class Video:
     prompt: str
     seed: int
     timings: list[dict[str, float]] = field(default_factory=list)  # a chunk: seconds by what they were spent on
+    warnings: list[str] = field(default_factory=list)  # sentences: what the model may not do well here
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an H.264 .mp4, whole or not at all."""
@@ -78,6 +80,7 @@ class DiagonalPipeline:
         self.schedule, self.geometry = self.session.schedule, self.session.geometry
         self.card: Mapping[str, Any] = {}  # what is known of the student's training
         self.loras = Loras(student.model)  # adapters that are not merged for good
+        self.start_warnings: list[str] = []  # of the picture or clip that was encoded last
 
     @classmethod
     def from_config(cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0):
@@ -104,6 +107,8 @@ class DiagonalPipeline:
         pipe = cls.from_parts(config, student, codec, text, device)
         pipe.loras, pipe.card = loras, student.card
         warn_of_schedule(pipe.schedule, student.card)
+        for text in size_warnings(config, student.card):
+            log.warning(text)
         return pipe
 
     @classmethod
@@ -154,7 +159,10 @@ class DiagonalPipeline:
         chunks = list(self.chunks(prompts, seeds, num_frames, self.start(image, video, num_frames)))
         timings = [spans for _, spans in chunks]
         videos = [
-            Video(np.concatenate([frames[i] for frames, _ in chunks]), self.config.video.fps, text, one_seed, timings)
+            Video(
+                np.concatenate([frames[i] for frames, _ in chunks]), self.config.video.fps, text, one_seed, timings,
+                self.warnings([text]),
+            )
             for i, (text, one_seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         return videos[0] if isinstance(prompt, str) else videos
@@ -175,12 +183,31 @@ class DiagonalPipeline:
         """Latents [1, F, C, h, w] that a video of `num_frames` pixel frames begins with; None without any."""
         lengths = [self.num_chunks(n) for n in (num_frames if isinstance(num_frames, Sequence) else [num_frames])]
         pixels = read_start(self.config, image, video, min(lengths) * self.geometry.chunk_frames)
+        self.start_warnings = []
         return None if pixels is None else self.encode(pixels)
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """Latents [1, F, C, h, w] of what `read_start` has read, uint8 [T, H, W, 3]."""
-        warn_of_start(self.card)
-        return encode_start(self.session.codec, pixels, self.geometry, self.session.device)
+        codec = self.session.codec
+        latents = encode_start(codec, pixels, self.geometry, self.session.device)
+        small_world = bool(self.session.text_encoder.known_words)
+        self.start_warnings = start_warnings(self.card, pixels[0], latents, codec if small_world else None)
+        for text in self.start_warnings:
+            log.warning(text)
+        return latents
+
+    def prompt_warnings(self, prompt: str) -> list[str]:
+        """Sentences that say which parts of `prompt` the model does not see; [] where it sees all."""
+        return prompt_warnings(self.session.text_encoder, prompt)
+
+    def warnings(self, prompts: Sequence[str]) -> list[str]:
+        """Sentences that say what a video of these prompts, at this size and from the last start, may not do well."""
+        seen = [text for prompt in prompts for text in self.prompt_warnings(prompt)]
+        return [*size_warnings(self.config, self.card), *self.start_warnings, *dict.fromkeys(seen)]
+
+    def _warn(self, prompts: Sequence[str]) -> None:
+        for text in dict.fromkeys(text for prompt in prompts for text in self.prompt_warnings(check_prompt(prompt))):
+            log.warning(text)
 
     def chunks(
         self,
@@ -193,8 +220,7 @@ class DiagonalPipeline:
 
         start: latents that all of them begin with.
         """
-        for prompt in prompts:
-            self._warn_of_length(check_prompt(prompt))
+        self._warn(prompts)
         if isinstance(num_frames, Sequence):
             if len(num_frames) != len(prompts):
                 raise UserError(f"{len(num_frames)} lengths were given for {len(prompts)} prompts; give one a prompt")
@@ -207,8 +233,7 @@ class DiagonalPipeline:
         self, story: Story, seed: int, num_chunks: int | None, start: Tensor | None = None
     ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
         """As `chunks`, for one video of prompts that follow one another. num_chunks: None = without end."""
-        for prompt in story.prompts:
-            self._warn_of_length(check_prompt(prompt))
+        self._warn(story.prompts)
         yield from self._arrived(play_story(self.session, story, seed, num_chunks, start))
 
     def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
@@ -216,15 +241,6 @@ class DiagonalPipeline:
         for result in ahead(results, 1) if beside else results:  # the next chunk is queued before this one is awaited
             frames = result.wait().frames.numpy()
             yield [own if alive else own[:0] for own, alive in zip(frames, result.alive, strict=True)], result.timings
-
-    def _warn_of_length(self, prompt: str) -> None:
-        encoder = self.session.text_encoder
-        tokens = len(encoder.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
-        if tokens > encoder.text_tokens:
-            log.warning(
-                f"the prompt is {tokens} tokens long and only the first {encoder.text_tokens} count "
-                f"(model.text_tokens={encoder.text_tokens}): {prompt[:40]}..."
-            )
 
 
 def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
@@ -278,6 +294,40 @@ def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Code
     if plan.plain:
         return student, codec
     return optimise(student, plan), optimise_codec(codec, compiled=plan.compile)
+
+
+def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
+    """What of `prompt` does not reach the model: what is too long, and words that it does not know."""
+    found = []
+    tokens = len(encoder.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+    if tokens > encoder.text_tokens:
+        found.append(
+            f"the prompt is {tokens} tokens long and only the first {encoder.text_tokens} count "
+            f"(model.text_tokens={encoder.text_tokens}): {prompt[:40]}..."
+        )
+    unknown = encoder.unknown_words(prompt)
+    if unknown:
+        named = ", ".join(word[:40] for word in unknown[:20]) + (", ..." if len(unknown) > 20 else "")
+        known = encoder.known_words
+        found.append(
+            f"this model does not know, and leaves out of the prompt: {named}"
+            + (f". It knows these words: {', '.join(known)}" if known else "")
+        )
+    return found
+
+
+def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:
+    """Whether a video is far from the size that its student was trained for, as its card says."""
+    if card.get("size") is None:
+        return []
+    size, trained = (config.video.height, config.video.width), card["size"]
+    if all(1 / FAR <= ours / theirs <= FAR for ours, theirs in zip(size, trained, strict=True)):
+        return []
+    (height, width), (trained_height, trained_width) = size, trained
+    return [
+        f"this student was trained for {trained_height}x{trained_width} pixels (height x width) and makes "
+        f"{height}x{width} now, which may look wrong; set video.height={trained_height} video.width={trained_width}"
+    ]
 
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:

@@ -172,6 +172,7 @@ def describe(pipe: DiagonalPipeline, clip: Clip, weights: Sequence[WeightCheck])
         "digest": job.digest,
         "frames": clip.frames,
         "schedule": pipe.schedule.to_dict(),
+        "warnings": pipe.warnings(job.story.prompts),
         "nfe": pipe.schedule.nfe(clip.num_chunks),
         "timings_s": {"total": clip.total, "first_frames": clip.first_frames, "chunks": clip.chunks},
         "weights_sha256": weight_hashes(tuple(weights)),

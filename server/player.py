@@ -25,7 +25,6 @@ from model.schedule import Schedule
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.provenance import commit, versions
 from pipeline.snapshot import Snapshot
-from pipeline.start import encode_start
 from pipeline.stream import StreamSession
 from server.messages import Play, Rewind, Say
 from utils.video_live import LiveWriter
@@ -104,6 +103,7 @@ class Player:
         self.seed, self.switch = 0, session.switch
         self.image: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
         self.begun_with: np.ndarray | None = None  # of the present video
+        self.start_warnings: list[str] = []
         self._start: Tensor | None = None  # its latents
         self._chunks = iter(())
         self._lock = threading.Lock()  # over `takes`, which a download reads from another thread
@@ -113,6 +113,7 @@ class Player:
         if message.image and self.image is None:
             raise UserError("image=true, but no picture was uploaded; choose one first")
         self.begun_with = self.image if message.image else None
+        self.start_warnings = []
         self._start = None if self.begun_with is None else self._encode(self.begun_with)
         self.session.schedule = message.schedule
         self.snapshots.clear()
@@ -121,7 +122,9 @@ class Player:
         self._from_the_start(message.prompt, message.seed)
 
     def _encode(self, image: np.ndarray) -> Tensor:
-        return encode_start(self.session.codec, image[None], self.pipe.geometry, self.session.device)
+        latents = self.pipe.encode(image[None])
+        self.start_warnings = self.pipe.start_warnings
+        return latents
 
     def _from_the_start(self, prompt: str, seed: int) -> None:
         self.seed, self.switch = seed, self.session.switch

@@ -87,7 +87,8 @@ class Visit:
                 if self._stream is None or self._stream.done():
                     raise UserError("nothing is playing; press Play first")
                 self.player.say(message)
-                await self._say("said", prompt=message.prompt)
+                warnings = self.player.pipe.prompt_warnings(message.prompt)
+                await self._say("said", prompt=message.prompt, warnings=warnings)
             case Shown(frames):
                 self._shown = max(self._shown, min(frames, self._sent))
                 self._room.set()
@@ -102,7 +103,9 @@ class Visit:
         await asyncio.get_running_loop().run_in_executor(self.pool, start, message)
         self._shown = self._sent = 0
         shown = {"take": self.player.take, "takes": list(self.player.takes), "frames": frames}
-        await self._say("take", **shown, **self._describe(self.player.session.schedule))
+        of_prompt = self.player.pipe.prompt_warnings(message.prompt) if message.prompt else []
+        warnings = [*self.player.start_warnings, *of_prompt]
+        await self._say("take", **shown, warnings=warnings, **self._describe(self.player.session.schedule))
         self._stream = asyncio.create_task(self._play(frames))
 
     async def _play(self, frames: int) -> None:

@@ -167,11 +167,16 @@ def sizes_of(name: str, path: Path, read: Callable[..., Any], *arguments: Any) -
 
 
 def read_card(name: str, path: Path) -> dict[str, Any]:
-    """A student's card, its schedule being one."""
+    """A student's card, its schedule and its size being such."""
     card = read_json(name, path)
     try:
         if card.get("schedule") is not None:
             Schedule.from_dict(card["schedule"])
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: {path} holds a schedule that is none ({error}); remove it from the file") from error
+    size = card.get("size")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    ):
+        raise UserError(f"{name}: {path} has a size that is not [height, width] in pixels; remove it from the file")
     return card

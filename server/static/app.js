@@ -37,6 +37,7 @@ function heard(message) {
     case "hello": return begin(message);
     case "take":
       take = message.take;
+      $("warnings").textContent = message.warnings.join(" ");
       since = asked.shift() ?? null;
       buffer.clear();
       arrivals = [];
@@ -45,7 +46,9 @@ function heard(message) {
       setPlaying(true);
       return showSchedule(message);
     case "schedule": return showSchedule(message);
-    case "said": return say(`From the next chunk on: ${message.prompt}`);
+    case "said":
+      $("warnings").textContent = message.warnings.join(" ");
+      return say(`From the next chunk on: ${message.prompt}`);
     case "stopped": buffer.clear(); setPlaying(false); return asked.length || say("Stopped.");
     case "end": case "idle": setPlaying(false); return say(message.message);
     case "error":

@@ -95,3 +95,16 @@ def test_uploads_are_bounded_and_for_visitors_only(serve):  # noqa: F811
             return 413, ""
 
     assert visit(port, flood, query)[0] == 413
+
+
+def test_what_the_model_does_not_know_is_said_with_each_take(serve):  # noqa: F811
+    port = serve()
+
+    async def script(me):
+        await me.send(**PLAY | {"prompt": "a red panda"})
+        begun = await me.until("take")
+        await me.send(type="say", prompt="a bamboo circle")
+        return begun["warnings"], (await me.until("said"))["warnings"]
+
+    for warnings, word in zip(visit(port, script), ("panda", "bamboo"), strict=True):
+        assert len(warnings) == 1 and f"leaves out of the prompt: {word}. It knows these words: " in warnings[0]

@@ -451,6 +451,7 @@ class Distill(Stage):
             "steps": self.config.training.steps,
             "generator_updates": d.generator_updates(step),
             "schedule": self.schedule.to_dict(),
+            "size": [self.config.video.height, self.config.video.width],
             "trained_image_start": self.config.training.image_start > 0,
         }
         state = self._players["generator"].averaged_state() if self.sharded else None

@@ -216,6 +216,11 @@ class TeacherForcing(FlowStage):
         return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:
-        begins = self.config.training.image_start > 0
-        card = {"stage": self.name, "step": step, "schedule": self.schedule.to_dict(), "trained_image_start": begins}
+        card = {
+            "stage": self.name,
+            "step": step,
+            "schedule": self.schedule.to_dict(),
+            "size": [self.config.video.height, self.config.video.width],
+            "trained_image_start": self.config.training.image_start > 0,
+        }
         save_network(self.averaged, folder, card=card)

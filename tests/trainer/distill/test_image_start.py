@@ -56,7 +56,8 @@ def test_a_step_trains_and_the_card_says_so(tiny_assets, tmp_path):
         assert all(torch.isfinite(value).all() for value in logs.values())
         assert any(not torch.equal(a, b) for a, b in zip(before, stage.student.model.parameters(), strict=True))
         stage.export(tmp_path / str(share), 1)
-        assert json.loads((tmp_path / str(share) / "card.json").read_text())["trained_image_start"] is said
+        card = json.loads((tmp_path / str(share) / "card.json").read_text())
+        assert card["trained_image_start"] is said and card["size"] == [32, 48]
 
 
 SHARES = [["training.image_start=1.5"], ["training.image_start=0.5", "training.stage=codec"]]
