@@ -214,3 +214,14 @@ def test_the_page_begins_with_a_picture(open_page):
     page.click("#no-image")
     assert page.is_hidden("#preview") and "without" in page.inner_text("#status")
     assert not page.problems, page.problems
+
+
+def test_words_that_the_model_does_not_know_are_named(open_page):
+    page = open_page(viewport={"width": 1280, "height": 900})
+    page.fill("#prompt", "a panda moves right")
+    page.click("#play")
+    wait(page, "document.querySelector('#warnings').textContent.includes('panda')")
+    page.fill("#prompt", "a red circle moves right")
+    page.click("#play")
+    wait(page, "document.querySelector('#warnings').textContent === ''")
+    assert not page.problems, page.problems
