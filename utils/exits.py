@@ -8,6 +8,7 @@ import argparse
 import difflib
 import errno
 import io
+import math
 import os
 import re
 import shlex
@@ -17,12 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from configs.errors import UserError, shown
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 OLDEST_PYTHON = (3, 11)
+LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes all that was given
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
 WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh"}
@@ -42,11 +44,20 @@ FIXES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one sentence, too, and name the flag that was meant."""
+    """A command line whose mistakes are one sentence, too, and name the flag that was meant.
+
+    Its numbers are digits, of 18 at most, or finite decimals.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register("type", int, _whole)
+        self.register("type", float, _finite)
 
     def error(self, message: str) -> NoReturn:
         hint = self._hint(message) if message.startswith("unrecognized arguments: ") else ""
-        raise UserError(f"{message}{hint}; see python {self.prog} --help")
+        said = message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
+        raise UserError(f"{said}{hint}; see python {self.prog} --help")
 
     def _hint(self, message: str) -> str:
         unknown = [word.partition("=")[0] for word in message.split()[2:] if word.startswith("-")]
@@ -61,6 +72,19 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 flags += [flag for parser in action.choices.values() for flag in parser._flags()]
         return flags
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch("[-+]?[0-9]{1,18}", text):
+        raise ValueError(text[:20])
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text[:20])
+    return number
 
 
 def guard(name: str) -> None:

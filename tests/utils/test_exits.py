@@ -165,6 +165,25 @@ def test_a_mistyped_flag_names_the_one_that_was_meant():
         parser.parse_args(["--qqqqqq"])
 
 
+@pytest.mark.parametrize("given", ["9" * 19, "9" * 5000, "1_0", "0x10", "1e3", "nan", ""])
+def test_flags_of_whole_numbers_take_digits(given):
+    parser = exits.Parser(prog="x.py")
+    parser.add_argument("--n", type=int)
+    assert parser.parse_args(["--n", "010"]).n == 10 and parser.parse_args(["--n=-3"]).n == -3
+    with pytest.raises(UserError, match="argument --n: invalid int value") as caught:
+        parser.parse_args([f"--n={given}"])
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "-inf", "1e999", "x"])
+def test_flags_of_numbers_are_finite(given):
+    parser = exits.Parser(prog="x.py")
+    parser.add_argument("--n", type=float)
+    assert parser.parse_args(["--n", "2.5"]).n == 2.5
+    with pytest.raises(UserError, match="argument --n: invalid float value"):
+        parser.parse_args([f"--n={given}"])
+
+
 def test_an_old_python_is_told_its_age(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
     with pytest.raises(SystemExit) as stop:
