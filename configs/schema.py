@@ -13,7 +13,8 @@ from configs.train_schema import TrainingConfig
 from configs.validate import check_bounds, number, one_of
 
 CONTEXTS = ("last_step", "clean", "renoise")
-SWITCHES = ("recache", "blend", "cut")
+RECACHES = ("recache", "recache_window")
+SWITCHES = (*RECACHES, "blend", "cut")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
 # context policy of the presets that have their own, before stream.context
@@ -70,7 +71,7 @@ class StreamConfig:
     context_by_chunk: dict[int, str] = number({}, 0, 100_000)  # exceptions, e.g. {0: clean}
     # chunks after which the schedule starts again and gives a new sink; 0 = never
     restart_every: int = number(0, 0, 100_000)
-    switch: str = "recache"  # how a new prompt comes in: recache the window, blend the texts, or cut to the new one
+    switch: str = "recache"  # how a new prompt comes in (pipeline/switch.py): recache, recache_window, blend, cut
     switch_chunks: int = number(3, 1, 10_000)  # chunks that a blend takes
 
     def __post_init__(self):

@@ -116,6 +116,7 @@ def rollout(
     context_noise: float = 100.0,
     start: Tensor | None = None,
     recache_at: int | None = None,
+    keep_sink: bool = False,
 ) -> Tensor:
     """Latents [B, chunks x f, C, H, W] of as many chunks as `exits` has entries.
 
@@ -123,13 +124,14 @@ def rollout(
     cache: empty; afterwards it holds the end of the rollout. A StreamCache where there is no `grad`.
     grad: record graphs, from chunk `first_grad` on; chunks before it are made without.
     recache_at: chunk before which the window is made again under its text, as inference does where a prompt changes
-        (pipeline/switch.py); without a graph, so that later chunks send no gradient to earlier ones.
+        (pipeline/switch.py); without a graph, so that later chunks send no gradient to earlier ones. keep_sink: but for
+        the sink.
     start: clean latents [B, g, C, H, W] that it begins with, fewer than a chunk has (pipeline/chunk.py: Given).
     """
     out, recall, student = [], Recall(cache.geometry), Remembering(student)
     for chunk, exit_at in enumerate(exits):
         if chunk and chunk == recache_at:
-            recall.recache(student, cache, text(chunk))
+            recall.recache(student, cache, text(chunk), keep_sink=keep_sink)
         place = {"cache": cache, "chunk": chunk, "text": text(chunk)}
         if start is not None and chunk == 0:
             level = schedule.context_level(chunk)

@@ -193,7 +193,7 @@ class StreamSession:
     def say(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
         """Change the prompt from the next chunk on: one for all streams, or one each (None: as it was).
 
-        switch: recache, blend or cut (pipeline/switch.py); None = the session's. UserError for what is no prompt.
+        switch: as `stream.switch` (pipeline/switch.py); None = the session's. UserError for what is no prompt.
         """
         assert self._cache is not None, "nothing is played"
         self._track.say(prompts, switch or self.switch, self.switch_chunks)
@@ -358,7 +358,7 @@ class StreamSession:
         state = self._track.advance(blend=self.chunk != self._blended)
         self._blended = self.chunk
         if state.stale:
-            self._recall.recache(student, self._cache, state.kv)
+            self._recall.recache(student, self._cache, state.kv, keep_sink=state.keep_sink)
             self._track.recached()
         if state is not before:
             timer.mark("text")

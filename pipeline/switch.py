@@ -1,10 +1,12 @@
 """Prompts that change while a stream runs, and how the past is made to fit the new one.
 
-Three ways, `stream.switch`, each from the next chunk on:
+Four ways, `stream.switch`, each from the next chunk on:
 
-    cut       the new text at once; the window keeps keys that were computed under the old text
-    blend     embeddings go from the old text to the new one in equal steps over `stream.switch_chunks` chunks
-    recache   the new text at once, and the window is run again under it (LongLive, arXiv 2509.22622)
+    cut             the new text at once; the window keeps keys that were computed under the old text
+    blend           embeddings go from the old text to the new one in equal steps over `stream.switch_chunks` chunks
+    recache         the new text at once, and the window is run again under it (LongLive, arXiv 2509.22622)
+    recache_window  the same but for the sink, whose keys stay those of the text it was made under (LongLive's
+                    `global_sink: true`): less is run again, and the stream's beginning goes on asking for the old text
 
 LongLive recaches clean latents in one pass over the whole window, which attends in both directions. Here the passes
 that left the window's keys are made again, chunk by chunk and in order: same noisy inputs, same timesteps, so the same
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from configs.schema import SWITCHES
+from configs.schema import RECACHES, SWITCHES
 from model.cache import GraphCache, StreamCache, slot
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student
@@ -68,10 +70,18 @@ class Recall:
         self.slots[slot(self.geometry, done.chunk)] = done
 
     @torch.no_grad()
-    def recache(self, student: Student, cache: StreamCache | GraphCache, text: TextKV | Tensor) -> None:
-        """Write all slots again under `text`, oldest first, without a graph. If it is broken off, call it again."""
-        order = sorted(self.slots, key=lambda i: self.slots[i].chunk)
+    def recache(
+        self, student: Student, cache: StreamCache | GraphCache, text: TextKV | Tensor, *, keep_sink: bool = False
+    ) -> None:
+        """Write all slots again under `text`, oldest first, without a graph. If it is broken off, call it again.
+
+        keep_sink: but for those of the sink, which all others see as they are.
+        """
+        kept = self.geometry.sink_chunks if keep_sink else 0
+        order = sorted(self.slots, key=lambda i: (0, i) if i < kept else (1, self.slots[i].chunk))
         for position, i in enumerate(order):  # a chunk sees a prefix of the slots, so they are filled from the left
+            if i < kept:
+                continue
             done = self.slots[i]
             start_frame = done.chunk * self.geometry.chunk_frames + done.moved
             student.x0(done.x_t, done.t, text, cache.rewrite(position), start_frame)
@@ -127,6 +137,7 @@ class TextState:
     target: Tensor  # the embedding that a blend ends at
     left: int = 0  # chunks until it does
     stale: bool = False  # the cache still has to be made again
+    keep_sink: bool = False  # but for the sink
 
 
 class PromptTrack:
@@ -182,5 +193,8 @@ class PromptTrack:
         if switch == "blend":
             self.state = replace(old, prompts=prompts, target=target, left=chunks)
         else:
-            stale = switch == "recache" or old.stale
-            self.state = TextState(prompts, target, self._text_kv(target), target, stale=stale)
+            stale, keep_sink = switch in RECACHES or old.stale, switch == "recache_window"
+            if old.stale:  # what was said just before has not come in yet: the more thorough of both does
+                keep_sink = old.keep_sink and switch != "recache"
+            kv = self._text_kv(target)
+            self.state = TextState(prompts, target, kv, target, stale=stale, keep_sink=keep_sink)

@@ -29,13 +29,13 @@ from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import Team, noticing_loss
 from trainer.stage import Stage
 from utils.curves import write_curves
-from utils.files import CARD, is_full, sole_use
+from utils.files import is_full, sole_use, write_json_atomic
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
 log = get_logger(__name__)
 
-METRICS, CURVES = "metrics.jsonl", "curves.png"  # in the run's folder
+METRICS, CURVES, END = "metrics.jsonl", "curves.png", "end.json"  # in the run's folder
 
 
 class _Stop:
@@ -269,6 +269,8 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
                     show_curves(logdir, stage.name)
         if save:
             _export(stage, logdir, reached, team)
+            if stage.ranks.first:
+                write_json_atomic(logdir / END, {"steps": reached})
     return True
 
 
@@ -291,14 +293,11 @@ def make_sinks(
 
 def at_end(config: Config, logdir: Path) -> bool:
     """Whether the run in `logdir` has been trained, validated and exported as far as `config` says."""
-    steps = config.training.steps
     try:
-        card = json.loads((export_folder(config, logdir) / CARD).read_text(encoding="utf-8"))
-        rows = read_jsonl(logdir / METRICS)
-        validated = any(row["step"] == steps and any(name.startswith("validation_") for name in row) for row in rows)
-        return card["step"] == steps == card["steps"] and (validated or not config.training.validation_clips)
+        steps = json.loads((logdir / END).read_text(encoding="utf-8"))["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return steps == config.training.steps and export_folder(config, logdir).is_dir()
 
 
 def keep_garbage_small() -> None:

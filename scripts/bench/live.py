@@ -154,22 +154,31 @@ def recoloured(scene: TinyScene, turn: int) -> TinyScene:
 
 
 def switches(session: StreamSession, world: TinyWorld, count: int, at: int, batch: int, seed: int = 7) -> dict:
-    """`count` streams whose prompt changes its colour before chunk `at`: the share that shows it, chunk by chunk.
+    """`count` streams whose prompt changes its colour before chunk `at`: the share that shows it, chunk by chunk, and
+    in the last chunk; and the step there, mean |difference| of the frames on both sides of that border to that inside
+    the two chunks.
 
     The subject's colour is measured in the frames of one chunk.
     """
     scenes = world.scenes(seed, count, balanced=True)
     later = [recoloured(scene, i) for i, scene in enumerate(scenes)]
     found: list[Tensor] = []  # [chunks, streams]
+    steps: list[Tensor] = []  # [streams]
     for first in range(0, count, batch):
         some, new = scenes[first : first + batch], later[first : first + batch]
         playing = session.play([caption(s) for s in some], [seed + first + i for i in range(len(some))], at + AGREE)
-        shown = []
+        shown, around = [], []
         for result in playing:
             if result.chunk == at - 1:
                 session.say([caption(s) for s in new])
             if result.chunk >= at - 1:
                 shown.append(_colours(result))
+            if result.chunk in (at - 1, at):
+                around.append(result.frames.float())
+        moved = torch.cat(around, dim=1).diff(dim=1).abs().mean((2, 3, 4))  # [streams, differences]
+        border = around[0].shape[1] - 1
+        inside = torch.cat([moved[:, :border], moved[:, border + 1 :]], dim=1).mean(1)
+        steps.append(moved[:, border] / inside)
         found.append(torch.stack(shown))
     colours = torch.cat(found, dim=1)
     wanted = torch.tensor([COLOURS.index(scene.colour) for scene in later])
@@ -179,6 +188,9 @@ def switches(session: StreamSession, world: TinyWorld, count: int, at: int, batc
         "switches": count,
         "old_colour_before": float((colours[0] == old).float().mean()),
         "seen_within_chunks": {str(i + 1): share for i, share in enumerate(agree)},
+        "seen_in_last": float((colours[-1] == wanted).float().mean()),
+        "old_colour_in_last": float((colours[-1] == old).float().mean()),
+        "step_at_switch": float(torch.cat(steps).median()),
     }
 
 

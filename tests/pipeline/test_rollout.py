@@ -271,7 +271,7 @@ def test_a_schedule_that_starts_again_renews_the_sink_as_inference_does(tiny_stu
     assert torch.equal(run(tiny_student, schedule, last_steps(schedule, 8), text=text, chunks=8), played)
 
 
-@pytest.mark.parametrize("switch", ["recache", "blend", "cut"])
+@pytest.mark.parametrize("switch", ["recache", "recache_window", "blend", "cut"])
 def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypatch, switch):
     """The rollout of the stage itself, on its own noise, against a session that is given that noise."""
     long = "training.distill.long={max_frames: 24, min_frames: 24, switch_share: 1.0, reencode_first: false}"

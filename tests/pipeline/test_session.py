@@ -117,7 +117,37 @@ class _NoTimer:
     def mark(self, name: str) -> None: ...
 
 
-@pytest.mark.parametrize("switch", ["recache", "blend", "cut"])
+@pytest.mark.parametrize("chunks", [2, 4, 6])
+def test_a_recached_window_leaves_the_sink_alone_and_sees_it(make, chunks):
+    """Before and after the ring has rolled: the sink's keys are those of before, all others are made again."""
+    session = make()
+    list(session.play(PROMPT, 0, chunks))
+    cache, tokens = session._cache, session.geometry.tokens_per_chunk
+    sink = session.geometry.sink_chunks * tokens
+    used = len(session.geometry.visible_chunks(chunks - 1)) * tokens
+    before = [keys[:, :used].clone() for keys in cache._keys]
+    text = session._track._text_kv(session.text_encoder([OTHER]))
+    session._recall.recache(session.student, cache, text, keep_sink=True)
+    for old, new in zip(before[1:], cache._keys[1:], strict=True):  # the first layer's know nothing of the text
+        assert torch.equal(old[:, :sink], new[:, :sink])
+        assert (old[:, sink:used] != new[:, sink:used]).any((0, 2, 3)).all()
+
+
+def test_of_two_changes_before_a_chunk_the_more_thorough_recache_counts(make):
+    def state(*said):
+        session = make()
+        next(session.play(PROMPT, 0, 3))
+        for prompt, switch in zip((OTHER, THIRD), said, strict=False):
+            session.say(prompt, switch=switch)
+        state = session._track.advance()
+        return state.stale, state.keep_sink
+
+    assert state("recache") == (True, False) and state("recache_window") == (True, True)
+    assert state("recache", "recache_window") == state("recache_window", "recache") == (True, False)
+    assert state("recache_window", "cut") == (True, True) and state("cut") == (False, False)
+
+
+@pytest.mark.parametrize("switch", ["recache", "recache_window", "blend", "cut"])
 def test_a_new_prompt_takes_effect_at_the_next_chunk_and_not_before(make, switch):
     plain = list(make().play(PROMPT, 2, 6))
     session = make(switch=switch)

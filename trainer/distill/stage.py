@@ -25,7 +25,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from configs.schema import Config
+from configs.schema import RECACHES, Config
 from model.cache import GraphCache, StreamCache
 from model.causal_wan import CausalWanModel
 from model.denoiser import Score, Student
@@ -277,7 +277,8 @@ class Distill(Stage):
                 context_grad=d.context_grad,
                 context=d.rollout_context,
                 context_noise=d.context_noise,
-                recache_at=plan.switch if how == "recache" else None,
+                recache_at=plan.switch if how in RECACHES else None,
+                keep_sink=how == "recache_window",
                 start=image,
             )
         long, frames = d.long, self.config.video.num_latent_frames

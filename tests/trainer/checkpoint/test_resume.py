@@ -213,12 +213,12 @@ def test_a_start_from_a_run_that_is_not_at_its_end_is_refused(tmp_path):
 
 
 def test_a_run_at_its_end_is_known_by_what_it_left(tmp_path):
-    config = load_config("configs/train_tiny.yaml", ["training.steps=40", "training.validation_clips=4"])
-    export = tmp_path / "export"
-    export.mkdir()
+    config = load_config("configs/train_tiny.yaml", ["training.steps=40"])
     assert not at_end(config, tmp_path)
-    (export / "card.json").write_text('{"step": 40, "steps": 40}')
-    assert not at_end(config, tmp_path), "its last validation is missing"
-    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "critic_loss": 1.0}\n{"step": 40, "validation_psnr": 1.0}\n')
+    (tmp_path / "end.json").write_text('{"steps": 40}')
+    assert not at_end(config, tmp_path), "what it exported is gone"
+    (tmp_path / "export").mkdir()
     assert at_end(config, tmp_path)
     assert not at_end(replace(config, training=replace(config.training, steps=60)), tmp_path)
+    (tmp_path / "end.json").write_text("[")
+    assert not at_end(config, tmp_path)
