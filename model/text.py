@@ -56,6 +56,10 @@ class TextEncoder:
         spans = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
         return list(dict.fromkeys(text[a:b] for token, (a, b) in spans if token == self.tokenizer.unk_token_id))
 
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a whole prompt, those beyond `text_tokens` included."""
+        return len(self.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, text_tokens] on the encoder's device; what is too long is cut, its last token being EOS."""
         batch = self.tokenizer(

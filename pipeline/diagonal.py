@@ -31,7 +31,7 @@ from model.fast.int8 import convert
 from model.fast.offload import BlockStream, HostTextEncoder, SmallSteps
 from model.fast.student import FastPlan, optimise
 from model.schedule import Schedule
-from model.text import TextEncoder, clean_prompt
+from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoderCodec, in_best_precision
 from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
 from model.weights.lora import Loras, plan_lora
@@ -299,7 +299,7 @@ def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Code
 def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
     """What of `prompt` does not reach the model: what is too long, and words that it does not know."""
     found = []
-    tokens = len(encoder.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+    tokens = encoder.count_tokens(prompt)
     if tokens > encoder.text_tokens:
         found.append(
             f"the prompt is {tokens} tokens long and only the first {encoder.text_tokens} count "

@@ -101,13 +101,21 @@ def network_of(model: CausalWanModel) -> Network:
 class RandomText:
     """Stands for a text encoder: an embedding of each prompt that depends on its words, and costs nothing."""
 
+    known_words: tuple[str, ...] = ()
+
     def __init__(self, tokens: int, dim: int, device: torch.device):
-        self.tokens, self.dim, self.device = tokens, dim, device
+        self.text_tokens, self.dim, self.device = tokens, dim, device
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(prompt.split())
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return []
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """[B, text_tokens, dim] on the device, zeros after as many rows as the prompt has words."""
-        rows = torch.zeros(len(prompts), self.tokens, self.dim)
+        rows = torch.zeros(len(prompts), self.text_tokens, self.dim)
         for row, prompt in zip(rows, prompts, strict=True):
-            words = min(self.tokens, len(prompt.split()))
+            words = min(self.text_tokens, self.count_tokens(prompt))
             row[:words] = torch.randn(words, self.dim, generator=torch.Generator().manual_seed(len(prompt)))
         return rows.to(self.device)
