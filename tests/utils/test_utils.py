@@ -270,7 +270,7 @@ def test_read_prompts_refuses(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_prompts(path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no ordinary file"):
         read_prompts(tmp_path)
 
 
