@@ -256,8 +256,9 @@ def test_inference_is_refused_what_the_gpu_cannot_hold(full_size, monkeypatch):
         preflight.check_inference(config, 16 * GIB)
     preflight.check_inference(load_config("configs/wan2.1_t2v_1.3b_16gb.yaml"), 16 * GIB)
     monkeypatch.setattr(machine, "free_space", lambda folder: 1000)
-    problems = preflight.examine(config).problems
-    assert any("1.0 KiB free for videos in videos, which is too little" in problem for problem in problems)
+    report = preflight.Report()
+    preflight._disk(report, Path(config.inference.output_folder), "videos")
+    assert "1.0 KiB free for videos in videos, which is too little" in report.problems[0]
 
 
 def test_training_is_refused_before_it_loads(tiny_assets, tmp_path):
