@@ -127,7 +127,13 @@ def missing(field: str, path: Path, what: str) -> UserError:
     """The sentence for something that is not there: which, where it was looked for, and how to get it."""
     if (ROOT / "assets") in path.parents:
         here = path.relative_to(ROOT)
-        fix = f"restore it with `git checkout -- {here}`, or make it with `python scripts/train_tiny.py`"
+        if (ROOT / "assets").is_dir():
+            fix = f"restore it with `git checkout -- {here}`, or make it with `python scripts/train_tiny.py`"
+        else:
+            fix = (
+                f"the tiny weights are in assets/tiny of the repository and not in the installed package: "
+                f"install a clone with `pip install -e .`, or set {field}"
+            )
     else:
         words = "/".join(path.parts[-3:]).lower()
         default = DOWNLOAD_OF_FIELD.get(field, "wan-1.3b")

@@ -13,6 +13,7 @@ from weight_layouts import TO_T5, WAN_CONFIG, foreign, write_wan_folder
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from model.text import word_tokenizer
+from model.weights import files
 from model.weights import load as weights
 
 
@@ -28,6 +29,17 @@ from model.weights import load as weights
 def test_missing_student_names_the_download(tmp_path, path, download):
     with pytest.raises(UserError, match=rf"model\.student={tmp_path}/{path} .*download\.py {download}`"):
         weights.load_student(tmp_path / path)
+
+
+def test_tiny_weights_that_are_missing(tmp_path, monkeypatch):
+    """In a checkout git has them; the installed package has none, and says where they are."""
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"in assets/tiny of the repository.*`pip install -e \.`, or set model\."):
+        weights.load_student("assets/tiny/student")
+    (tmp_path / "assets").mkdir()
+    with pytest.raises(UserError, match="`git checkout -- assets/tiny/student`"):
+        weights.load_student("assets/tiny/student")
 
 
 def test_missing_pieces(tmp_path, wan_state):
