@@ -7,8 +7,8 @@ later chunks see is what inference would leave in the cache:
     context="inference"   the row is walked to its end without a graph, and the context pass of the schedule, if it
                           has one, is made of the last x0; under diagonal forcing the cache then holds the keys of the
                           noisy input at the row's last timestep, whatever the exit was
-    context="release"     as diagdistill and Self-Forcing do: stop at the exit, noise its x0 to `context_noise` with
-                          fresh noise, and make one more pass; inference never sees such keys
+    context="release"     as Self-Forcing and diagdistill (24ef1c9) do: stop at the exit, noise its x0 to
+                          `context_noise` with fresh noise, and make one more pass; inference never sees such keys
 
 With `context_grad`, what later chunks lose through the keys they read of this one reaches its exit step: exactly where
 the exit was the last step and made these keys, and straight-through (numbers of the last pass, graph of the exit's)

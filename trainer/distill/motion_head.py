@@ -8,9 +8,9 @@ from configs.distill_schema import MotionRegressionConfig
 class MotionHead(nn.Module):
     """Motion [B, N, C, H, W] -> features of the same shape, frame by frame: convolutions with SiLU between them.
 
-    With a kernel of 1, as released, an MLP on the channels of each latent pixel. As the loss asks of it only that the
-    student's features be like those of its own average, it can also make them small; what keeps it from that is the
-    average's lag and nothing else, in the release too.
+    With a kernel of 1, as in diagdistill's commit 24ef1c9, an MLP on the channels of each latent pixel. The loss asks
+    of it only that the student's features be like those of its own average, so it can also make them small; what keeps
+    it from that is the average's lag and nothing else, there as here.
     """
 
     def __init__(self, config: MotionRegressionConfig, channels: int):
