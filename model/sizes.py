@@ -67,6 +67,7 @@ class Network:
 
 WAN_1_3B = Network(dim=1536, ffn=8960, layers=30)
 WAN_14B = Network(dim=5120, ffn=13824, layers=40)
+RANDOM = "random:"  # training.init.student=random:1.3B: weights of that size, drawn on the device, and no file
 NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}  # by the names that command lines take
 HEAD_DIM = 128  # width of an attention head in both
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

@@ -4,11 +4,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from configs.schema import Config
+from model.sizes import RANDOM
 from model.weights.random import random_transformer
 from trainer.build import causal_student, score_network
 from utils.seeds import stable_hash
-
-RANDOM = "random:"
 
 
 def start_network(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Config
-from model.sizes import Network
+from model.sizes import RANDOM, Network
 from model.weights import names, run_folders
 from model.weights.files import (
     DIFFUSERS_STEM,
@@ -169,6 +169,6 @@ def wanted(config: Config, *, training: bool = False) -> list[tuple[str, str, st
     if config.training.distill.encoded_prompts is not None:
         unread |= {"text_encoder", "tokenizer"}
     return [
-        *((role, path, field) for role, path, field in networks if not path.endswith(".json")),
+        *(entry for entry in networks if not entry[1].endswith(".json") and not entry[1].startswith(RANDOM)),
         *(entry for entry in found if entry[0] not in unread and config.training.stage not in ("text", "codec")),
     ]

@@ -16,13 +16,13 @@ from transformers import UMT5EncoderModel
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.fp8 import E4M3, quantise
+from model.sizes import RANDOM
 from model.text import TextEncoder
 from model.weights import names
 from model.weights.load import load_tokenizer, stored_dtype, values
 from model.weights.plans import Plan, plan_text_encoder, plan_transformer
 from model.weights.random import transformer_plan
 from trainer.parallel.apply import Placing, local, part_of, placed
-from trainer.start_network import RANDOM
 from utils.device import pick_dtype
 from utils.seeds import stable_hash
 
