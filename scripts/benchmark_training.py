@@ -3,15 +3,18 @@
     python scripts/benchmark_training.py --layouts none:1 full:2 sequence:2 device=cpu              # tiny, on a CPU too
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --fake_ranks 64
 
-Everything at full size on 2 GPUs of 140 GB, capped at 80 GB each but for the baseline that one cannot hold, in under
-9 minutes; on 4 GPUs; what one GPU of 80 GB can do; and one rank of several by itself, in place of those two:
+At full size on 2 GPUs of 140 GB, capped at 80 GB each but for the baseline that one cannot hold, in under 10 minutes:
+figures, and equality; on 4 GPUs; what one GPU of 80 GB can do; and one rank of several by itself, in place of those:
 
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
-      --json two.json --budget 590 --check --save logs --layouts full:2 sequence:2 none:1,card=140 none:1,teacher=1.3B
+      --json two.json --budget 590 --save logs --layouts full:2 sequence:2 none:1,card=140
+    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
+      --json equal.json --budget 300 --check_only --layouts full:2 sequence:2
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json four.json --budget 520 --check --layouts full:4 sequence:4 sequence2:4 hybrid:4 full:2 none:1,card=140
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
-      --json one.json --budget 520 --save logs --layouts none:1,training.distill.teacher_fp8=true none:1,teacher=1.3B
+      --json one.json --budget 520 --save logs --layouts none:1,teacher=1.3B \\
+      none:1,training.distill.teacher_fp8=true,training.distill.fast_rollout=false
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json alone.json --budget 520 --layouts full:2,alone=true sequence:2,alone=true full:4,alone=true none:1,card=140
 
@@ -60,7 +63,6 @@ from safetensors.torch import load_file  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
-from model.encoded_text import EncodingJob  # noqa: E402
 from model.fp8 import check_fp8  # noqa: E402
 from model.sizes import Network  # noqa: E402
 from model.weights.random import transformer_sizes  # noqa: E402
@@ -69,15 +71,14 @@ from scripts.bench.cycle import cap_memory, check, measure  # noqa: E402
 from scripts.bench.fake_ranks import count_shards, fake_group  # noqa: E402
 from scripts.bench.layouts import MACHINE, ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
 from scripts.bench.lone_rank import Messages  # noqa: E402
+from scripts.bench.random_prompts import random_prompts  # noqa: E402
 from trainer.parallel.control_group import Team  # noqa: E402
-from trainer.prompt_bank import prompt_groups  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
 from utils.files import check_writable, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 
 FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
-WORDS = 120  # tokens of a prompt
 LEAST = 20.0  # seconds below which a layout is not begun
 CYCLE, COMPARED, COMPILED = 90.0, 30.0, 60.0  # seconds, about: a layout at full size; a check's; more, if compiled
 BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not: losses, gradient norms, weights
@@ -173,25 +174,9 @@ class Bench:
         self.sizes = {role: vars(args)[role] or ("tiny" if tiny else FULL[role]) for role in ROLES}
         self.networks = sizes_of(self.sizes, Network.from_config(transformer_sizes("tiny")))
         self.training, self.micro = base.training, base.training.micro_batch
-        self.text = [] if args.fake_ranks else self._encode()
-
-    def _encode(self) -> list[str]:
-        """Prompts with random embeddings, in the format of scripts/encode_prompts.py; the settings that name them."""
-        file, folder = self.folder / "prompts.txt", self.folder / "encoded"
-        file.write_text("\n".join(f"prompt {i}" for i in range(16)) + "\n")
-        given = [*self.args.settings, *FIXED, f"training.distill.prompts={file}", "model.text_encoder=none"]
-        config, dim = load_config(self.args.config_path, given), transformer_sizes(self.sizes["student"])["text_dim"]
-        folder.mkdir()
-        about = {"encoder": "random", "encoder_path": "none", "prompts_file": None, "prompts_file_sha256": None}
-        tokens = config.model.text_tokens
-        job = EncodingJob(folder, prompt_groups(config), text_tokens=tokens, dim=dim, dtype="bfloat16", about=about)
-        g = torch.Generator().manual_seed(0)
-        for index in job.todo():
-            job.write(index, lambda prompts: [
-                torch.randn(min(WORDS, tokens), dim, generator=g).bfloat16() for _ in prompts
-            ])  # fmt: skip
-        job.finish()
-        return [*given[len(self.args.settings) :], f"training.distill.encoded_prompts={folder}"]
+        dim = transformer_sizes(self.sizes["student"])["text_dim"]
+        given = [*args.settings, *FIXED]
+        self.text = [] if args.fake_ranks else [*FIXED, *random_prompts(args.config_path, given, folder, dim)]
 
     @property
     def left(self) -> float:

@@ -147,12 +147,14 @@ def _plain(layout: Layout) -> list[str]:
     return [f"training.sequence_parallel={layout.sequence}"] if layout.sequence > 1 else []
 
 
+OWN = "training.distill.fast_rollout=false"  # rollouts by the student itself: no copy of it
 SMALLER_LAYOUTS: tuple[tuple[str, ...], ...] = (
     (),
-    ("training.distill.teacher_fp8=true",),
+    (OWN,),
+    ("training.distill.teacher_fp8=true", OWN),
     ("teacher=1.3B",),
-    ("training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64"),
-    ("teacher=1.3B", "training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64"),
+    ("training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64", OWN),
+    ("teacher=1.3B", "training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64", OWN),
 )
 
 

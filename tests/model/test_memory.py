@@ -255,7 +255,7 @@ def test_training_shares_are_those_of_the_gpus():
     for part in ("teacher", "critic, gradients, AdamW", "student, gradients, AdamW, average"):
         assert one.phases[0].parts[part] == 8 * eight.phases[0].parts[part]
     assert eight.fits(80) and not one.fits(80)
-    adapters = ["training.distill.lora={student_rank: 64, critic_rank: 64}"]
+    adapters = ["training.distill.lora={student_rank: 64, critic_rank: 64}", "training.distill.fast_rollout=false"]
     lora, shared = (
         distill_plan(load_config("configs/train_wan2.1_t2v_1.3b.yaml", adapters), gpus=gpus) for gpus in (1, 8)
     )

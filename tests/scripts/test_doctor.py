@@ -236,7 +236,7 @@ def test_what_fits_a_card():
     assert "inference.student=stream" in preflight.largest_inference(config, {}, 8)
     assert preflight.largest_inference(config, {}, 2) == "too small"
     train = load_config(TRAIN)
-    counts = [int(preflight.largest_training(train, {}, card).split()[0]) for card in (24, 40, 80)]
+    counts = [int(preflight.largest_training(train, {}, card).split()[0]) for card in (32, 40, 80)]
     assert counts == sorted(counts, reverse=True)
     assert preflight.largest_training(train, {}, 8).startswith("not even 64")
 

@@ -42,7 +42,7 @@ def test_the_examples_of_its_help_are_valid():
         args = script.parse(shlex.split(example, comments=True)[2:])
         for layout in args.layouts:
             load_config(args.config_path, [*args.settings, *layout.overrides(1)])
-    assert len(examples) == 6
+    assert len(examples) == 7
 
 
 def test_a_check_counts_its_runs(monkeypatch):

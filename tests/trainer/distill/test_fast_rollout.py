@@ -10,7 +10,7 @@ from configs.load import load_config
 from model.memory import distill_plan
 from model.sizes import WAN_1_3B
 
-FAST = "training.distill.fast_rollout=true"
+FAST, PLAIN = (f"training.distill.fast_rollout={on}" for on in ("true", "false"))
 LONG = (
     "training.distill.long.max_frames=18", "training.distill.long.switch_share=1", "stream.sink_frames=3",
     "training.distill.long.reencode_first=false",
@@ -85,7 +85,7 @@ def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
 def test_what_it_takes_is_planned():
     """Weights in bfloat16, a window of keys and values, and activations of a chunk, which graphs hold."""
     file = "configs/train_wan2.1_t2v_1.3b.yaml"
-    plain, fast = (distill_plan(load_config(file, more), gpus=8) for more in ([], [FAST]))
+    plain, fast = (distill_plan(load_config(file, more), gpus=8) for more in ([PLAIN], [FAST]))
     activations, text = 4680 * 2 * (2 * 8960 + 5 * 1536), 4 * 30 * 512 * 1536
     expected = WAN_1_3B.inference_bytes + 4 * 30 * 12 * 1560 * 1536 + activations + 2 * text
     assert fast.peak.parts["fast student"] == expected

@@ -1,0 +1,32 @@
+"""Prompts with random embeddings, for runs whose networks are random, too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from configs.load import load_config
+from model.encoded_text import EncodingJob
+from trainer.prompt_bank import prompt_groups
+
+WORDS = 120  # tokens of a prompt
+
+
+def random_prompts(config_path: str | Path, settings: Sequence[str], folder: Path, dim: int) -> list[str]:
+    """Write a file of 16 prompts into `folder`, and embeddings of width `dim` for all that a run with `settings`
+    embeds, as scripts/encode_prompts.py does. Returns the settings that name them."""
+    file, encoded = folder / "prompts.txt", folder / "encoded"
+    file.write_text("\n".join(f"prompt {i}" for i in range(16)) + "\n")
+    named = [f"training.distill.prompts={file}", "model.text_encoder=none"]
+    config = load_config(config_path, [*settings, *named])
+    encoded.mkdir()
+    about = {"encoder": "random", "encoder_path": "none", "prompts_file": None, "prompts_file_sha256": None}
+    tokens = config.model.text_tokens
+    job = EncodingJob(encoded, prompt_groups(config), text_tokens=tokens, dim=dim, dtype="bfloat16", about=about)
+    g = torch.Generator().manual_seed(0)
+    for index in job.todo():
+        job.write(index, lambda prompts: [
+            torch.randn(min(WORDS, tokens), dim, generator=g).bfloat16() for _ in prompts
+        ])  # fmt: skip
+    job.finish()
+    return [*named, f"training.distill.encoded_prompts={encoded}"]
