@@ -14,9 +14,10 @@ from trainer.registry import build_stage
 from utils.distributed import Ranks
 
 CPU = torch.device("cpu")
+BASE = "configs/train_tiny_distill.yaml"
 
 
-def distill_config(assets: Path, *overrides: str) -> Config:
+def distill_settings(assets: Path) -> list[str]:
     """32x48 pixels, 4 chunks, 2-layer networks; the teacher is another network than the student."""
     teacher = assets / "teacher"
     if not teacher.exists():
@@ -44,9 +45,12 @@ def distill_config(assets: Path, *overrides: str) -> Config:
         "training.distill.guidance": 3.0,
         "training.open_captions": 0.0,
     }  # fmt: skip
-    written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
-    return load_config("configs/train_tiny_distill.yaml", [*written, *overrides])
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
-def distill_stage(assets: Path, *overrides: str, ranks: Ranks | None = None) -> Distill:
-    return build_stage(distill_config(assets, *overrides), CPU, ranks or Ranks())
+def distill_config(assets: Path, *overrides: str) -> Config:
+    return load_config(BASE, [*distill_settings(assets), *overrides])
+
+
+def distill_stage(assets: Path, *overrides: str, ranks: Ranks | None = None, device: torch.device = CPU) -> Distill:
+    return build_stage(distill_config(assets, *overrides), device, ranks or Ranks())

@@ -3,14 +3,16 @@
     run_ranks(assets, out, 2, "training.sharding=full", event=Event("kill", step=2, rank=1)) -> [Outcome, Outcome]
 
 Processes are forked from one that has imported everything, so that starting them costs little. As a program it is what
-one process of torchrun does.
+one process of torchrun does. With DRILLS_GPUS=N ranks have a GPU each, and networks full width, in one layer.
 """
 
+import json
 import multiprocessing
 import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,17 +22,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from distill_case import distill_stage
+from distill_case import BASE, distill_config, distill_settings, distill_stage
 
+from scripts.bench.random_prompts import random_prompts
 from trainer.loop import run
 from trainer.parallel.apply import local
+from utils import exits
 from utils.distributed import Ranks, process_group
 
 LIMIT_S = 900  # of a test's processes, on a machine that is busy
+GPUS = int(os.environ.get("DRILLS_GPUS", "0"))
+FULL_WIDTH = (
+    "device=cuda", "training.precision=float32", "video.height=480", "video.width=832",
+    "training.init={student: random:1.3B/1, teacher: random:1.3B/1, critic: random:1.3B/1}",
+)  # fmt: skip
 
 
 class Event(NamedTuple):
-    what: str  # kill, nan, full disk, term
+    what: str  # kill, hang, nan, full disk, term
     step: int  # while this step (from 0) is made; of a term: between its generator's and its critic's update
     rank: int
 
@@ -38,22 +47,28 @@ class Event(NamedTuple):
 class Outcome(NamedTuple):
     ended: str  # done, stopped, or the name of an exception
     said: str  # its message
-    seconds: float  # from the event, or the start, to the end
+    seconds: float  # from the start to the end
     exit_code: int | None
 
 
-def make_happen(stage, event: Event) -> None:
+BEGUN, HAPPENED = "first_step", "event"  # files in the run's folder, written then
+
+
+def make_happen(stage, event: Event, out: Path) -> None:
     """Let `event` come over this process."""
-    update, parts = stage.update, {"kill": signal.SIGKILL, "term": signal.SIGTERM}
+    update, parts = stage.update, {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hang": signal.SIGSTOP}
     critic = stage.critic_backward.run
 
     def disturbed(step: int):
+        if step == event.step and event.what not in parts:
+            (out / HAPPENED).touch()
         if step == event.step and event.what == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
         return update(step)
 
     def critic_disturbed(plan, batches, between):
         if stage.current == event.step and event.what in parts:
+            (out / HAPPENED).touch()
             os.kill(os.getpid(), parts[event.what])
         logs = critic(plan, batches, between)
         if stage.current == event.step and event.what == "nan":
@@ -70,18 +85,30 @@ def make_happen(stage, event: Event) -> None:
 
 def work(assets: str, out: str, overrides: tuple[str, ...], event: Event | None) -> bool:
     """A run; whether its end was reached."""
-    with group() as ranks:
-        stage = distill_stage(Path(assets), *overrides, ranks=ranks)
+    timeout = distill_config(Path(assets), *overrides).training.timeout_s
+    with group(timeout) as ranks:
+        device = torch.device("cuda", ranks.local_rank) if GPUS else torch.device("cpu")
+        stage = distill_stage(Path(assets), *overrides, ranks=ranks, device=device)
         if event is not None and event.rank == ranks.rank:
-            make_happen(stage, event)
+            make_happen(stage, event, Path(out))
+        update = stage.update
+
+        def noted(step: int):
+            values = update(step)
+            if ranks.first and not (Path(out) / BEGUN).exists():
+                (Path(out) / BEGUN).touch()
+            return values
+
+        stage.update = noted
         return run(stage, Path(out))
 
 
 @contextmanager
-def group() -> Iterator[Ranks]:
+def group(timeout_s: float = LIMIT_S) -> Iterator[Ranks]:
     torch.set_num_threads(1)
     ranks = Ranks.from_env()
-    with process_group(ranks, torch.device("cpu"), timeout_s=LIMIT_S):
+    device = torch.device("cuda", ranks.local_rank) if GPUS else torch.device("cpu")
+    with process_group(ranks, device, timeout_s):
         yield ranks
 
 
@@ -98,9 +125,48 @@ def _child(pipe: Connection, env: dict[str, str], job: Callable[..., bool], argu
         pipe.close()
 
 
-def run_ranks(assets: Path, out: Path, world: int, *overrides: str, event: Event | None = None) -> list[Outcome]:
-    """Run a distillation; a process that does not end in time is killed, and its outcome says so."""
-    return on_ranks(world, work, str(assets), str(out), overrides, event)
+def full_width(assets: Path) -> list[str]:
+    """Settings of a run on GPUs; its prompts are made when they are first asked for."""
+    folder = assets / "full_width"
+    if not folder.exists():
+        folder.mkdir()
+        named = random_prompts(BASE, [*distill_settings(assets), *FULL_WIDTH], folder, 4096)
+        (folder / "settings.json").write_text(json.dumps([*FULL_WIDTH, *named]))
+    return json.loads((folder / "settings.json").read_text())
+
+
+def run_ranks(
+    assets: Path, out: Path, world: int, *overrides: str, event: Event | None = None, torchrun: bool = False
+) -> list[Outcome]:
+    """Run a distillation; a process that does not end in time is killed, and its outcome says so.
+
+    torchrun: by the real program in place of processes of our own; one outcome, of all that was said.
+    """
+    settings, what = (*overrides, *(full_width(assets) if GPUS else ())), "start"
+    if list(out.glob("checkpoint_*")):
+        what = "resume"
+    for name in (BEGUN, HAPPENED):
+        (out / name).unlink(missing_ok=True)
+    began = time.time()
+    if torchrun:
+        outcomes = [_torchrun(world, str(assets), str(out), settings, event)]
+    else:
+        outcomes = on_ranks(world, work, str(assets), str(out), settings, event)
+    end = time.time()
+    begun, happened = (file.stat().st_mtime if file.exists() else None for file in (out / BEGUN, out / HAPPENED))
+    said = [f"first step after {begun - began:.1f} s"] if begun else []
+    said += [f"ended {end - happened:.1f} s after: {event.what}"] if happened else []
+    print(f"\n{what} on {world} rank{'s' * (world > 1)}: {', '.join(said)}", flush=True)  # seen by who asks for it
+    return outcomes
+
+
+def _torchrun(world: int, assets: str, out: str, settings: tuple[str, ...], event: Event | None) -> Outcome:
+    env = os.environ | {"RANKS_EVENT": json.dumps(event), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *program, assets, out, *settings], env=env, timeout=LIMIT_S,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return Outcome("ended", done.stdout, time.perf_counter() - began, done.returncode)
 
 
 def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
@@ -130,9 +196,11 @@ def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
         except EOFError:
             told = ("killed", "", 0.0)
         outcomes.append(Outcome(*told, process.exitcode))
-    assert all(outcome.exit_code != -signal.SIGABRT for outcome in outcomes), f"a rank was ended by SIGABRT: {outcomes}"
+    aborted = any(outcome.exit_code == -signal.SIGABRT for outcome in outcomes)
+    assert GPUS or not aborted, f"a rank was ended by SIGABRT: {outcomes}"
     return outcomes
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], sys.argv[2], tuple(sys.argv[3:]), None)
+    said = json.loads(os.environ.get("RANKS_EVENT", "null"))
+    exits.run(lambda: work(sys.argv[1], sys.argv[2], tuple(sys.argv[3:]), said and Event(*said)) and 0)

@@ -1,6 +1,6 @@
-"""What can go wrong in a run of several processes, done on purpose: two gloo ranks, everything sharded.
+"""What can go wrong in a run of several processes, done on purpose: two ranks, everything sharded.
 
-`bash scripts/failure_drills.sh` runs these by themselves and shows what each rank said.
+`bash scripts/failure_drills.sh` runs these by themselves and shows what each rank said; with --gpu on GPUs.
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SEVERAL_RANKS
 from distill_case import distill_config
-from ranks_case import Event, run_ranks
+from ranks_case import GPUS, Event, run_ranks
 
 from trainer.checkpoint import save as checkpoint
 from utils.logs import read_jsonl
@@ -20,11 +20,13 @@ pytestmark = SEVERAL_RANKS
 STEPS = 4
 # eps of the order of the gradients: Adam's first steps else only look at their signs, and those of zeros are noise
 SETTINGS = (
-    "training.global_batch=4", "training.micro_batch=1", f"training.steps={STEPS}", "training.checkpoint_every=1",
+    "training.global_batch=4", "training.micro_batch=1", f"training.steps={STEPS}", "training.checkpoint_every=2",
     "video.num_latent_frames=6", "training.optimizer.eps=1e-3", "training.distill.critic_optimizer.eps=1e-3",
-    "training.timeout_s=300",
+    f"training.timeout_s={40 if GPUS else 300}",
 )  # fmt: skip
 SHARDED = (*SETTINGS, "training.sharding=full")
+# of what is compared with one process: a GPU adds up in no fixed order, nor in that of another number of ranks
+WEIGHTS, LOGGED = ((1e-3, 1e-4), (1e-2, 1e-5)) if GPUS else ((1e-6, 1e-6), (1e-4, 1e-6))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,12 @@ def rows(out: Path) -> torch.Tensor:
 def assert_same(out: Path, alone: Path) -> None:
     ours, theirs = state(out), state(alone)
     assert ours.keys() == theirs.keys()
+    rtol, atol = WEIGHTS
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(rows(out), rows(alone), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    a, b = rows(out), rows(alone)
+    print(f"\nlogged values differ by {float(((a - b).abs() / b.abs().clamp_min(1e-6)).max()):.1e} at most")
+    torch.testing.assert_close(a, b, rtol=LOGGED[0], atol=LOGGED[1])
 
 
 def finish(assets: Path, out: Path, alone: Path, ranks: int = 2, *overrides: str) -> None:
@@ -90,7 +95,7 @@ def test_sigterm_in_the_middle_of_a_step(stopped, tiny_assets, alone, tmp_path):
 def test_from_four_ranks_to_two_to_one_to_two(tiny_assets, alone, tmp_path):
     """Four ranks as two groups of two; what changes is where sums are cut, in the last digit."""
     hybrid = (*SETTINGS, "training.sharding=hybrid", "training.shard_ranks=2")
-    for world, step, settings in ((4, 1, hybrid), (2, 2, SHARDED), (1, 3, SETTINGS)):
+    for world, step, settings in ((4, 1, hybrid), (2, 2, SHARDED), (1, 3, SETTINGS))[GPUS == 2 :]:
         outcomes = run_ranks(tiny_assets, tmp_path, world, *settings, event=Event("term", step=step, rank=0))
         assert [o.ended for o in outcomes] == ["stopped"] * world, outcomes
         sharded = (checkpoint.folders(tmp_path)[-1] / "shards").exists()
@@ -106,8 +111,18 @@ def test_a_killed_rank_ends_the_run_which_resumes(tiny_assets, alone, tmp_path):
     finish(tiny_assets, tmp_path, alone)
 
 
+@pytest.mark.skipif(not GPUS, reason="takes long, and CPUs notice it in the same way")
+@pytest.mark.parametrize("what", ["kill", "hang"])
+def test_a_rank_that_is_gone_or_silent_under_torchrun(tiny_assets, alone, tmp_path, what):
+    """The rest end with a sentence, in what `training.timeout_s` says, and torchrun with them."""
+    quick = (*SHARDED, "training.timeout_s=30")
+    (outcome,) = run_ranks(tiny_assets, tmp_path, 2, *quick, event=Event(what, step=2, rank=1), torchrun=True)
+    assert outcome.exit_code != 0 and "start the same command again" in outcome.said, outcome.said[-3000:]
+    finish(tiny_assets, tmp_path, alone)
+
+
 def test_nan_on_one_rank_stops_all_and_keeps_what_they_were_given(tiny_assets, tmp_path):
-    settings = (*SHARDED, "training.log_every=100", "training.checkpoint_every=2")  # nobody looks at step 3
+    settings = (*SHARDED, "training.log_every=100")  # nobody looks at step 3
     outcomes = run_ranks(tiny_assets, tmp_path, 2, *settings, event=Event("nan", step=2, rank=1))
     assert [o.ended for o in outcomes] == ["NonFiniteLoss"] * 2, outcomes
     assert all("critic_grad_norm not finite at step 3" in o.said for o in outcomes), outcomes

@@ -1,0 +1,206 @@
+"""A short run that stands for a long one: does it need more memory as it goes on, do its steps become slower, and does
+it resume exactly?
+
+    python scripts/soak.py --gpus 2 --config_path configs/train_wan2.1_t2v_1.3b.yaml video.num_latent_frames=15
+    python scripts/soak.py --gpus 2 --cycles 12 --every 3 --student tiny/1 --teacher tiny/1 --critic tiny/1 device=cpu
+
+Distillation with random networks, by default two layers of full width: --cycles times one update of the generator and
+those of the critic that belong to it, with validation, a checkpoint and the export after every --every of them. Then
+the last --every cycles once more, from the checkpoint before them. Bounds, medians of the first third of the cycles to
+those of the last: memory of the first rank may grow by 1% and a step's time by 3%, without cycles that begin with
+saving and the first two; losses after resuming may differ by 2% in bfloat16, for a GPU adds up in no fixed order, and
+by 0.01% in float32.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+import torch  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from configs.load import load_config  # noqa: E402
+from model.weights.random import transformer_sizes  # noqa: E402
+from scripts.bench.layouts import ROLES  # noqa: E402
+from scripts.bench.random_prompts import random_prompts  # noqa: E402
+from scripts.bench.speed_tables import grid  # noqa: E402
+from trainer.loop import METRICS, run  # noqa: E402
+from trainer.registry import build_stage  # noqa: E402
+from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
+from utils.distributed import Ranks, process_group  # noqa: E402
+from utils.files import check_writable, write_json_atomic  # noqa: E402
+from utils.logs import JsonlSink, console, read_jsonl  # noqa: E402
+
+FULL = {"student": "1.3B/2", "teacher": "14B/2", "critic": "1.3B/2"}
+MEMORY = {"allocated": 0.01, "reserved": 0.01, "host": 0.01}  # growth that is allowed
+DRIFT = 0.03
+LOSSES = ("generator_loss", "critic_loss")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
+    parser.add_argument("--gpus", type=int, default=1, help="processes (1)")
+    parser.add_argument("--cycles", type=int, default=60, help="(60)")
+    parser.add_argument("--every", type=int, default=10, help="cycles between checkpoints; divides --cycles (10)")
+    for role in ROLES:
+        parser.add_argument(f"--{role}", metavar="SIZE", default=FULL[role], help=f"({FULL[role]})")
+    parser.add_argument("--folder", type=Path, default=Path("logs/soak"), help="made, and removed at the end")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    args = parser.parse_intermixed_args(argv)
+    if args.every < 2 or args.cycles % args.every or args.cycles < 3 * args.every:
+        raise UserError(f"--cycles={args.cycles} is not three or more --every={args.every} of 2 or more; try 60, 10")
+    return args
+
+
+class Meter(JsonlSink):
+    """Metrics as a run writes them, with this process's memory in bytes beside the seconds of a step."""
+
+    def write(self, step: int, **values: Any) -> None:
+        held = {}
+        if "seconds_per_step" in values:
+            status = Path("/proc/self/status").read_text()
+            held["host"] = 1024 * int(status.split("RssAnon:")[1].split()[0])
+            if torch.cuda.is_available():
+                held |= {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+        super().write(step, **values, **held)
+
+
+class Heard(logging.Handler):
+    """Warnings of the run."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def worker(file: Path) -> int:
+    """One rank of one run."""
+    spec = json.loads(file.read_text())
+    ranks, logdir, heard = Ranks.from_env(), Path(spec["logdir"]), Heard()
+    console(quiet=True)
+    logging.getLogger("diagonal").addHandler(heard)
+    config = load_config(spec["config_path"], spec["settings"])
+    device = pick_device(config.device, ranks.local_rank)
+    torch.set_float32_matmul_precision("high")  # as train.py does
+    torch.backends.cudnn.benchmark = True
+    set_threads(0)
+    with process_group(ranks, device, config.training.timeout_s):
+        stage = build_stage(config, device, ranks)
+        run(stage, logdir, lambda start: [Meter(logdir / METRICS, resume_step=start)])
+        if ranks.first:
+            half = pick_dtype(config.training.precision, device) != torch.float32
+            write_json_atomic(logdir / "heard.json", {"warnings": heard.said, "bfloat16": half})
+    return 0
+
+
+def start(args: argparse.Namespace, settings: Sequence[str], logdir: Path) -> None:
+    """A run in `logdir` to its end; UserError with the end of what it said if it had another."""
+    file, log = logdir.with_suffix(".spec"), logdir.with_suffix(".log")
+    file.write_text(json.dumps({"config_path": args.config_path, "settings": list(settings), "logdir": str(logdir)}))
+    program = [str(Path(__file__).resolve()), "--worker", str(file)]
+    if args.gpus > 1:
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}", *program]
+    with log.open("w") as stream:
+        code = subprocess.run([sys.executable, *program], stdout=stream, stderr=stream).returncode
+    if code:
+        raise UserError(f"the run in {logdir} ended with code {code}: {log.read_text()[-2000:]}")
+
+
+def growth(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float, float]:
+    """Median of the first third, of the last, and by what share it has grown."""
+    values, third = [row[key] for row in rows], max(1, len(rows) // 3)
+    first, last = median(values[:third]), median(values[-third:])
+    return first, last, last / first - 1 if first else 0.0
+
+
+def steadiness(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
+    """(at first, at last, change, bound) of memory and time; rows: of all cycles, one a cycle."""
+    warm = rows[2:]
+    clean = [row for i, row in enumerate(rows) if i >= 2 and i % every]  # a row's time includes the saving before it
+    found = {name: (*growth(warm, name), limit) for name, limit in MEMORY.items() if name in warm[0]}
+    return found | {"seconds a step": (*growth(clean, "seconds_per_step"), DRIFT)}
+
+
+def exactness(rows: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
+    """(last loss, the same after resuming, largest relative difference, bound) of each; again: the last rows anew."""
+    found = {}
+    for name in LOSSES:
+        pairs = [(a[name], b[name]) for a, b in zip(rows[-len(again) :], again, strict=True)]
+        found[f"{name}, resumed"] = (*pairs[-1], max(abs(b - a) / max(abs(a), 1e-12) for a, b in pairs), bound)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    rows = [["", "at first", "at last", "change", "bound"]]
+    for name, (first, last, share, limit) in found.items():
+        rows.append([name, f"{first:.6g}", f"{last:.6g}", f"{share:+.2%}", f"{limit:.2%}"])
+    return grid(rows)
+
+
+def read(logdir: Path) -> list[dict[str, Any]]:
+    """A run's rows of steps."""
+    return [row for row in read_jsonl(logdir / METRICS) if "seconds_per_step" in row]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.worker:
+        return worker(args.worker)
+    folder = check_writable(args.folder, "--folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--folder {folder} is not empty; name a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    ratio = load_config(args.config_path, args.settings).training.distill.dfake_gen_update_ratio
+    init = ", ".join(f"{role}: random:{vars(args)[role]}" for role in ROLES)
+    steps = args.every * ratio
+    settings = [
+        f"training.steps={args.cycles * ratio}", f"training.checkpoint_every={steps}", "training.max_checkpoints=2",
+        f"training.validate_every={steps}", "training.validation_clips=1", "training.distill.video_clips=1",
+        f"training.log_every={ratio}", f"training.global_batch={args.gpus}", "training.micro_batch=1",
+        f"training.sharding={'full' if args.gpus > 1 else 'none'}", "training.cuda_graphs=false",
+        "training.distill.critic_warmup=0", "training.distill.encode_ahead=false", "training.distill.pairs=null",
+        "training.export=null", "training.open_captions=0", "model.vae=assets/tiny/vae", f"training.init={{{init}}}",
+        *args.settings,
+    ]  # fmt: skip
+    settings += random_prompts(args.config_path, settings, folder, transformer_sizes(args.student)["text_dim"])
+    whole, again = folder / "whole", folder / "again"
+    start(args, settings, whole)
+    heard, rows = json.loads((whole / "heard.json").read_text()), read(whole)
+    found = steadiness(rows, args.every)
+    print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(found)}")
+    print("\n".join(["warnings of the run:", *heard["warnings"]]) if heard["warnings"] else "no warnings", flush=True)
+    if args.json:
+        write_json_atomic(args.json, {"found": found, "warnings": heard["warnings"], "rows": rows})
+    before = whole / f"checkpoint_{(args.cycles - args.every) * ratio:06d}"
+    again.mkdir()
+    shutil.copytree(before, again / before.name)
+    start(args, settings, again)
+    resumed = exactness(rows, read(again), 2e-2 if heard["bfloat16"] else 1e-4)
+    print(f"\nthe last {args.every} once more; whole and resumed\n{table(resumed)}")
+    found |= resumed
+    if args.json:
+        write_json_atomic(args.json, {"found": found, "warnings": heard["warnings"], "rows": rows})
+    shutil.rmtree(folder)
+    return int(any(share > limit for _, _, share, limit in found.values()))
+
+
+if __name__ == "__main__":
+    exits.run(main)
