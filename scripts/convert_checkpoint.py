@@ -72,7 +72,7 @@ def convert(args: argparse.Namespace) -> int:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from model.weights import export, names
+    from model.weights import export
     from model.weights.lora import plan_lora
     from model.weights.plans import config_of, has_average, plan_transformer
     from utils.files import replaceable, replaceable_file
@@ -81,10 +81,7 @@ def convert(args: argparse.Namespace) -> int:
     scales = args.lora_scale or [1.0] * len(args.lora)
     if len(scales) != len(args.lora):
         raise UserError(f"--lora_scale was given {len(scales)} times for {len(args.lora)} adapters; give one for each")
-    parts = {"student": names.STUDENT_PARTS, "critic": names.SCORE_PARTS}[args.part]
-    plan = plan_transformer(
-        "IN", args.source, WanTransformer3DModel, names.STUDENT_EMA_PARTS if args.use_ema else parts
-    )
+    plan = plan_transformer("IN", args.source, WanTransformer3DModel, args.part, use_ema=args.use_ema)
     loras = [
         (plan_lora(path, plan.tensors.shapes, "--lora"), scale)
         for path, scale in zip(args.lora, scales, strict=True)
@@ -97,7 +94,7 @@ def convert(args: argparse.Namespace) -> int:
     weights, ema = export.contents(plan, loras, dtype), None
     both = form in ("ours", "self-forcing") and args.part == "student" and not args.use_ema and not loras
     if both and has_average("IN", args.source):
-        averaged = plan_transformer("IN", args.source, WanTransformer3DModel, names.STUDENT_EMA_PARTS)
+        averaged = plan_transformer("IN", args.source, WanTransformer3DModel, use_ema=True)
         ema = export.contents(averaged, (), dtype)
     size = sum(tensor.size for part in (weights, ema or {}) for tensor in part.values())
     check_space(args.out, size * (2 if form == "self-forcing" else 1))

@@ -89,11 +89,10 @@ def as_transformer(
 
 def as_vae(name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """As `as_transformer`, the Wan 2.1 VAE."""
+    guess = names.guess(tensors.shapes)
+    if not (guess == "a video VAE" if config else names.is_wan_vae(tensors.shapes)):
+        raise UserError(f"{name}={path} is not a Wan 2.1 VAE; it seems to be {guess}, use {VAE_FILE}")
     if not config:
-        if not names.is_wan_vae(tensors.shapes):
-            raise UserError(
-                f"{name}={path} is not a Wan 2.1 VAE; it seems to be {names.guess(tensors.shapes)}, use {VAE_FILE}"
-            )
         config = sizes_of(name, path, names.vae_config, tensors.shapes)
         tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
     _plausible(name, path, config, tensors)

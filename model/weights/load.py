@@ -71,8 +71,7 @@ def check_weights(config: ModelConfig) -> list[WeightCheck]:
     Raises:
         UserError: a file is missing, cut short, or not what its role needs.
     """
-    parts = names.STUDENT_EMA_PARTS if config.use_ema else names.STUDENT_PARTS
-    plans = {"student": plan_transformer("model.student", config.student, CausalWanModel, parts)}
+    plans = {"student": plan_transformer("model.student", config.student, CausalWanModel, use_ema=config.use_ema)}
     if config.codec == "wan":
         plans["vae"] = plan_vae(config.vae)
     else:
@@ -133,8 +132,7 @@ def load_student(
     name: str = "model.student",
 ) -> CausalWanModel:
     """The causal student from any format; `.card` says how it was trained ({} where nothing is known)."""
-    parts = names.STUDENT_EMA_PARTS if use_ema else names.STUDENT_PARTS
-    plan = plan_transformer(name, path, CausalWanModel, parts)
+    plan = plan_transformer(name, path, CausalWanModel, use_ema=use_ema)
     student = fill(plan, device, dtype)
     student.card = dict(plan.card)
     return student
@@ -149,8 +147,8 @@ def load_score(
     """A bidirectional network from any format. With a name that ends in critic, that of a training
     checkpoint.
     """
-    parts = names.SCORE_PARTS if name.endswith("critic") else names.STUDENT_PARTS
-    return fill(plan_transformer(name, path, WanTransformer3DModel, parts), device, dtype)
+    role = "critic" if name.endswith("critic") else "teacher"
+    return fill(plan_transformer(name, path, WanTransformer3DModel, role), device, dtype)
 
 
 def load_vae(

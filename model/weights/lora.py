@@ -28,12 +28,11 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import BARE, Tensors, checked, may_take_forever, missing, open_file, read_json, resolve
-from model.weights.fitting import as_lora
+from model.weights.files import Tensors, checked, may_take_forever, read_json
+from model.weights.parts import PEFT_FILE, find_lora
 from utils.files import atomic_path, parse_json, write_json_atomic
 
-PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors", "adapter_model.bin", "lora.pt", "model.pt")
+PEFT_CONFIG = "adapter_config.json"
 # Settings of peft with which an adapter is more than B A.
 OTHER_KINDS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "layer_replication")
 MAX_PATTERNS, MAX_REPEATING = 4096, 16  # in settings; of them those with repeats
@@ -83,20 +82,7 @@ def plan_lora(
     Raises:
         UserError: it is missing, damaged, no LoRA, or one for another network.
     """
-    path = resolve(path)
-    if not path.exists():
-        raise missing(name, path, "does not exist")
-    if path.is_dir():
-        path = next((path / file for file in FILES if (path / file).is_file()), path)
-    if path.is_dir():
-        raise missing(name, path, f"has no {' or '.join(FILES)}")
-    parts = open_file(name, path)
-    wanted = (part,) if part else (*names.LORA_PARTS, BARE)
-    found = next((parts[key] for key in wanted if key in parts), None)
-    if found is None:
-        seems = names.guess(next(iter(parts.values())).shapes if parts else {})
-        raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {seems}, so give {name} another file")
-    known = as_lora(name, path, found)
+    path, found, known = find_lora(path, name, part)
 
     def of(*wanted: str, layers: bool = True) -> Tensors:
         def rename(tensor: str) -> str | None:

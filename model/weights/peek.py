@@ -6,49 +6,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import UserError
 from configs.schema import Config
 from model.sizes import RANDOM, Network
-from model.weights import names, run_folders
-from model.weights.files import (
-    DIFFUSERS_STEM,
-    EMA_STEM,
-    HF_STEM,
-    PICKLES,
-    T5_FILE,
-    VAE_FILE,
-    find_tokenizer,
-    headers,
-    missing,
-    read_json,
-    resolve,
-    safetensors_headers,
-    shards,
-    subfolder,
-)
-from model.weights.fitting import (
-    as_lora,
-    as_text_encoder,
-    as_transformer,
-    as_vae,
-    layout,
-    pick,
-    read_card,
-    refuse_misfit,
-    sizes_of,
-)
-from utils.files import CARD
-
-Shapes = dict[str, tuple[int, ...]]
-KINDS = {
-    "vae": "a video VAE",
-    "text_encoder": "a T5 text encoder",
-    "tiny_decoder": "a tiny decoder",
-    "student": "a Wan transformer",
-    "teacher": "a Wan transformer",
-    "critic": "a Wan transformer",
-    "lora": "a LoRA",
-}
+from model.weights import names
+from model.weights.files import Tensors, find_tokenizer, missing, resolve
+from model.weights.fitting import layout, refuse_misfit, sizes_of
+from model.weights.parts import TRANSFORMERS, find_lora, find_part
 
 
 @dataclass(frozen=True)
@@ -75,77 +38,32 @@ def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None
     if role == "tokenizer":
         folder = find_tokenizer(path, name)
         return Peek(role, folder, sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), "tokenizer")
-    place = _place(role, path, use_ema)
-    wanted, config, files, form = _wanted(role, use_ema), {}, (place,), place.suffix
-    if place.name == run_folders.SHARDS:
-        files, form = tuple(sorted(place.iterdir())), "shards"
-        tensors = pick(name, place, run_folders.open_parts(name, place), wanted)
-    elif place.is_dir():
-        stem = HF_STEM if role == "text_encoder" else EMA_STEM if use_ema else DIFFUSERS_STEM
-        if use_ema and not (place / f"{stem}.safetensors").is_file():
-            raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
-        files, form = shards(name, place, stem), "our own" if (place / CARD).exists() else "folder"
-        tensors = safetensors_headers(name, *files).scaled().renamed(names.unwrapped)
-        config = read_json(name, place / "config.json") if role != "lora" else {}
-        if form == "our own":
-            read_card(name, place / CARD)
-    else:
-        tensors = pick(name, place, headers(name, place), wanted)
-    kind = names.guess(tensors.shapes)
-    if not kind.startswith(KINDS[role]):
-        raise UserError(f"{name}={path} should be {KINDS[role]} and seems to be {kind}; give {name} another file")
-    sized = place.name in (run_folders.STATE, run_folders.SHARDS)  # whose sizes are told elsewhere
-    transformer, network = KINDS[role] == "a Wan transformer", None
-    if transformer and not sized:
-        ours, config = as_transformer(name, place, tensors, config)
-        refuse_misfit(name, place, ours, layout(name, place, names.wan_layout, config))
-    elif role == "text_encoder":
-        ours, config = as_text_encoder(name, place, tensors, config)
-        refuse_misfit(name, place, ours, layout(name, place, names.t5_layout, config))
-    elif role == "lora":
-        as_lora(name, place, tensors)
-    elif role == "vae":
-        as_vae(name, place, tensors, config)
-    if transformer:
-        network = sizes_of(name, place, network_of, tensors.shapes)
-    return Peek(label, place, sum(file.stat().st_size for file in files), f"{kind.split(' ', 1)[1]} ({form})", network)
-
-
-def _place(role: str, path: Path, use_ema: bool) -> Path:
-    """The file or folder below `path` that is read for `role`."""
-    if role in ("student", "teacher", "critic"):
-        return subfolder(run_folders.find(path, use_ema), "transformer")
-    if role == "lora" and path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", *PICKLES)]
-        return found[0] if found else path
-    path = subfolder(path, role)
-    inner = path / {"vae": VAE_FILE, "text_encoder": T5_FILE}.get(role, "")
-    return inner if inner.is_file() else path
-
-
-def _wanted(role: str, use_ema: bool) -> tuple[str, ...]:
-    """The parts of a training checkpoint, others' or ours, that can be `role`, best first."""
     if role == "lora":
-        return names.LORA_PARTS
-    if role not in ("student", "teacher", "critic"):
-        return names.NETWORK_PARTS
-    players = run_folders.CRITICS if role == "critic" else run_folders.STUDENTS
-    state = [f"{player}.{'average' if use_ema else 'module'}" for player in players]
-    theirs = names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS
-    return (*theirs, *state)
+        found, tensors, _ = find_lora(path, name, values=False)
+        return Peek(label, found, tensors.size, f"{_guess(tensors)} ({found.suffix})")
+    part, network = find_part(role, path, name, use_ema=use_ema, values=False), None
+    if role in TRANSFORMERS:
+        refuse_misfit(name, part.path, part.tensors, layout(name, part.path, names.wan_layout, part.config))
+        network = sizes_of(name, part.path, network_of, part.tensors.shapes)
+    elif role == "text_encoder":
+        refuse_misfit(name, part.path, part.tensors, layout(name, part.path, names.t5_layout, part.config))
+    return Peek(label, part.path, part.tensors.size, f"{_guess(part.tensors)} ({part.kind})", network)
 
 
-def network_of(shapes: Shapes) -> Network:
-    """Sizes of a Wan transformer by the shapes of its tensors, under original names or diffusers'."""
-    ours = {names.wan_name(key): shape for key, shape in shapes.items()} if names.is_wan(shapes) else shapes
-    dim, channels, *patch = ours["patch_embedding.weight"]
-    blocks = {key.split(".")[1] for key in ours if key.startswith("blocks.")}
+def _guess(tensors: Tensors) -> str:
+    return names.guess(tensors.shapes).split(" ", 1)[1]
+
+
+def network_of(shapes: names.Shapes) -> Network:
+    """Sizes of a Wan transformer by the shapes of its tensors, under our names."""
+    dim, channels, *patch = shapes["patch_embedding.weight"]
+    blocks = {key.split(".")[1] for key in shapes if key.startswith("blocks.")}
     return Network(
         dim=dim,
-        ffn=ours["blocks.0.ffn.net.0.proj.weight"][0],
+        ffn=shapes["blocks.0.ffn.net.0.proj.weight"][0],
         layers=len(blocks),
-        text_dim=ours["condition_embedder.text_embedder.linear_1.weight"][1],
-        freq_dim=ours["condition_embedder.time_embedder.linear_1.weight"][1],
+        text_dim=shapes["condition_embedder.text_embedder.linear_1.weight"][1],
+        freq_dim=shapes["condition_embedder.time_embedder.linear_1.weight"][1],
         channels=channels,
         patch=tuple(patch),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import Tensors, open_file, read_json, resolve
+from model.weights.files import Tensors, headers, open_file, read_json, resolve
 
 STATE, MANIFEST, MODEL, EXPORT, SHARDS = "state.pt", "manifest.json", "model.pt", "export", "shards"
 STUDENTS = ("generator", "student", "module")  # what stages call the player that is the student, best first
@@ -58,22 +58,24 @@ def complete(folder: Path) -> bool:
         return False
 
 
-def open_parts(name: str, path: Path) -> dict[str, Tensors]:
-    """Parts of a state: `generator.module`, `generator.average`, ..."""
+def open_parts(name: str, path: Path, values: bool = True) -> dict[str, Tensors]:
+    """Parts of a state: `generator.module`, `generator.average`, ...; values: whether they can be read."""
     if path.name != SHARDS:
-        return open_file(name, path)
+        return (open_file if values else headers)(name, path)
     from model.weights.sharded_files import open_sharded  # torch comes with it, which looking for a file does not need
 
     return open_sharded(name, path)
 
 
-def open_state(name: str, path: Path, critic: bool, averaged: bool) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
+def open_state(
+    name: str, path: Path, critic: bool, averaged: bool, values: bool = True
+) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
     """Tensors, config.json and card of a network in a `state.pt` or in shards.
 
     The state does not say the network's sizes; the run's export or what the run started from does.
     """
     part = "average" if averaged else "module"
-    parts = open_parts(name, path)
+    parts = open_parts(name, path, values)
     found = [player for player in (CRITICS if critic else STUDENTS) if f"{player}.{part}" in parts]
     if not found:
         role = "critic" if critic else "student"

@@ -91,7 +91,8 @@ def test_peek_knows_every_format(tmp_path, wan, wan_state, student, t5):
     weights.save_student(student, tmp_path / "ours", {}, ema=student.state_dict())
     save_file(wan_state, tmp_path / "s.safetensors")
     state = {"generator": {"module": student.state_dict(), "average": student.state_dict()}}
-    checkpoint.save(tmp_path / "run", 5, state, {"stage": "distill"}, 1)
+    began = {"training": {"init": {"generator": str(tmp_path / "ours")}}}
+    checkpoint.save(tmp_path / "run", 5, state, {"stage": "distill", "config": began}, 1)
     for path in ("sf.pt", "wan", "root", "ours", "s.safetensors", "run"):
         found = peek("student", tmp_path / path)
         assert found.network == tiny and found.kind.startswith("Wan transformer of width 128 with 2 layers"), path
@@ -103,12 +104,19 @@ def test_peek_knows_every_format(tmp_path, wan, wan_state, student, t5):
             peek("student", tmp_path / path, use_ema=True)
     weights.save_network(t5, tmp_path / "t5")
     assert peek("text_encoder", tmp_path / "t5").kind == "T5 text encoder (our own)"
-    with pytest.raises(UserError, match="should be a video VAE and seems to be a T5"):
+    with pytest.raises(UserError, match="is not a Wan 2.1 VAE; it seems to be a T5"):
         peek("vae", write_t5(tmp_path, t5))
     lora = {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 128)}
     (tmp_path / "adapter").mkdir()
     torch.save({"generator_lora": lora}, tmp_path / "adapter" / "lora.pt")
     assert "LoRA of rank 8" in peek("lora 0", tmp_path / "adapter", name="model.lora").kind
+
+
+def test_peek_refuses_a_state_of_unknown_sizes_as_loading_does(tmp_path, student):
+    checkpoint.save(tmp_path, 5, {"generator": {"module": student.state_dict()}}, {"stage": "distill"}, 1)
+    for look in (weights.load_student, lambda path: peek("student", path)):
+        with pytest.raises(UserError, match="does not say the sizes of its network"):
+            look(tmp_path)
 
 
 def write_t5(folder: Path, t5) -> Path:

@@ -18,7 +18,6 @@ from model.causal_wan import CausalWanModel
 from model.fp8 import E4M3, quantise
 from model.sizes import RANDOM
 from model.text import TextEncoder
-from model.weights import names
 from model.weights.load import load_tokenizer, stored_dtype, values
 from model.weights.plans import Plan, plan_text_encoder, plan_transformer
 from model.weights.random import transformer_plan
@@ -41,7 +40,7 @@ def init_plan(
         seed = stable_hash(config.seed, "random", name)
         return transformer_plan(source.removeprefix(RANDOM), where.device, dtype, causal=causal, seed=seed)
     cls = CausalWanModel if causal else WanTransformer3DModel
-    return plan_transformer(f"training.init.{name}", source, cls, names.STUDENT_PARTS)
+    return plan_transformer(f"training.init.{name}", source, cls, "critic" if name == "critic" else "student")
 
 
 def empty(plan: Plan, dtype: torch.dtype) -> nn.Module:

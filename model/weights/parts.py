@@ -1,0 +1,133 @@
+"""Where the network that a setting names is: in which file of a folder, in which part of a file, and of which sizes.
+
+Headers say it, without torch. What loads a network (plans.py) and what only looks at its files (peek.py) begin here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from model.weights import names, run_folders
+from model.weights.files import (
+    BARE,
+    DIFFUSERS_STEM,
+    EMA_STEM,
+    HF_STEM,
+    T5_FILE,
+    VAE_FILE,
+    Tensors,
+    headers,
+    missing,
+    open_file,
+    open_safetensors,
+    read_json,
+    resolve,
+    safetensors_headers,
+    shards,
+    subfolder,
+)
+from model.weights.fitting import as_lora, as_text_encoder, as_transformer, as_vae, pick, read_card
+from utils.files import CARD
+
+TRANSFORMERS = ("student", "teacher", "critic")
+FILE_IN = {"vae": VAE_FILE, "text_encoder": T5_FILE}  # of an original Wan folder
+PEFT_FILE = "adapter_model.safetensors"
+LORA_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors", "adapter_model.bin", "lora.pt", "model.pt")  # in a folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A network on disk, of a known kind."""
+
+    path: Path
+    kind: str  # format, in words
+    tensors: Tensors
+    config: Mapping[str, Any] = field(default_factory=dict)  # sizes, as diffusers or transformers states them
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, values: bool = True) -> Part:
+    """The network for `role`: student, teacher, critic, vae, text_encoder or tiny_decoder.
+
+    name: the config field that holds `path`. values: whether tensors can be read afterwards, for which torch is needed.
+
+    Raises:
+        UserError: it is missing, damaged, or of another kind.
+    """
+    path = resolve(path)
+    if not path.exists():
+        raise missing(name, path, "does not exist")
+    transformer = role in TRANSFORMERS
+    path = subfolder(run_folders.find(path, use_ema) if transformer else path, "transformer" if transformer else role)
+    if path.is_dir() and role in FILE_IN and (path / FILE_IN[role]).exists():
+        path = path / FILE_IN[role]
+    config, card, kind = {}, {}, "original Wan"
+    if transformer and path.name in (run_folders.STATE, run_folders.SHARDS):
+        tensors, config, card = run_folders.open_state(name, path, role == "critic", use_ema, values)
+        kind = "training checkpoint"
+    elif path.is_dir():
+        config = read_json(name, path / "config.json")
+        stem = EMA_STEM if use_ema else HF_STEM if role == "text_encoder" else DIFFUSERS_STEM
+        if use_ema and not (path / f"{stem}.safetensors").exists():
+            raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
+        files = shards(name, path, stem)
+        tensors = open_safetensors(name, *files) if values else safetensors_headers(name, *files).scaled()
+        if (path / CARD).exists():
+            kind, card = "our own", read_card(name, path / CARD)
+        elif "dim" not in config:
+            kind = "transformers" if role == "text_encoder" else "Diffusers"
+    else:
+        parts = (open_file if values else headers)(name, path)
+        tensors = pick(name, path, parts, _parts_of(role, use_ema))
+        if path.suffix == ".safetensors":
+            kind = "safetensors"
+        elif transformer and set(parts) != {BARE}:
+            kind = "training checkpoint"
+    tensors, config = _as(role, name, path, tensors, config)
+    return Part(path=path, kind=kind, tensors=tensors, config=config, card=card)
+
+
+def _parts_of(role: str, use_ema: bool) -> tuple[str, ...]:
+    """The parts of others' training checkpoints that can be `role`, best first."""
+    if role not in TRANSFORMERS:
+        return names.NETWORK_PARTS
+    return names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS
+
+
+def _as(role: str, name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]):
+    """Tensors by our names, and sizes; refuses what is not the network of the role."""
+    if role in TRANSFORMERS:
+        return as_transformer(name, path, tensors, config)
+    if role == "vae":
+        return as_vae(name, path, tensors, config)
+    if role == "text_encoder":
+        return as_text_encoder(name, path, tensors, config)
+    if not names.is_taehv(tensors.shapes):
+        raise UserError(
+            f"{name}={path} is not a tiny decoder; it seems to be {names.guess(tensors.shapes)}, use taew2_1.pth"
+        )
+    return tensors, config
+
+
+def find_lora(
+    path: str | Path, name: str, part: str = "", *, values: bool = True
+) -> tuple[Path, Tensors, dict[str, names.LoraTensor]]:
+    """The file of an adapter, its tensors, and what each of them is. part: of a training checkpoint, e.g. critic_lora;
+    by default the generator's. Else as `find_part`.
+    """
+    path = resolve(path)
+    if not path.exists():
+        raise missing(name, path, "does not exist")
+    if path.is_dir():
+        path = next((path / file for file in LORA_FILES if (path / file).is_file()), path)
+    if path.is_dir():
+        raise missing(name, path, f"has no {' or '.join(LORA_FILES)}")
+    parts = (open_file if values else headers)(name, path)
+    wanted = (part,) if part else (*names.LORA_PARTS, BARE)
+    found = next((parts[key] for key in wanted if key in parts), None)
+    if found is None:
+        seems = names.guess(next(iter(parts.values())).shapes if parts else {})
+        raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {seems}, so give {name} another file")
+    return path, found, as_lora(name, path, found)
