@@ -172,7 +172,9 @@ class CausalWanBlock(WanTransformerBlock):
         """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x behind the feed-forward."""
         k, v = self.text_kv(text) if isinstance(text, Tensor) else text
         x, q = self.cross_attention_query(x, attended, modulation)
-        return self.feed_forward(x, attend(self.attn2, q.type_as(v), k, v, None), modulation)
+        x = self.add_cross_attention(x, attend(self.attn2, q.type_as(v), k, v, None))
+        del q, k, v  # not in memory beside the feed-forward's hidden layer
+        return self.feed_forward(x, modulation)
 
     def attention_input(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [B, L, D], normed and modulated, as the projections of self-attention read it."""
@@ -186,12 +188,13 @@ class CausalWanBlock(WanTransformerBlock):
         y = self.norm2(x.float()).type_as(x)
         return x, attn.norm_q(attn.to_q(y)).unflatten(2, (attn.heads, -1))
 
-    def feed_forward(
-        self, x: Tensor, attended: Tensor, modulation: Tensor, ffn: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """x and the result of cross-attention -> x with it and the feed-forward added. ffn: in place of the block's."""
+    def add_cross_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x and the result of cross-attention [B, L, heads, head_dim] -> x with it added."""
+        return x + self.attn2.to_out[0](attended.flatten(2, 3))
+
+    def feed_forward(self, x: Tensor, modulation: Tensor, ffn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x -> x with the feed-forward added. ffn: in place of the block's."""
         shift, scale, gate = self.adaln(modulation)[3:]
-        x = x + self.attn2.to_out[0](attended.flatten(2, 3))
         y = _modulate(self.norm3(x.float()), shift, scale).type_as(x)
         return (x.float() + _gate((ffn or self.ffn)(y).float(), gate)).type_as(x)
 

@@ -154,12 +154,11 @@ def cross_attention_query(
 
 def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attended: Tensor, fused_gelu: bool) -> Tensor:
     """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
+    x = block.add_cross_attention(x, attended)
     wide, _, narrow = block.ffn.net
     if not fused_gelu or type(wide.proj) is not nn.Linear:
-        return block.feed_forward(x, attended, modulation)
-    return block.feed_forward(
-        x, attended, modulation, lambda y: narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias))
-    )
+        return block.feed_forward(x, modulation)
+    return block.feed_forward(x, modulation, lambda y: narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias)))
 
 
 def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
