@@ -153,7 +153,7 @@ def test_presets_hold_values_only():
 
 
 def test_pages_that_say_python_say_which():
-    for page in (CHECKOUT / "docs").glob("*.md"):
+    for page in (CHECKOUT / "docs").rglob("*.md"):
         blocks = "".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
         if first := re.search(r"^python ", blocks, re.MULTILINE):
             assert "source .venv/bin/activate\n" in blocks[: first.start()], page.name
