@@ -33,13 +33,25 @@ STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # e
 log = logging.getLogger(f"diagonal.{__name__}")
 # settings that there were once, and what does now what they said
 HEADS = "motion is compared as it is, which was `difference`; a trained head: training.distill.motion_regression"
+KERNELS = "our own kernels are used wherever they can be; for operators of torch: inference.compile=off"
 REMOVED = {  # key -> what to do in its place
     "model.teacher": "set training.init.teacher",
     "model.critic": "set training.init.critic",
     "training.distill.flow.head": HEADS,
     "training.distill.flow.head_lr": HEADS,
+    "training.flow.past_weight": "it is 0.5",
+    "stream.restart_every": "a schedule starts once",
+    "inference.fused_gelu": KERNELS,
+    "inference.fused_norms": KERNELS,
 }
-IDLE = {"training.distill.flow.head": "difference", "training.distill.flow.head_lr": "0.0001"}  # as stored by default
+IDLE = {  # as stored by default
+    "training.distill.flow.head": "difference",
+    "training.distill.flow.head_lr": "0.0001",
+    "training.flow.past_weight": "0.5",
+    "stream.restart_every": 0,
+    "inference.fused_gelu": "true",
+    "inference.fused_norms": "true",
+}
 MOVED = {("inference", "cpu_threads"): "cpu_threads"}  # from a section to the top
 MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf

@@ -69,8 +69,6 @@ class StreamConfig:
     context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
     context_timestep: float = number(0.0, 0, 1000)  # timestep of the extra pass of `renoise`; `clean` always uses 0
     context_by_chunk: dict[int, str] = number({}, 0, 100_000)  # exceptions, e.g. {0: clean}
-    # chunks after which the schedule starts again and gives a new sink; 0 = never
-    restart_every: int = number(0, 0, 100_000)
     switch: str = "recache"  # how a new prompt comes in (pipeline/switch.py): recache, recache_window, blend, cut
     switch_chunks: int = number(3, 1, 10_000)  # chunks that a blend takes
 
@@ -147,8 +145,6 @@ class InferenceConfig:
     cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
     fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
     fp8_attention: bool = True  # precision=fp8: keys and values in float8, too, where a kernel takes them (fa3)
-    fused_gelu: bool = True  # GELU inside the feed-forward's first matrix product, on a GPU; not in float8
-    fused_norms: bool = True  # norms, rotary turn and rounding to float8 by our own kernels, with compile on a GPU
     overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
     student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time

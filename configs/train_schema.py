@@ -31,8 +31,6 @@ class FlowConfig:
     crop_share: float = number(0.0, 0, 1)  # the same stages: share of those on a square around the subject
     crop: int = number(6, 2, 1024)  # latent cells: side of that square, even
     crop_batch: int = number(160, 1, 1_000_000)  # clips in a micro-batch of such a step
-    # teacher_forcing, few_steps: weight of the loss of a noisy past beside that of the chunks
-    past_weight: float = number(0.5, 0, 1_000_000)
     # few_steps: share of clips whose chunks, but for the first, are the student's own
     own_share: float = number(0.5, 0, 1)
     switched_share: float = number(0.0, 0, 1)  # few_steps: share of clips whose prompt changes on the way

@@ -50,7 +50,6 @@ class Schedule:
     policy: str = "last_step"
     exceptions: tuple[tuple[int, str], ...] = ()  # (chunk, policy), by chunk
     renoise_timestep: float = 0.0
-    restart_every: int = 0  # chunks after which rows and exceptions start again; 0 = never
 
     @classmethod
     def from_config(cls, schedule: ScheduleConfig, stream: StreamConfig) -> "Schedule":
@@ -62,20 +61,15 @@ class Schedule:
             policy=policy,
             exceptions=tuple(sorted(stream.context_by_chunk.items())),
             renoise_timestep=float(stream.context_timestep),
-            restart_every=stream.restart_every,
         )
-
-    def phase(self, chunk: int) -> int:
-        """Chunks since the schedule last started."""
-        return chunk % self.restart_every if self.restart_every else chunk
 
     def row(self, chunk: int) -> tuple[float, ...]:
         """Timesteps of `chunk`."""
-        return self.rows[min(self.phase(chunk), len(self.rows) - 1)]
+        return self.rows[min(chunk, len(self.rows) - 1)]
 
     def context(self, chunk: int) -> str:
         """Context policy of `chunk`."""
-        return dict(self.exceptions).get(self.phase(chunk), self.policy)
+        return dict(self.exceptions).get(chunk, self.policy)
 
     def context_timestep(self, chunk: int) -> float | None:
         """Timestep of the extra pass that `chunk` makes for its context, None if it makes none."""
@@ -97,7 +91,6 @@ class Schedule:
         `num_chunks` only what differs is shown, and no total.
         """
         settled = max(len(self.rows), *(chunk + 2 for chunk, _ in self.exceptions), 1)
-        settled = min(settled, self.restart_every or settled)
         shown = settled if num_chunks is None else num_chunks
         horizon = max(settled, shown + 1)  # one more than is shown tells whether its keys still grow
         width = max(len(_short(t)) for row in self.rows for t in row)
@@ -109,14 +102,11 @@ class Schedule:
             while end + 1 < horizon and cells[end + 1] == cells[start]:
                 end += 1
             last = min(end, shown - 1)
-            open_end = end == horizon - 1 and not self.restart_every
-            label = f"{start}+" if open_end else str(start) if last == start else f"{start}-{last}"
+            label = f"{start}+" if end == horizon - 1 else str(start) if last == start else f"{start}-{last}"
             lines.append([label, *cells[start]])
             start = end + 1
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        if self.restart_every:
-            text.append(f"starts again every {self.restart_every} chunks")
         if num_chunks is not None:
             text.append(f"total: {self.nfe(num_chunks)} NFE for {num_chunks} chunk{'s' * (num_chunks != 1)}")
         return "\n".join(text)
@@ -126,22 +116,23 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, as a JSON file holds them."""
-        values = {
+        return {
             "rows": [list(row) for row in self.rows],
             "policy": self.policy,
             "exceptions": [list(item) for item in self.exceptions],
             "renoise_timestep": self.renoise_timestep,
         }
-        return values | ({"restart_every": self.restart_every} if self.restart_every else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
         """The inverse of `to_dict`; checked as a configuration is, since it is read from files."""
+        if values.get("restart_every"):
+            again = shown(values["restart_every"])
+            raise UserError(f"restart_every={again} of a stored schedule is not played any more; remove it there")
         stream = StreamConfig(
             context=values["policy"],
             context_by_chunk={int(chunk): policy for chunk, policy in values["exceptions"]},
             context_timestep=float(values["renoise_timestep"]),
-            restart_every=int(values.get("restart_every", 0)),
         )
         return cls.from_config(ScheduleConfig(timesteps=[[float(t) for t in row] for row in values["rows"]]), stream)
 
@@ -159,7 +150,7 @@ def with_steps(config: Config, steps: Sequence[int], context: str | None = None)
     Where the schedule counts steps, first, last, warp and shift stay, those of a preset too. Where it lists timesteps,
     a chunk gets the row of so many steps, of several the nearest chunk's; where there is none, the timesteps of the
     longest row, interpolated linearly between its ends, and for one step its first alone.
-    context: the policy instead of the schedule's own; exceptions and restarts stay. UserError where `steps` are no
+    context: the policy instead of the schedule's own; exceptions stay. UserError where `steps` are no
     counts, or no row has two steps to interpolate between.
     """
     schedule, policy = _spelled_out(config.schedule, config.stream.context)

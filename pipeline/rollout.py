@@ -152,7 +152,6 @@ def rollout(
             _leave(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad,
                    context_noise if context == "release" else None)  # fmt: skip
             recall.keep(Pass(chunk, *student.last))
-            recall.renew_sink(cache, schedule, chunk)
     return torch.cat(out, dim=1)
 
 

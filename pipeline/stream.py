@@ -327,7 +327,6 @@ class StreamSession:
             leave_context(student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
             timer.mark("context")
         self._recall.keep(Pass(chunk, *student.last))
-        self._recall.renew_sink(self._cache, self.schedule, chunk)
         frames, finite = self.delivery.deliver(self._decoder, latents, timer)
         self._noise.draw_ahead(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1

@@ -30,7 +30,6 @@ from configs.schema import RECACHES, SWITCHES
 from model.cache import GraphCache, StreamCache, slot
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student
-from model.schedule import Schedule
 from pipeline.positions import move_slot, sink_moved
 from utils.prompts import check_prompt
 
@@ -87,12 +86,6 @@ class Recall:
             student.x0(done.x_t, done.t, text, cache.rewrite(position), start_frame)
         cache.permute([order.index(i) for i in range(len(order))])
 
-    def renew_sink(self, cache: StreamCache | GraphCache, schedule: Schedule, chunk: int) -> None:
-        """Where the schedule has started again, its first chunks become the sink, and the old sink joins the ring."""
-        phase, sink = schedule.phase(chunk), self.geometry.sink_chunks
-        if phase < sink and chunk >= max(sink, schedule.restart_every):
-            self.swap(cache, phase, slot(self.geometry, chunk))
-
     def move_sink(self, model: CausalWanModel, cache: StreamCache | GraphCache, chunk: int) -> None:
         """Before `chunk` is made: slots of the sink that would be out of reach move up (pipeline/positions.py)."""
         for i in range(self.geometry.sink_chunks):
@@ -101,13 +94,6 @@ class Recall:
             if due and due > done.moved:
                 move_slot(model, cache, i, due - done.moved)
                 self.slots[i] = replace(done, moved=due)
-
-    def swap(self, cache: StreamCache | GraphCache, a: int, b: int) -> None:
-        """Exchange two slots."""
-        order = list(range(len(self.slots)))
-        order[a], order[b] = b, a
-        cache.permute(order)
-        self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
 
 
 def blended(raw: Tensor, target: Tensor, left: int) -> Tensor:

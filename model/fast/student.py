@@ -83,8 +83,8 @@ class FastPlan:
             kernels=kernels,
             fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.past == "fa3",
             fp8=config.fp8_scaling if config.precision == "fp8" else None,
-            fused_gelu=config.fused_gelu and gpu,
-            fused_norms=config.fused_norms and gpu and compiled,
+            fused_gelu=gpu,
+            fused_norms=gpu and compiled,
             compile=compiled,
             cuda_graphs=config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and gpu and stays),
         )

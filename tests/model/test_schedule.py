@@ -137,7 +137,7 @@ def test_round_trip_through_json(preset):
 
 
 @pytest.mark.parametrize(
-    "change", [{"policy": "own"}, {"rows": []}, {"rows": [[2000]]}, {"exceptions": [[0, "own"]]}, {"restart_every": -1}]
+    "change", [{"policy": "own"}, {"rows": []}, {"rows": [[2000]]}, {"exceptions": [[0, "own"]]}, {"restart_every": 5}]
 )
 def test_a_stored_schedule_is_checked(change):
     with pytest.raises(UserError):
@@ -210,7 +210,7 @@ ROWS = [[1000.0, 900.0, 700.0, 300.0], [1000.0, 500.0], [1000.0, 800.0, 350.0]]
     [
         *(({}, {"preset": name}) for name in PRESETS),
         ({"context": "renoise", "context_timestep": 30.0, "context_by_chunk": {1: "clean"}}, {"steps": "432"}),
-        ({"restart_every": 4}, {"steps": [3, 2], "first": 990.0, "last": 200.0, "shift": 3.0}),
+        ({}, {"steps": [3, 2], "first": 990.0, "last": 200.0, "shift": 3.0}),
         ({"context_by_chunk": {0: "clean"}}, {"steps": "42", "warp": False}),
         ({"context": "clean"}, {"timesteps": ROWS}),
     ],
@@ -221,7 +221,7 @@ def test_a_schedule_with_its_own_numbers_of_steps_is_the_same(stream, schedule):
 
 
 def test_other_numbers_of_steps_keep_all_else_of_a_schedule_that_counts_steps():
-    stream = {"context_by_chunk": {1: "clean"}, "context_timestep": 20.0, "restart_every": 5}
+    stream = {"context_by_chunk": {1: "clean"}, "context_timestep": 20.0}
     kept = {"first": 990.0, "last": 200.0, "shift": 3.0}
     ours = changed([3, 2], "renoise", stream=stream, steps="4322222", **kept)
     assert ours == build(stream | {"context": "renoise"}, steps="32", **kept)

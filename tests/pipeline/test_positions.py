@@ -138,14 +138,6 @@ def test_a_session_moves_its_sink_and_keeps_its_promises(make, tiny_geometry):  
     assert len(list(session.resume(4))) == 4
 
 
-def test_a_new_sink_begins_anew(make, tiny_geometry):  # noqa: F811
-    session = make(geometry=bounded(tiny_geometry, 15), restart_every=10)
-    moved = []
-    for _ in islice(session.play(PROMPT, 0), 24):
-        moved.append(session._recall.slots[0].moved)
-    assert moved == [0] * 5 + [6] * 2 + [12] * 2 + [18] + [0] * 5 + [6] * 2 + [12] * 2 + [18] + [0] * 4
-
-
 def test_fewer_positions_than_the_window_are_refused():
     with pytest.raises(UserError, match="position_frames=9 is less than stream.window_frames=12"):
         StreamConfig(position_frames=9)

@@ -263,14 +263,6 @@ def test_a_switch_of_prompt_is_bit_identical_to_what_is_said_to_a_session(
     assert not torch.equal(ours[at][:, 3 * at :], ours[None][:, 3 * at :]), "recaching makes a difference"
 
 
-def test_a_schedule_that_starts_again_renews_the_sink_as_inference_does(tiny_student, tiny_vae, tiny_text_encoder):
-    schedule = Schedule(rows=ROWS, restart_every=4)
-    session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY)
-    played = torch.cat([r.latents for r in session.play(["a red circle", "a blue square"], [3, 4], 8)], dim=1)
-    text = tiny_text_encoder(["a red circle", "a blue square"])
-    assert torch.equal(run(tiny_student, schedule, last_steps(schedule, 8), text=text, chunks=8), played)
-
-
 @pytest.mark.parametrize("switch", ["recache", "recache_window", "blend", "cut"])
 def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypatch, switch):
     """The rollout of the stage itself, on its own noise, against a session that is given that noise."""

@@ -1,4 +1,4 @@
-"""Sessions that are driven: new prompts, snapshots, branches, cancelling, restarts, endless positions."""
+"""Sessions that are driven: new prompts, snapshots, branches, cancelling, endless positions."""
 
 import dataclasses
 from itertools import islice
@@ -238,37 +238,6 @@ def test_cancel_during_recaching_leaves_nothing_half_done(make, tiny_student):
     made = play(session)
     assert len(made) == 6
     assert same(made + list(session.resume(2)), plain)
-
-
-def test_restarting_gives_the_first_rows_again_and_a_new_sink(make):
-    session = make(restart_every=5)
-    assert [len(session.schedule.row(k)) for k in range(11)] == [3, 2, 2, 2, 2, 3, 2, 2, 2, 2, 3]
-    assert session.schedule.nfe(10) == 22 and "starts again every 5 chunks" in str(session.schedule)
-    assert Schedule.from_dict(session.schedule.to_dict()) == session.schedule
-    held = []
-    for _ in islice(session.play(PROMPT, 0), 13):
-        held.append({i: p.chunk for i, p in session._recall.slots.items()})
-    assert [h[0] for h in held] == [0] * 5 + [5] * 5 + [10] * 3
-    assert set(held[-1].values()) == {10, 11, 12, 5}, "the old sink is evicted like any chunk"
-    assert all(len(h) <= 4 for h in held)
-    one, other = make(restart_every=5), make()
-    five = list(one.play(PROMPT, 0, 5))
-    assert same(five, other.play(PROMPT, 0, 5)), "the same until then"
-
-
-def test_the_cache_follows_the_swap_of_a_restart(make, tiny_geometry):
-    """The new sink's keys are those that its own pass wrote, found by making that pass again."""
-    session = make(restart_every=5)
-    list(session.play(PROMPT, 0, 6))
-    tokens, sink = tiny_geometry.tokens_per_chunk, session._recall.slots[0]
-    held = session._cache._keys[0][:, :tokens].clone()
-    model = session.student.model
-    network = model.config
-    size = (network.num_layers, 1, network.num_attention_heads, network.attention_head_dim)
-    alone = StreamCache(*size, tiny_geometry, device="cpu", dtype=torch.float32)
-    model(sink.x_t, sink.t, session._track.state.kv, view=alone.begin(0), start_frame=15)
-    assert sink.chunk == 5
-    assert torch.equal(held, alone._keys[0][:, :tokens]), "the first layer's keys depend on the chunk alone"
 
 
 def test_what_a_long_stream_holds_does_not_grow(make):

@@ -296,7 +296,7 @@ def test_a_warm_server_has_played_where_it_will_play(serve, monkeypatch):
     [
         ["schedule={preset: self_forcing}"],
         ["schedule={preset: release}", "stream.context_by_chunk={0: clean}"],
-        ["schedule.first=990", "schedule.last=300", "schedule.shift=3", "stream.restart_every=2"],
+        ["schedule.first=990", "schedule.last=300", "schedule.shift=3"],
         ["schedule={timesteps: [[1000, 400], [990, 300]]}", "stream.context=renoise", "stream.context_timestep=50"],
         ["schedule.steps=9" + "1" * 14],
     ],

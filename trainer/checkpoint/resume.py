@@ -33,9 +33,8 @@ FREE = (
     "training.accept_unfinished",
     "training.distill.video_clips", "training.distill.encode_ahead", "training.distill.encoded_prompts",
 )  # fmt: skip
-ROLLOUT = tuple(  # what training.distill.fast_rollout makes rollouts by
-    f"inference.{key}" for key in ("attention", "compile", "cuda_graphs", "fused_gelu", "fused_norms")
-)
+# what training.distill.fast_rollout makes rollouts by
+ROLLOUT = ("inference.attention", "inference.compile", "inference.cuda_graphs")
 KNOBS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "final_lr_share", "max_grad_norm")
 TUNED = (
     "training.steps", "training.micro_batch", "training.precision", "training.ema_decay", "training.ema_start_step",

@@ -27,6 +27,8 @@ from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 
+PAST_WEIGHT = 0.5  # of the loss of a noisy past, beside that of the chunks
+
 Bank = TypeVar("Bank", LatentBank, SwitchedBank)
 WHOLE, FIRST, CROPPED = "whole clips", "first chunks", "first chunks about the subject"  # kinds of steps
 
@@ -204,7 +206,7 @@ class TeacherForcing(FlowStage):
         error = (v.float() - target).square().mean((2, 3, 4))
         loss = (error * counts).sum() / counts.sum()
         return {
-            "loss": loss + self.config.training.flow.past_weight * past_loss,
+            "loss": loss + PAST_WEIGHT * past_loss,
             "chunk_loss": loss, "past_loss": past_loss,
         }  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_a_run_that_began_with_the_release_of_march_goes_on_with_it(tmp_path, ca
 def test_settings_that_rollouts_are_made_by_are_not_free(fast, tmp_path, caplog):
     text = ["training.ema_start_step=1", f"training.distill.fast_rollout={fast}".lower(), "training.cuda_graphs=false"]
     before = to_dict(load_config("configs/train_tiny_distill.yaml", text))
-    for change in ("inference.attention=sdpa", "inference.compile=off", "inference.fused_gelu=false"):
+    for change in ("inference.attention=sdpa", "inference.compile=off"):
         caplog.clear()
         check_changes(before, load_config("configs/train_tiny_distill.yaml", [*text, change]), tmp_path)
         assert ("from here on" in caplog.text) == fast
