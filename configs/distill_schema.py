@@ -14,7 +14,10 @@ FRAME_ERRORS = ("motion", "release")
 
 @dataclass(frozen=True, kw_only=True)
 class FlowLossConfig:
-    """Flow distribution matching: the loss on differences of neighbouring latent frames. `release`: diagdistill."""
+    """Flow distribution matching: the loss on differences of neighbouring latent frames.
+
+    `release` is diagdistill, commit 24ef1c9.
+    """
 
     weight: float = number(4.0, 0, 1_000_000)  # lambda_flow; 0 = off
     half: bool = True  # the factor 1/2 that the spatial loss has, too; false: as in commit 24ef1c9

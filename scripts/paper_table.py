@@ -1,4 +1,4 @@
-"""The paper's settings, diagdistill's, the keys that hold them, what ours are, and where they depart and why.
+"""The paper's settings, diagdistill's (commit 24ef1c9), ours, the keys that hold them, and where and why ours depart.
 
     python scripts/paper_table.py            # print the table
     python scripts/paper_table.py --write    # put it into docs/paper-settings.md, between its two marks
@@ -33,7 +33,7 @@ class Setting:
 
     what: str
     paper: Any  # None where it is silent
-    release: Any  # diagdistill's
+    release: Any  # diagdistill's, commit 24ef1c9
     key: str
     code: str  # the file that acts on it
     why: str = ""  # where ours differs, and where something has to be said
@@ -53,7 +53,7 @@ SETTINGS = (
     Setting("first timestep, un-warped", 1000.0, 1000.0, "schedule.first", "model/schedule.py"),
     Setting("last timestep, un-warped", None, 100.0, "schedule.last", "model/schedule.py"),
     Setting("shift of the timesteps", None, 5.0, "schedule.shift", "model/timesteps.py"),
-    Setting("keys left for later chunks", "last_step", "last_step", "stream.context", "pipeline/chunk.py"),
+    Setting("context mode: keys for later chunks", "last_step", "last_step", "stream.context", "pipeline/chunk.py"),
     Setting("attention window, latent frames", None, 12, "stream.window_frames", "configs/geometry.py"),
     Setting("sink, latent frames", None, 3, "stream.sink_frames", "configs/geometry.py"),
     Setting("training starts from", None, ("checkpoints/ode_init.pt", f"logs/{Path(STAGES[0]).stem}"),
@@ -65,30 +65,30 @@ SETTINGS = (
             "trainer/distill/networks.py"),
     Setting("clips a step, all GPUs", 64, 64, "training.global_batch", "trainer/stage.py"),
     Setting("training steps", 600, (1000, 2000), "training.steps", "trainer/loop.py",
-            "critic updates, a fifth as many of the generator; the release's README still says 600"),
+            "critic updates, a fifth as many of the generator; the README of 24ef1c9 still says 600"),
     Setting("steps between checkpoints", None, 500, "training.checkpoint_every", "trainer/loop.py",
             "the single run is 600 steps long"),
     Setting("steps between lines of the log", None, 500, "training.log_every", "trainer/loop.py",
-            "warnings of a run that goes wrong are made of these lines"),
+            "warnings about a run that goes wrong use these lines"),
     Setting("critic updates a generator update", None, 5, "training.distill.dfake_gen_update_ratio",
             "trainer/distill/stage.py"),
     Setting("learning rate, generator", 2e-6, 2e-6, "training.optimizer.lr", "trainer/optim/train_state.py"),
     Setting("learning rate, critic", 4e-7, 4e-7, "training.distill.critic_optimizer.lr", "trainer/distill/networks.py"),
     Setting("Adam betas", None, [0.0, 0.999], "training.optimizer.betas", "trainer/optim/train_state.py"),
     Setting("gradient norm, at most", None, 10.0, "training.optimizer.max_grad_norm", "trainer/optim/train_state.py"),
-    Setting("decay of the averaged weights", None, 0.99, "training.ema_decay", "trainer/optim/train_state.py"),
-    Setting("average from step", None, 200, "training.ema_start_step", "trainer/optim/train_state.py",
-            "ours counts generator updates, the release critic updates too: 200 / 5"),
+    Setting("decay of the EMA", None, 0.99, "training.ema_decay", "trainer/optim/train_state.py"),
+    Setting("EMA from step", None, 200, "training.ema_start_step", "trainer/optim/train_state.py",
+            "ours counts generator updates, 24ef1c9 critic updates too: 200 / 5"),
     Setting("weight of the spatial loss", 4.0, 4.0, "training.distill.spatial_weight", "trainer/distill/stage.py"),
     Setting("weight of the flow loss", 4.0, 4.0, "training.distill.flow.weight", "trainer/distill/stage.py"),
     Setting("its factor 1/2", None, False, "training.distill.flow.half", "trainer/distill/losses.py",
-            "without it motion pulls twice as hard as space, which the stages keep; the single run has the paper's "
+            "without it the motion loss counts twice as much, which the stages keep; the single run has the paper's "
             "equal weights"),
     Setting("its frame weights go by", None, "release", "training.distill.flow.frame_error",
-            "trainer/distill/losses.py", "theirs is the loss's gradient minus a latent, of no meaning that we find; "
+            "trainer/distill/losses.py", "theirs is the loss's gradient minus a latent, in which we find no meaning; "
             "ours is the error of the critic's motion"),
     Setting("flow loss without a gradient", None, False, "training.distill.flow.gradient_cut",
-            "trainer/distill/losses.py", "until commit 4ea418d it was, and moved nothing"),
+            "trainer/distill/losses.py", "it was until commit 4ea418d, and had no effect"),
     Setting("weight of motion against space, gamma", 1.0, 1.0, "training.distill.gamma", "trainer/distill/stage.py"),
     Setting("weight of the regression of motion on the frozen start", None, 1.0,
             "training.distill.motion_regression.weight", "trainer/distill/stage.py",
@@ -101,13 +101,13 @@ SETTINGS = (
             "trainer/distill/motion_head.py"),
     Setting("kernel of its head", None, 1, "training.distill.motion_regression.kernel",
             "trainer/distill/motion_head.py"),
-    Setting("decay of the averaged head", None, 0.95, "training.distill.motion_regression.decay",
-            "trainer/distill/networks.py", "ours has an optimiser; whether the release's is in one we could not see"),
+    Setting("decay of the head's EMA", None, 0.95, "training.distill.motion_regression.decay",
+            "trainer/distill/networks.py", "ours has an optimizer; whether that of 24ef1c9 has one we could not see"),
     Setting("guidance of the teacher", None, 3.0, "training.distill.guidance", "model/denoiser.py",
             "s of cond + s (cond - uncond)"),
     Setting("guidance of the critic", None, 0.0, "training.distill.fake_guidance", "trainer/distill/stage.py"),
     Setting("shift of the timesteps of teacher and critic", None, 5.0, "training.distill.shift",
-            "trainer/distill/stage.py", "drawn alike (mean 746); the release's x0 of teacher, critic then takes "
+            "trainer/distill/stage.py", "drawn alike (mean 746); in 24ef1c9 the x0 of teacher and critic then takes "
             "sigma from a grid of shift 8 at the same t, more than 1% off for 3.4% of draws; ours is t / 1000"),
     Setting("context in training", None, "release", "training.distill.rollout_context", "trainer/distill/stage.py",
             "theirs stops at the drawn step and re-noises its result; ours leaves what inference leaves"),
@@ -167,7 +167,7 @@ def departures(row: Setting, single: Any, stages: tuple[Any, ...]) -> list[str]:
 def table() -> str:
     """The table as Markdown."""
     values, *staged = (to_dict(load_config(path)) for path in (PRESET, *STAGES))
-    head = "| setting | paper | release | ours | key | code | departs, and why |"
+    head = "| setting | paper | release (24ef1c9) | ours | key | code | departs, and why |"
     lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in SETTINGS:
         single, stages = value_of(values, row.key), tuple(value_of(stage, row.key) for stage in staged)
