@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -220,7 +221,7 @@ class Player:
         config, out = self.pipe.config.video, io.BytesIO()
         with LiveWriter(out, config.fps, (config.height, config.width)) as writer:
             for chunk in made:
-                writer.write(np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in chunk.jpegs]))
+                writer.write(np.stack([iio.imread(jpeg, plugin="pillow") for jpeg in chunk.jpegs]))
         return out.getvalue()
 
     def record(self, take: int | None = None) -> dict:

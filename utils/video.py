@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import av
+import imageio.v3 as iio
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageDraw, ImageFont
@@ -19,7 +20,7 @@ from utils.files import atomic_path
 
 ENCODER_THREADS = 4  # x264's output depends on this number: fixed, so that the machine's cores do not count
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, which PyAV has no name for
-ANIMATED = {".gif": "GIF", ".webp": "WEBP"}
+ANIMATED = (".gif", ".webp")
 FILE_KINDS = (".mp4", ".webm", *ANIMATED)  # endings that VideoWriter knows
 CELL_WIDTH = 160  # pixels; frames of a contact sheet are shrunk to at most this
 FONT_SIZE = 11  # pixels
@@ -64,16 +65,17 @@ class VideoWriter:
 
     @contextmanager
     def _animation(self) -> Iterator[None]:
-        self._images: list[Image.Image] = []
+        self._images: list[np.ndarray] = []
         with atomic_path(self.path) as temporary:
             yield
             # of whole hundredths of a second, as GIF has them, that add up to the right time
             ends = [round(100 * (i + 1) / self.fps) for i in range(len(self._images))]
             times = [10 * (end - begin) for begin, end in pairwise([0, *ends])]
-            options = {"quality": 90} if self.path.suffix.lower() == ".webp" else {}
-            first, *rest = self._images
-            kind = ANIMATED[self.path.suffix.lower()]
-            first.save(temporary, kind, save_all=True, append_images=rest, duration=times, loop=0, **options)
+            kind = self.path.suffix.lower()
+            options = {"quality": 90} if kind == ".webp" else {}
+            options["duration"] = times if len(times) > 1 else times[0]  # Pillow's GIF of one frame takes no list
+            options |= {"extension": kind, "plugin": "pillow", "is_batch": True, "loop": 0}
+            temporary.write_bytes(iio.imwrite("<bytes>", self._images, **options))
 
     def __enter__(self) -> "VideoWriter":
         self._open_file.__enter__()
@@ -88,7 +90,7 @@ class VideoWriter:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3] of {self.size}")
         for image in frames:
             if self._animated:
-                self._images.append(Image.fromarray(image))
+                self._images.append(image.copy())
             else:
                 self._container.mux(self._stream.encode(to_yuv(image, self.frames_written, self.fps)))
             self.frames_written += 1

@@ -56,6 +56,13 @@ def test_same_frames_reach_the_encoder_and_others_do_not_look_like_them(tmp_path
     assert alike(a, b) and not alike(a, later)
 
 
+@pytest.mark.parametrize("ending", [".gif", ".webp"])
+def test_an_animation_of_one_frame(tmp_path, ending):
+    Video(clip(1), 16, "a prompt", 0).save(tmp_path / f"a{ending}")
+    with Image.open(tmp_path / f"a{ending}") as image:
+        assert image.n_frames == 1
+
+
 @pytest.mark.parametrize(
     ("name", "start", "size"),
     [("a.gif", b"GIF89a", (63, 96)), ("a.webp", b"RIFF", (63, 95)), ("a.webm", b"\x1aE\xdf\xa3", (64, 96))],
