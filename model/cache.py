@@ -34,7 +34,7 @@ KV = tuple[Tensor, Tensor]  # keys and values, each [B, tokens, heads, head_dim]
 FIRST_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at first
 
 
-def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_for_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as a cache of `dtype` can take it: what is too large for float8 is clamped, which not every torch does."""
     return x.clamp(-LARGEST, LARGEST).to(E4M3) if dtype is E4M3 else x
 
@@ -152,7 +152,7 @@ class StreamCache(_Cursor):
         for buffer in self._keys:
             own = buffer[:, position * tokens : (position + 1) * tokens]
             wide = own.bfloat16() if own.dtype is E4M3 else own
-            own.copy_(narrowed(change(wide), own.dtype))
+            own.copy_(cast_for_cache(change(wide), own.dtype))
 
     def snapshot(self, device: torch.device | str | None = None) -> "CacheState":
         """A copy of what is filled, on `device` (None: where it is)."""
@@ -236,8 +236,8 @@ class StreamLayer:
         """Write, and return the visible prefix in the dtype of k: views of the buffers, valid until the next write."""
         assert not (k.requires_grad or v.requires_grad), "StreamCache would lose the graph; train with GraphCache"
         assert k.shape[1] == self.tokens, f"{k.shape[1]} tokens for a slot of {self.tokens}"
-        self.keys[:, self.start : self.start + self.tokens].copy_(narrowed(k, self.keys.dtype))
-        self.values[:, self.start : self.start + self.tokens].copy_(narrowed(v, self.values.dtype))
+        self.keys[:, self.start : self.start + self.tokens].copy_(cast_for_cache(k, self.keys.dtype))
+        self.values[:, self.start : self.start + self.tokens].copy_(cast_for_cache(v, self.values.dtype))
         return (self.keys[:, : self.end].to(k.dtype), self.values[:, : self.end].to(v.dtype)), None
 
 

@@ -6,7 +6,7 @@ is left with those of the *noisy* input at the row's last timestep, and that is 
 (diagonal forcing; `context: last_step`). The other context policies make one more pass.
 
 What a stream starts from (an image, a clip) is *given*: its latents are not made. A chunk that is given whole makes one
-pass, `leave_context` at the level at which later chunks see it. In a chunk of which only the first frames are given
+pass, `update_cache` at the level at which later chunks see it. In a chunk of which only the first frames are given
 they are shown, in every step, as later chunks see the past: at the context's level, each frame with its own timestep;
 the other frames walk the row. So an image is latent frame 0 of chunk 0, which is one pixel frame, and frames 1 and 2
 are made in one chunk with it. (A still repeated to fill the chunk would begin every video with half a second of
@@ -28,7 +28,7 @@ from model.flow import add_noise
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class ConditioningFrames:
     """The first g < f frames of a chunk, as they are and as they are shown."""
 
     latents: Tensor  # clean, [B, g, C, H, W]
@@ -36,7 +36,7 @@ class Given:
     level: float  # timestep
 
     @classmethod
-    def at_level(cls, latents: Tensor, level: float, eps: Callable[[], Tensor]) -> "Given":
+    def at_level(cls, latents: Tensor, level: float, eps: Callable[[], Tensor]) -> "ConditioningFrames":
         """Frames as the context shows them. eps: gives noise [B, f, C, H, W] of the chunk's context."""
         frames = latents.shape[1]
         shown = add_noise(latents, eps()[:, :frames], as_timestep(level, latents)) if level > 0 else latents
@@ -63,7 +63,7 @@ def denoise_chunk(
     chunk: int,
     text: TextKV | Tensor,
     renoise: Callable[[int], Tensor],
-    given: Given | None = None,
+    given: ConditioningFrames | None = None,
     exit_at: int | None = None,
     grad: bool = False,
 ) -> Tensor:
@@ -88,7 +88,7 @@ def denoise_chunk(
     return x0
 
 
-def leave_context(
+def update_cache(
     student: Student,
     x0: Tensor,
     *,

@@ -35,7 +35,7 @@ from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoderCodec, in_best_precision
 from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
 from model.weights.lora import Loras, plan_lora
-from pipeline.delivery import ahead
+from pipeline.async_decoder import prefetch
 from pipeline.start import encode_start, read_start, start_warnings
 from pipeline.story import Story, play_story
 from pipeline.stream import ChunkResult, StreamSession
@@ -99,9 +99,9 @@ class DiagonalPipeline:
         dtype = pick_dtype(config.inference.precision, device)
         FastPlan.from_config(config.inference, device)  # refuses what cannot be before anything is loaded
         names, places = config.model, config.inference
-        student = load_student(names.student, home(places.student, device), dtype, use_ema=names.use_ema)
+        student = load_student(names.student, load_device(places.student, device), dtype, use_ema=names.use_ema)
         loras = load_loras(student, names)
-        whole = home("stream" if places.text_int8 else places.text_encoder, device)
+        whole = load_device("stream" if places.text_int8 else places.text_encoder, device)
         text = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, whole, dtype)
         codec = load_codec(names, device, dtype)
         pipe = cls.from_parts(config, student, codec, text, device)
@@ -123,7 +123,7 @@ class DiagonalPipeline:
             BlockStream(student, device)
         if places.decode_frames:
             codec = SmallSteps(codec, places.decode_frames)
-        return cls(config, *quick(Student(student), codec, plan), place_text(text, places, device))
+        return cls(config, *apply_fast_plan(Student(student), codec, plan), place_text(text, places, device))
 
     def stream(
         self,
@@ -238,7 +238,7 @@ class DiagonalPipeline:
 
     def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
         beside = self.session.device.type == "cuda" and self.config.inference.overlap
-        for result in ahead(results, 1) if beside else results:  # the next chunk is queued before this one is awaited
+        for result in prefetch(results, 1) if beside else results:  # one more chunk is queued than is waited for
             frames = result.wait().frames.numpy()
             yield [own if alive else own[:0] for own, alive in zip(frames, result.alive, strict=True)], result.timings
 
@@ -269,7 +269,7 @@ def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
     return loras
 
 
-def home(place: str, device: torch.device) -> torch.device:
+def load_device(place: str, device: torch.device) -> torch.device:
     """Where a network is loaded to that has this place."""
     return device if place == "keep" else torch.device("cpu")
 
@@ -278,7 +278,7 @@ def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device)
     """The text encoder as `config` wants it, where it wants it."""
     place = config.text_encoder
     if config.text_int8:
-        convert(text.encoder.encoder, device, home(place, device))
+        convert(text.encoder.encoder, device, load_device(place, device))
     return text.to(device) if place == "keep" else HostTextEncoder(text, device, stream=place == "stream")
 
 
@@ -289,7 +289,7 @@ def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     return WanCodec(load_vae(config.vae, device, dtype))
 
 
-def quick(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
+def apply_fast_plan(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
     """Student and codec as `plan` wants them, changed in place."""
     if plan.plain:
         return student, codec

@@ -29,8 +29,8 @@ from model.causal_wan import TextKV
 from model.denoiser import Student, as_timestep
 from model.flow import add_noise
 from model.schedule import Schedule
-from pipeline.chunk import Given, denoise_chunk, leave_context
-from pipeline.switch import Pass, Recall, Remembering
+from pipeline.chunk import ConditioningFrames, denoise_chunk, update_cache
+from pipeline.switch import CachedForward, InputRecorder, RecacheState
 
 
 class Noise(Protocol):
@@ -128,14 +128,14 @@ def rollout(
         the sink.
     start: clean latents [B, g, C, H, W] that it begins with, fewer than a chunk has (pipeline/chunk.py: Given).
     """
-    out, recall, student = [], Recall(cache.geometry), Remembering(student)
+    out, recall, student = [], RecacheState(cache.geometry), InputRecorder(student)
     for chunk, exit_at in enumerate(exits):
         if chunk and chunk == recache_at:
             recall.recache(student, cache, text(chunk), keep_sink=keep_sink)
         place = {"cache": cache, "chunk": chunk, "text": text(chunk)}
         if start is not None and chunk == 0:
             level = schedule.context_level(chunk)
-            place["given"] = Given.at_level(start, level, lambda: noise.context(0))
+            place["given"] = ConditioningFrames.at_level(start, level, lambda: noise.context(0))
         record = grad and chunk >= first_grad
         recall.move_sink(student.model, cache, chunk)
         x0 = denoise_chunk(
@@ -151,12 +151,12 @@ def rollout(
         if chunk + 1 < len(exits):  # nobody reads the last chunk's
             _leave(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad,
                    context_noise if context == "release" else None)  # fmt: skip
-            recall.keep(Pass(chunk, *student.last))
+            recall.keep(CachedForward(chunk, *student.last))
     return torch.cat(out, dim=1)
 
 
 def _leave(
-    student: Remembering,
+    student: InputRecorder,
     schedule: Schedule,
     noise: Noise,
     x0: Tensor,
@@ -177,7 +177,7 @@ def _leave(
         if level is None:
             level = schedule.context_timestep(chunk)
             x0 = _finish(student, schedule.row(chunk), noise, x0, exit_at, place)
-        leave_context(student, x0, level=level, eps=lambda: noise.context(chunk), **readers)
+        update_cache(student, x0, level=level, eps=lambda: noise.context(chunk), **readers)
         if not graph:
             cache.detach()
     if graph and any(ours is not exits for ours, exits in zip(cache.newest(), exits_own, strict=True)):
@@ -185,7 +185,7 @@ def _leave(
 
 
 def _finish(
-    student: Remembering, row: Sequence[float], noise: Noise, x0: Tensor, exit_at: int, place: dict
+    student: InputRecorder, row: Sequence[float], noise: Noise, x0: Tensor, exit_at: int, place: dict
 ) -> Tensor:
     """Walk the rest of a row from the x0 of step `exit_at`; returns the last x0."""
     start = exit_at + 1

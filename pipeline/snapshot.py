@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from model.cache import CacheState
 from model.causal_wan import CausalWanModel
-from pipeline.switch import Pass, TextState
+from pipeline.switch import CachedForward, TextState
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Snapshot:
     seeds: tuple[int, ...]
     text: TextState
     cache: CacheState
-    passes: dict[int, Pass]  # by slot, for recaching
+    passes: dict[int, CachedForward]  # by slot, for recaching
     decoder: Any
     start: Tensor | None = None  # what the stream began with, as long as it is not played
 

@@ -4,7 +4,8 @@
     clip    its last 1 + 4 n pixel frames as whole chunks of latents; what is made goes on from its end
 
 A clip is encoded as a clip of its own, so its first latent is that of a single frame, as the decoder wants it.
-`Given` in pipeline/chunk.py says how a student is shown either, and why an image is not a chunk of standstill.
+`ConditioningFrames` in pipeline/chunk.py says how a student is shown either, and why an image is not a chunk of
+standstill.
 """
 
 from collections.abc import Mapping

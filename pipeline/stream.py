@@ -28,11 +28,11 @@ from model.codec import Codec
 from model.denoiser import Student
 from model.schedule import Schedule
 from model.text import TextEncoder
-from pipeline.chunk import Given, denoise_chunk, leave_context
-from pipeline.delivery import Delivery
+from pipeline.async_decoder import AsyncDecoder
+from pipeline.chunk import ConditioningFrames, denoise_chunk, update_cache
 from pipeline.noise import NoiseSource
 from pipeline.snapshot import Snapshot, identity
-from pipeline.switch import Pass, PromptTrack, Recall, Remembering
+from pipeline.switch import CachedForward, InputRecorder, PromptTrack, RecacheState
 from utils.timers import SpanTimer
 
 Length = int | None | Sequence[int | None]  # chunks; None = without end; one for all streams, or one each
@@ -90,7 +90,7 @@ class Cancelled(Exception):
     """`StreamSession.cancel` was called: no further step is run."""
 
 
-class _Watched(Remembering):
+class _Watched(InputRecorder):
     """The student as one chunk uses it: it stops before a step once cancelled, and its last input is remembered."""
 
     def __init__(self, student: Student, cancelled: threading.Event):
@@ -123,7 +123,7 @@ class StreamSession:
         self.switch, self.switch_chunks = switch, switch_chunks
         weight = student.model.patch_embedding.weight  # other weights may be kept in float32
         self.device, self.dtype = weight.device, weight.dtype
-        self.delivery = Delivery(self.device, overlap)
+        self.delivery = AsyncDecoder(self.device, overlap)
         self.chunk = 0  # the next one to be made
         self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
@@ -242,7 +242,7 @@ class StreamSession:
         if self._cache is None or self._cache_batch != batch:
             self._prepare_cache(batch, None)
         self._cache.restore(snapshot.cache)
-        self._recall = Recall(self.geometry)
+        self._recall = RecacheState(self.geometry)
         self._recall.slots = dict(snapshot.passes)
         self._decoder = self.codec.stream()
         self._decoder.restore(snapshot.decoder)
@@ -279,7 +279,7 @@ class StreamSession:
         # latents stay float32 between steps, whatever the network computes in
         self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
         self._decoder = self.codec.stream()
-        self._recall = Recall(self.geometry)
+        self._recall = RecacheState(self.geometry)
         self._prepare_cache(len(prompts), num_chunks)
 
     def _prepare_cache(self, batch: int, num_chunks: int | None) -> None:
@@ -324,9 +324,9 @@ class StreamSession:
         else:
             level = self.schedule.context_level(chunk)
         if level is not None:
-            leave_context(student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
+            update_cache(student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
             timer.mark("context")
-        self._recall.keep(Pass(chunk, *student.last))
+        self._recall.keep(CachedForward(chunk, *student.last))
         frames, finite = self.delivery.deliver(self._decoder, latents, timer)
         self._noise.draw_ahead(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1
@@ -341,7 +341,7 @@ class StreamSession:
         assert start.shape == shape and len(start) in (1, batch), f"start {tuple(start.shape)} for {shape}, {batch}"
         return start.to(self.device, torch.float32).expand(batch, *shape[1:])
 
-    def _given(self, chunk: int) -> tuple[Tensor | None, Given | None]:
+    def _given(self, chunk: int) -> tuple[Tensor | None, ConditioningFrames | None]:
         """What is given of `chunk`: all of its latents, or its first frames; and neither once the start is played."""
         if self._start_latents is None:
             return None, None
@@ -349,7 +349,7 @@ class StreamSession:
         if part.shape[1] == self.geometry.chunk_frames:
             return part, None
         level = self.schedule.context_level(chunk)
-        return None, Given.at_level(part, level, lambda: self._noise.context(chunk))
+        return None, ConditioningFrames.at_level(part, level, lambda: self._noise.context(chunk))
 
     def _text_of_next(self, student: _Watched, timer: SpanTimer):
         """Keys of the text that the next chunk is made under; the past is made to fit it where that is due."""

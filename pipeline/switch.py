@@ -35,7 +35,7 @@ from utils.prompts import check_prompt
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class CachedForward:
     """The pass that left a chunk's keys: its input and timestep."""
 
     chunk: int
@@ -44,7 +44,7 @@ class Pass:
     moved: int = 0  # latent frames by which its keys have been moved since
 
 
-class Remembering:
+class InputRecorder:
     """A student that knows the input and the timestep of its newest pass."""
 
     def __init__(self, student: Student):
@@ -57,14 +57,14 @@ class Remembering:
         return self._student.x0(x_t, t, *place)
 
 
-class Recall:
+class RecacheState:
     """The passes by which the cache's slots were written, so that they can be made again."""
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
-        self.slots: dict[int, Pass] = {}
+        self.slots: dict[int, CachedForward] = {}
 
-    def keep(self, done: Pass) -> None:
+    def keep(self, done: CachedForward) -> None:
         """`done` has written its chunk's slot."""
         self.slots[slot(self.geometry, done.chunk)] = done
 

@@ -43,10 +43,10 @@ from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
 from model.weights.random import RandomText, network_of, random_codec, random_student, random_umt5  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, home, quick  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline, apply_fast_plan, load_device  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
 from scripts.bench import speed  # noqa: E402
-from scripts.bench.roofline import ceilings, machine_of  # noqa: E402
+from scripts.bench.roofline import machine_of, roofline  # noqa: E402
 from scripts.bench.speed_suites import SUITES, Variant  # noqa: E402
 from scripts.bench.speed_tables import comparison, suite_table, table  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
@@ -117,7 +117,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
             session = _session(made.student, made.codec, made.text_encoder, config)
             return Bench(session, plan, "as configured", made.text_encoder, {})
     size = args.network or ("tiny" if config.model.student.startswith("assets/tiny") else "1.3B")
-    model = random_student(size, home(config.inference.student, device), dtype)
+    model = random_student(size, load_device(config.inference.student, device), dtype)
     if config.inference.student == "stream":
         BlockStream(model, device)
     errors = layer_errors(model, config) if plan.fp8 else {}
@@ -126,7 +126,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
     if args.text:
         encoder = random_umt5(size, device, dtype)
         text = TextEncoder(encoder, word_tokenizer(speed.PROMPT.split()), config.model.text_tokens)
-    session = _session(*quick(Student(model), codec, plan), encode, config)
+    session = _session(*apply_fast_plan(Student(model), codec, plan), encode, config)
     return Bench(session, plan, f"random, {size}", text, errors)
 
 
@@ -193,7 +193,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     found |= speed.parts(session, args.batch)
     found["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
     tokens = args.batch * session.geometry.tokens_per_chunk
-    found["ceilings"] = rates or ceilings(device, tokens, network.dim, network.ffn)
+    found["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
     fast = bench.plan.fp8 is not None
     found["steps"] = speed.efficiency(session, network, found, found["ceilings"], batch=args.batch, fp8=fast)
     if args.stream:

@@ -72,7 +72,7 @@ from scripts.bench.fake_ranks import count_shards, fake_group  # noqa: E402
 from scripts.bench.layouts import MACHINE, ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
 from scripts.bench.lone_rank import Messages  # noqa: E402
 from scripts.bench.random_prompts import random_prompts  # noqa: E402
-from trainer.parallel.control_group import Team  # noqa: E402
+from trainer.parallel.control_group import ControlGroup  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
 from utils.files import check_writable, write_json_atomic  # noqa: E402
@@ -138,16 +138,16 @@ def worker(file: Path) -> int:
     out = Path(spec["out"])
     if spec["alone"]:
         os.environ["LOCAL_WORLD_SIZE"] = str(min(MACHINE, spec["alone"]))
-        team = Team()  # of this process: what it waits for is not there
+        control = ControlGroup()  # of this process: what it waits for is not there
         with fake_group(spec["alone"]), Messages() as sent:
-            measure(config, device, Ranks(0, spec["alone"]), out, spec["deadline"], team, sent=sent)
+            measure(config, device, Ranks(0, spec["alone"]), out, spec["deadline"], control, sent=sent)
         return 0
     with process_group(ranks, device, timeout_s=spec["limit"]):
         if spec["check"]:
             check(config, device, ranks, out)
         else:
             save = spec["save"] and Path(spec["save"])
-            measure(config, device, ranks, out, spec["deadline"], Team(), save=save)
+            measure(config, device, ranks, out, spec["deadline"], ControlGroup(), save=save)
     return 0
 
 

@@ -48,7 +48,7 @@ from model.weights.files import Tensors  # noqa: E402
 from model.weights.load import fill, load_score  # noqa: E402
 from model.weights.names import original_config, original_name  # noqa: E402
 from model.weights.plans import Plan, stored  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, home  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline, load_device  # noqa: E402
 from scripts.bench.host_peak import HostPeak  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
@@ -85,9 +85,9 @@ def empty(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torc
 def build(config: Config, network: Network, text: dict[str, Any], device: torch.device, dtype: torch.dtype):
     """The pipeline that `DiagonalPipeline.from_config` would make, of zeros."""
     places = config.inference
-    student = empty(lambda: CausalWanModel(**sizes_of(network)), home(places.student, device), dtype)
+    student = empty(lambda: CausalWanModel(**sizes_of(network)), load_device(places.student, device), dtype)
     settings = UMT5Config(**text, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
-    whole = home("stream" if places.text_int8 else places.text_encoder, device)
+    whole = load_device("stream" if places.text_int8 else places.text_encoder, device)
     encoder = empty(lambda: UMT5EncoderModel(settings), whole, dtype)
     encoder = TextEncoder(encoder, word_tokenizer(PROMPT.split()), config.model.text_tokens)
     if config.model.codec == "taehv":

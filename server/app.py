@@ -23,10 +23,10 @@ from fastapi.staticfiles import StaticFiles
 from configs.errors import UserError
 from configs.schema import CONTEXTS, SWITCHES
 from pipeline.diagonal import DiagonalPipeline
+from server.connection import POLICY, Connection, Gone, gone_if_closed
 from server.messages import MAX_PROMPT, MAX_SEED, bounds
-from server.player import Lobby, Player
+from server.player import Player, SessionManager
 from server.protocols import HTTPProtocol, WebSocketProtocol
-from server.visit import POLICY, Gone, Visit, gone_if_closed
 from utils.pictures import read_picture
 from utils.prompts import read_prompts
 
@@ -115,7 +115,7 @@ def address(host: str, port: int, token: str | None) -> str:
     return f"http://{name}:{port}/{query}"
 
 
-class Door:
+class AccessPolicy:
     """Who may come in.
 
     The token is asked for, and a page may use the server only from the server's own address: by the Host header, by
@@ -181,8 +181,8 @@ def make_app(
     warm: play a clip first, so that the first visitor does not wait for compiling and CUDA graphs. token, local,
     origins: see Door.
     """
-    limits, door = limits or Limits(), Door(token, local, origins)
-    lobby = Lobby(pipe, limits.rewind_bytes, warm)
+    limits, door = limits or Limits(), AccessPolicy(token, local, origins)
+    lobby = SessionManager(pipe, limits.rewind_bytes, warm)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     uploads = Uploads(limits.visitors)
     decoding, encoding = asyncio.Lock(), asyncio.Lock()  # one picture is unpacked, one video packed at a time
@@ -225,7 +225,7 @@ def make_app(
                 if len(players) >= limits.visitors:
                     return await line.close(TRY_LATER, f"{limits.visitors} visitors are here already; try again later")
             with lobby.visitor() as (name, player):
-                await Visit(line, player, lobby.worker, limits).run(hello(pipe, name, limits))
+                await Connection(line, player, lobby.worker, limits).run(hello(pipe, name, limits))
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

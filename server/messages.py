@@ -47,7 +47,7 @@ class Rewind:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Ack:
     frames: int
 
 
@@ -57,13 +57,13 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ScheduleQuery:
     """What would this schedule cost?"""
 
     schedule: Schedule
 
 
-Message = Play | Say | Rewind | Shown | Stop | Ask
+Message = Play | Say | Rewind | Ack | Stop | ScheduleQuery
 
 
 def bounds(schedule: Schedule) -> tuple[int, int]:
@@ -94,11 +94,11 @@ def read_message(text: str, config: Config, max_seconds: float) -> Message:
             take = _whole(values, "take", 0, 10**9, 0) if values.get("take") is not None else None
             return Rewind(_whole(values, "chunk", 0, 10**9, 0), take, prompt, seed)
         case "shown":
-            return Shown(_whole(values, "frames", 0, 10**9, 0))
+            return Ack(_whole(values, "frames", 0, 10**9, 0))
         case "stop":
             return Stop()
         case "schedule":
-            return Ask(_schedule(values, config))
+            return ScheduleQuery(_schedule(values, config))
     raise UserError("message.type is unknown; use play, say, stop, rewind, shown or schedule")
 
 

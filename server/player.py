@@ -238,7 +238,7 @@ class Player:
         }
 
 
-class Lobby:
+class SessionManager:
     """Who is here, and the one thread that runs the model.
 
     A session that a visitor has left goes to a later one, for its cache and its CUDA graphs: as many are kept, with all

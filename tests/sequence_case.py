@@ -20,7 +20,7 @@ from model.schedule import Schedule
 from model.sequence import SequenceGroup
 from pipeline.rollout import DrawnNoise, rollout
 from trainer.parallel.apply import average_gradients, mesh_of, shard, whole
-from trainer.parallel.sequence import parallelize, sequence_group
+from trainer.parallel.sequence import sequence_group, share_tokens
 from utils.distributed import Ranks, process_group
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[
     with KernelRuns() as once:
         expected = outcome(network, lambda: run(network))
     parts = copy.deepcopy(network)
-    parallelize(parts, group, name)
+    share_tokens(parts, group, name)
     again = recomputed if isinstance(network, CausalWanModel) else checkpointed
     checks = {"shared out": lambda: None, "recomputed": lambda: parts.enable_gradient_checkpointing(again)}
     checks["sharded"] = lambda: shard(parts, mesh_of(TrainingConfig(sharding="full"), CPU))

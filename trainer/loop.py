@@ -26,7 +26,7 @@ from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
-from trainer.parallel.control_group import Team, noticing_loss
+from trainer.parallel.control_group import ControlGroup, noticing_loss
 from trainer.stage import Stage
 from utils.curves import write_curves
 from utils.files import is_full, sole_use, write_json_atomic
@@ -107,16 +107,16 @@ def history(logdir: Path) -> list[dict]:
     return [row for row in read_jsonl(path) if "seconds_per_step" in row] if path.exists() else []
 
 
-def save_checkpoint(stage: Stage, logdir: Path, step: int, team: Team) -> None:
+def save_checkpoint(stage: Stage, logdir: Path, step: int, control: ControlGroup) -> None:
     """Of a sharded stage each rank writes its parts; else the first one writes what all hold."""
     manifest = {"stage": stage.name, "config": to_dict(stage.config)}
     kept, players = stage.state_dict(), stage.players
     if stage.sharded:
-        state = partial(sharded_checkpoint.write, players=players, kept=kept, team=team)
+        state = partial(sharded_checkpoint.write, players=players, kept=kept, control=control)
     else:
         first = stage.ranks.first  # the others hold the same
         state = {name: player.state_dict() for name, player in players.items()} | {"stage": kept} if first else {}
-    checkpoint.save(logdir, step, state, manifest, stage.config.training.max_checkpoints, team)
+    checkpoint.save(logdir, step, state, manifest, stage.config.training.max_checkpoints, control)
     if stage.export_often and (stage.sharded or stage.ranks.first):
         stage.export(logdir / EXPORT, step)
     if stage.ranks.first:
@@ -130,16 +130,16 @@ def show_curves(logdir: Path, name: str) -> None:
         write_curves(logdir / CURVES, read_jsonl(path), f"{name}: {logdir.resolve().name}")
 
 
-def _resume(stage: Stage, logdir: Path, team: Team) -> int:
-    if team.rank == 0:
+def _resume(stage: Stage, logdir: Path, control: ControlGroup) -> int:
+    if control.rank == 0:
         checkpoint.clear_leftovers(logdir)
-    found = checkpoint.newest(logdir, stage.name, team)
-    if team.rank == 0:
+    found = checkpoint.newest(logdir, stage.name, control)
+    if control.rank == 0:
         for damaged in checkpoint.folders(logdir):
             beyond = found is None or checkpoint.step_of(damaged) > checkpoint.step_of(found[0])
             if beyond and (damaged / MANIFEST).exists():
                 checkpoint.set_aside(damaged)
-    team.wait()
+    control.wait()
     if found is None:
         return 0
     folder, manifest = found
@@ -149,7 +149,7 @@ def _resume(stage: Stage, logdir: Path, team: Team) -> int:
             stage.config.training.steps, manifest["step"], logdir,
         )  # fmt: skip
     check_changes(manifest["config"] if "config" in manifest else {}, stage.config, logdir)
-    kept = checkpoint.restore(folder, stage.players, team)
+    kept = checkpoint.restore(folder, stage.players, control)
     if kept:
         stage.load_state_dict(kept)
     log.info("resuming %s at step %d of %d", logdir, manifest["step"], stage.config.training.steps)
@@ -233,13 +233,13 @@ def _saying_no_room(logdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal, team: Team) -> None:
+def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal, control: ControlGroup) -> None:
     if stage.sharded or stage.ranks.first:
         figures = stage.validate(step, logdir / "validation")
         if figures and stage.ranks.first:
             journal.write(step, **{f"validation_{name}": value for name, value in figures.items()})
             log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    team.wait()
+    control.wait()
 
 
 def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | None = None, *, save: bool = True) -> bool:
@@ -248,27 +248,27 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     sinks: makes the metric sinks, given the step that the run starts from; None = as the configuration says.
     save: write checkpoints and exports.
     """
-    team = Team(stage.config.training.timeout_s)
+    control = ControlGroup(stage.config.training.timeout_s)
     logdir.mkdir(parents=True, exist_ok=True)
     resume = f"start the same command again: {logdir} resumes from its newest checkpoint"
-    with sole_use(logdir, "--logdir") if team.rank == 0 else nullcontext(), noticing_loss(resume), \
+    with sole_use(logdir, "--logdir") if control.rank == 0 else nullcontext(), noticing_loss(resume), \
             _saying_no_room(logdir):  # fmt: skip
-        start = _resume(stage, logdir, team)
+        start = _resume(stage, logdir, control)
         stage.begin(start, logdir)
         make = sinks or make_sinks(stage.config, logdir)
         made = make(start) if stage.ranks.first else []
         with _Stop() as stop, ExitStack() as stack:
             stack.callback(gc.unfreeze)
             journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
-            if not _steps(stage, logdir, journal, stop, team, save):
+            if not _steps(stage, logdir, journal, stop, control, save):
                 return False
             reached = max(start, stage.config.training.steps)
             if stage.config.training.validation_clips:
-                _validate(stage, reached, logdir, journal, team)
+                _validate(stage, reached, logdir, journal, control)
                 if save and stage.ranks.first:
                     show_curves(logdir, stage.name)
         if save:
-            _export(stage, logdir, reached, team)
+            _export(stage, logdir, reached, control)
             if stage.ranks.first:
                 write_json_atomic(logdir / END, {"steps": reached})
     return True
@@ -307,12 +307,12 @@ def keep_garbage_small() -> None:
     gc.freeze()
 
 
-def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, team: Team, save: bool) -> bool:
+def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, control: ControlGroup, save: bool) -> bool:
     """All steps that are left; whether none is."""
     t, watch = stage.config.training, _Watch()
 
     def between() -> None:
-        if team.any(stop.asked):
+        if control.any(stop.asked):
             raise _Abandoned
 
     stage.between, first = between, True
@@ -320,42 +320,44 @@ def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, team: Tea
         try:
             values = stage.update(step)
         except _Abandoned:
-            _leave(stage, logdir, step, journal, watch, team, save)
+            _leave(stage, logdir, step, journal, watch, control, save)
             return False
         if first:
             keep_garbage_small()
         done, first = step + 1, False
         watch.put(values, done, stage.last_batch())
-        stopping, failing = team.each(stop.asked, watch.bad())
+        stopping, failing = control.each(stop.asked, watch.bad())
         if failing:
             journal.log(*watch.judged)
         saving = stopping or done == t.steps or (t.checkpoint_every and done % t.checkpoint_every == 0)
         if saving or done % t.log_every == 0:  # nothing is saved that was not looked at
             journal.log(values, done, stage.last_batch())
         if saving and save:
-            save_checkpoint(stage, logdir, done, team)
+            save_checkpoint(stage, logdir, done, control)
         if stopping:
             log.info("stopped by a signal after step %d; the same command resumes", done)
             return False
         if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
-            _validate(stage, done, logdir, journal, team)
+            _validate(stage, done, logdir, journal, control)
     return True
 
 
-def _leave(stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Watch, team: Team, save: bool) -> None:
+def _leave(
+    stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Watch, control: ControlGroup, save: bool
+) -> None:
     """Save what is whole when a signal has come in the middle of step `step` (from 0)."""
-    if team.any(watch.bad(drain=True)):
+    if control.any(watch.bad(drain=True)):
         journal.log(*watch.judged)
     if not all(bool(value.isfinite().all()) for value in sharded_checkpoint.flat(stage.state_dict()).values()):
         journal.stop_at(["what the first half of the step has logged is"], step + 1, stage.last_batch())
     if save:
-        save_checkpoint(stage, logdir, step, team)
+        save_checkpoint(stage, logdir, step, control)
     log.info("stopped by a signal in step %d, which will be done again; the same command resumes", step + 1)
 
 
-def _export(stage: Stage, logdir: Path, step: int, team: Team) -> None:
+def _export(stage: Stage, logdir: Path, step: int, control: ControlGroup) -> None:
     folder = export_folder(stage.config, logdir)
     if stage.sharded or stage.ranks.first:
         stage.export(folder, step)
-    team.wait()
+    control.wait()
     log.info("trained weights are in %s", folder)

@@ -14,7 +14,7 @@ from model.text import TextEncoder
 from model.weights.files import resolve
 from trainer.build import frozen_text_encoder
 from trainer.pairs import open_pairs
-from trainer.parallel.apply import Placing
+from trainer.parallel.apply import ParallelPlan
 from trainer.parallel.sharded_weights import sharded_text_encoder
 from trainer.tiny.world import TinyWorld, training_caption
 from utils.prompts import read_prompts
@@ -46,7 +46,7 @@ def prompt_groups(config: Config) -> list[list[str]]:
     return [prompts, pairs, [d.negative_prompt], [""], validation_prompts(config, prompts)]
 
 
-def text_source(config: Config, where: Placing) -> TextEncoder | EncodedText:
+def text_source(config: Config, where: ParallelPlan) -> TextEncoder | EncodedText:
     """The frozen text encoder, sharded if all is; with `training.distill.encoded_prompts` what it has made ahead."""
     path = config.training.distill.encoded_prompts
     if path is None:

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from configs.train_schema import TrainingConfig
 from trainer.backward import Backward
-from trainer.optim.train_state import Player
+from trainer.optim.train_state import TrainState
 from utils.compiling import TRAINED
 from utils.device import pick_dtype
 from utils.distributed import Ranks
@@ -49,7 +49,7 @@ class Stage(ABC):
 
     @property
     @abstractmethod
-    def players(self) -> dict[str, Player]:
+    def players(self) -> dict[str, TrainState]:
         """What is trained and saved, by name."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Supervised(Stage):
             raise UserError(f"training.sharding={t.sharding} is for stage distill; use none for stage {t.stage}")
         self.micro_batches = accumulation(t, ranks)
         self.module = module.to(device).train()
-        self.player = Player(self.module, t)
+        self.player = TrainState(self.module, t)
         if t.compile:  # after the average was copied: it is compiled by nobody
             self.module.compile_repeated_blocks(fullgraph=True, options=TRAINED)
         dtype = pick_dtype(t.precision, device)
@@ -115,7 +115,7 @@ class Supervised(Stage):
         """{"loss": the mean that is differentiated, other names: logged}."""
 
     @property
-    def players(self) -> dict[str, Player]:
+    def players(self) -> dict[str, TrainState]:
         return {"module": self.player}
 
     @property

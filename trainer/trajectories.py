@@ -11,11 +11,11 @@ from model.cache import StreamCache
 from model.causal_wan import TextKV
 from model.denoiser import Score, Student
 from model.schedule import Schedule
-from pipeline.chunk import leave_context
+from pipeline.chunk import update_cache
 from pipeline.noise import NoiseSource
 from trainer.build import causal_student, frozen_text_encoder
 from trainer.distill.networks import frozen_teacher
-from trainer.parallel.apply import Placing
+from trainer.parallel.apply import ParallelPlan
 from trainer.prompt_bank import training_prompts
 from trainer.tiny.causal_ode import trajectory_grid
 from utils.device import pick_dtype
@@ -47,7 +47,7 @@ class TrajectoryMaker:
         self.dtype = pick_dtype(config.training.precision, device)
 
     def _load(self) -> Score | Student:
-        return Score(frozen_teacher(self.config, Placing(self.config.training, self.device))[0])
+        return Score(frozen_teacher(self.config, ParallelPlan(self.config.training, self.device))[0])
 
     def _noise(self, indices: Sequence[int]) -> list[Tensor]:
         """What each chunk [B, f, C, H, W] of prompts `indices` starts from."""
@@ -113,5 +113,5 @@ class CausalTrajectoryMaker(TrajectoryMaker):
                 v = v[: len(x)] + self.guidance * (v[: len(x)] - v[-len(x) :])
                 x = x + v * ((t_next - t) / 1000)
         place = {"cache": cache, "chunk": chunk, "text": text}
-        leave_context(self.teacher, x.repeat(copies), level=0.0, eps=lambda: x, **place)
+        update_cache(self.teacher, x.repeat(copies), level=0.0, eps=lambda: x, **place)
         return torch.stack(kept, dim=1)

@@ -17,8 +17,8 @@ from model.denoiser import Score, Student
 from model.flow import add_noise, v_target
 from model.schedule import Schedule
 from model.text import TextEncoder
+from pipeline.async_decoder import to_frames
 from pipeline.bidirectional import sample
-from pipeline.delivery import to_frames
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
 from trainer.prompt_bank import validation_prompts

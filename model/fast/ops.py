@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.cache import narrowed
+from model.cache import cast_for_cache
 from model.causal_wan import _gate, _modulate, _rotate
 from model.fp8 import E4M3, quantise
 
@@ -118,9 +118,9 @@ def plain_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps,
     q = functional.rms_norm(q, q_weight.shape, q_weight, q_eps)
     k = functional.rms_norm(k, k_weight.shape, k_weight, k_eps)
     q, k, v = (x.unflatten(2, k_slot.shape[2:]) for x in (q, k, v))
-    k_slot.copy_(narrowed(_rotate(k, (cos, sin)), k_slot.dtype))
-    v_slot.copy_(narrowed(v, v_slot.dtype))
-    return narrowed(_rotate(q, (cos, sin)).type_as(v), k_slot.dtype).contiguous()
+    k_slot.copy_(cast_for_cache(_rotate(k, (cos, sin)), k_slot.dtype))
+    v_slot.copy_(cast_for_cache(v, v_slot.dtype))
+    return cast_for_cache(_rotate(q, (cos, sin)).type_as(v), k_slot.dtype).contiguous()
 
 
 @torch.library.custom_op("diagonal::quantise_rows", mutates_args=())

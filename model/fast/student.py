@@ -32,7 +32,7 @@ from configs.geometry import Geometry
 from configs.schema import InferenceConfig
 from model import fp8
 from model.attention import Kernels, attend, here, pick_kernels
-from model.cache import E4M3, StreamLayer, StreamView, View, narrowed, slot, visible
+from model.cache import E4M3, StreamLayer, StreamView, View, cast_for_cache, slot, visible
 from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _modulate, _rotate
 from model.denoiser import Student, as_timestep
 from model.fast import blocks as fused_wan
@@ -139,9 +139,9 @@ def pre_attention(
     else:
         q, k, v = attn.to_q(y), attn.to_k(y), attn.to_v(y)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    k_slot.copy_(narrowed(_rotate(k, rotation), k_slot.dtype))
-    v_slot.copy_(narrowed(v, v_slot.dtype))
-    return narrowed(_rotate(q, rotation).type_as(v), k_slot.dtype)
+    k_slot.copy_(cast_for_cache(_rotate(k, rotation), k_slot.dtype))
+    v_slot.copy_(cast_for_cache(v, v_slot.dtype))
+    return cast_for_cache(_rotate(q, rotation).type_as(v), k_slot.dtype)
 
 
 def cross_attention_query(
@@ -248,7 +248,7 @@ class FastStudent(Student):
             return self.step(x_t, t, rotation, text, layers)
         book = self._books.get(layers[0].keys)
         if book is None or not book.fits(x_t, t, text):
-            self._books[layers[0].keys] = book = GraphBook(self.step, self.recorder(), x_t, t, rotation, text)
+            self._books[layers[0].keys] = book = CUDAGraphCache(self.step, self.recorder(), x_t, t, rotation, text)
         return book.run(x_t, t, rotation, text, layers)
 
     def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:
@@ -264,7 +264,7 @@ class FastStudent(Student):
         return self._rotation[1]
 
 
-class GraphBook:
+class CUDAGraphCache:
     """Graphs over one cache's buffers, by (first token written, tokens visible), and the inputs that they read."""
 
     def __init__(self, step: FastStep, record: Record, x_t, t, rotation: Rotation, text: TextKV):

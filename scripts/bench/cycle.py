@@ -27,7 +27,7 @@ from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDEN
 from trainer.distill.stage import Distill
 from trainer.loop import keep_garbage_small, save_checkpoint
 from trainer.parallel.apply import mean_over_ranks, module_state
-from trainer.parallel.control_group import Team
+from trainer.parallel.control_group import ControlGroup
 from utils.distributed import Ranks
 from utils.files import write_json_atomic
 from utils.timers import Phases
@@ -151,7 +151,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def saving(stage: Distill, folder: Path, device: torch.device, team: Team) -> dict[str, float]:
+def saving(stage: Distill, folder: Path, device: torch.device, control: ControlGroup) -> dict[str, float]:
     """Seconds that a checkpoint takes, checksums and the export for inference included, and what it needs.
 
     bytes: on the disk. gpu_bytes, host_bytes: the most that this rank took for it, beyond what it had before.
@@ -162,8 +162,8 @@ def saving(stage: Distill, folder: Path, device: torch.device, team: Team) -> di
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     with HostPeak() as host:
-        save_checkpoint(stage, folder, 1, team)
-        team.wait()
+        save_checkpoint(stage, folder, 1, control)
+        control.wait()
     took = time.perf_counter() - began
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     extra = torch.cuda.max_memory_allocated(device) - before if cuda else 0
@@ -177,7 +177,7 @@ def matrix_peak(device: torch.device) -> float:
 
 
 def measure(
-    config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, team: Team, *,
+    config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, control: ControlGroup, *,
     save: Path | None = None, sent: Messages | None = None,
 ) -> None:  # fmt: skip
     """Warm up, time a cycle and the next one's first step (as much of it as fits before `deadline`, of time.time()),
@@ -206,7 +206,7 @@ def measure(
         sent.restart(lambda: watch.who)
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
     for step in range(ratio, 2 * ratio + 1):
-        if len(updates["critic"]) > 1 and team.any(time.time() > deadline):
+        if len(updates["critic"]) > 1 and control.any(time.time() > deadline):
             break
         for who, spans in watch.run(lambda step=step: stage.update(step)).items():
             if spans:
@@ -220,18 +220,18 @@ def measure(
         found["timed"] = {who: len(spans) for who, spans in updates.items()}
         if sent is not None:
             found["sent"] = {who: sent.bytes[who] / count for who, count in found["timed"].items()}
-        memory = team.gather(memory_of(device, watch))
+        memory = control.gather(memory_of(device, watch))
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
     if sent is not None:
         return
-    if not team.any(time.time() > deadline):
+    if not control.any(time.time() > deadline):
         found["communication"] = communication(stage, 3 * ratio, device)
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
     if save is not None:
-        in_time = not team.any(time.time() > deadline)
-        found["saving"] = saving(stage, save, device, team) if in_time else {"why": "no time was left"}
+        in_time = not control.any(time.time() > deadline)
+        found["saving"] = saving(stage, save, device, control) if in_time else {"why": "no time was left"}
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames
-from pipeline.delivery import ahead
+from pipeline.async_decoder import prefetch
 from pipeline.stream import ChunkResult, StreamSession
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.measures import measure
@@ -124,7 +124,7 @@ def watch_stream(session: StreamSession, prompt: str, chunks: int, fps: int, pat
     try:
         with LiveWriter(path, fps, (geometry.height, geometry.width)) as writer:
             before = begin
-            for result in ahead(session.play(prompt, 0, chunks), depth=1):
+            for result in prefetch(session.play(prompt, 0, chunks), depth=1):
                 frames = result.wait().frames[0].numpy()
                 now = perf_counter()
                 watch.see(frames, now - before, memory_held(session.device))

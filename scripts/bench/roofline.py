@@ -57,7 +57,7 @@ def copy_rate(device: torch.device, size: int) -> float:
     return 2 * size / timed(lambda: target.copy_(source), device)
 
 
-def ceilings(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str, float]:
+def roofline(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str, float]:
     """Rates in operations and bytes a second: the machine's, and those of products of the network's own shapes."""
     gpu = device.type == "cuda"
     dtype, edge = (torch.bfloat16, 8192) if gpu else (torch.float32, 512)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.sizes import Network
-from pipeline.delivery import ahead, to_frames, to_host
+from pipeline.async_decoder import prefetch, to_frames, to_host
 from pipeline.stream import ChunkResult, StreamSession
 from scripts.bench.cost import clip_flops, step_cost
 from scripts.bench.roofline import Energy, nbytes, timed
@@ -45,7 +45,7 @@ def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROM
     out, last = Played(), None
     begin = time.perf_counter()
     results = session.play([prompt] * batch, list(range(batch)), chunks)
-    for result in ahead(results, int(gpu)):
+    for result in prefetch(results, int(gpu)):
         result.wait()
         out.arrivals.append(time.perf_counter() - begin)
         out.frames.append(result.frames.shape[1])

@@ -21,8 +21,8 @@ from model.denoiser import Score, Student
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.weights.load import load_score, load_student, load_text_encoder
+from pipeline.async_decoder import to_frames
 from pipeline.bidirectional import sample
-from pipeline.delivery import to_frames
 from pipeline.diagonal import load_codec
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession

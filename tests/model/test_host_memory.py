@@ -62,8 +62,8 @@ def test_loading_takes_no_second_copy(tmp_path):
         [sys.executable, "-c", LOAD, json.dumps(cases)], capture_output=True, text=True, cwd=ROOT, timeout=900
     )
     assert run.returncode == 0, run.stderr
-    narrowed, mapped, widened, pickled = json.loads(run.stdout.splitlines()[-1])
-    assert narrowed[0] < MOST * sizes[0] / 2, "float32 files, bfloat16 network: half the files"
+    cast_for_cache, mapped, widened, pickled = json.loads(run.stdout.splitlines()[-1])
+    assert cast_for_cache[0] < MOST * sizes[0] / 2, "float32 files, bfloat16 network: half the files"
     assert mapped[0] < 0.3 * sizes[1], "the network's tensors are the map itself"
     assert sum(mapped) < MOST * sizes[1]
     assert widened[0] < MOST * sizes[2] * 2, "twice the files, because the network is"

@@ -6,7 +6,7 @@ import torch
 from model.cache import GraphCache, StreamCache
 from model.denoiser import Student
 from model.schedule import Schedule
-from pipeline.chunk import denoise_chunk, leave_context
+from pipeline.chunk import denoise_chunk, update_cache
 from pipeline.noise import NoiseSource
 
 ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
@@ -51,7 +51,7 @@ def generate(student, schedule, geometry, text, kind="stream", seeds=(3, 4)):
         x0 = denoise_chunk(
             student, noise.initial(k), schedule.row(k), renoise=lambda i, k=k: noise.renoise(k, i), **place
         )
-        leave_context(
+        update_cache(
             student, x0, level=schedule.context_timestep(k), eps=lambda k=k: noise.context(k), **place
         )
         chunks.append(x0)
@@ -193,10 +193,10 @@ def test_last_step_makes_no_pass_and_clean_draws_no_noise(tiny_student, tiny_geo
 
     cache = new_cache("stream", student, tiny_geometry)
     x0 = torch.zeros(tiny_geometry.latent_shape(2, 3))
-    leave_context(student, x0, level=None, cache=cache, chunk=0, text=text, eps=eps)
+    update_cache(student, x0, level=None, cache=cache, chunk=0, text=text, eps=eps)
     assert student.calls == []
     with torch.no_grad():
-        leave_context(student, x0, level=0.0, cache=cache, chunk=0, text=text, eps=eps)
+        update_cache(student, x0, level=0.0, cache=cache, chunk=0, text=text, eps=eps)
     assert student.calls == [(0.0, False)]
 
 

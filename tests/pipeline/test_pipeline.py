@@ -13,7 +13,7 @@ from configs.load import load_config
 from model.codec import WanCodec
 from model.schedule import Schedule
 from pipeline import DiagonalPipeline
-from pipeline.delivery import to_frames
+from pipeline.async_decoder import to_frames
 from pipeline.diagonal import warn_of_schedule
 from pipeline.stream import StreamSession
 from utils.video import read_video

@@ -13,7 +13,7 @@ from configs.schema import StreamConfig
 from model.cache import GraphCache
 from model.causal_wan import _rotate
 from pipeline.positions import sink_moved
-from pipeline.switch import Pass, Recall
+from pipeline.switch import CachedForward, RecacheState
 
 
 def bounded(geometry, frames: int):
@@ -58,7 +58,7 @@ class Naive:
 def stream(model, geo, chunks: int, cache, move: bool = True) -> torch.Tensor:
     """v of the first frame of every chunk, each given the same latents."""
     latents, _, text = inputs(geo, geo.chunk_frames, batch=1)
-    kv, recall, out = model.text_kv(text), Recall(geo), []
+    kv, recall, out = model.text_kv(text), RecacheState(geo), []
     t = torch.tensor([400.0])
     for k in range(chunks):
         x = latents.roll(k, dims=-1) * (1 + 0.1 * (k % 7))
@@ -69,7 +69,7 @@ def stream(model, geo, chunks: int, cache, move: bool = True) -> torch.Tensor:
             if move:
                 recall.move_sink(model, cache, k)
             v = model(x, t, kv, view=cache.begin(k), start_frame=k * geo.chunk_frames)
-            recall.keep(Pass(k, x, t))
+            recall.keep(CachedForward(k, x, t))
         out.append(v)
     return torch.cat(out)
 

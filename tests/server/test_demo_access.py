@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 
 import demo
 from configs.errors import UserError
-from server.app import MAX_UPLOAD, Door, Limits, address, bound_socket, check_access
+from server.app import MAX_UPLOAD, AccessPolicy, Limits, address, bound_socket, check_access
 from server.player import Player
 
 QUERY = "?token=open%20sesame%20123"
@@ -110,7 +110,7 @@ ME = "https://me-7860.example.dev"
     ],
 )
 def test_behind_a_proxy(token, origins, headers, comes_in):
-    door, headers = Door(token, True, origins), {"host": "127.0.0.1:7860"} | headers
+    door, headers = AccessPolicy(token, True, origins), {"host": "127.0.0.1:7860"} | headers
     reason = door.refusal(headers, {"token": TOKEN})
     assert (reason is None) == comes_in
     assert comes_in or ("--allow_origin" in reason and len(reason) <= 120 and reason.isascii())

@@ -19,7 +19,7 @@ from model.weights.load import load_student
 from trainer.checkpoint.sharded import read_state, write
 from trainer.distill.stage import Distill
 from trainer.parallel.apply import drop_gathered, gather, mean_over_ranks, optimized, optimizer_state, whole
-from trainer.parallel.control_group import Team
+from trainer.parallel.control_group import ControlGroup
 
 pytestmark = SEVERAL_RANKS
 CYCLE = 3  # steps, of which the first begins with an update of the generator
@@ -103,11 +103,11 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
         named = optimizer_state(student, player.optimizer)
         assert not ranks.first or len(named["state"]) == len(player.parameters)
         gather(student)
-        team = Team()
+        control = ControlGroup()
         if ranks.first:
             Path(out, "shards").mkdir()
-        team.wait()
-        write(Path(out, "shards"), stage.players, stage.state_dict(), team)
+        control.wait()
+        write(Path(out, "shards"), stage.players, stage.state_dict(), control)
         stage.export(Path(out, "export"), 2 * CYCLE)
         parts = values(stage)
         assert all(torch.equal(value, parts[name]) for name, value in held.items()), "weights of before the step"

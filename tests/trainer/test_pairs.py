@@ -96,7 +96,7 @@ def test_unknown_timesteps_and_empty_folders_are_refused(tmp_path):
 def test_regression_terms_are_on_where_pairs_are_given(tiny_assets, folder, tmp_path):
     stage = distill_stage(tiny_assets, f"training.distill.pairs={folder}")
     stage.begin(0, tmp_path)
-    assert stage.audit().names == ("spatial", "flow", "regression", "regression_flow")
+    assert stage.check_gradients().names == ("spatial", "flow", "regression", "regression_flow")
     plan = stage.planner.draw("generator", 0)
     batch = stage._draw("generator", 0, 0, plan)
     states = stage.pairs.read(range(3)).float()

@@ -15,7 +15,7 @@ from configs.load import load_config
 from configs.train_schema import OptimizerConfig
 from trainer.checkpoint import save as checkpoint
 from trainer.loop import run
-from trainer.optim.train_state import Average, learning_rate
+from trainer.optim.train_state import EMA, learning_rate
 from trainer.registry import build_stage
 from trainer.tiny.causal_ode import trajectory_grid
 from utils.distributed import Ranks
@@ -58,7 +58,7 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_average_copies_then_decays():
     module = nn.Linear(3, 2)
-    average = Average(module, decay=0.9, start_step=2)
+    average = EMA(module, decay=0.9, start_step=2)
     expected = None
     for step in range(6):
         with torch.no_grad():

@@ -15,7 +15,7 @@ from model.attention import pick_training_kernel
 from model.block_parts import in_parts
 from model.weights.load import load_student
 from trainer.checkpoint.resume import check_changes
-from trainer.parallel.apply import Placing, choose_attention
+from trainer.parallel.apply import ParallelPlan, choose_attention
 
 BF16 = torch.bfloat16
 HOPPER = (9, 0)
@@ -124,5 +124,5 @@ def test_ranks_that_share_tokens_use_it_too(tiny_assets, hopper):
     config = distill_config(tiny_assets, "training.precision=bfloat16")
     network = distill_stage(tiny_assets).teacher.model
     in_parts(network)
-    choose_attention(network, Placing(config.training, torch.device("cpu")), BF16)
+    choose_attention(network, ParallelPlan(config.training, torch.device("cpu")), BF16)
     assert backends(network) == {"_native_cudnn"}

@@ -25,8 +25,8 @@ from configs.errors import UserError
 from model.weights import run_folders
 from model.weights.run_folders import MANIFEST, SHARDS, STATE
 from trainer.checkpoint import sharded as sharded_checkpoint
-from trainer.optim.train_state import Player
-from trainer.parallel.control_group import FailedElsewhere, Team
+from trainer.optim.train_state import TrainState
+from trainer.parallel.control_group import ControlGroup, FailedElsewhere
 from utils.files import HashedFile, Kind, is_full, sha256_of
 from utils.logs import get_logger
 
@@ -56,7 +56,7 @@ def save(
     state: dict[str, Any] | Callable[[Path], None],
     manifest: dict[str, Any],
     keep: int,
-    team: Team | None = None,
+    control: ControlGroup | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then remove older whole ones, so that `keep` are left. All ranks take part and
     fail together.
@@ -64,12 +64,12 @@ def save(
     state: what the first rank writes; or a function by which each rank writes its parts into an empty folder.
     Raises SaveFailed, with the checkpoints that were there before left alone.
     """
-    team = team or Team()
-    first, final = team.rank == 0, logdir / f"{PREFIX}{step:06d}"
+    control = control or ControlGroup()
+    first, final = control.rank == 0, logdir / f"{PREFIX}{step:06d}"
     aside, hashes = logdir / f"{ASIDE}{final.name}", {}
 
     def on_first(work: Callable[[], Any]) -> None:
-        team.together("saving", lambda: work() if first else None)
+        control.run_on_all("saving", lambda: work() if first else None)
 
     try:
         on_first(lambda: _make_empty(aside))
@@ -79,8 +79,8 @@ def save(
             else:
                 on_first(lambda: hashes.update(sha256=_write(state, aside / STATE)))
         if callable(state):
-            hashes["files"] = _hashes(aside, team)
-        on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": team.world} | hashes))
+            hashes["files"] = _hashes(aside, control)
+        on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": control.world} | hashes))
     except (OSError, RuntimeError, FailedElsewhere) as error:
         if isinstance(error, RuntimeError) and not is_full(error):
             raise
@@ -130,11 +130,11 @@ def _write(state: dict[str, Any], path: Path) -> str:
         return file.hexdigest()
 
 
-def _hashes(aside: Path, team: Team) -> dict[str, str]:
+def _hashes(aside: Path, control: ControlGroup) -> dict[str, str]:
     """The SHA-256 of each part, of which each rank reads its share."""
     names = sorted(file.relative_to(aside).as_posix() for file in (aside / SHARDS).iterdir())
-    own = team.together("saving", lambda: {n: sha256_of(aside / n) for n in names[team.rank :: team.world]})
-    return {name: value for part in team.gather(own) for name, value in part.items()}
+    own = control.run_on_all("saving", lambda: {n: sha256_of(aside / n) for n in names[control.rank :: control.world]})
+    return {name: value for part in control.gather(own) for name, value in part.items()}
 
 
 def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -160,34 +160,34 @@ def set_aside(folder: Path) -> Path:
     return other
 
 
-def verified(folder: Path, team: Team | None = None) -> dict[str, Any] | None:
+def verified(folder: Path, control: ControlGroup | None = None) -> dict[str, Any] | None:
     """The manifest of `folder`, or None (with a warning) if the checkpoint is not whole. Ranks share the reading."""
-    team = team or Team()
+    control = control or ControlGroup()
     manifest, reason = None, None
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"] if "files" in manifest else {STATE: manifest["sha256"]}
-        own = sorted(files)[team.rank :: team.world]
+        own = sorted(files)[control.rank :: control.world]
         wrong = [name for name in own if sha256_of(folder / name) != files[name]]
         reason = f"{wrong[0]} does not match its hash" if wrong else None
         if re.fullmatch(f"{PREFIX}[0-9]+", folder.name) and manifest["step"] != step_of(folder):
             reason = f"it is of step {manifest['step']}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) or type(error).__name__
-    reasons = [text for text in team.gather(reason) if text]
+    reasons = [text for text in control.gather(reason) if text]
     if not reasons:
         return manifest
-    if team.rank == 0:
+    if control.rank == 0:
         log.warning("%s is damaged (%s); falling back to the one before", folder, reasons[0])
     return None
 
 
-def newest(logdir: Path, stage: str, team: Team | None = None) -> tuple[Path, dict[str, Any]] | None:
+def newest(logdir: Path, stage: str, control: ControlGroup | None = None) -> tuple[Path, dict[str, Any]] | None:
     """(folder, manifest) of the newest whole checkpoint under `logdir`, or None. Refuses another stage's folder."""
-    team = team or Team()
-    names = team.gather([folder.name for folder in folders(logdir)])[0]  # all go by what the first one sees
+    control = control or ControlGroup()
+    names = control.gather([folder.name for folder in folders(logdir)])[0]  # all go by what the first one sees
     for folder in (logdir / name for name in reversed(names)):
-        manifest = verified(folder, team)
+        manifest = verified(folder, control)
         if manifest is None:
             continue
         if manifest["stage"] != stage:
@@ -199,10 +199,10 @@ def newest(logdir: Path, stage: str, team: Team | None = None) -> tuple[Path, di
     return None
 
 
-def restore(folder: Path, players: dict[str, Player], team: Team | None = None) -> dict[str, Any]:
+def restore(folder: Path, players: dict[str, TrainState], control: ControlGroup | None = None) -> dict[str, Any]:
     """Read the players' state into them, each rank what it holds of it; returns what the stage kept besides."""
     if (folder / SHARDS).exists():
-        return sharded_checkpoint.read(folder / SHARDS, players, team or Team())
+        return sharded_checkpoint.read(folder / SHARDS, players, control or ControlGroup())
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
     for name, player in players.items():
         player.load_state_dict(state[name])

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.errors import UserError
 from model.weights.sharded_files import Shapes, ShardedReader, read_whole, sharded_shapes
-from trainer.optim.train_state import Player
+from trainer.optim.train_state import TrainState
 from trainer.parallel.apply import load_optimizer_state, optimized
-from trainer.parallel.control_group import Team
+from trainer.parallel.control_group import ControlGroup
 
 STAGE = "stage"
 WRITERS = 1  # threads of a rank; of more, torch (2.11 to 2.13) loses the error of each but the first: a full disk
@@ -35,7 +35,7 @@ def _plain(error: CheckpointException) -> ShardError:
     return ShardError(f"rank {rank}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}")
 
 
-def player_tensors(name: str, player: Player) -> dict[str, Tensor]:
+def player_tensors(name: str, player: TrainState) -> dict[str, Tensor]:
     """Weights and averages of a player, by their names in a checkpoint; the tensors themselves, not copies."""
     found = {f"{name}.module.{key}": value for key, value in player.module.state_dict().items()}
     if player.average is not None:
@@ -43,7 +43,7 @@ def player_tensors(name: str, player: Player) -> dict[str, Tensor]:
     return found
 
 
-def write(folder: Path, players: dict[str, Player], kept: dict[str, Any], team: Team) -> None:
+def write(folder: Path, players: dict[str, TrainState], kept: dict[str, Any], control: ControlGroup) -> None:
     """Write the players and what the stage keeps besides (nested dictionaries of tensors) into an empty folder."""
     tensors = {f"{STAGE}.{name}": value for name, value in flat(kept).items()}
     for name, player in players.items():
@@ -57,12 +57,12 @@ def write(folder: Path, players: dict[str, Player], kept: dict[str, Any], team: 
         writer = FileSystemWriter(folder, thread_count=WRITERS)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: it is
-            dcp.save(tensors, storage_writer=writer, process_group=team.group, no_dist=not team.group)
+            dcp.save(tensors, storage_writer=writer, process_group=control.group, no_dist=not control.group)
     except CheckpointException as error:
         raise _plain(error) from error
 
 
-def read(folder: Path, players: dict[str, Player], team: Team) -> dict[str, Any]:
+def read(folder: Path, players: dict[str, TrainState], control: ControlGroup) -> dict[str, Any]:
     """Read the players' state into them, whatever number of ranks wrote it; return what the stage kept."""
     shapes = sharded_shapes(folder)
     tensors = {name: torch.zeros(*shapes[name][:1], dtype=shapes[name][1]) for name in _of(shapes, STAGE)}
@@ -80,7 +80,8 @@ def read(folder: Path, players: dict[str, Player], team: Team) -> dict[str, Any]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: it is
-            dcp.load(tensors, storage_reader=ShardedReader(folder), process_group=team.group, no_dist=not team.group)
+            reader, alone = ShardedReader(folder), not control.group
+            dcp.load(tensors, storage_reader=reader, process_group=control.group, no_dist=alone)
     except CheckpointException as error:
         raise _plain(error) from error
     for name, player in players.items():
@@ -101,7 +102,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state | {STAGE: _nested(kept)}
 
 
-def _entries(name: str, player: Player, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
+def _entries(name: str, player: TrainState, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
     """Zeros for a player's optimiser, whose state does not exist before its first step: {parameter: {entry: ...}}."""
     found: dict[str, dict[str, Tensor]] = {}
     known = _of(shapes, f"{name}.optimizer")

@@ -16,7 +16,7 @@ from trainer.parallel.apply import average_gradients, local, sum_over_shards
 
 
 @dataclass(frozen=True)
-class Audit:
+class GradientCheck:
     """Norm of each term's gradient and the cosines between them."""
 
     names: tuple[str, ...]
@@ -52,9 +52,9 @@ def switches(d: DistillConfig) -> dict[str, str]:
     }
 
 
-def gradient_audit(
+def gradient_check(
     terms: Callable[[], Mapping[str, Tensor]], parameters: Sequence[Tensor], *, settings: dict[str, str]
-) -> Audit:
+) -> GradientCheck:
     """Differentiate the terms one by one; `terms()` computes them all afresh, with their weights, always the same.
 
     settings: of the terms, what switched them on. An empty string: the gradient is known to be cut.
@@ -79,7 +79,7 @@ def gradient_audit(
             what = "no gradient" if norm == 0 else f"a gradient of {norm}"
             why = f"{settings[name]} switches the {name} term on, but it" if name in settings else f"the {name} term"
             raise UserError(f"{why} sends {what} to the student; switch it off, or find out what cuts it")
-    return Audit(tuple(names), tuple(norms.tolist()), tuple(tuple(row) for row in cosines.tolist()))
+    return GradientCheck(tuple(names), tuple(norms.tolist()), tuple(tuple(row) for row in cosines.tolist()))
 
 
 def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:

@@ -17,8 +17,8 @@ from model.fast.fp8_teacher import in_float8, round_and_compare
 from model.sequence import SequenceGroup
 from model.weights.plans import Plan
 from trainer.distill.motion_head import MotionHead
-from trainer.optim.train_state import Average, Player
-from trainer.parallel.apply import Placing, placed
+from trainer.optim.train_state import EMA, TrainState
+from trainer.parallel.apply import ParallelPlan, parallelize
 from trainer.parallel.sharded_weights import copy_parts, empty, fill_parts, init_plan
 from trainer.start_network import start_network
 from utils.device import pick_dtype
@@ -31,7 +31,7 @@ FLOAT = torch.float32  # of what is trained, and of its average
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
-def frozen_teacher(config: Config, where: Placing) -> tuple[WanTransformer3DModel, dict[float, float]]:
+def frozen_teacher(config: Config, where: ParallelPlan) -> tuple[WanTransformer3DModel, dict[float, float]]:
     """The teacher, in the precision of activations; with `training.distill.teacher_fp8` its large linears in float8.
 
     And how far off that makes its v, by timestep, where it is whole at first; one that is read in parts never is.
@@ -45,11 +45,11 @@ def frozen_teacher(config: Config, where: Placing) -> tuple[WanTransformer3DMode
     elif config.training.distill.teacher_fp8:
         said, errors = round_and_compare(teacher.to(where.device))
         log.info("teacher in %s; v off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
-    teacher = placed(teacher.eval().requires_grad_(False), where, role="teacher")
+    teacher = parallelize(teacher.eval().requires_grad_(False), where, role="teacher")
     return (teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)), errors
 
 
-def student_player(config: Config, where: Placing) -> Player:
+def student_state(config: Config, where: ParallelPlan) -> TrainState:
     """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
     t, rank = config.training, config.training.distill.lora.student_rank
     if t.sequence_student == "whole":
@@ -57,15 +57,15 @@ def student_player(config: Config, where: Placing) -> Player:
     plan = init_plan(config, "student", where, causal=True)
     student = start_network(config, "student", where.device, causal=True) if plan is None else empty(plan, FLOAT)
     _prepare(student, config, rank)
-    twin = copy.deepcopy(student).requires_grad_(False)  # before sharding, which forbids copies
-    twin = placed(twin, where, streams=True)
+    replica = copy.deepcopy(student).requires_grad_(False)  # before sharding, which forbids copies
+    replica = parallelize(replica, where, streams=True)
     student = _trained(student, "student", config, where, plan)
     if plan is not None:
-        copy_parts(twin, student, where.device)
-    return Player(student, t, steps=t.distill.generator_updates(t.steps), twin=twin)
+        copy_parts(replica, student, where.device)
+    return TrainState(student, t, steps=t.distill.generator_updates(t.steps), replica=replica)
 
 
-def critic_player(config: Config, where: Placing) -> Player:
+def critic_state(config: Config, where: ParallelPlan) -> TrainState:
     """The critic with its optimiser; it starts from the teacher unless `training.init` names its own weights."""
     t = config.training
     name = "critic" if "critic" in t.init else "teacher"
@@ -73,29 +73,29 @@ def critic_player(config: Config, where: Placing) -> Player:
     critic = start_network(config, name, where.device) if plan is None else empty(plan, FLOAT)
     _prepare(critic, config, t.distill.lora.critic_rank)
     critic = _trained(critic, "critic", config, where, plan)
-    return Player(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
+    return TrainState(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
 
 
-def frozen_start(config: Config, where: Placing) -> CausalWanModel:
+def frozen_start(config: Config, where: ParallelPlan) -> CausalWanModel:
     """The student that training starts from, frozen, in the precision of activations; a resumed run reads it again."""
     if config.training.sequence_student == "whole":
         where = replace(where, sequence=SequenceGroup())
     dtype = pick_dtype(config.training.precision, where.device)
     plan = init_plan(config, "student", where, dtype, causal=True)
     start = start_network(config, "student", where.device, dtype, causal=True) if plan is None else empty(plan, dtype)
-    start = placed(start.eval().requires_grad_(False), where, role="student")
+    start = parallelize(start.eval().requires_grad_(False), where, role="student")
     return start if plan is None else fill_parts(start, plan, where.device, dtype)
 
 
-def motion_head_player(config: Config, channels: int, device: torch.device) -> Player:
+def motion_head_player(config: Config, channels: int, device: torch.device) -> TrainState:
     """The head of the motion regression with its optimiser; its average is the target's head."""
     t, r = config.training, config.training.distill.motion_regression
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_hash(config.seed, "motion head"))
         head = MotionHead(r, channels).to(device)
     knobs = replace(t.distill.critic_optimizer, lr=r.lr, betas=[0.9, 0.999], muon_lr=0.0)
-    player = Player(head, t, optimizer=knobs, averaged=False)
-    player.average = Average(head, r.decay, start_step=0)
+    player = TrainState(head, t, optimizer=knobs, averaged=False)
+    player.average = EMA(head, r.decay, start_step=0)
     return player
 
 
@@ -129,9 +129,9 @@ def _adapter(config: Config) -> Callable[[str, Tensor], Tensor]:
 
 
 def _trained(
-    network: WanTransformer3DModel, role: str, config: Config, where: Placing, plan: Plan | None
+    network: WanTransformer3DModel, role: str, config: Config, where: ParallelPlan, plan: Plan | None
 ) -> WanTransformer3DModel:
-    network = placed(network, where, dtype=pick_dtype(config.training.precision, where.device), role=role)
+    network = parallelize(network, where, dtype=pick_dtype(config.training.precision, where.device), role=role)
     return network if plan is None else fill_parts(network, plan, where.device, FLOAT, rest=_adapter(config))
 
 

@@ -24,7 +24,7 @@ def in_turns(t: TrainingConfig) -> bool:
     return t.sequence_parallel > 1 and whole and (t.distill.encode_ahead or t.distill.encoded_prompts is not None)
 
 
-class Turns:
+class RolloutSharing:
     """micro_batches: of a step. shape: of a sample, float32."""
 
     def __init__(self, group: SequenceGroup, micro_batches: int, shape: tuple[int, ...], device: torch.device):

@@ -39,7 +39,7 @@ from trainer.backward import Backward
 from trainer.build import frozen_codec
 from trainer.distill.diagnostics import SIGNS, vital_signs, warnings
 from trainer.distill.fast_rollout import FastTwin
-from trainer.distill.gradient_check import Audit, gradient_audit, switches
+from trainer.distill.gradient_check import GradientCheck, gradient_check, switches
 from trainer.distill.long_tuning import Plan, Planner, window_of
 from trainer.distill.losses import (
     critic_loss,
@@ -49,17 +49,17 @@ from trainer.distill.losses import (
     regression_losses,
 )
 from trainer.distill.networks import (
-    critic_player,
+    critic_state,
     frozen_start,
     frozen_teacher,
     merged,
     motion_head_player,
-    student_player,
+    student_state,
 )
-from trainer.distill.rollout_sharing import Turns, in_turns
-from trainer.optim.train_state import Player
+from trainer.distill.rollout_sharing import RolloutSharing, in_turns
+from trainer.optim.train_state import TrainState
 from trainer.pairs import Pairs, open_pairs
-from trainer.parallel.apply import Placing, gather, mean_over_ranks, mesh_of
+from trainer.parallel.apply import ParallelPlan, gather, mean_over_ranks, mesh_of
 from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.stage import Stage, accumulation
@@ -93,7 +93,7 @@ class Distill(Stage):
         self.sequence = sequence_group(t.sequence_parallel, ranks, device)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         self.planner = Planner(config, self.schedule, self.geometry)
-        place, self.dtype = Placing(t, device, self.mesh, self.sequence), pick_dtype(t.precision, device)
+        place, self.dtype = ParallelPlan(t, device, self.mesh, self.sequence), pick_dtype(t.precision, device)
         log.info("attention of networks in training: %s", place.kernel(self.dtype))
         looks = t.validation_clips or self.planner.longest > self.planner.window
         self.codec = frozen_codec(config, device) if looks else None  # the loss itself needs latents only
@@ -104,7 +104,7 @@ class Distill(Stage):
 
         teacher, self.teacher_errors = frozen_teacher(config, place)
         self.teacher = Score(teacher)
-        student, critic = (make(config, place) for make in (student_player, critic_player))
+        student, critic = (make(config, place) for make in (student_state, critic_state))
         self._players = {"generator": student, "critic": critic}
         self.student = Student(self._players["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
@@ -120,7 +120,7 @@ class Distill(Stage):
 
         self.fast = self._fast_twin()
         shape = self.geometry.latent_shape(t.micro_batch, config.video.num_latent_frames)
-        self.turns = Turns(self.sequence, self.micro_batches, shape, device) if in_turns(t) else None
+        self.turns = RolloutSharing(self.sequence, self.micro_batches, shape, device) if in_turns(t) else None
         self.generator_logs: dict[str, Tensor] = {}
         self.generator_done = -1  # the newest step whose generator update was made
         self.newest: dict[str, Any] = {}
@@ -148,7 +148,7 @@ class Distill(Stage):
         return Backward(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
 
     @property
-    def players(self) -> dict[str, Player]:
+    def players(self) -> dict[str, TrainState]:
         return self._players
 
     @property
@@ -399,12 +399,12 @@ class Distill(Stage):
         """Audit the terms' gradients before the first step."""
         if step > 0:
             return
-        audit = self.audit()
+        audit = self.check_gradients()
         log.info("gradients of the loss terms on the student:\n%s", audit.table())
         if self.ranks.first:
             write_json_atomic(logdir / "audit.json", audit.figures())
 
-    def audit(self) -> Audit:
+    def check_gradients(self) -> GradientCheck:
         """Gradient of each term on the student, for the batch of step 0."""
         plan = self.planner.draw("generator", 0)
         batch = self._draw("generator", 0, 0, plan)
@@ -416,7 +416,7 @@ class Distill(Stage):
 
         if self.settings.flow.gradient_cut and self.settings.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
-        audit = gradient_audit(terms, self._players["generator"].parameters, settings=switches(self.settings))
+        audit = gradient_check(terms, self._players["generator"].parameters, settings=switches(self.settings))
         self.generator_backward.clear()  # a term may reach the motion head, too
         return audit
 

@@ -31,6 +31,6 @@ def kind_of(betas: tuple[float, ...]) -> type[torch.optim.AdamW]:
     return torch.optim.AdamW if betas[0] else AdamWWithoutMomentum
 
 
-def unkept(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+def dropped_state(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Entries of AdamW's state that this optimiser does without."""
     return ("exp_avg",) if isinstance(optimizer, AdamWWithoutMomentum) else ()

@@ -30,15 +30,15 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
 
 
-class Average:
+class EMA:
     """Exponential moving average of a module's parameters: e <- d e + (1 - d) p; a copy until `start_step`.
 
     twin: a copy of `module` to average in, where it cannot be copied here any more because it is sharded.
     """
 
-    def __init__(self, module: nn.Module, decay: float, start_step: int, twin: nn.Module | None = None):
+    def __init__(self, module: nn.Module, decay: float, start_step: int, replica: nn.Module | None = None):
         self.decay, self.start_step = decay, start_step
-        self.module = (copy.deepcopy(module) if twin is None else twin).eval().requires_grad_(False)
+        self.module = (copy.deepcopy(module) if replica is None else replica).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
@@ -48,13 +48,13 @@ class Average:
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
 
 
-class Player:
+class TrainState:
     """A trained module with its optimiser, its learning rate and its average. It does not know its loss.
 
     Args:
         optimizer: its knobs, if they are not `config.optimizer`.
         steps: how many steps it will take, if not `config.steps`; the learning rate falls over these.
-        averaged: keep a moving average, in `twin` if that is given.
+        averaged: keep a moving average, in `replica` if that is given.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Player:
         optimizer: OptimizerConfig | None = None,
         steps: int | None = None,
         averaged: bool = True,
-        twin: nn.Module | None = None,
+        replica: nn.Module | None = None,
     ):
         self.module = module
         self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
@@ -76,7 +76,7 @@ class Player:
             grouped(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
             fused=device.type == "cuda",
         )  # fmt: skip
-        self.average = Average(module, config.ema_decay, config.ema_start_step, twin) if averaged else None
+        self.average = EMA(module, config.ema_decay, config.ema_start_step, replica) if averaged else None
 
     @property
     def parameters(self) -> list[Tensor]:

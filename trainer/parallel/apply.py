@@ -30,8 +30,8 @@ from model.block_parts import compile_parts
 from model.causal_wan import CausalWanModel
 from model.checkpointing import checkpointed, recomputed
 from model.sequence import SequenceGroup
-from trainer.optim.adam import unkept
-from trainer.parallel.sequence import parallelize
+from trainer.optim.adam import dropped_state
+from trainer.parallel.sequence import share_tokens
 
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FLOAT32_PARTS = ("condition_embedder.time_embedder",)  # of a trained network; half a digit there is another timestep
@@ -58,7 +58,7 @@ def mesh_of(training: TrainingConfig, device: torch.device) -> DeviceMesh | None
 
 
 @dataclass(frozen=True)
-class Placing:
+class ParallelPlan:
     """Where the networks of a run go. mesh: None = each rank holds everything."""
 
     training: TrainingConfig
@@ -71,9 +71,9 @@ class Placing:
         return pick_training_kernel(self.training.attention, capability_of(self.device), dtype)
 
 
-def placed(
+def parallelize(
     network: nn.Module,
-    where: Placing,
+    where: ParallelPlan,
     *,
     dtype: torch.dtype | None = None,
     role: str | None = None,
@@ -100,7 +100,7 @@ def placed(
     training, wan, causal = where.training, *(isinstance(network, x) for x in (WanTransformer3DModel, CausalWanModel))
     trained = any(p.requires_grad for p in network.parameters())
     if role is not None:
-        parallelize(network, where.sequence, role)
+        share_tokens(network, where.sequence, role)
     if wan:
         choose_attention(network, where, dtype or network.patch_embedding.weight.dtype)
     if training.checkpointing and wan and trained:
@@ -115,7 +115,7 @@ def placed(
     return network
 
 
-def choose_attention(network: WanTransformer3DModel, where: Placing, dtype: torch.dtype) -> None:
+def choose_attention(network: WanTransformer3DModel, where: ParallelPlan, dtype: torch.dtype) -> None:
     """Have `network`, whose activations are `dtype`, use the kernel of the run; `auto` leaves to torch what it can."""
     kernel = where.kernel(dtype)
     if where.training.attention != "auto" or kernel != "sdpa":
@@ -254,9 +254,9 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
     for i, (name, p) in enumerate(optimized(module, optimizer)):
         found = held.get(i) or held.get(name)
         if found:
-            kept = {key: v for key, v in found.items() if key not in unkept(optimizer)}
+            kept = {key: v for key, v in found.items() if key not in dropped_state(optimizer)}
             entries[i] = {key: part_of(v, p) if v.shape == p.shape else v for key, v in kept.items()}
-            if "exp_avg_sq" in kept and not unkept(optimizer):
+            if "exp_avg_sq" in kept and not dropped_state(optimizer):
                 entries[i].setdefault("exp_avg", torch.zeros_like(p))  # saved with a beta_1 of 0
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -32,7 +32,7 @@ class FailedElsewhere(UserError):
     """What all ranks were doing has failed on another one."""
 
 
-class Team:
+class ControlGroup:
     """All ranks of a run. One process is a team of its own."""
 
     def __init__(self, timeout_s: float = 900.0):
@@ -64,7 +64,7 @@ class Team:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, what: str, work: Callable[[], T]) -> T:
+    def run_on_all(self, what: str, work: Callable[[], T]) -> T:
         """`work()`, which has no collectives. If it fails on any rank, it fails on all, in a sentence of the first."""
         result, error = None, None
         try:

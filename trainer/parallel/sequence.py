@@ -57,7 +57,7 @@ def check_tokens(training: TrainingConfig, geometry: Geometry, frames: int) -> N
         )
 
 
-def parallelize(network: WanTransformer3DModel, group: SequenceGroup, name: str) -> None:
+def share_tokens(network: WanTransformer3DModel, group: SequenceGroup, name: str) -> None:
     """Share the tokens of `network` out over `group`, in its own forward passes; before it is sharded."""
     if group.size == 1:
         return

@@ -21,13 +21,13 @@ from model.text import TextEncoder
 from model.weights.load import load_tokenizer, stored_dtype, values
 from model.weights.plans import Plan, plan_text_encoder, plan_transformer
 from model.weights.random import transformer_plan
-from trainer.parallel.apply import Placing, local, part_of, placed
+from trainer.parallel.apply import ParallelPlan, local, parallelize, part_of
 from utils.device import pick_dtype
 from utils.seeds import stable_hash
 
 
 def init_plan(
-    config: Config, name: str, where: Placing, dtype: torch.dtype = torch.float32, *, causal: bool = False
+    config: Config, name: str, where: ParallelPlan, dtype: torch.dtype = torch.float32, *, causal: bool = False
 ) -> Plan | None:
     """What `training.init.<name>` names, if it can be read in parts and is to be.
 
@@ -98,10 +98,10 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(part, requires_grad=like.requires_grad)
 
 
-def sharded_text_encoder(config: Config, where: Placing) -> TextEncoder:
+def sharded_text_encoder(config: Config, where: ParallelPlan) -> TextEncoder:
     """The text encoder that conditions, in the precision of activations, without gradients."""
     m, dtype = config.model, pick_dtype(config.training.precision, where.device)
     plan = plan_text_encoder(m.text_encoder)
-    encoder = placed(empty(plan, dtype).requires_grad_(False), where)
+    encoder = parallelize(empty(plan, dtype).requires_grad_(False), where)
     fill_parts(encoder, plan, where.device, dtype)
     return TextEncoder(encoder, load_tokenizer(m.tokenizer, encoder.config.vocab_size), m.text_tokens)

@@ -12,7 +12,7 @@ from model.fast import tiny_decoder as fast_tiny_decoder
 from model.fast.codec import optimise_codec
 from model.fast.offload import SmallSteps
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
-from pipeline.delivery import Delivery, ahead, to_frames
+from pipeline.async_decoder import AsyncDecoder, prefetch, to_frames
 from pipeline.noise import NoiseSource
 from utils.timers import SpanTimer
 
@@ -151,7 +151,7 @@ def test_wan_is_compiled_once_for_each_width(tiny_vae):
 def test_delivery_gives_the_decoders_frames():
     codec, latents = tiny_codec(), torch.randn(2, 3, 16, 4, 6)
     timer = SpanTimer(torch.device("cpu"))
-    frames, finite = Delivery(torch.device("cpu")).deliver(codec.stream(), latents, timer)
+    frames, finite = AsyncDecoder(torch.device("cpu")).deliver(codec.stream(), latents, timer)
     assert torch.equal(frames, to_frames(codec.decode(latents))) and finite.tolist() == [[True] * 2] * 2
     assert list(timer.spans()) == ["decode"]
 
@@ -164,9 +164,9 @@ def test_ahead_asks_for_one_more_than_it_gives():
             asked.append(i)
             yield i
 
-    seen = [(i, len(asked)) for i in ahead(items(), 1)]
+    seen = [(i, len(asked)) for i in prefetch(items(), 1)]
     assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
-    assert list(ahead(iter(()), 1)) == []
+    assert list(prefetch(iter(()), 1)) == []
 
 
 def test_noise_drawn_ahead_is_the_noise(tiny_geometry):

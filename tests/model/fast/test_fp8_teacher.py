@@ -18,8 +18,8 @@ from model.sizes import Network
 from scripts.bench.fake_ranks import count_shards
 from trainer.cli import parse
 from trainer.command import train
-from trainer.distill.networks import critic_player, frozen_teacher
-from trainer.parallel.apply import Placing, local, mesh_of, whole
+from trainer.distill.networks import critic_state, frozen_teacher
+from trainer.parallel.apply import ParallelPlan, local, mesh_of, whole
 
 CPU = torch.device("cpu")
 FP8 = "training.distill.teacher_fp8=true"
@@ -53,11 +53,11 @@ def test_a_rounded_network_is_near_what_it_was(dtype):
 
 def compare(assets: str) -> bool:
     """On each rank: the parts of what is rounded in parts are those of what is rounded whole, and as small."""
-    alone, errors = frozen_teacher(case(assets, FP8), Placing(case(assets, FP8).training, CPU))
+    alone, errors = frozen_teacher(case(assets, FP8), ParallelPlan(case(assets, FP8).training, CPU))
     assert list(errors) == list(TIMES)
     with group() as ranks:
         config = case(assets, FP8, "training.sharding=full")
-        parts, errors = frozen_teacher(config, Placing(config.training, CPU, mesh_of(config.training, CPU)))
+        parts, errors = frozen_teacher(config, ParallelPlan(config.training, CPU, mesh_of(config.training, CPU)))
         assert errors == {}
         ours = dict(parts.named_parameters())
         for name, p in alone.named_parameters():
@@ -79,14 +79,14 @@ def compare(assets: str) -> bool:
 
 @SEVERAL_RANKS
 def test_parts_are_the_whole(tiny_assets):
-    assert len(linears(frozen_teacher(case(tiny_assets, FP8), Placing(case(tiny_assets).training, CPU))[0])) == 16
+    assert len(linears(frozen_teacher(case(tiny_assets, FP8), ParallelPlan(case(tiny_assets).training, CPU))[0])) == 16
     outcomes = on_ranks(2, compare, tiny_assets)
     assert [o.ended for o in outcomes] == ["done"] * 2, outcomes
 
 
 def test_the_critic_that_starts_from_it_is_exact(tiny_assets):
     configs = [case(tiny_assets, *more) for more in ((FP8,), ())]
-    ours, theirs = (critic_player(config, Placing(config.training, CPU)).module.state_dict() for config in configs)
+    ours, theirs = (critic_state(config, ParallelPlan(config.training, CPU)).module.state_dict() for config in configs)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 

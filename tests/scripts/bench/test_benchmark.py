@@ -16,7 +16,7 @@ from model.weights.random import RandomText
 from pipeline.stream import StreamSession
 from scripts import benchmark
 from scripts.bench import speed
-from scripts.bench.roofline import Energy, ceilings, copy_rate, matrix_rate, nbytes
+from scripts.bench.roofline import Energy, copy_rate, matrix_rate, nbytes, roofline
 from scripts.bench.speed_suites import SUITES
 from scripts.bench.speed_tables import comparison, grid, suite_table, table
 
@@ -34,7 +34,7 @@ def session(tiny_geometry) -> StreamSession:
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
-    monkeypatch.setattr(benchmark, "ceilings", lambda *_: {"matrix peak": 1e11, "copy": 1e10})
+    monkeypatch.setattr(benchmark, "roofline", lambda *_: {"matrix peak": 1e11, "copy": 1e10})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_ceilings_of_a_cpu():
     assert Energy(CPU).read() is None
     x = torch.zeros(10)
     assert nbytes([x, x[:5]]) == 40
-    assert set(ceilings(CPU, 8, 8, 16)) == {"matrix peak", "matrix qkv", "matrix ffn 1", "matrix ffn 2", "copy"}
+    assert set(roofline(CPU, 8, 8, 16)) == {"matrix peak", "matrix qkv", "matrix ffn 1", "matrix ffn 2", "copy"}
 
 
 def test_tables():

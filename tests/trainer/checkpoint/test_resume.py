@@ -21,15 +21,15 @@ from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.checkpoint.resume import check_changes, check_starts
 from trainer.loop import at_end
-from trainer.optim.train_state import Player
-from trainer.parallel.control_group import Team
+from trainer.optim.train_state import TrainState
+from trainer.parallel.control_group import ControlGroup
 
 CONFIG = load_config("configs/train_tiny_text.yaml", ["training.ema_start_step=1"])
 
 
-def player(seed: int, updates: int) -> Player:
+def player(seed: int, updates: int) -> TrainState:
     torch.manual_seed(seed)
-    made = Player(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), CONFIG.training)
+    made = TrainState(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), CONFIG.training)
     for step in range(updates):
         made.module(torch.randn(5, 3)).square().sum().backward()
         made.step(step)
@@ -37,7 +37,7 @@ def player(seed: int, updates: int) -> Player:
     return made
 
 
-def equal(one: Player, other: Player) -> bool:
+def equal(one: TrainState, other: TrainState) -> bool:
     pairs = [(one.module.state_dict(), other.module.state_dict())]
     pairs += [(one.average.module.state_dict(), other.average.module.state_dict())]
     states = [list(p.optimizer.state.values()) for p in (one, other)]
@@ -49,7 +49,7 @@ def test_parts_written_and_read_by_one_process(tmp_path):
     """Weights, average, moments and counters; the next step is the same, too."""
     before, after = player(0, 3), player(1, 0)
     kept = {"logs": {"loss": torch.tensor(2.5)}, "done": torch.tensor(7)}
-    sharded_checkpoint.write(tmp_path / "shards", {"generator": before}, kept, Team())
+    sharded_checkpoint.write(tmp_path / "shards", {"generator": before}, kept, ControlGroup())
     found = checkpoint.restore(tmp_path, {"generator": after})
     assert found["logs"]["loss"] == 2.5 and found["done"] == 7
     assert equal(before, after)
@@ -172,7 +172,7 @@ def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, c
     manifest = {"stage": "distill", "config": to_dict(distill_config(tiny_assets))}
 
     def write(folder):
-        sharded_checkpoint.write(folder, stage.players, stage.state_dict(), Team())
+        sharded_checkpoint.write(folder, stage.players, stage.state_dict(), ControlGroup())
 
     folder = checkpoint.save(tmp_path / "run", 4, write, manifest, keep=2)
     assert checkpoint.verified(folder)["files"]

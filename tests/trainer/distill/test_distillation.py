@@ -9,7 +9,7 @@ from distill_case import distill_config, distill_stage
 from configs.errors import UserError
 from model.weights.load import load_student
 from trainer.distill.diagnostics import warnings
-from trainer.distill.gradient_check import gradient_audit
+from trainer.distill.gradient_check import gradient_check
 from trainer.distill.long_tuning import window_of
 from trainer.loop import NonFiniteLoss, run
 from trainer.prompt_bank import training_prompts
@@ -163,10 +163,10 @@ def test_a_term_without_gradient_stops_the_run():
         return {"spatial": (p * p).sum(), "flow": (p.detach() * p.detach()).sum()}
 
     with pytest.raises(UserError, match="flow.weight=4 switches the flow term on, but it sends no gradient"):
-        gradient_audit(terms, [p], settings=settings)
-    assert gradient_audit(terms, [p], settings=settings | {"flow": ""}).norms[1] == 0
+        gradient_check(terms, [p], settings=settings)
+    assert gradient_check(terms, [p], settings=settings | {"flow": ""}).norms[1] == 0
     with pytest.raises(UserError, match="the flow term sends no gradient to the student"):
-        gradient_audit(terms, [p], settings={"spatial": "spatial_weight=1"})  # a term that it does not know
+        gradient_check(terms, [p], settings={"spatial": "spatial_weight=1"})  # a term that it does not know
     assert p.grad is None
 
 

@@ -77,9 +77,9 @@ def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
     stage = distill_stage(tiny_assets, FAST)
     samples(stage, 0)
     trained = {id(p) for player in stage.players.values() for p in player.parameters}
-    twin = list(stage.fast.student.model.parameters())
-    assert not any(p.requires_grad or id(p) in trained for p in twin)
-    assert sum(p.numel() for p in twin) == sum(p.numel() for p in stage.student.model.parameters())
+    replica = list(stage.fast.student.model.parameters())
+    assert not any(p.requires_grad or id(p) in trained for p in replica)
+    assert sum(p.numel() for p in replica) == sum(p.numel() for p in stage.student.model.parameters())
 
 
 def test_what_it_takes_is_planned():

@@ -14,9 +14,9 @@ from model.memory import trained_bytes
 from model.weights.sharded_files import sharded_shapes
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.optim.adam import AdamWWithoutMomentum, kind_of
-from trainer.optim.train_state import Player
+from trainer.optim.train_state import TrainState
 from trainer.parallel.apply import load_optimizer_state, optimizer_state
-from trainer.parallel.control_group import Team
+from trainer.parallel.control_group import ControlGroup
 
 KNOBS = {"lr": 1e-2, "betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -103,15 +103,15 @@ def test_in_parts_on_the_disk(tmp_path, before, after):
     players = []
     for beta in (before, after):
         config = TrainingConfig(optimizer=OptimizerConfig(betas=[beta, 0.99], warmup_steps=0))
-        players.append(Player(network(), config, steps=10))
+        players.append(TrainState(network(), config, steps=10))
     saved, read = players
     for step in range(3):
         gradients(saved.module, step)
         saved.step(step)
-    sharded_checkpoint.write(tmp_path / "shards", {"player": saved}, {}, Team())
+    sharded_checkpoint.write(tmp_path / "shards", {"player": saved}, {}, ControlGroup())
     names = sharded_shapes(tmp_path / "shards")
     assert any(name.endswith(".exp_avg") for name in names) is bool(before)
-    sharded_checkpoint.read(tmp_path / "shards", {"player": read}, Team())
+    sharded_checkpoint.read(tmp_path / "shards", {"player": read}, ControlGroup())
     for p, q in zip(saved.parameters, read.parameters, strict=True):
         ours, theirs = saved.optimizer.state[p], read.optimizer.state[q]
         assert torch.equal(p, q) and torch.equal(ours["exp_avg_sq"], theirs["exp_avg_sq"])
@@ -129,7 +129,7 @@ def test_the_plan_counts_what_is_there(beta):
     """model/memory.py's bytes of a trained parameter, counted."""
     config = TrainingConfig(optimizer=OptimizerConfig(betas=[beta, 0.99]))
     for averaged in (True, False):
-        player = Player(network(), config, averaged=averaged)
+        player = TrainState(network(), config, averaged=averaged)
         gradients(player.module, 0)
         player.step(0)
         moments = [x for p in player.parameters for name, x in player.optimizer.state[p].items() if name != "step"]
@@ -143,7 +143,7 @@ def test_players_take_it_where_it_is_the_same(tiny_assets):
     for betas, muon, kind in (([0.0, 0.99], 0.0, "AdamWWithoutMomentum"), ([0.9, 0.99], 0.0, "AdamW"),
                               ([0.0, 0.99], 1e-3, "MuonAdamW")):  # fmt: skip
         config = TrainingConfig(optimizer=OptimizerConfig(betas=betas, muon_lr=muon))
-        assert type(Player(network(), config).optimizer).__name__ == kind
+        assert type(TrainState(network(), config).optimizer).__name__ == kind
     assert kind_of((0.0, 0.999)) is AdamWWithoutMomentum
     stage = distill_stage(tiny_assets)
     assert all(isinstance(player.optimizer, AdamWWithoutMomentum) for player in stage.players.values())

@@ -20,8 +20,8 @@ from configs.train_schema import TrainingConfig
 from model.memory import distill_plan
 from model.sequence import SequenceGroup
 from pipeline.preflight import Report, _batch
-from trainer.distill.rollout_sharing import Turns, in_turns
-from trainer.parallel.sequence import check_tokens, data_ranks, parallelize, sequence_group
+from trainer.distill.rollout_sharing import RolloutSharing, in_turns
+from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group, share_tokens
 from utils.distributed import Ranks
 
 
@@ -40,7 +40,7 @@ def test_one_rank_is_left_as_it_is():
     student, score = build()
     for network in (student, score):
         before = score.blocks[0].attn1.processor
-        parallelize(network, group, "network")
+        share_tokens(network, group, "network")
         assert score.blocks[0].attn1.processor is before and student.sequence is None
     x = torch.randn(1, 4, 2, 3)
     assert group.split(x) is x and group.gather(x) is x and group.to_heads(x) == (x,) and group.to_tokens(x) is x
@@ -63,7 +63,7 @@ def test_what_cannot_be_shared_out_is_refused():
     group = SequenceGroup()
     group.size = 3
     with pytest.raises(UserError, match=r"=3 does not divide the 2 attention heads of the critic; use 1 or 2"):
-        parallelize(build()[1], group, "critic")
+        share_tokens(build()[1], group, "critic")
 
 
 def test_other_stages_and_odd_numbers_of_ranks_are_refused(tiny_assets):
@@ -116,7 +116,7 @@ def test_turns_make_each_sample_once_and_none_of_another_student(size, micro_bat
     made, makers, slot, barrier = [], {}, [torch.empty(1)], threading.Barrier(size)
 
     def rank(number: int, first: int, last: int) -> None:
-        turns = Turns(Threads(number, size, slot, barrier), micro_batches, (1,), torch.device("cpu"))
+        turns = RolloutSharing(Threads(number, size, slot, barrier), micro_batches, (1,), torch.device("cpu"))
 
         def make(step: int, micro: int) -> torch.Tensor:
             made.append((now, number, (step, micro)))
@@ -151,7 +151,7 @@ def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, m
     monkeypatch.setattr("trainer.distill.fast_rollout.gather", gathered.append)
     monkeypatch.setattr(stage, "_sample", lambda *_, grad, **__: pytest.fail("it made one") if not grad else None)
     monkeypatch.setattr(stage, "_generator_step", lambda step, count: {})
-    stage.turns = Turns(group, 1, (2, 12, 16, 4, 6), CPU)
+    stage.turns = RolloutSharing(group, 1, (2, 12, 16, 4, 6), CPU)
     for step in range(2):
         if stage.fast is not None:
             stage.fast.stale = True

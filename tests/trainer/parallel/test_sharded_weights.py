@@ -6,8 +6,8 @@ from distill_case import distill_config
 from ranks_case import group, on_ranks, run_ranks
 
 from configs.schema import Config
-from trainer.distill.networks import critic_player, frozen_teacher, student_player
-from trainer.parallel.apply import Placing, local, mesh_of, whole
+from trainer.distill.networks import critic_state, frozen_teacher, student_state
+from trainer.parallel.apply import ParallelPlan, local, mesh_of, whole
 from trainer.prompt_bank import text_source
 from utils.logs import read_jsonl
 
@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 def networks(config: Config) -> dict[str, torch.nn.Module]:
-    where = Placing(config.training, CPU, mesh_of(config.training, CPU))
-    student = student_player(config, where)
+    where = ParallelPlan(config.training, CPU, mesh_of(config.training, CPU))
+    student = student_state(config, where)
     return {
         "text": text_source(config, where).encoder, "teacher": frozen_teacher(config, where)[0],
-        "student": student.module, "average": student.average.module, "critic": critic_player(config, where).module,
+        "student": student.module, "average": student.average.module, "critic": critic_state(config, where).module,
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """From latents to frames in host memory, beside the denoising rather than in its way.
 
 On a GPU a chunk is decoded, made uint8 and copied to pinned memory on a stream of its own, while the next chunk is
-denoised on the current one. All of it is queued; `ahead` keeps one chunk more in the queue than is being waited for,
+denoised on the current one. All of it is queued; `prefetch` keeps one chunk more in the queue than is being waited for,
 so that the GPU never waits for whoever takes the frames. Whether all values are finite is found out on the device, too,
 and travels with the frames: whoever waits for them (`ChunkResult.wait`) is told.
 """
@@ -18,7 +18,7 @@ from utils.timers import SpanTimer
 T = TypeVar("T")
 
 
-class Delivery:
+class AsyncDecoder:
     """Where and in which stream chunks are decoded. overlap: beside the current stream, which only a GPU can do."""
 
     def __init__(self, device: torch.device, overlap: bool = True):
@@ -67,7 +67,7 @@ def to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
     """`items`, `depth` of which have been asked for beyond the one that is given out."""
     queue: list[T] = []
     for item in items:

@@ -13,7 +13,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from configs.errors import UserError
 from configs.geometry import pixel_frames
 from model.schedule import Schedule
-from server.messages import MAX_MESSAGE, Ask, Message, Play, Rewind, Say, Shown, read_message
+from server.messages import MAX_MESSAGE, Ack, Message, Play, Rewind, Say, ScheduleQuery, read_message
 from server.player import Player
 from utils.logs import get_logger
 
@@ -35,7 +35,7 @@ def gone_if_closed() -> Iterator[None]:
         raise Gone from error
 
 
-class Visit:
+class Connection:
     """Runs on the event loop; what touches the model goes through `pool`."""
 
     def __init__(self, socket: WebSocket, player: Player, pool: ThreadPoolExecutor, limits):
@@ -89,10 +89,10 @@ class Visit:
                 self.player.say(message)
                 warnings = self.player.pipe.prompt_warnings(message.prompt)
                 await self._say("said", prompt=message.prompt, warnings=warnings)
-            case Shown(frames):
+            case Ack(frames):
                 self._shown = max(self._shown, min(frames, self._sent))
                 self._room.set()
-            case Ask(schedule):
+            case ScheduleQuery(schedule):
                 await self._say("schedule", **self._describe(schedule))
             case _:
                 await self._stop()
