@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page):
     assert not wrong
 
 
-@pytest.mark.parametrize("page", sorted((CHECKOUT / "docs").rglob("*.md")), ids=ids)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent not in (CHECKOUT, CHECKOUT / "assets/tiny")], ids=ids)
 def test_contents_lists_are_complete(page):
     text = prose(page)
     wanted = [f"- [{name}](#{anchor(name)})" for name in re.findall(r"^## (.+)$", text, re.MULTILINE)]
