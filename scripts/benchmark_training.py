@@ -4,7 +4,7 @@
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --fake_ranks 64
 
 At full size on 2 GPUs of 140 GB, capped at 80 GB each but for the baseline that one cannot hold, in under 10 minutes:
-figures, and equality; on 4 GPUs; what one GPU of 80 GB can do; and one rank of several by itself, in place of those:
+figures, and equality; on 4 GPUs; and what one GPU of 80 GB can do:
 
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json two.json --budget 590 --save logs --layouts full:2 sequence:2 none:1,card=140
@@ -15,8 +15,6 @@ figures, and equality; on 4 GPUs; what one GPU of 80 GB can do; and one rank of 
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json one.json --budget 520 --save logs --layouts none:1,teacher=1.3B \\
       none:1,training.distill.teacher_fp8=true,training.distill.fast_rollout=false
-    python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
-      --json alone.json --budget 520 --layouts full:2,alone=true sequence:2,alone=true full:4,alone=true none:1,card=140
 
 Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
 are written as scripts/bench/layouts.py says, run one after another in processes of their own, and those that do not
@@ -68,9 +66,8 @@ from model.sizes import Network  # noqa: E402
 from model.weights.random import transformer_sizes  # noqa: E402
 from scripts.bench import cycle_tables as tables  # noqa: E402
 from scripts.bench.cycle import cap_memory, check, measure  # noqa: E402
-from scripts.bench.fake_ranks import count_shards, fake_group  # noqa: E402
-from scripts.bench.layouts import MACHINE, ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
-from scripts.bench.lone_rank import Messages  # noqa: E402
+from scripts.bench.fake_ranks import count_shards  # noqa: E402
+from scripts.bench.layouts import ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
 from scripts.bench.random_prompts import random_prompts  # noqa: E402
 from trainer.parallel.control_group import ControlGroup  # noqa: E402
 from utils.device import pick_device, set_threads  # noqa: E402
@@ -101,20 +98,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
     parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
     parser.add_argument("--check_only", action="store_true", help="compare, and time nothing")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="time checkpoints there (not of ranks alone)")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="time checkpoints there")
     parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
     parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
     parser.add_argument("--iterations", type=int, default=600, help="critic updates of the projected run (600)")
     parser.add_argument("--network_gb_s", type=float, default=50, help="between machines, a GPU, assumed (50)")
-    parser.add_argument("--link_gb_s", type=float, default=300, help="inside a machine, a GPU, assumed (300)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
-    for name in ("network_gb_s", "link_gb_s"):
-        if not vars(args)[name] > 0:
-            raise UserError(f"--{name}={vars(args)[name]:g} is no rate; give GB a second above 0, or leave it out")
+    if not args.network_gb_s > 0:
+        raise UserError(f"--network_gb_s={args.network_gb_s:g} is no rate; give GB a second above 0, or leave it out")
     given = [text for text in args.layouts if "=" in text.partition(",")[0]]  # settings that --layouts has swallowed
     args.layouts = [Layout.parse(text) for text in args.layouts if text not in given]
     args.settings = [*args.settings, *given]
@@ -136,12 +131,6 @@ def worker(file: Path) -> int:
     torch.backends.cudnn.benchmark = True
     set_threads(config.cpu_threads, training=True)
     out = Path(spec["out"])
-    if spec["alone"]:
-        os.environ["LOCAL_WORLD_SIZE"] = str(min(MACHINE, spec["alone"]))
-        control = ControlGroup()  # of this process: what it waits for is not there
-        with fake_group(spec["alone"]), Messages() as sent:
-            measure(config, device, Ranks(0, spec["alone"]), out, spec["deadline"], control, sent=sent)
-        return 0
     with process_group(ranks, device, timeout_s=spec["limit"]):
         if spec["check"]:
             check(config, device, ranks, out)
@@ -201,15 +190,13 @@ class Bench:
         settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
         settings += layout.overrides(self.micro, batch)
         found: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
-        if layout.alone:
-            found["link_gb_s"] = self.args.link_gb_s
         try:
             config = load_config(self.args.config_path, settings)
             there = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else layout.gpus
         except UserError as error:
             return found | {"why": f"refused: {error}"}
-        if there < layout.processes:
-            return found | {"why": f"needs GPUs: {layout.processes}; there are {there}"}
+        if there < layout.gpus:
+            return found | {"why": f"needs GPUs: {layout.gpus}; there are {there}"}
         if self.left < LEAST:
             return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
         cost = self.cost(job)
@@ -217,12 +204,12 @@ class Bench:
         limit = min(self.left - 5, 2 * share + 20)
         out, card = self.folder / f"{self.began}.json", layout.card_gb
         spec = {"config_path": str(self.args.config_path), "settings": settings, "out": str(out), "limit": limit}
-        spec |= {"alone": layout.gpus if layout.alone else 0, "check": bool(layers)}
+        spec["check"] = bool(layers)
         spec |= {"card_gb": self.args.card_gb if card is None else card}
-        saved = self.args.save and not layout.alone and self.args.save / f"benchmark-{secrets.token_hex(8)}"
+        saved = self.args.save and self.args.save / f"benchmark-{secrets.token_hex(8)}"
         spec["save"] = saved and str(saved)
         spec["deadline"] = time.time() + min(1.2 * share, limit) - 10
-        why = self._start(layout.processes, spec, limit)
+        why = self._start(layout.gpus, spec, limit)
         if saved:
             shutil.rmtree(saved, ignore_errors=True)
         if out.exists():
@@ -304,7 +291,7 @@ def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
     """Each layout of several ranks, and the one rank that it is compared with, by networks of two layers."""
     pairs = []
     for layout in layouts:
-        if layout.processes > 1:
+        if layout.gpus > 1:
             batch = micro * layout.gpus // layout.sequence * layout.accumulate
             options = [word for word in layout.text.split(",")[1:] if word.partition("=")[0] not in PLAIN]
             one = Layout.parse(",".join(["none:1", *options, *(f"{key}=false" for key in PLAIN)]))
@@ -314,14 +301,10 @@ def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
 
 def check_all(bench: Bench, layouts: Sequence[Layout], timed: Sequence[Layout] = ()) -> list[dict[str, Any]]:
     """Run and compare what `check_jobs` lists; `timed` layouts follow within the same budget."""
-    rows: list[dict[str, Any]] = [
-        {"layout": one.text, "why": "not compared, for its other ranks are not there", "passed": True}
-        for one in layouts if one.alone
-    ]  # fmt: skip
     pairs = check_jobs(layouts, bench.micro)
     jobs = list({job.key: job for ours, one in pairs for job in (one, ours)}.values())
     found = {job.key: bench.run(job, [*jobs[i + 1 :], *map(Job, timed)]) for i, job in enumerate(jobs)}
-    return rows + [compare(found[ours.key], found[one.key]) for ours, one in pairs]
+    return [compare(found[ours.key], found[one.key]) for ours, one in pairs]
 
 
 def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], trained: int) -> list[dict[str, Any]]:
@@ -329,7 +312,7 @@ def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], tra
     settings = {"global_batch": args.global_batch, "steps": args.iterations, "network_gb_s": args.network_gb_s}
     rows = []
     for one, layout in zip(results, args.layouts, strict=False):
-        if "updates" not in one or layout.alone:
+        if "updates" not in one:
             continue
         for gpus in sorted({layout.gpus, *args.gpus}):
             if gpus >= layout.gpus and gpus % layout.sequence == 0:

@@ -21,7 +21,6 @@ from configs.schema import Config
 from model.memory import CONTEXT
 from model.sizes import Network
 from scripts.bench.host_peak import HostPeak
-from scripts.bench.lone_rank import Messages
 from scripts.bench.roofline import machine_of, matrix_rate
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distill.stage import Distill
@@ -178,12 +177,12 @@ def matrix_peak(device: torch.device) -> float:
 
 def measure(
     config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, control: ControlGroup, *,
-    save: Path | None = None, sent: Messages | None = None,
+    save: Path | None = None,
 ) -> None:  # fmt: skip
     """Warm up, time a cycle and the next one's first step (as much of it as fits before `deadline`, of time.time()),
     profile a step; write `out`.
 
-    save: an empty folder, to time a checkpoint in, too. sent: of a rank by itself, in place of both. The file is
+    save: an empty folder, to time a checkpoint in, too. The file is
     written again after every step, so that a run that is cut off has told what it knows.
     """
     peak, began = matrix_peak(device), time.perf_counter()
@@ -202,8 +201,6 @@ def measure(
     found["warm_up_s"] = time.perf_counter() - warm
     keep_garbage_small()  # as the loop does
     watch.phases.peaks.clear()
-    if sent is not None:
-        sent.restart(lambda: watch.who)
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
     for step in range(ratio, 2 * ratio + 1):
         if len(updates["critic"]) > 1 and control.any(time.time() > deadline):
@@ -218,13 +215,9 @@ def measure(
         extra = {who: cost.recomputed(who, stage.planner.draw(who, step).exits) for who in prices}
         found["updates"] = {who: _phases(spans, prices[who], extra[who], stage) for who, spans in updates.items()}
         found["timed"] = {who: len(spans) for who, spans in updates.items()}
-        if sent is not None:
-            found["sent"] = {who: sent.bytes[who] / count for who, count in found["timed"].items()}
         memory = control.gather(memory_of(device, watch))
         if ranks.first:
             write_json_atomic(out, summary(found | {"memory": memory}))
-    if sent is not None:
-        return
     if not control.any(time.time() > deadline):
         found["communication"] = communication(stage, 3 * ratio, device)
         if ranks.first:
@@ -264,8 +257,6 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         totals[who] = {key: sum(p.get(key, 0.0) for p in phases.values()) for key in ("s", "flops")}
     cycle = {key: totals["generator"][key] + found["ratio"] * totals["critic"][key] for key in ("s", "flops")}
     found |= {"totals": totals, "cycle_s": cycle["s"], "mfu": cycle["flops"] / cycle["s"] / peak}
-    if "sent" in found:
-        found["sent_bytes"] = found["sent"]["generator"] + found["ratio"] * found["sent"]["critic"]
     found["samples_per_s"] = found["ratio"] * found["global_batch"] / cycle["s"]
     found["peak_bytes"] = max((one.get("peak", 0) for one in found["memory"]), default=0)
     return found

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.bench.layouts import MACHINE
 from scripts.bench.speed_tables import grid
 from scripts.bench.training_cost import BACKWARD
 
@@ -40,8 +39,6 @@ def overview(results: Sequence[Found], card_gb: float) -> str:
                         f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
     note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran; "
     note += "idle: when none ran (a profile's, which slows the host)"
-    if any("sent_bytes" in one for one in results):
-        note += "\nalone=true: one rank by itself, without messages; what all of them reach is at best this"
     return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note])
 
 
@@ -65,22 +62,13 @@ def phase_table(one: Found) -> str:
             cells += [f"{phase['flops'] / 1e12:.4g}" if "flops" in phase else "", _percent(phase.get("mfu"))]
             rows.append([f"{who}: {name}", *cells, _percent(again), f"{max(peaks) / GB:.1f}" if peaks else ""])
     head = f"{one['layout']}: global batch {one['global_batch']}, {one['ratio']} critic updates a cycle"
-    return "\n".join([head, grid(rows), *error_text(one), *sent_text(one), *saving_text(one)])
+    return "\n".join([head, grid(rows), *error_text(one), *saving_text(one)])
 
 
 def error_text(one: Found) -> list[str]:
     """How far off a teacher in float8 is."""
     errors = one["teacher_errors"].items()
     return [f"teacher in float8: v off by {', '.join(f'{e:.1%} at t={t}' for t, e in errors)}"] if errors else []
-
-
-def sent_text(one: Found) -> list[str]:
-    """Of a rank by itself: what it did not send, and what that would take."""
-    if "sent_bytes" not in one:
-        return []
-    size, rate = one["sent_bytes"] / GB, one["link_gb_s"]
-    least = f", {size / rate:.2g} s at {rate:g} GB/s if nothing hid them" if one["ranks"] <= MACHINE else ""
-    return [f"one of {one['ranks']} ranks by itself: {size:.3g} GB of messages a cycle were not sent{least}"]
 
 
 def saving_text(one: Found) -> list[str]:
@@ -99,7 +87,7 @@ def saving_text(one: Found) -> list[str]:
 
 def scaling(results: Sequence[Found]) -> str:
     """Samples a second of each layout to those of the others, but for ranks by themselves."""
-    ran = [one for one in results if "updates" in one and "sent_bytes" not in one]
+    ran = [one for one in results if "updates" in one]
     if len(ran) < 2:
         return ""
     rows = [["measured", *(f"to {one['layout']}" for one in ran)]]

@@ -6,8 +6,7 @@
     hybrid     sharded within a machine, copied between        sequenceN  full, and N GPUs share a sample's tokens (all,
                                                                           without N)
     options    student, teacher, critic: sizes; accumulate: micro-batches; card: GB that the allocator is capped at;
-               alone=true: the first rank by itself, on one GPU (scripts/bench/lone_rank.py); any setting, such as
-               training.distill.lora.student_rank=64
+               any setting, such as training.distill.lora.student_rank=64
 """
 
 import math
@@ -25,7 +24,7 @@ from scripts.bench.training_cost import ROLLOUT
 
 KINDS = ("none", "full", "hybrid", "sequence")
 ROLES = ("student", "teacher", "critic")
-WORDS = ("accumulate", "card", "alone")
+WORDS = ("accumulate", "card")
 MACHINE = 8  # GPUs in one
 GB = 1e9
 
@@ -40,7 +39,6 @@ class Layout:
     sequence: int = 1  # GPUs that share a sample
     accumulate: int = 1
     card_gb: float | None = None
-    alone: bool = False
     sizes: Mapping[str, str]
     settings: tuple[str, ...] = ()
 
@@ -66,20 +64,10 @@ class Layout:
             card = None if card is None else float(card)
         except ValueError as error:
             raise UserError(f"--layouts {text}: accumulate and card are numbers; try accumulate=2") from error
-        alone = values.pop("alone", "false")
-        if alone not in ("true", "false"):
-            raise UserError(f"--layouts {text}: alone is true or false; try full:2,alone=true")
-        if alone == "true" and gpus == 1:
-            raise UserError(f"--layouts {text}: alone=true is for one of several GPUs; try full:2,alone=true")
         sizes = {role: values.pop(role) for role in ROLES if role in values}
         settings = tuple(f"{key}={value}" for key, value in values.items())
         return cls(text=text, kind=kind, gpus=gpus, sequence=degree, accumulate=accumulate, card_gb=card,
-                   alone=alone == "true", sizes=sizes, settings=settings)  # fmt: skip
-
-    @property
-    def processes(self) -> int:
-        """How many are started, one a GPU."""
-        return 1 if self.alone else self.gpus
+                   sizes=sizes, settings=settings)  # fmt: skip
 
     def overrides(self, micro_batch: int, global_batch: int | None = None) -> list[str]:
         """Settings of the layout; the batch is what its GPUs take at once, times `accumulate`, or `global_batch`."""

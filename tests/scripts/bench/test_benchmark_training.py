@@ -42,7 +42,7 @@ def test_the_examples_of_its_help_are_valid():
         args = script.parse(shlex.split(example, comments=True)[2:])
         for layout in args.layouts:
             load_config(args.config_path, [*args.settings, *layout.overrides(1)])
-    assert len(examples) == 7
+    assert len(examples) == 6
 
 
 def test_a_check_counts_its_runs(monkeypatch):
@@ -302,6 +302,8 @@ def test_advice_for_few_gpus():
 
 
 def test_bad_calls_are_refused():
+    with pytest.raises(UserError, match="--network_gb_s=0 is no rate"):
+        script.parse(["--layouts", "full:2", "--network_gb_s", "0"])
     with pytest.raises(UserError, match="--layouts is empty"):
         script.main([])
     with pytest.raises(UserError, match="network size 2B is unknown"):
