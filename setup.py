@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 TORCH = "torch>=2.11,<2.14"  # requirements.txt pins one of these
+PYTHON = ">=3.11,<3.15"
 
 
 def requirements(name: str) -> list[str]:
@@ -22,7 +23,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
+    python_requires=PYTHON,
     packages=find_packages(include=["configs*", "model*", "pipeline*", "server*", "trainer*", "utils*"]),
     package_data={"": ["py.typed"], "server": ["static/*"], "configs": ["*.yaml", "networks/*.json"]},
     install_requires=requirements("requirements.txt"),

@@ -1,7 +1,11 @@
 """Exit code 0 if this Python has what the requirements files named as arguments ask for, else 1 and one line a lack.
 
 torch may be any version that the code supports (setup.py), not only the one that a fresh environment gets.
+--whole looks further, at an environment that pip alone has filled: at what the packages need in turn, and whether what
+is listed as installed is there. --damaged prints what is not, as name==version a line, for pip to install again.
 """
+
+from __future__ import annotations  # an older Python, too, must get as far as the line about its age
 
 import re
 import sys
@@ -11,23 +15,37 @@ from pathlib import Path
 try:
     from packaging.requirements import Requirement
 except ImportError:  # a bare virtual environment has it inside pip only
-    from pip._vendor.packaging.requirements import Requirement
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+    except ImportError:
+        print("it has neither packaging nor pip")
+        sys.exit(1)
 
 
-def supported_torch() -> str:
-    """The range that setup.py writes down."""
+def supported(name: str) -> str:
+    """A range that setup.py writes down: TORCH or PYTHON."""
     setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
-    return re.search(r'^TORCH = "(.+?)"', setup, re.MULTILINE).group(1)
+    return re.search(rf'^{name} = "(.+?)"', setup, re.MULTILINE).group(1)
+
+
+def asked_for(path: str) -> list[Requirement]:
+    """The requirements that a file lists."""
+    lines = (line.partition("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    wanted = [Requirement(line) for line in lines if line]
+    return [Requirement(supported("TORCH")) if each.name == "torch" else each for each in wanted]
+
+
+def python_lacks() -> list[str]:
+    """A line if this Python itself is not supported."""
+    version, needed = ".".join(map(str, sys.version_info[:3])), supported("PYTHON")
+    fits = Requirement(f"python{needed}").specifier.contains(version)
+    return [] if fits else [f"Python {version} is installed ({needed} is needed)"]
 
 
 def lacks(path: str) -> list[str]:
-    """What is missing or has another version, a line each."""
+    """What a requirements file lists and is missing or has another version, a line each."""
     found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        wanted = Requirement(supported_torch() if Requirement(line).name == "torch" else line)
+    for wanted in asked_for(path):
         try:
             version = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
@@ -38,7 +56,50 @@ def lacks(path: str) -> list[str]:
     return found
 
 
+def installed(wanted: list[Requirement]) -> tuple[list[metadata.Distribution], list[str]]:
+    """The packages asked for and, in turn, all that they need; a line for each of the latter that is missing."""
+    packages, missing = {}, []
+    wanted = [(each, "") for each in wanted]
+    for each, needed_by in wanted:  # which grows on the way
+        key = re.sub("[-_.]+", "-", each.name).lower(), *sorted(each.extras)
+        if key in packages:
+            continue
+        try:
+            packages[key] = package = metadata.distribution(each.name)
+        except metadata.PackageNotFoundError:
+            if needed_by:
+                missing.append(f"{each.name} is not installed ({needed_by} needs it)")
+            continue
+        for need in map(Requirement, package.requires or ()):
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *each.extras)):
+                wanted.append((need, each.name))
+    return list(packages.values()), missing
+
+
+def is_damaged(package: metadata.Distribution) -> bool:
+    """Whether files of a package are gone, by one file in each of its folders: to look at all would take too long."""
+    root = Path(package.locate_file(""))
+    if not root.is_relative_to(sys.prefix):
+        return False  # of another installer, which keeps its own list
+    paths = [line.partition(",")[0] for line in (package.read_text("RECORD") or "").splitlines()]
+    listed = [path for path in paths if not path.startswith(("..", '"')) and not path.endswith(".pyc")]
+    sample = {path.partition("/")[0]: path for path in listed}
+    return not sample or not all((root / path).exists() for path in sample.values())
+
+
+def main(arguments: list[str]) -> list[str]:
+    files = [argument for argument in arguments if not argument.startswith("--")]
+    problems = python_lacks() + [line for path in files for line in lacks(path)]
+    if "--whole" in arguments or "--damaged" in arguments:
+        packages, missing = installed([each for path in files for each in asked_for(path)])
+        damaged = [f"{each.metadata['Name']}=={each.version}" for each in packages if is_damaged(each)]
+        if "--damaged" in arguments:
+            return damaged
+        problems += missing + [f"files of {name} are gone" for name in damaged]
+    return problems
+
+
 if __name__ == "__main__":
-    problems = [problem for path in sys.argv[1:] for problem in lacks(path)]
+    problems = main(sys.argv[1:])
     print("\n".join(problems))
     sys.exit(bool(problems))

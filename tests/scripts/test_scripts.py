@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,10 +37,52 @@ def checkout(tmp_path) -> Path:
     return root
 
 
+def wheel(checkout: Path, name: str, needs: str = "") -> None:
+    """A package of one module, for pip to find in `wheels` of the folder that scripts are started in."""
+    info, folder = f"{name}-1.0.dist-info", checkout.parent / "wheels"
+    folder.mkdir(exist_ok=True)
+    needed = f"Requires-Dist: {needs}\n" if needs else ""
+    members = {
+        f"{name}/__init__.py": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n" + needed,
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        for path, text in members.items():
+            file.writestr(path, text)
+        file.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*members, f"{info}/RECORD"]))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A virtual environment with pip alone."""
+    path = tmp_path_factory.mktemp("bare") / "environment"
+    venv.create(path, with_pip=True, symlinks=True)
+    return path
+
+
+@pytest.fixture
+def filled(checkout, bare) -> Path:
+    """A checkout that asks for `thing`, which needs `part`, with a .venv that somebody made, and that was filled."""
+    wheel(checkout, "thing", needs="part")
+    wheel(checkout, "part")
+    (checkout / "requirements.txt").write_text("thing==1.0\n")
+    shutil.copytree(bare, checkout / ".venv", symlinks=True)
+    _, err = run(checkout / "inference.sh")
+    assert "thing is not installed" in err and "packages installed" in err and "making" not in err
+    return checkout
+
+
+def packages(checkout: Path) -> Path:
+    (path,) = checkout.glob(".venv/lib/python*/site-packages")
+    return path
+
+
 def start(script: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     """`bash script arguments` in the folder above the checkout, with no environment active and no GPU visible."""
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
-    kept |= {"CUDA_VISIBLE_DEVICES": "", "PIP_NO_INDEX": "1", "PYTHON": sys.executable} | variables
+    kept |= {"CUDA_VISIBLE_DEVICES": "", "PIP_NO_INDEX": "1", "PYTHON": sys.executable}
+    kept |= {"PIP_FIND_LINKS": "wheels", "HOME": str(script.parents[1])} | variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(["bash", str(script), *arguments], env=kept, cwd=script.parents[1], **pipes)
 
@@ -83,10 +128,107 @@ def test_a_fresh_checkout_is_set_up_once_even_by_two_at_once(checkout):
     assert not err, "a second run sets nothing up"
     assert "pip install" not in run(checkout / "training.sh")[1]
 
-    (checkout / "requirements.txt").write_text("# something else\n")
+    wheel(checkout, "thing")
+    (checkout / "requirements.txt").write_text("thing==1.0\n")
     _, err = run(script)
     assert "packages installed" in err and "making" not in err, "a changed file is installed over what is there"
     assert not run(script)[1]
+
+
+def test_an_environment_is_not_steered_from_outside(checkout, bare):
+    wheel(checkout, "thing", needs="part")
+    wheel(checkout, "part")
+    (checkout / "requirements.txt").write_text("thing==1.0\n")
+    shutil.copytree(bare, checkout / ".venv", symlinks=True)
+    above = checkout.parent
+    (above / "pip.conf").write_text("[install]\ntarget = elsewhere\nno-deps = true\n[global]\nfind-links = wheels\n")
+    for name in ("thing", "part"):  # what a cluster's modules would offer
+        shutil.unpack_archive(above / "wheels" / f"{name}-1.0-py3-none-any.whl", above / "cluster", "zip")
+    steered = {
+        "PIP_TARGET": "elsewhere", "PIP_PREFIX": "elsewhere", "PIP_USER": "1", "PIP_NO_DEPS": "1", "PIP_DRY_RUN": "1",
+        "PIP_CONFIG_FILE": "pip.conf", "PIP_FIND_LINKS": "", "PYTHONPATH": str(above / "cluster"), "PIP_PYTHON": "none",
+    }  # fmt: skip
+    out, err = run(checkout / "inference.sh", **steered)
+    assert json.loads(out)[0] == str(checkout / ".venv") and "packages installed" in err
+    assert (packages(checkout) / "thing").exists() and (packages(checkout) / "part").exists()
+    assert not (above / "elsewhere").exists()
+    assert not run(checkout / "inference.sh", **steered, PYTHONHOME="elsewhere", PYTHON="")[1]
+
+
+def test_what_is_deleted_from_an_environment_comes_back(filled):
+    place, python = packages(filled), filled / ".venv" / "bin" / "python"
+    check = [python, filled / "scripts" / "check_requirements.py", "--whole", filled / "requirements.txt"]
+    gone = {
+        "thing": "files of thing==1.0 are gone",
+        "thing/__init__.py": "files of thing==1.0 are gone",
+        "part-1.0.dist-info/RECORD": "files of part==1.0 are gone",
+        "part-1.0.dist-info": "part is not installed (thing needs it)",
+    }
+    for path, said in gone.items():
+        (place / path).rename(filled / "away")
+        assert subprocess.run(check, capture_output=True, text=True).stdout.strip() == said, path
+        (filled / "away").rename(place / path)
+    assert subprocess.run(check, check=True)
+
+    shutil.rmtree(place / "thing")
+    for path in place.glob("part*"):
+        shutil.rmtree(path)
+    _, err = run(filled / "inference.sh")
+    faults = "part is not installed (thing needs it), files of thing==1.0 are gone"
+    assert err.splitlines()[0] == f"in {filled / '.venv'} {faults}" and "making" not in err
+    assert all((place / f"{name}/__init__.py").exists() for name in ("thing", "part"))
+    assert not run(filled / "inference.sh")[1]
+
+
+def test_an_environment_that_pip_leaves_empty_is_not_believed(filled):
+    place = packages(filled)
+    shutil.rmtree(place / "part")
+    (place / "pip" / "__main__.py").write_text("")
+    for _ in range(2):
+        _, err = run(filled / "inference.sh", code=2)
+        assert "pip found nothing wrong, and" in err and "files of part==1.0 are gone" in err.splitlines()[-1]
+
+
+def test_a_folder_of_somebody_else_is_kept(filled):
+    mine = filled / ".venv" / "mine"
+    mine.touch()
+    shutil.rmtree(packages(filled) / "pip")
+    _, err = run(filled / "inference.sh", code=2)
+    assert "was not made by this script and cannot be used: it has neither packaging nor pip" in err and mine.exists()
+
+
+def test_an_environment_is_made_again_from_where_its_own_python_came(checkout, bare):
+    script = checkout / "inference.sh"
+    shutil.copytree(bare, checkout / ".venv", symlinks=True)
+    (checkout / ".venv" / "bin" / "pip").unlink()
+    (checkout / ".venv" / "incomplete").touch()
+    active = {"PYTHON": "", "VIRTUAL_ENV": str(checkout / ".venv")}
+    path = f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    _, err = run(script, PATH=path, **active)
+    assert "making a virtual environment" in err and (checkout / ".venv" / "bin" / "pip").exists()
+
+
+def test_a_checkout_that_cannot_be_written_to_is_said(checkout):
+    (checkout / ".venv.lock").mkdir()
+    _, err = run(checkout / "inference.sh", code=2)
+    assert err == (
+        f"error: {checkout / '.venv'} cannot be made or mended: {checkout} cannot be written to; "
+        "activate an environment that has requirements.txt"
+    )
+
+
+def test_one_set_up_for_all_and_its_versions():
+    started = {"setup.sh", "run", "train_slurm.sh"}  # what is sourced, and what starts others
+    for script in SCRIPTS:
+        assert script.name in started or "\nset_up requirements.txt" in script.read_text(encoding="utf-8"), script
+    told = (CHECKOUT / "scripts" / "setup.sh").read_text(encoding="utf-8")
+    versions = re.search(r"^ +(3\.\d+(?: \| 3\.\d+)*)\) printf", told, re.MULTILINE).group(1).split(" | ")
+    supported = Requirement(f"python{ranges()['PYTHON']}").specifier
+    assert versions == [f"3.{minor}" for minor in range(30) if supported.contains(f"3.{minor}")]
+    assert f"Python {versions[0]} to {versions[-1]}" in told
+    for name in ("README.md", ".github/workflows/test.yml"):
+        text = (CHECKOUT / name).read_text(encoding="utf-8")
+        assert f"Python {versions[0]} to {versions[-1]}" in text or json.dumps(versions) in text, name
 
 
 def test_a_half_done_set_up_is_done_again(checkout):
@@ -99,10 +241,15 @@ def test_a_half_done_set_up_is_done_again(checkout):
     assert not (checkout / ".venv" / "left").exists()
 
 
-def test_an_active_environment_is_used_where_it_has_what_is_needed(checkout):
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_is_used_where_it_has_what_is_needed(checkout, variable):
     (checkout / "requirements.txt").write_text("pytest>=1\n")
-    out, err = run(checkout / "inference.sh", VIRTUAL_ENV=sys.prefix)
+    out, err = run(checkout / "inference.sh", **{variable: sys.prefix})
     assert json.loads(out)[0] == sys.prefix and not err and not (checkout / ".venv").exists()
+    (checkout / "requirements.txt").write_text("pytest>=999\n")
+    (checkout / ".venv.lock").mkdir()  # far enough
+    _, err = run(checkout / "inference.sh", code=2, **{variable: sys.prefix})
+    assert err.startswith(f"the active environment {sys.prefix} is not used: pytest ")
 
 
 def test_a_python_that_is_too_old_is_named(checkout, tmp_path):
@@ -111,7 +258,7 @@ def test_a_python_that_is_too_old_is_named(checkout, tmp_path):
     old.chmod(0o755)
     _, err = run(checkout / "inference.sh", code=2, PYTHON=str(old))
     assert err == (
-        f"error: Python 3.11 or 3.12 is needed and was not found (found: {old}=3.9); "
+        f"error: Python 3.11 to 3.14 is needed and was not found (found: {old}=3.9); "
         "install one, or name it: PYTHON=/path/to/python3.12"
     )
 
@@ -162,17 +309,20 @@ def test_training_starts_on_many_machines(checkout, echo):
 
 
 def test_requirements_are_checked_with_torch_in_its_supported_range(tmp_path):
-    sys.path.insert(0, str(CHECKOUT / "scripts"))
-    try:
-        from check_requirements import lacks, supported_torch
-    finally:
-        sys.path.pop(0)
     wanted = tmp_path / "requirements.txt"
     wanted.write_text("torch==2.0.0  # any supported one will do\n\npytest>=1\npytest>=999\nno-such-package\n")
-    found = lacks(str(wanted))
-    assert len(found) == 2 and found[0].endswith("(pytest>=999 is needed)")
+    check = [sys.executable, str(CHECKOUT / "scripts" / "check_requirements.py"), str(wanted)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    found = done.stdout.splitlines()
+    assert done.returncode == 1 and len(found) == 2 and found[0].endswith("(pytest>=999 is needed)")
     assert found[1] == "no-such-package is not installed (no-such-package is needed)"
     lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     (pin,) = [line for line in lines if line.startswith("torch==")]
     (version,) = [spec.version for spec in Requirement(pin).specifier]
-    assert Requirement(supported_torch()).specifier.contains(version)
+    assert Requirement(ranges()["TORCH"]).specifier.contains(version)
+
+
+def ranges() -> dict[str, str]:
+    """What setup.py supports."""
+    text = (CHECKOUT / "setup.py").read_text(encoding="utf-8")
+    return dict(re.findall('^([A-Z]+) = "(.+?)"', text, re.MULTILINE))
