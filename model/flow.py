@@ -9,6 +9,7 @@ t = 933 into 932, which is another row of the schedule. x is [B, F, ...]. The al
 where an input has it, and is cast back to the dtype of the first argument.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -54,6 +55,29 @@ def v_target(x0: Tensor, eps: Tensor) -> Tensor:
     """v = eps - x0, the regression target of flow matching."""
     dtype = torch.promote_types(torch.promote_types(x0.dtype, eps.dtype), torch.float32)
     return (eps.to(dtype) - x0.to(dtype)).to(x0.dtype)
+
+
+def euler_v(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+    """An Euler step of dx/dsigma = v."""
+    return x + v * ((t_next - t) / TIME)
+
+
+def euler_x0(x: Tensor, x0: Tensor, t: float, t_next: float) -> Tensor:
+    """The same by x0: x = x0 + sigma v, so a step scales the noise that is left."""
+    return x0 + (x - x0) * (t_next / t)
+
+
+def integrate(
+    step: Callable[[Tensor, float, float], Tensor], x: Tensor, grid: Sequence[float], kept: Sequence[float]
+) -> Tensor:
+    """[B, kept, ...]: x [B, ...] at the timesteps `kept` of the falling `grid`; step(x, t, t_next) goes one on."""
+    states = []
+    for t, t_next in zip(grid, [*grid[1:], None], strict=True):
+        if t in kept:
+            states.append(x)
+        if t_next is not None:
+            x = step(x, t, t_next)
+    return torch.stack(states, dim=1)
 
 
 def _aligned(t: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model.denoiser import Score
-from model.flow import shift_time
+from model.flow import euler_x0, integrate, shift_time
 
 
 def euler_grid(steps: int, shift: float, device: torch.device | str = "cpu") -> Tensor:
@@ -20,14 +20,10 @@ def sample(
 
     text, null_text: [B, L, D]; `guidance` s is that of cond + s (cond - uncond); 0 runs the conditional branch alone.
     """
-    x = noise
-    grid = euler_grid(steps, shift).tolist()
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+
+    def step(x: Tensor, t: float, t_next: float) -> Tensor:
         times = torch.full((x.shape[0],), t, device=x.device)
-        if guidance:
-            x0 = score.guided_x0(x, times, text, null_text, guidance)
-        else:
-            x0 = score.x0(x, times, text)
-        # x = x0 + sigma v, so one Euler step scales the noise that is left
-        x = x0 + (x - x0) * (t_next / t)
-    return x
+        x0 = score.guided_x0(x, times, text, null_text, guidance) if guidance else score.x0(x, times, text)
+        return euler_x0(x, x0, t, t_next)
+
+    return integrate(step, noise, euler_grid(steps, shift).tolist(), [0.0])[:, 0]

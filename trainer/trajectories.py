@@ -10,6 +10,7 @@ from configs.schema import Config
 from model.cache import StreamCache
 from model.causal_wan import TextKV
 from model.denoiser import Score, Student
+from model.flow import euler_v, euler_x0, integrate
 from model.schedule import Schedule
 from pipeline.chunk import update_cache
 from pipeline.noise import NoiseSource
@@ -67,15 +68,14 @@ class TrajectoryMaker:
         Each is a function of (seed, its index), but for the rounding of a batch.
         """
         x = torch.cat(self._noise(indices), dim=1)
-        (text, null), kept = self._text(indices), []
-        for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
-            if t in self.timesteps:
-                kept.append(x)
-            if t_next is not None:
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    x0 = self.teacher.guided_x0(x, t, text, null, self.guidance)
-                x = x0 + (x - x0) * (t_next / t)  # x = x0 + sigma v
-        return torch.stack(kept, dim=1)
+        text, null = self._text(indices)
+
+        def step(x: Tensor, t: float, t_next: float) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                x0 = self.teacher.guided_x0(x, t, text, null, self.guidance)
+            return euler_x0(x, x0, t, t_next)
+
+        return integrate(step, x, self.grid, self.timesteps)
 
 
 class CausalTrajectoryMaker(TrajectoryMaker):
@@ -104,14 +104,14 @@ class CausalTrajectoryMaker(TrajectoryMaker):
 
     def _chunk(self, chunk: int, x: Tensor, text: TextKV, cache: StreamCache) -> Tensor:
         """States [B, S, f, C, H, W] of one chunk from its noise; leaves the keys of the clean end in the cache."""
-        kept, copies = [], (len(text[0][0]) // len(x), 1, 1, 1, 1)
-        for t, t_next in zip(self.grid, [*self.grid[1:], None], strict=True):
-            if t in self.timesteps:
-                kept.append(x)
-            if t_next is not None:
-                v = self.teacher.v(x.repeat(copies), t, text, cache.begin(chunk), chunk * x.shape[1])
-                v = v[: len(x)] + self.guidance * (v[: len(x)] - v[-len(x) :])
-                x = x + v * ((t_next - t) / 1000)
+        copies = (len(text[0][0]) // len(x), 1, 1, 1, 1)
+
+        def step(x: Tensor, t: float, t_next: float) -> Tensor:
+            v = self.teacher.v(x.repeat(copies), t, text, cache.begin(chunk), chunk * x.shape[1])
+            v = v[: len(x)] + self.guidance * (v[: len(x)] - v[-len(x) :])
+            return euler_v(x, v, t, t_next)
+
+        states = integrate(step, x, self.grid, self.timesteps)
         place = {"cache": cache, "chunk": chunk, "text": text}
-        update_cache(self.teacher, x.repeat(copies), level=0.0, eps=lambda: x, **place)
-        return torch.stack(kept, dim=1)
+        update_cache(self.teacher, states[:, -1].repeat(copies), level=0.0, eps=lambda: x, **place)
+        return states

@@ -8,15 +8,13 @@ with trajectories rolled out causally).
     L = mean | x0(x_t, t) - x_0 |^2    over the trajectory's states (x_t, t) of the row and its end x_0
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from configs.schema import Config
-from model.flow import shift_time, x0_from_v
+from model.flow import euler_v, integrate, shift_time, x0_from_v
 from trainer.build import causal_student
 from trainer.tiny.data import draw
 from trainer.tiny.flow import WHOLE, TeacherForcing
@@ -30,17 +28,6 @@ def trajectory_grid(rows: list[tuple[float, ...]], interval: float, shift: float
     even = shift_time(torch.arange(1000.0, -1e-6, -interval), shift).tolist()
     near = [t for t in even if all(abs(t - known) > 1e-3 for row in rows for known in row)]
     return sorted({*near, *(t for row in rows for t in row), 0.0}, reverse=True)
-
-
-def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, grid: list[float], kept: list[float]) -> Tensor:
-    """float16 [B, kept, ...]: x [B, ...] at the timesteps `kept` of `grid`, by Euler steps of dx/dsigma = velocity."""
-    states = []
-    for t, t_next in zip(grid, [*grid[1:], None], strict=True):
-        if t in kept:
-            states.append(x)
-        if t_next is not None:
-            x = x + velocity(x, t) * ((t_next - t) / 1000)
-    return torch.stack(states, dim=1).half()
 
 
 class CausalODE(TeacherForcing):
@@ -76,10 +63,11 @@ class CausalODE(TeacherForcing):
         past, text = self.bank.batch(index)
         clean = torch.zeros(past.shape[:2], device=self.device)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            return self._guided(teacher, past, clean, x, torch.full_like(clean, t), text)
+        def step(x: Tensor, t: float, t_next: float) -> Tensor:
+            v = self._guided(teacher, past, clean, x, torch.full_like(clean, t), text)
+            return euler_v(x, v, t, t_next)
 
-        return integrate(velocity, self._noise(past, rng), self.grid, self.kept)
+        return integrate(step, self._noise(past, rng), self.grid, self.kept).half()
 
     def plan(self, step: int) -> str:
         return WHOLE

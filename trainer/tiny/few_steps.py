@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.schema import Config
-from model.flow import add_noise, v_from_x0, x0_from_v
+from model.flow import add_noise, euler_v, integrate, v_from_x0, x0_from_v
 from trainer.build import causal_student
-from trainer.tiny.causal_ode import integrate, trajectory_grid
+from trainer.tiny.causal_ode import trajectory_grid
 from trainer.tiny.data import SwitchedBank, draw
 from trainer.tiny.flow import FIRST, WHOLE, TeacherForcing
 from utils.device import pick_dtype
@@ -66,10 +66,10 @@ class FewSteps(TeacherForcing):
             none = like[:, :0], x.new_zeros(len(x), 0)
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 parts.append(integrate(
-                    lambda x, t, text=text, none=none: self._guided(
-                        teacher, *none, x, x.new_full(x.shape[:2], t), text
+                    lambda x, t, t_next, text=text, none=none: euler_v(
+                        x, self._guided(teacher, *none, x, x.new_full(x.shape[:2], t), text), t, t_next
                     ), x, grid, [*row, 0.0],
-                ))  # fmt: skip
+                ).half())  # fmt: skip
         return torch.cat(parts)
 
     def _first_chunks(self, step: int, micro: int) -> dict[str, Tensor]:
