@@ -58,11 +58,11 @@ Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configu
 class Video:
     """One finished clip."""
 
-    frames: np.ndarray  # uint8 [T, H, W, 3]
+    frames: np.ndarray = field(repr=False)  # uint8 [T, H, W, 3]
     fps: int
     prompt: str
     seed: int
-    timings: list[dict[str, float]] = field(default_factory=list)  # a chunk: seconds by what they were spent on
+    timings: list[dict[str, float]] = field(default_factory=list, repr=False)  # a chunk: seconds by their use
     warnings: list[str] = field(default_factory=list)  # sentences: what the model may not do well here
 
     def save(self, path: str | os.PathLike) -> None:

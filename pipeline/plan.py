@@ -82,18 +82,16 @@ class Job:
 
     def check_name(self, overwrite: bool) -> None:
         """Refuse a name that the user gave and that cannot be had without loss. UserError."""
-        if self.piped and self.video is not None and self.video.is_dir():
-            raise UserError(f"--output={self.video} is a folder; give a file, or --output_folder")
         if self.piped:
             return
         check_writable(self.video.parent, "--output")
         longest = partial_name(self.video, 100).with_suffix(".json") if self.endless else self.record
         with explained(self.video, every=True), suppress(FileNotFoundError):
             os.lstat(longest)
-        if os.path.lexists(self.record) and self._earlier().get("video") != self.video.name:
-            raise UserError(
-                f"--output={self.video} would replace {self.record}, which is not of such a video; choose another name"
-            )
+        owner = self._earlier().get("video")
+        if os.path.lexists(self.record) and owner != self.video.name:
+            whose = f"is of {owner}" if isinstance(owner, str) else "is not of such a video"
+            raise UserError(f"--output={self.video} would replace {self.record}, which {whose}; choose another name")
         if os.path.lexists(self.video) and not self.finished and not overwrite:
             raise UserError(f"--output={self.video} is there and is another video; choose another name, or --overwrite")
 
@@ -126,7 +124,7 @@ class Plan:
 
     def summary(self) -> str:
         """One line: how many videos, where, on what."""
-        places = {str(job.video or "a pipe") for job in self.jobs if job.named}
+        places = {str(job.video or "a pipe") for job in self.jobs + self.finished if job.named}
         folder = " ".join(places) or self.config.inference.output_folder
         precision = str(self.dtype).removeprefix("torch.")
         line = f"{_count(len(self.jobs))} to make in {folder} on {self.device} ({precision})"
@@ -256,6 +254,8 @@ def plan_output(
     if asked > 1:
         raise UserError(f"--output={output} holds one video and {asked} were asked for; give one prompt and one sample")
     video = None if output == PIPE else Path(output).expanduser()
+    if video is not None and os.path.isdir(video):
+        raise UserError(f"--output={output} is a folder; give a file, or --output_folder")
     ending = "" if video is None else video.suffix.lower()
     kind = kind or KIND_OF.get(ending) or ("fmp4" if video is None or (endless and ending == ".mp4") else None)
     if kind is None and (endless or ending not in FILE_KINDS):

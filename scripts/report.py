@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "pairs" in data and not data["pairs"]:
         print("no clip of one folder has the prompt and seed of one of the other: nothing to pair", file=sys.stderr)
     alarms = sum(bool(clip.defects) for part in clips for clip in part)
-    print(f"{sum(map(len, clips))} clips, {alarms} with something to look at: {out / 'report.html'}")
+    total = sum(map(len, clips))
+    print(f"{total} clip{'s' * (total != 1)}, {alarms} with something to look at: {out / 'report.html'}")
     return 0
 
 

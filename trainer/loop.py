@@ -157,14 +157,14 @@ def _resume(stage: Stage, logdir: Path, control: ControlGroup) -> int:
 
 
 class _Journal:
-    """What a run says of itself: sinks, progress bar, warnings; silent on ranks other than the first."""
+    """What a run says of itself: sinks, progress bar of a terminal, warnings; silent on ranks but the first."""
 
     def __init__(self, stage: Stage, logdir: Path, start: int, sinks: Sequence[Sink]):
         self.stage, self.logdir, self.sinks = stage, logdir, sinks
         self.rows = [row for row in history(logdir) if row["step"] <= start] if stage.ranks.first else []
         steps, quiet = stage.config.training.steps, not stage.ranks.first
         still = range(start, steps)
-        self.bar = tqdm(still, stage.name, steps, initial=start, dynamic_ncols=True, disable=quiet)
+        self.bar = tqdm(still, stage.name, steps, initial=start, dynamic_ncols=True, disable=quiet or None)
         self.clock, self.since = time.perf_counter(), start
 
     def log(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:

@@ -242,7 +242,7 @@ def _lasting_streams() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the program ends
             continue
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file is read as it grows
         setattr(sys, name, _Lasting(stream))
     try:
         yield

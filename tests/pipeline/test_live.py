@@ -353,6 +353,7 @@ def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys
         ("config.mp4", ["--overwrite"], "config.json, which is not of such a video"),
         ("old.mp4", [], "is there and is another video"),
         ("folder.mp4", [], "is a folder"),
+        (".", [], "is a folder"),
         ("x" * 252 + ".mp4", [], "too long"),
     ):
         assert cli(*one, name, *more) == 2
@@ -361,7 +362,10 @@ def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys
     assert (tmp_path / "old.mp4").read_text() == "precious"
     assert cli(*one, "old.mp4", "--overwrite") == 0 and len(read_video(tmp_path / "old.mp4")) == 9
     capsys.readouterr()
-    assert cli(*one, "old.mp4") == 0 and "already there" in capsys.readouterr().out
+    assert cli(*one, "old.mp4") == 0
+    assert "0 videos to make in old.mp4 on cpu (float32); 1 video already there" in capsys.readouterr().out
+    assert cli(*one, "old.gif", "--overwrite") == 2
+    assert "old.json, which is of old.mp4; choose another name" in capsys.readouterr().err
     assert cli(*one, "old.mp4", "--seed", "1") == 2, "another video"
     assert cli(*one, "old.mp4", "--seed", "1", "--overwrite") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "folder.mp4", "old.json", "old.mp4"]

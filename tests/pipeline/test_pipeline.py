@@ -45,6 +45,7 @@ def test_call_is_stream_joined_and_can_be_repeated(pipe, tmp_path):
     assert np.array_equal(video.frames, np.concatenate(list(pipe.stream(PROMPT, seed=3))))
     assert (video.prompt, video.seed, video.fps, len(video.timings)) == (PROMPT, 3, 16, 3)
     assert not np.array_equal(video.frames, pipe(PROMPT, seed=4).frames)
+    assert len(repr(video)) < 200, "a line, not an array of pixels"
     video.save(tmp_path / "v.mp4")
     assert read_video(tmp_path / "v.mp4").shape == video.frames.shape
 

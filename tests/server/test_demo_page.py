@@ -91,6 +91,9 @@ def test_a_visit_by_keyboard_on_a_phone_in_the_dark(open_page):
     page = open_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 360, "nothing sticks out"
+    play = page.locator("#play").bounding_box()
+    assert play["y"] + play["height"] <= 740, "prompt and Play are on the first screen"
+    assert play["height"] == page.locator("#say").bounding_box()["height"], "each button's name is one line"
     page.focus("#prompt")
     page.keyboard.press("Control+A")
     page.keyboard.type("a green triangle moves left")

@@ -74,8 +74,9 @@ def test_a_run_shows_what_it_does(config_file, tmp_path, monkeypatch, capsys):
     logdir = tmp_path / "run"
     settings = ["training.checkpoint_every=1", "training.distill.video_clips=1"]
     train(monkeypatch, "--config_path", str(config_file), "--logdir", str(logdir), *settings)
-    said = capsys.readouterr().out.splitlines()
-    lines = [line for line in said if line.startswith("step ") and "s a step" in line]
+    said = capsys.readouterr()
+    assert "%|" not in said.err, "a progress bar is for a terminal"
+    lines = [line for line in said.out.splitlines() if line.startswith("step ") and "s a step" in line]
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
     assert all(len(line) < 80 and "critic_loss" in line and line.endswith(" left") for line in lines)
     assert Image.open(logdir / "curves.png").width > 1000

@@ -99,6 +99,19 @@ def test_a_reader_that_goes_ends_nothing(tmp_path, stream):
     assert done.returncode == 0 and (tmp_path / "made").exists() and not done.stderr
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_log_file_grows_line_by_line(tmp_path, stream):
+    """What a long run has said is there while it runs, in a file too."""
+    code = f"""
+        print("step 1", file=sys.{stream})
+        print(open("log").read() == "step 1\\n", file=open("seen", "w"))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "log", "w") as log:
+        run(code, tmp_path, env=environment, **{stream: log})
+    assert (tmp_path / "seen").read_text() == "True\n"
+
+
 def test_a_full_disk_behind_standard_output_is_said_once(tmp_path):
     with open("/dev/full", "w") as full:
         done = run("print('x' * 100_000)", tmp_path, stdout=full)
