@@ -1,5 +1,6 @@
 """The one exception that a user is meant to read."""
 
+from pathlib import PurePath
 from typing import Any
 
 SHOWN = 80  # characters of a value in a sentence
@@ -13,6 +14,8 @@ class UserError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """`value` as a sentence shows it: at most `SHOWN` characters, null for None."""
+    """`value` as a sentence shows it: at most `SHOWN` characters, of a path the last ones; null for None."""
     text = "null" if value is None else str(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    if len(text) <= SHOWN:
+        return text
+    return f"...{text[3 - SHOWN :]}" if isinstance(value, PurePath) else f"{text[: SHOWN - 3]}..."

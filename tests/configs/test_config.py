@@ -316,7 +316,9 @@ def test_a_circle_of_bases_is_refused(tmp_path):
 
 
 def test_a_missing_base_is_refused(tmp_path):
-    assert "gone.yaml does not exist" in refusal(write(tmp_path, "a.yaml", "base: gone.yaml"))
+    folder = tmp_path / "a folder" / ("x" * 80)  # of a long path the end is said
+    folder.mkdir(parents=True)
+    assert "gone.yaml does not exist" in refusal(write(folder, "a.yaml", "base: gone.yaml"))
 
 
 @pytest.mark.parametrize("key", ["teacher", "critic"])

@@ -195,8 +195,8 @@ def test_unfinished_uploads_are_bounded(serve, tracebacks):  # noqa: F811
     "arguments, said",
     [
         (["--visitors", "0"], "--visitors=0 "), (["--visitors", "-3"], "--visitors=-3 "),
-        (["--visitors", "1000000"], "--visitors=1000000 "), (["--idle_seconds", "nan"], "--idle_seconds=nan "),
-        (["--idle_seconds", "0"], "--idle_seconds=0.0 "), (["--max_seconds", "inf"], "--max_seconds=inf "),
+        (["--visitors", "1000000"], "--visitors=1000000 "), (["--idle_seconds", "nan"], "idle_seconds: invalid"),
+        (["--idle_seconds", "0"], "--idle_seconds=0.0 "), (["--max_seconds", "inf"], "max_seconds: invalid"),
         (["--max_seconds", "-1"], "--max_seconds=-1.0 "), (["--port", "99999"], "--port=99999 "),
         (["--host", "0.0.0.0"], "--token"), (["--host", "::"], "--token"), (["--host", "\u00fc" * 70], "--token"),
         (["--host", "\u00fc" * 70, "--token", TOKEN], "cannot be used"), (["--token", "12\u200b\n45678"], "--token"),
