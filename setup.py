@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TORCH = "torch>=2.11,<2.14"  # requirements.txt pins one of these
+TORCH = "torch>=2.11,<2.15"  # requirements.txt pins one of these
 PYTHON = ">=3.11,<3.15"
 
 

@@ -150,7 +150,9 @@ def test_a_python_without_our_packages_is_told_what_to_run(program, tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     if "the following arguments are required" not in line:
-        assert " has no package " in line and (".venv/bin/python" in line or ".sh" in line) and program.name in line
+        assert " has no package " in line and (
+            f".venv/bin/python {program}" in line or exits.WRAPPERS.get(program.name, "-") in line
+        )
 
 
 def test_a_package_that_the_environment_lacks_names_every_file_that_is_needed(monkeypatch):
