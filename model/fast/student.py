@@ -39,7 +39,6 @@ from model.fast import blocks as fused_wan
 from model.fast.ops import linear_gelu
 from model.flow import x0_from_v
 from model.fp8 import KEPT
-from utils.compiling import compiled as compile_alone
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -190,7 +189,7 @@ class FastStep:
         plain = (pre_attention, cross_attention_query, feed_forward)
         parts = (patches, head, fused_wan.adaln_tables, *(own if self.fused else plain))
         if plan.compile:
-            parts = tuple(compile_alone(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
+            parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
         self._patches, self._head, self._adaln_tables, self._pre_attention, self._query, self._feed_forward = parts
 
     def __call__(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]):
