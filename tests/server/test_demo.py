@@ -315,7 +315,7 @@ def test_visitors_have_sessions_as_configured(tiny_assets, monkeypatch):
     settings = ["inference.overlap=false", "stream.switch=cut", "stream.switch_chunks=2"]
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *settings)
     told = []
-    monkeypatch.setattr("pipeline.stream.Delivery", lambda *options: told.append(options))
+    monkeypatch.setattr("pipeline.stream.AsyncDecoder", lambda *options: told.append(options))
     ours = new_session(pipe)
     assert (ours.switch, ours.switch_chunks) == ("cut", 2) and told == [(pipe.session.device, False)]
 

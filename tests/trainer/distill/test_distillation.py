@@ -16,6 +16,7 @@ from trainer.prompt_bank import training_prompts
 from trainer.registry import build_stage
 from trainer.tiny.captions import parse_caption
 from trainer.tiny.world import TinyWorld, training_caption
+from trainer.validation import LABEL
 from utils.distributed import Ranks
 from utils.logs import read_jsonl
 from utils.seeds import stable_hash
@@ -339,7 +340,7 @@ def test_validation_writes_a_video_with_the_teachers_clips(tiny_assets, tmp_path
     stage = distill_stage(tiny_assets, "training.validation_clips=3", "training.distill.video_clips=2")
     figures = stage.validate(5, tmp_path)
     assert "shape" in figures
-    assert read_video(tmp_path / "distill_000005.mp4").shape == (45, 2 * 32, 2 * 48, 3)
+    assert read_video(tmp_path / "distill_000005.mp4").shape == (45, LABEL + 2 * 32, 2 * 48, 3)
 
 
 def test_prompts_of_a_file(tiny_assets, tmp_path):
