@@ -282,10 +282,15 @@ def test_a_closed_terminal_saves_and_ends_well(config_file, tmp_path):
     """Even one that takes no more output, as a terminal that is gone."""
     more = ["training.steps=5000", "training.log_every=1", "training.validation_clips=0", "training.checkpoint_every=0"]
     terminal, end = pty.openpty()
+
+    def at_a_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), *more, "--logdir", str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=end, stdout=end, stderr=end, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=at_a_terminal,
     )  # fmt: skip
     os.close(end)
     metrics = tmp_path / "metrics.jsonl"
