@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.distill_schema import DistillConfig
 from configs.errors import UserError
 from trainer.parallel.apply import average_gradients, local, sum_over_shards
 
@@ -39,17 +38,6 @@ class GradientCheck:
         for i, a in enumerate(self.names):
             found |= {f"audit_cos_{a}_{b}": self.cosines[i][j] for j, b in enumerate(self.names) if j > i}
         return found
-
-
-def switches(d: DistillConfig) -> dict[str, str]:
-    """What switches each term of the generator's loss on; nothing for one whose gradient is cut."""
-    return {
-        "spatial": f"training.distill.spatial_weight={d.spatial_weight}",
-        "flow": "" if d.flow.gradient_cut else f"training.distill.flow.weight={d.flow.weight}",
-        "regression": f"training.distill.pairs={d.pairs}",
-        "regression_flow": f"training.distill.pairs={d.pairs}",
-        "motion_regression": f"training.distill.motion_regression.weight={d.motion_regression.weight}",
-    }
 
 
 def gradient_check(

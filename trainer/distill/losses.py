@@ -6,16 +6,74 @@
 
 Everything is computed in float32, or in float64 where an input has it. A NaN or infinity that a network produced stays
 one, so that a broken run shows; only 0 / 0, where student, teacher and critic agree to the last bit, is 0.
-Each function returns (loss, log): a scalar and detached scalars worth plotting.
+Each function returns (loss, log): a scalar and detached scalars worth plotting. `generator_terms` is their weighted
+sum, term by term: a new loss is a function and two lines there, and its weight in configs/distill_schema.py.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from configs.distill_schema import DistillConfig
+
 Log = dict[str, Tensor]
 Head = Callable[[Tensor], Tensor]  # motion [B, N, C, H, W] -> features [B, N, C', H', W']
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorInputs:
+    """What the generator's loss is computed from. Latents are [B, F, C, H, W], constant but for x."""
+
+    x: Tensor  # of the student, with a graph
+    real: Tensor  # x0 of the teacher
+    fake: Tensor  # x0 of the critic
+    frames: slice | None = None  # that the loss counts; None = all
+    target: Tensor | None = None  # of the teacher's pair that x was made from the noise of
+    initial: Tensor | None = None  # of the student that training started from, from the same noise
+    head: Head | None = None  # of the motion regression
+    head_average: Head | None = None  # its EMA
+
+
+def generator_terms(s: GeneratorInputs, d: DistillConfig) -> tuple[dict[str, Tensor], Log]:
+    """The terms of the generator's loss by name, each times its weight, and what is logged.
+
+        lambda_spatial L + L_reg + gamma (lambda_flow L_F + L_reg^F + lambda_M L_M)
+
+    A term whose weight is 0, or whose input is missing, is left out. The gradient reaches x and the head.
+    """
+    terms, logs = {}, {}
+    if d.spatial_weight:
+        loss, logs = dmd_loss(s.x, s.real, s.fake, frames=s.frames)
+        terms["spatial"] = d.spatial_weight * loss
+    if d.gamma * d.flow.weight:
+        f = d.flow
+        loss, seen = flow_matching_loss(
+            s.x, s.real, s.fake, half=f.half, frame_weights=f.frame_weights, frame_error=f.frame_error,
+            gradient_cut=f.gradient_cut, frames=s.frames,
+        )  # fmt: skip
+        terms["flow"], logs = d.gamma * f.weight * loss, logs | seen
+    if s.target is not None and d.regression_weight:
+        space, flow = regression_losses(s.x, s.target)
+        terms["regression"] = d.regression_weight * space
+        if d.gamma:
+            terms["regression_flow"] = d.gamma * d.regression_weight * flow
+    if s.initial is not None:
+        loss = motion_regression_loss(s.x, s.initial, s.head, s.head_average, frames=s.frames)
+        terms["motion_regression"] = d.gamma * d.motion_regression.weight * loss
+    return terms, logs
+
+
+def term_settings(d: DistillConfig) -> dict[str, str]:
+    """The setting that switches each term on, for error messages; empty for a term whose gradient is cut."""
+    return {
+        "spatial": f"training.distill.spatial_weight={d.spatial_weight}",
+        "flow": "" if d.flow.gradient_cut else f"training.distill.flow.weight={d.flow.weight}",
+        "regression": f"training.distill.pairs={d.pairs}",
+        "regression_flow": f"training.distill.pairs={d.pairs}",
+        "motion_regression": f"training.distill.motion_regression.weight={d.motion_regression.weight}",
+    }
 
 
 def dmd_loss(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:

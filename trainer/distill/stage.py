@@ -39,15 +39,9 @@ from trainer.backward import Backward
 from trainer.build import frozen_codec
 from trainer.distill.diagnostics import SIGNS, vital_signs, warnings
 from trainer.distill.fast_rollout import FastTwin
-from trainer.distill.gradient_check import GradientCheck, gradient_check, switches
+from trainer.distill.gradient_check import GradientCheck, gradient_check
 from trainer.distill.long_tuning import Plan, Planner, window_of
-from trainer.distill.losses import (
-    critic_loss,
-    dmd_loss,
-    flow_matching_loss,
-    motion_regression_loss,
-    regression_losses,
-)
+from trainer.distill.losses import GeneratorInputs, critic_loss, generator_terms, term_settings
 from trainer.distill.networks import (
     critic_state,
     frozen_start,
@@ -297,41 +291,22 @@ class Distill(Stage):
             return real, self.critic.guided_x0(x_t, t, text, null, d.fake_guidance)
         return real, self.critic.x0(x_t, t, text)
 
-    def _flow_loss(self, plan: Plan, x: Tensor, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        f = self.settings.flow
-        return flow_matching_loss(
-            x, real, fake, half=f.half, frame_weights=f.frame_weights, frame_error=f.frame_error,
-            gradient_cut=f.gradient_cut, frames=plan.frames,
-        )  # fmt: skip
-
     def _generator_terms(
         self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
         target: Tensor | None = None, image: Tensor | None = None, start_noise: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Every term with its weight, and what is logged."""
-        d = self.settings
         x = self._sample(plan, text, noise, text_after, grad=True, image=image)
         real, fake = self._scores(x, text if text_after is None else text_after, t, eps)
-        terms, logs = {}, vital_signs(x, real, fake, self.geometry.chunk_frames)
-        with torch.autocast(self.device.type, enabled=False):
-            if d.spatial_weight:
-                loss, seen = dmd_loss(x, real, fake, frames=plan.frames)
-                terms["spatial"], logs = d.spatial_weight * loss, logs | seen
-            if d.gamma * d.flow.weight:
-                loss, seen = self._flow_loss(plan, x, real, fake)
-                terms["flow"], logs = d.gamma * d.flow.weight * loss, logs | seen
-            if target is not None and d.regression_weight:
-                space, flow = regression_losses(x, target)
-                terms["regression"] = d.regression_weight * space
-                if d.gamma:
-                    terms["regression_flow"] = d.gamma * d.regression_weight * flow
+        given = {"target": target}
         if start_noise is not None:
-            y = self._sample_of_start(plan, text, start_noise, text_after, image)
-            head, weight = self._players["motion_head"], d.gamma * d.motion_regression.weight
-            with torch.autocast(self.device.type, enabled=False):
-                loss = motion_regression_loss(x, y, head.module, head.average.module, frames=plan.frames)
-                terms["motion_regression"] = weight * loss
-        return terms, logs
+            head = self._players["motion_head"]
+            initial = self._sample_of_start(plan, text, start_noise, text_after, image)
+            given |= {"initial": initial, "head": head.module, "head_average": head.average.module}
+        with torch.autocast(self.device.type, enabled=False):
+            inputs = GeneratorInputs(x=x, real=real, fake=fake, frames=plan.frames, **given)
+            terms, logs = generator_terms(inputs, self.settings)
+        return terms, vital_signs(x, real, fake, self.geometry.chunk_frames) | logs
 
     def _generator_loss(self, plan: Plan, **batch: Tensor) -> dict[str, Tensor]:
         terms, logs = self._generator_terms(plan, **batch)
@@ -416,7 +391,7 @@ class Distill(Stage):
 
         if self.settings.flow.gradient_cut and self.settings.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
-        audit = gradient_check(terms, self._players["generator"].parameters, settings=switches(self.settings))
+        audit = gradient_check(terms, self._players["generator"].parameters, settings=term_settings(self.settings))
         self.generator_backward.clear()  # a term may reach the motion head, too
         return audit
 

@@ -6,15 +6,18 @@ import math
 import pytest
 import torch
 
-from configs.distill_schema import MotionRegressionConfig
+from configs.distill_schema import DistillConfig, FlowLossConfig, MotionRegressionConfig
 from trainer.distill.losses import (
+    GeneratorInputs,
     critic_loss,
     dmd_loss,
     flow_matching_loss,
     frame_weighting,
+    generator_terms,
     motion,
     motion_regression_loss,
     regression_losses,
+    term_settings,
 )
 from trainer.distill.motion_head import MotionHead
 
@@ -263,3 +266,23 @@ def test_regression_moves_the_sample_towards_the_pair():
     for index in (0, 1):
         assert gradient(lambda z, i=index: regression_losses(z, y)[i], x).abs().max() > 0
     assert all(loss == 0 for loss in regression_losses(y, y))
+
+
+def test_terms_have_their_weights_and_each_is_named_with_its_setting():
+    """A term whose weight is 0 or whose input is missing is left out; the rest are the losses times their weights."""
+    x, r, f, y, start = clips(5)
+    whole = GeneratorInputs(x=x, real=r, fake=f, target=y, initial=start, head=lambda m: m, head_average=lambda m: m)
+    d = DistillConfig(
+        spatial_weight=2.0, gamma=3.0, flow=FlowLossConfig(weight=5.0), regression_weight=7.0,
+        motion_regression=MotionRegressionConfig(weight=11.0),
+    )  # fmt: skip
+    terms, log = generator_terms(whole, d)
+    assert terms.keys() == term_settings(d).keys() and log.keys() == {"dmd_gradient", "flow_gradient"}
+    space, moved = regression_losses(x, y)
+    assert terms["spatial"] == 2 * dmd_loss(x, r, f)[0]
+    assert terms["flow"] == 15 * flow_matching_loss(x, r, f)[0]
+    assert (terms["regression"], terms["regression_flow"]) == (7 * space, 21 * moved)
+    torch.testing.assert_close(terms["motion_regression"], 33 * (motion(x) - motion(start)).square().mean())
+    bare = GeneratorInputs(x=x, real=r, fake=f)
+    assert generator_terms(bare, DistillConfig(gamma=0.0))[0].keys() == {"spatial"}
+    assert generator_terms(bare, DistillConfig(spatial_weight=0.0))[0].keys() == {"flow"}
