@@ -110,10 +110,13 @@ def x264_params() -> dict[str, str]:
     return {"x264-params": "asm=avx2"} if "avx512" in flags else {}
 
 
-def add_h264(file: av.container.OutputContainer, fps: int, size: tuple[int, int], **options: str) -> av.VideoStream:
-    """An H.264 stream of (height, width) in `file`, with the colours said; `options` are x264's."""
-    options = {"crf": "18", **x264_params(), **options}
-    return _with_colours(file.add_stream("libx264", rate=fps, options=options), size)
+def add_h264(
+    file: av.container.OutputContainer, fps: int, size: tuple[int, int], encoder: str = "libx264", **options: str
+) -> av.VideoStream:
+    """An H.264 stream of (height, width) in `file`, with the colours said; `options` are the encoder's."""
+    if encoder == "libx264":
+        options = {"crf": "18", **x264_params(), **options}
+    return _with_colours(file.add_stream(encoder, rate=fps, options=options), size)
 
 
 def add_vp9(file: av.container.OutputContainer, fps: int, size: tuple[int, int]) -> av.VideoStream:

@@ -1,0 +1,37 @@
+"""What one visitor may use."""
+
+from dataclasses import dataclass
+
+from configs.errors import UserError
+
+MAX_MESSAGE = 65_536  # bytes
+MAX_PROMPT = 2_000  # characters
+MAX_STEPS, MAX_ROWS = 8, 12  # steps of a chunk; chunks that have their own number; more where the configuration has
+MAX_SEED = 2**31 - 1
+MAX_UPLOAD = 8 * 2**20  # bytes of a picture
+MAX_TAKES = 8  # of one stream that are kept
+MAX_KEPT = 800  # chunks of them: ten minutes at 16 frames a second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Each field is an option of the server, or fixed."""
+
+    visitors: int = 8  # connections at once
+    max_seconds: float = 600.0  # of one video
+    idle_seconds: float = 600.0  # without a message before the connection is closed
+    ahead_seconds: float = 3.0  # of video that is made before it is shown
+    rewind_bytes: int = 256 * 2**20  # of host memory for one visitor's snapshots
+    streams: int = 0  # that a worker takes; 0 = as many as it keeps at their rate, by what it measures
+
+    def __post_init__(self):
+        bounds = {
+            "visitors": (1, 1000),
+            "max_seconds": (1, 86_400),
+            "idle_seconds": (0.1, 86_400),
+            "streams": (0, 1000),
+        }
+        for name, (low, high) in bounds.items():
+            value = vars(self)[name]
+            if not low <= value <= high:
+                raise UserError(f"--{name}={value} is out of range; give a number from {low:g} to {high:g}")

@@ -1,0 +1,455 @@
+"""Worker processes, seen from the front: one pipeline in each, which the front itself never loads.
+
+    pool = WorkerPool(ModelSource("configs/tiny.yaml"), workers=2)
+    await pool.start()                                  # until all are warm; UserError where one cannot be
+    session = await pool.open(control)                  # Refused where no worker can keep its rate
+    async for item in session: ...                      # dict: an event; Video: a piece of video
+    async for event in pool.run_job(spec, path): ...    # a whole video, in the turns that live streams leave
+    await pool.stop()
+
+A stream stays where it began. A worker that dies takes its own streams and jobs with it, which are told, and is started
+again, after a delay that grows while it keeps dying.
+"""
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from model.schedule import Schedule
+from server.controls import Control
+from server.limits import Limits
+from utils.logs import get_logger
+
+if TYPE_CHECKING:
+    from pipeline.diagonal import DiagonalPipeline
+
+log = get_logger(__name__)
+HEADROOM = 0.9  # of a worker's time that streams may take
+STEADY_SECONDS = 60.0  # that a worker must have run for its deaths to be forgotten
+LONGEST_DELAY = 60.0  # before a worker is started again
+STOP_SECONDS = 10.0  # that a worker has to end by itself
+RETRY_SECONDS = 10  # that a client is asked to wait where it is refused
+
+
+class Refused(Exception):
+    """A stream that no worker can keep at its rate beside what it runs; the message says why."""
+
+    def __init__(self, reason: str, retry_after: int = RETRY_SECONDS):
+        super().__init__(reason)
+        self.reason, self.retry_after = reason, retry_after
+
+
+class JobFailed(Exception):
+    """A video that could not be made; the message is a sentence for who asked for it."""
+
+
+class WorkerDied(Exception):
+    """The worker's process ended while it made a video: the job may be run again."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What each worker loads; sent to its process. A subclass may override `load`."""
+
+    config_path: str
+    overrides: tuple[str, ...] = ()
+
+    def config(self) -> Config:
+        return load_config(self.config_path, self.overrides)
+
+    def load(self, rank: int) -> "DiagonalPipeline":
+        """The pipeline on GPU `rank` of those there are. Runs in the worker; the front must not import torch's half."""
+        from pipeline.diagonal import DiagonalPipeline
+
+        return DiagonalPipeline.from_config(self.config_path, *self.overrides, local_rank=rank)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A whole video."""
+
+    prompt: str
+    seed: int = 0
+    frames: int | None = None  # pixel frames, 1 + 4 n in whole chunks; None = as configured
+    schedule: Schedule | None = None  # None = as configured
+    image: Any = None  # uint8 [H, W, 3] that it begins with
+
+
+@dataclass(frozen=True)
+class Video:
+    """A piece of video for one stream, as docs/streaming.md describes it."""
+
+    header: dict[str, Any]
+    payload: bytes = field(repr=False)
+
+
+@dataclass
+class Costs:
+    """What a chunk costs on a worker, measured there and kept up to date by what its chunks take."""
+
+    evaluation: float  # seconds of one evaluation of the student
+    decode: float  # evaluations that decoding takes as long as
+    frames: int  # pixel frames of a later chunk
+    fps: int
+
+    def seconds(self, nfe: int) -> float:
+        """Of a chunk of so many evaluations."""
+        return self.evaluation * (nfe + self.decode)
+
+    def share(self, schedule: Schedule) -> float:
+        """Of the worker's time that a stream takes which is played at its rate."""
+        return self.seconds(later_nfe(schedule)) * self.fps / self.frames
+
+    def rate(self, schedule: Schedule) -> float:
+        """Frames a second of a stream alone."""
+        return self.frames / self.seconds(later_nfe(schedule))
+
+    def learn(self, seconds: float, nfe: int) -> None:
+        self.evaluation += 0.05 * (seconds / (nfe + self.decode) - self.evaluation)
+
+
+def later_nfe(schedule: Schedule) -> int:
+    """Evaluations of each chunk after the schedule's own rows."""
+    chunk = max(len(schedule.rows), *(chunk + 1 for chunk, _ in schedule.exceptions), 1)
+    return schedule.nfe(chunk + 1) - schedule.nfe(chunk)
+
+
+class WorkerSession:
+    """One stream, on the worker where it began. An asynchronous iterator of what it sends: events and video.
+
+    It ends after `close`, and when its worker has died, whose last word is an `ended` event.
+    """
+
+    def __init__(self, worker: "Worker", number: int):
+        self._worker, self.number = worker, number
+        self.share = 0.0  # of the worker's time
+        self.lost = False  # its worker has died
+        self._items: asyncio.Queue[dict | Video | None] = asyncio.Queue()  # bounded by flow control
+
+    @property
+    def worker(self) -> int:
+        """Number of the worker."""
+        return self._worker.number
+
+    @property
+    def fps(self) -> int:
+        return self._worker.costs.fps
+
+    def control(self, control: Control) -> None:
+        """Hand on a checked control. Refused where a schedule cannot be kept at its rate; nothing has changed then."""
+        if control.schedule is not None or control.type == "open":
+            schedule = control.schedule or self._worker.pool.schedule
+            self._worker.admit(self, schedule)
+        self._worker.send("control", self.number, control)
+
+    def close(self) -> None:
+        """End the stream within one step, and give its place to others."""
+        if self._worker.sessions.pop(self.number, None):
+            self._worker.send("close", self.number)
+        self._items.put_nowait(None)
+
+    def put(self, item: dict | Video | None) -> None:
+        """Of the worker: what it sent; None = no more comes."""
+        self._items.put_nowait(item)
+
+    def __aiter__(self) -> "WorkerSession":
+        return self
+
+    async def __anext__(self) -> dict | Video:
+        item = await self._items.get()
+        if item is None:
+            raise StopAsyncIteration
+        return item
+
+
+class Worker:
+    """One process, from the front. All but its two threads runs on the event loop."""
+
+    def __init__(self, pool: "WorkerPool", number: int):
+        self.pool, self.number = pool, number
+        self.state = "warming"  # or "ready", "restarting", "stopped"
+        self.about: dict[str, Any] = {}  # of the model, once it is ready
+        self.costs: Costs | None = None
+        self.memory = 0  # bytes of the GPU that are allocated
+        self.fault: UserError | None = None  # why it cannot be started
+        self.sessions: dict[int, WorkerSession] = {}
+        self.jobs: dict[int, asyncio.Queue] = {}
+        self.restarts = 0
+        self.settled = asyncio.Event()  # ready, or cannot be
+        self._deaths = 0
+        self._since = 0.0
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._outbox: SimpleQueue | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Streams with the configured schedule that it can keep at their rate; 1 at least."""
+        if self.costs is None:
+            return 0
+        measured = max(1, int(HEADROOM / self.costs.share(self.pool.schedule)))
+        return min(self.about["most_streams"], self.pool.limits.streams or measured)
+
+    @property
+    def load(self) -> float:
+        """Share of its time that its streams take."""
+        return sum(session.share for session in self.sessions.values())
+
+    def status(self) -> dict[str, Any]:
+        nfe = later_nfe(self.pool.schedule)
+        return {
+            "worker": self.number,
+            "state": self.state,
+            "device": self.about.get("device"),
+            "pid": self._process.pid if self._process else None,
+            "sessions": len(self.sessions),
+            "jobs": len(self.jobs),
+            "load": self.load,
+            "capacity": self.capacity if self.state == "ready" else 0,
+            "chunk_seconds": self.costs.seconds(nfe) if self.costs else None,
+            "gpu_memory": self.memory,
+            "restarts": self.restarts,
+        }
+
+    def launch(self) -> None:
+        """Start the process; it reports when it is warm."""
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        arguments = (theirs, self.pool.source, self.number, self.pool.limits, os.getpid())
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=begin, args=arguments, name=f"worker-{self.number}", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._outbox = SimpleQueue()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._write, args=(ours, self._outbox), daemon=True).start()
+        threading.Thread(target=self._read, args=(ours, self._outbox, loop), daemon=True).start()
+
+    def send(self, *message: Any) -> None:
+        """Queue a message for the process."""
+        self._outbox.put(message)
+
+    def _write(self, line: Connection, outbox: SimpleQueue) -> None:
+        while (message := outbox.get()) is not None:
+            try:
+                line.send(message)
+            except OSError:  # the process has ended, which the reader notices
+                return
+
+    def _read(self, line: Connection, outbox: SimpleQueue, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            while True:
+                self._call(loop, self._heard, *line.recv())
+        except (EOFError, OSError):
+            outbox.put(None)
+            self._process.join()
+            line.close()
+            self._call(loop, self._ended)
+
+    @staticmethod
+    def _call(loop: asyncio.AbstractEventLoop, function: Callable, *arguments: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(function, *arguments)
+
+    def _heard(self, kind: str, number: int, content: Any = None, measured: dict[str, Any] | None = None) -> None:
+        match kind:
+            case "ready":
+                self.about, self.costs = content["about"], content["costs"]
+                self.state, self.memory, self._since = "ready", content["memory"], time.monotonic()
+                self.settled.set()
+            case "failed":
+                self.fault = UserError(content)
+                self.settled.set()
+            case "event" | "video":
+                if measured:
+                    self._measure(measured)
+                if number in self.sessions:
+                    self.sessions[number].put(content)
+            case "job":
+                if number in self.jobs:
+                    self.jobs[number].put_nowait(content)
+
+    def _measure(self, measured: dict[str, Any]) -> None:
+        """Take in what making a chunk has shown."""
+        self.costs.learn(measured["seconds"], measured["nfe"])
+        self.memory = measured["memory"]
+        self.pool.observe("chunk_seconds", self.number, measured["seconds"])
+        if measured["first_frame"] is not None:
+            self.pool.observe("first_frame_seconds", self.number, measured["first_frame"])
+        if measured["late"] > 0:
+            self.pool.observe("late_seconds", self.number, measured["late"])
+
+    def _ended(self) -> None:
+        """The process is gone: tell those who were on it, and start it again."""
+        for session in self.sessions.values():
+            session.put(
+                {
+                    "type": "ended",
+                    "reason": "worker",
+                    "message": "the process that made this stream has ended and is started again; open a new one",
+                }
+            )
+            session.lost = True
+            session.put(None)
+        for job in self.jobs.values():
+            job.put_nowait(WorkerDied(f"worker {self.number} ended with exit code {self._process.exitcode}"))
+        self.sessions, self.jobs = {}, {}
+        self.costs, self.memory = None, 0
+        code = self._process.exitcode
+        if not self._since and not self.fault:  # what never ran is wrong from the start
+            self.fault = UserError(f"worker {self.number} ended with exit code {code} while it loaded the model")
+        if self.state == "stopped" or not self._since:
+            self.settled.set()
+            return
+        ran_well = self.state == "ready" and time.monotonic() - self._since > STEADY_SECONDS
+        self._deaths = 1 if ran_well else self._deaths + 1
+        delay = min(LONGEST_DELAY, 2.0 ** (self._deaths - 1))
+        self.state = "restarting"
+        self.restarts += 1
+        log.warning(f"worker {self.number} ended with exit code {code}; it is started again in {delay:g} s")
+        self._timer = asyncio.get_running_loop().call_later(delay, self.launch)
+
+    def admit(self, session: WorkerSession, schedule: Schedule) -> None:
+        """Reserve what a stream of this schedule takes; Refused where that leaves others, or itself, too little.
+
+        A stream alone is let in whatever it takes.
+        """
+        share = self.costs.share(schedule)
+        others = [other for other in self.sessions.values() if other is not session]
+        load = sum(other.share for other in others)
+        most = self.about["most_streams"]
+        if self.pool.limits.streams:
+            most = min(most, self.pool.limits.streams)
+        elif others and load + share > HEADROOM:
+            raise Refused(
+                f"{len(others)} streams take {load:.0%} of a worker's time and this one would take {share:.0%}, more "
+                f"than leaves each its {self.costs.fps} frames a second; try again later, or fewer steps"
+            )
+        if len(others) >= most:
+            raise Refused(f"{len(others)} streams are all that a worker takes; try again later")
+        session.share = share
+        self.sessions[session.number] = session
+
+    async def stop(self) -> None:
+        """End the process, by force where it does not listen."""
+        self.state = "stopped"
+        if self._timer:
+            self._timer.cancel()
+        if self._process is None:
+            return
+        self.send("stop", 0)
+        await asyncio.to_thread(self._process.join, STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+
+
+def begin(line: Connection, source: ModelSource, number: int, limits: Limits, parent: int) -> None:
+    """Of the new process. The model's half is imported there alone."""
+    from server.worker_process import run
+
+    run(line, source, number, limits, parent)
+
+
+class WorkerPool:
+    """Workers, one a GPU; on a CPU as many as are asked for."""
+
+    def __init__(self, source: ModelSource, workers: int = 1, limits: Limits | None = None):
+        if not 1 <= workers <= 64:
+            raise UserError(f"--workers={workers} is out of range; give a number from 1 to 64")
+        self.source, self.limits = source, limits or Limits()
+        self.config = source.config()
+        self.schedule = Schedule.from_config(self.config.schedule, self.config.stream)
+        self.workers = [Worker(self, number) for number in range(workers)]
+        # called with a name (chunk_seconds, first_frame_seconds, late_seconds), a worker's number and a value
+        self.observe: Callable[[str, int, float], None] = lambda name, worker, value: None
+        self._numbers = itertools.count(1)
+
+    async def start(self) -> None:
+        """Start all workers and wait until they are warm. UserError where one cannot load its model."""
+        for worker in self.workers:
+            worker.launch()
+        await asyncio.gather(*(worker.settled.wait() for worker in self.workers))
+        for worker in self.workers:
+            if worker.fault:
+                await self.stop()
+                raise worker.fault
+
+    async def stop(self) -> None:
+        """End all processes; streams and jobs are told as if their workers had died."""
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of each worker: state, sessions, jobs, load, capacity (streams), chunk_seconds, gpu_memory, restarts, pid."""
+        return [worker.status() for worker in self.workers]
+
+    @property
+    def ready(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state == "ready"]
+
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """The model, as `hello` describes it; None while no worker is ready."""
+        return next((worker.about for worker in self.ready), None)
+
+    def describe(self, schedule: Schedule) -> dict[str, Any]:
+        """What a schedule costs, for people. Refused while no worker is ready."""
+        worker = self._least_loaded()
+        chunks = worker.about["clip_chunks"]
+        return {
+            "table": schedule.table(chunks, worker.about["geometry"]),
+            "nfe": schedule.nfe(chunks),
+            "chunks": chunks,
+            "fps": worker.costs.rate(schedule),
+        }
+
+    def open(self, control: Control) -> WorkerSession:
+        """Begin a stream on the worker with the most time to spare; Refused, with the reason, where none has enough."""
+        session = WorkerSession(self._least_loaded(), next(self._numbers))
+        session.control(control)
+        return session
+
+    def _least_loaded(self) -> Worker:
+        if not self.ready:
+            raise Refused("the model is being loaded; try again in a moment")
+        return min(self.ready, key=lambda worker: (worker.load, len(worker.jobs)))
+
+    async def run_job(self, spec: JobSpec, output: Path) -> AsyncIterator[dict[str, Any]]:
+        """Make a whole video at `output`, which is written whole or not at all.
+
+        Yields {"type": "progress", "chunk", "chunks"} after each chunk, and in the end {"type": "done", "frames",
+        "seconds", "warnings", "thumbnail": bytes of a JPEG}. JobFailed: a sentence why not; WorkerDied; Refused while
+        no worker is ready. Closing the iterator ends the job within one step.
+        """
+        ready = self.ready
+        if not ready:
+            raise Refused("the model is being loaded; try again in a moment")
+        worker = min(ready, key=lambda worker: (len(worker.jobs), worker.load))
+        number = next(self._numbers)
+        events = worker.jobs[number] = asyncio.Queue()
+        worker.send("job", number, (spec, str(output)))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if event["type"] == "failed":
+                    raise JobFailed(event["message"])
+                yield event
+                if event["type"] == "done":
+                    return
+        finally:
+            if worker.jobs.pop(number, None):
+                worker.send("cancel", number)
