@@ -7,7 +7,7 @@ import asyncio
 import io
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,6 @@ PROTOCOL = 1
 NORMAL, NO_TEXT, POLICY, TOO_BIG, TRY_LATER = 1000, 1003, 1008, 1009, 1013  # close codes
 MAX_ERRORS = 1000  # messages without sense that are answered before the line is cut
 UPLOAD_SECONDS = 30.0  # that a picture may take to arrive
-Refusal = Callable[[Mapping[str, str], Mapping[str, str]], str | None]
 
 
 class Gone(Exception):
@@ -52,17 +51,17 @@ def gone_if_closed() -> Iterator[None]:
 
 
 class LiveServer:
-    """All connections, by their names. refusal: None for who may come in, else a sentence that says why not."""
+    """All connections, by their names. Who may come in is for the application's middleware to say."""
 
-    def __init__(self, pool: WorkerPool, refusal: Refusal, limits: Limits):
-        self.pool, self.refusal, self.limits = pool, refusal, limits
+    def __init__(self, pool: WorkerPool, limits: Limits):
+        self.pool, self.limits = pool, limits
         self.reader = Reader(pool.config, limits.max_seconds)
         self.connections: dict[str, Connection] = {}
         self.uploads: set[str] = set()  # connections whose picture is on its way
         self.decoding = asyncio.Lock()  # one picture is unpacked at a time
 
     def router(self) -> APIRouter:
-        """The routes of the protocol. Access to the upload is for the application's middleware to check."""
+        """The routes of the protocol."""
         router = APIRouter()
         router.add_api_websocket_route("/v1/live", self.live)
         router.add_api_route(
@@ -72,12 +71,9 @@ class LiveServer:
 
     async def live(self, socket: WebSocket) -> None:
         """One connection, from its beginning to its end."""
-        reason = self.refusal(socket.headers, socket.query_params)
         with suppress(Gone):
             with gone_if_closed():
                 await socket.accept()
-                if reason is not None:
-                    return await socket.close(POLICY, reason[:120])
                 if len(self.connections) >= self.limits.visitors:
                     text = f"{self.limits.visitors} visitors are here already; try again later"
                     return await socket.close(TRY_LATER, text)
@@ -165,8 +161,7 @@ class Connection:
         """The next text; None where the client has closed."""
         seconds = self.server.limits.idle_seconds
         try:
-            with gone_if_closed():
-                message = await asyncio.wait_for(self.socket.receive(), seconds)
+            message = await asyncio.wait_for(self.socket.receive(), seconds)
         except TimeoutError:
             text = f"idle for {seconds:g} s: closed; connect again to go on"
             await self.say("ended", reason="idle", message=text)

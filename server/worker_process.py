@@ -35,7 +35,7 @@ from pipeline.stream import ChunkResult, StreamSession
 from server.controls import VIDEO, Control, bounds
 from server.encoding import FragmentEncoder, jpeg, thumbnail
 from server.limits import MAX_KEPT, MAX_MESSAGE, MAX_PROMPT, MAX_SEED, MAX_TAKES, MAX_UPLOAD, Limits
-from server.workers import HEADROOM, Costs, JobSpec, ModelSource, Video, later_nfe
+from server.workers import HEADROOM, STOP_SECONDS, Costs, JobSpec, ModelSource, Video, later_nfe
 from utils import exits
 from utils.logs import console, get_logger
 from utils.prompts import read_prompts
@@ -229,8 +229,8 @@ class Stream:
             if prompt != snapshot.text.prompts[0]:
                 self.session.say(prompt, self.switch)
             self._chunks = self.session.resume()
-        self._announce(control.id, parent)
         self._forget()
+        self._announce(control.id, parent)
 
     def _begin(self, id: int, arrived: float, video: list[Chunk] | None, chunk: int) -> None:
         """A new take whose first chunk is `chunk`, on from `video`."""
@@ -493,6 +493,7 @@ class WorkerProcess:
         self.streams: OrderedDict[int, Stream] = OrderedDict()  # by their last turn
         self.jobs: OrderedDict[int, Job] = OrderedDict()
         self.inbox: SimpleQueue[tuple] = SimpleQueue()
+        self.stopped = threading.Event()
         self.spare: list[StreamSession] = []
         self.waiter = ThreadPoolExecutor(1, thread_name_prefix="waiter")
         self.writers = ThreadPoolExecutor(8, thread_name_prefix="writer")
@@ -510,7 +511,7 @@ class WorkerProcess:
             try:
                 self.line.send((kind, number, *content))
             except OSError:  # the front has ended
-                os._exit(0)
+                self.inbox.put(("stop", 0, 0.0))
 
     def read(self) -> None:
         """The reader: messages into the inbox. The front's end is that of this process."""
@@ -525,7 +526,9 @@ class WorkerProcess:
                     job.session.cancel()
                 self.inbox.put((kind, number, time.perf_counter(), *content))
         except (EOFError, OSError):
-            os._exit(0)
+            self.inbox.put(("stop", 0, 0.0))
+            if not self.stopped.wait(STOP_SECONDS):
+                os._exit(1)
 
     def wake(self) -> None:
         """Let the main thread look again whose turn it is."""
@@ -551,7 +554,7 @@ class WorkerProcess:
                 self._make(turn)
                 continue
             if kind == "stop":
-                os._exit(0)  # its threads hold nothing that has to be put away
+                return self.stopped.set()
             self._handle(kind, number, arrived, content)
 
     def _turn(self) -> Stream | Job | None:

@@ -226,16 +226,20 @@ class Worker:
     def launch(self) -> None:
         """Start the process; it reports when it is warm."""
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        arguments = (theirs, self.pool.source, self.number, self.pool.limits, os.getpid())
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=begin, args=arguments, name=f"worker-{self.number}", daemon=True
-        )
-        self._process.start()
+        self._process = self._spawn(theirs)
         theirs.close()
         self._outbox = SimpleQueue()
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._write, args=(ours, self._outbox), daemon=True).start()
         threading.Thread(target=self._read, args=(ours, self._outbox, loop), daemon=True).start()
+
+    def _spawn(self, line: Connection) -> multiprocessing.process.BaseProcess:
+        arguments = (line, self.pool.source, self.number, self.pool.limits, os.getpid())
+        process = multiprocessing.get_context("spawn").Process(
+            target=begin, args=arguments, name=f"worker-{self.number}", daemon=True
+        )
+        process.start()
+        return process
 
     def send(self, *message: Any) -> None:
         """Queue a message for the process."""
@@ -361,6 +365,7 @@ def begin(line: Connection, source: ModelSource, number: int, limits: Limits, pa
     from server.worker_process import run
 
     run(line, source, number, limits, parent)
+    os._exit(0)  # its threads hold nothing that has to be put away
 
 
 class WorkerPool:
