@@ -30,7 +30,7 @@ def main() -> int:
     args = parse()
     import uvicorn
 
-    from server.app import SOCKET, Limits, address, bound_socket, check_access, is_loopback, make_app
+    from server.demo_app import SOCKET, Limits, address, bound_socket, check_access, is_loopback, make_app
 
     origins = [origin.lower().rstrip("/") for origin in args.allow_origin]
     check_access(args.host, args.token, origins)

@@ -82,7 +82,7 @@ def demo(pipe: DiagonalPipeline, plays: int) -> dict[str, Any]:
         import uvicorn
         from websockets.asyncio.client import connect
 
-        from server.app import SOCKET, bound_socket, make_app
+        from server.demo_app import SOCKET, bound_socket, make_app
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; see requirements-demo.txt, or --plays 0") from error
     listener = bound_socket("127.0.0.1", 0)

@@ -1,6 +1,7 @@
-"""uvicorn's protocols with a deadline on what is sent: a peer that does not read is cut off.
+"""uvicorn's protocols with deadlines: a peer that does not read, or does not finish its headers, is cut off.
 
-Without one, whoever opens a stream or a download and reads nothing holds its place and its data for ever.
+Without them, whoever opens a connection, a stream or a download and does nothing holds its place and its data for ever.
+What arrives after the headers has a deadline in server/middleware.py.
 """
 
 import asyncio
@@ -8,39 +9,90 @@ import asyncio
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from server.limits import MAX_MESSAGE
+
 SEND_SECONDS = 30.0  # in which a peer must take what one `send` gave
+HEADER_SECONDS = 10.0  # in which a request's line and headers must be complete, from the connection or their first byte
+MAX_CONNECTIONS = 500  # at once; a process may usually have 1,024 files open
+
+
+class _Deadline:
+    """At most one timer that aborts the connection."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float, transport: asyncio.Transport) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, transport.abort)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _WriteDeadline(asyncio.Protocol):
     """Aborts the connection where data has waited for the peer for SEND_SECONDS, during a close as well."""
 
-    _deadline: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: asyncio.Transport) -> None:
+        self._unread = _Deadline()
         transport.set_write_buffer_limits(high=0)  # any byte that waits calls pause_writing
         super().connection_made(transport)
 
     def pause_writing(self) -> None:
-        self._deadline = asyncio.get_running_loop().call_later(SEND_SECONDS, self.transport.abort)
+        self._unread.start(SEND_SECONDS, self.transport)
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self._forget_deadline()
+        self._unread.stop()
         super().resume_writing()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._forget_deadline()
+        self._unread.stop()
         super().connection_lost(error)
-
-    def _forget_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
 
 
 class HTTPProtocol(_WriteDeadline, H11Protocol):
-    pass
+    """With a deadline for headers, and a bound on connections."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._headers = _Deadline()
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            return transport.abort()
+        self._headers.start(HEADER_SECONDS, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._headers.start(HEADER_SECONDS, self.transport)
+        super().data_received(data)  # which begins a request, or hands over to the WebSocket, once headers are complete
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._headers.stop()
+
+    def handle_websocket_upgrade(self, event: object) -> None:
+        self._headers.stop()
+        super().handle_websocket_upgrade(event)
+
+    def on_response_complete(self) -> None:
+        self._headers.stop()  # the next request has its own; until it begins, uvicorn's keep-alive counts
+        super().on_response_complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._headers.stop()
+        super().connection_lost(error)
 
 
 class WebSocketProtocol(_WriteDeadline, WebSocketsSansIOProtocol):
     pass
+
+
+# Of uvicorn: no log of requests, and no compression, which makes video no smaller.
+SOCKET = {
+    "http": HTTPProtocol,
+    "ws": WebSocketProtocol,
+    "ws_per_message_deflate": False,
+    "ws_max_size": MAX_MESSAGE,
+    "ws_max_queue": 16,
+    "access_log": False,
+    "log_level": "error",
+    "server_header": False,
+}

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from configs.load import CHECKOUT, load_config, presets
 
 LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server")  # a file imports its own and those to its left
-ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
+ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "serve.py", "setup.py")
 # where the name on the index and the name in Python differ
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
 

@@ -27,7 +27,7 @@ OLDEST_PYTHON = (3, 11)
 LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes all that was given
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
-WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh"}
+WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh", "serve.py": "serve.sh"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # whose modules have other names
 
 # what to do about an error of the operating system

@@ -21,7 +21,7 @@ import demo
 from configs.errors import UserError
 from pipeline import DiagonalPipeline
 from pipeline.stream import StreamSession
-from server.app import SOCKET, Limits, bound_socket, check_access, hello, make_app
+from server.demo_app import SOCKET, Limits, bound_socket, check_access, hello, make_app
 from server.messages import read_message
 from server.player import new_session
 

@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 
 import demo
 from configs.errors import UserError
-from server.app import MAX_UPLOAD, AccessPolicy, Limits, address, bound_socket, check_access
+from server.demo_app import MAX_UPLOAD, AccessPolicy, Limits, address, bound_socket, check_access
 from server.player import Player
 
 QUERY = "?token=open%20sesame%20123"

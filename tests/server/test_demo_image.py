@@ -11,7 +11,7 @@ from PIL import Image
 from test_demo import PLAY, PROMPT, TOKEN, fetch, pipe, serve, visit  # noqa: F401  (fixtures)
 from test_pictures import encoded, giant, gradient
 
-from server.app import MAX_UPLOAD
+from server.demo_app import MAX_UPLOAD
 
 RED = encoded(Image.new("RGB", (300, 200), (200, 30, 30)))
 

@@ -1,0 +1,98 @@
+"""The command line of serve.py and demo.py, which differ in defaults alone."""
+
+import argparse
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from configs.errors import UserError
+from server.access import AccessPolicy, address, bound_socket, check_access, is_loopback, read_keys
+from server.app import ServerOptions, create_app
+from server.job_store import JobLimits, JobStore
+from server.limits import Limits
+from server.protocols import SOCKET
+from server.workers import ModelSource, WorkerPool
+from utils import exits
+from utils.logs import console, get_logger
+from utils.machine import gpus
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Program:
+    prog: str
+    description: str
+    port: int
+    workers: int  # 0 = one a GPU
+    jobs_folder: str
+
+
+def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace:
+    parser = exits.Parser(prog=program.prog, description=program.description, allow_abbrev=False)
+
+    def flag(name: str, default: object, help: str, kind: type = str, metavar: str | None = None) -> None:
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{help} (default: %(default)s)")
+
+    live, jobs = Limits(), JobLimits()
+    flag("--config_path", "configs/tiny.yaml", "what each worker loads", metavar="FILE")
+    flag("--host", "127.0.0.1", "address to listen at; other machines need keys")
+    flag("--port", program.port, "0 = any that is free", int)
+    flag("--workers", program.workers, "processes with the model in each; 0 = one a GPU, or one", int)
+    parser.add_argument("--keys_file", metavar="FILE", help="API keys, `NAME KEY` a line; also in DIAGONAL_API_KEYS")
+    parser.add_argument(
+        "--allow_origin", action="append", default=[], metavar="https://HOST",
+        help="where a proxy shows the page, if it changes the Host header; may be repeated, and needs keys",
+    )  # fmt: skip
+    flag("--jobs_folder", program.jobs_folder, "where jobs and their videos are kept", metavar="FOLDER")
+    flag("--queue", jobs.queue, "jobs that may wait", int)
+    flag("--queue_per_key", jobs.queue_per_key, "jobs of a key that may wait or run", int)
+    flag("--kept_per_key", jobs.kept_per_key, "jobs of a key in all, finished ones included", int)
+    flag("--keep_hours", jobs.keep_hours, "until a finished job is deleted", float)
+    flag("--grace_seconds", 20.0, "that running jobs have to finish when the server is stopped", float)
+    flag("--visitors", live.visitors, "live connections at once", int)
+    flag("--idle_seconds", live.idle_seconds, "until a silent live connection is closed", float)
+    flag("--max_seconds", live.max_seconds, "of one video", float)
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(program: Program) -> int:
+    """Serve until SIGTERM or Ctrl-C. UserError for what cannot be, before anything is loaded where that shows it."""
+    args = parse(program)
+    console()
+    keys = read_keys(args.keys_file)
+    origins = [origin.lower().rstrip("/") for origin in args.allow_origin]
+    check_access(args.host, keys, origins)
+    live = Limits(visitors=args.visitors, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds)
+    jobs = JobLimits(
+        queue=args.queue, queue_per_key=args.queue_per_key, kept_per_key=args.kept_per_key, keep_hours=args.keep_hours
+    )
+    if not 0 <= args.grace_seconds <= 86_400:
+        raise UserError(f"--grace_seconds={args.grace_seconds:g} is out of range; give 0 to 86,400")
+    source = ModelSource(args.config_path, tuple(args.settings))
+    workers = args.workers or (max(1, len(gpus())) if source.config().device != "cpu" else 1)
+    pool = WorkerPool(source, workers, live)
+    store = JobStore(Path(args.jobs_folder), jobs)
+    listener = bound_socket(args.host, args.port)
+    faults: list[BaseException] = []
+
+    def stop(fault: BaseException) -> None:
+        faults.append(fault)
+        server.should_exit = True
+
+    options = ServerOptions(live=live, grace_seconds=args.grace_seconds)
+    app = create_app(pool, store, AccessPolicy(keys, is_loopback(args.host), origins), options, stop)
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **SOCKET))
+    log.info(f"open {address(args.host, listener.getsockname()[1])}")
+    # uvicorn ends well on SIGTERM, and then raises it once more for whoever handled it before
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    server.run([listener])
+    for fault in faults:
+        raise fault
+    if not server.started:  # its lifespan has failed, and said why
+        raise UserError("the server could not be started; what is above says why")
+    return 0
+

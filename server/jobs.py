@@ -1,0 +1,224 @@
+"""Which job runs next, and what becomes of it: between the HTTP API, the store and the workers.
+
+A job waits until a worker is free. Keys take turns by seconds of video, not by number of jobs: the next job is the
+oldest of the key that has been served least. Live sessions go before jobs; the workers see to that.
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ScheduleConfig
+from model.schedule import Schedule
+from server.errors import ApiError
+from server.job_store import DONE, IMAGE, MAX_ATTEMPTS, QUEUED, RUNNING, THUMBNAIL, VIDEO, Job, JobRequest, JobStore
+from server.metrics import Metrics
+from server.workers import JobFailed, JobSpec, Refused, WorkerDied, WorkerPool
+from utils.files import atomic_path
+from utils.logs import get_logger
+from utils.pictures import read_picture
+
+log = get_logger(__name__)
+LOOK_SECONDS = 1.0  # between two looks at whether a worker is free, where nothing else says so
+TIDY_SECONDS = 60.0  # between two looks at what has expired
+
+
+class JobQueue:
+    """Runs on the event loop; the store has a thread of its own, so that no disk holds up a live stream."""
+
+    def __init__(self, store: JobStore, pool: WorkerPool, metrics: Metrics):
+        self.store, self.pool, self.metrics = store, pool, metrics
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
+        self._running: dict[str, tuple[Job, asyncio.Task]] = {}
+        self._progress: dict[str, int] = {}  # percent
+        self._ended_by_us: dict[str, str] = {}  # why a running job's task was cancelled: "cancelled" or "stopping"
+        self._turn, self._served = 0.0, {}  # of the newest job, and by owner: see _next
+        self._wake = asyncio.Event()
+        self._stopping, self._tidied = False, time.monotonic()
+        self._scheduler: asyncio.Task | None = None
+
+    async def _on_disk(self, method: Callable[..., Any], *values: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, method, *values)
+
+    async def start(self) -> None:
+        """Take up what a server before has left, and begin."""
+        await self._on_disk(self.store.recover)
+        self._scheduler = asyncio.create_task(self._schedule())
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Start nothing more; what runs has `grace_seconds` to finish, and then waits for the next server."""
+        self._stopping = True
+        self._wake.set()
+        await self._scheduler
+        if self._running:
+            await asyncio.wait([task for _, task in self._running.values()], timeout=grace_seconds)
+        for id in list(self._running):
+            await self._end(id, "stopping")
+        await self._on_disk(self.store.close)
+        self._thread.shutdown()
+
+    async def create(
+        self, owner: str, request: JobRequest, digest: str, idempotency_key: str | None, image: bytes | None
+    ) -> tuple[Job, bool]:
+        """See JobStore.add."""
+        if self._stopping:
+            raise ApiError(503, "the server is being stopped; try again soon", code="stopping")
+        job, new = await self._on_disk(self.store.add, owner, request, digest, idempotency_key, image)
+        self._wake.set()
+        return job, new
+
+    async def get(self, owner: str, id: str) -> Job:
+        return await self._on_disk(self.store.get, owner, id)
+
+    async def page(self, owner: str, after: str | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
+        return await self._on_disk(self.store.page, owner, after, limit, newest_first)
+
+    async def counts(self) -> dict[str, int]:
+        return await self._on_disk(self.store.counts)
+
+    def progress(self, job: Job) -> int:
+        """Percent."""
+        return 100 if job.status == DONE else self._progress.get(job.id, 0)
+
+    def file(self, job: Job, ending: str) -> Path:
+        return self.store.path(job.id, ending)
+
+    async def cancel(self, owner: str, id: str) -> Job:
+        """The job, which has failed then; ApiError if it had ended before."""
+        job = await self.get(owner, id)
+        await self._end(id, "cancelled")
+        await self._on_disk(self.store.finish, id, "cancelled", "the video was cancelled")  # if it waited
+        ended = await self.get(owner, id)
+        if job.status not in (QUEUED, RUNNING) or ended.status == DONE:
+            raise ApiError(400, f"the video is {ended.status} already; only what waits or runs can be cancelled")
+        return ended
+
+    async def remove(self, owner: str, id: str) -> None:
+        """Delete a job and its files, and stop it if it runs."""
+        await self.get(owner, id)
+        await self._end(id, "cancelled")
+        await self._on_disk(self.store.remove, id)
+
+    async def _end(self, id: str, reason: str) -> None:
+        """Cancel a job's task, if it runs, and wait for its end."""
+        if id in self._running:
+            self._ended_by_us[id] = reason
+            task = self._running[id][1]
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _schedule(self) -> None:
+        """Start jobs until the server stops; a disk that refuses for a while is waited for."""
+        said = None
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                await self._start_jobs()
+                await self._tidy()
+                said = None
+            except (sqlite3.Error, OSError) as error:
+                if str(error) != said:
+                    log.warning(f"jobs cannot be taken up ({error}); this is tried again each second")
+                said = str(error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), LOOK_SECONDS)
+
+    async def _start_jobs(self) -> None:
+        while self._free_workers() and (job := self._next(await self._on_disk(self.store.heads))) is not None:
+            if self._stopping or not await self._on_disk(self.store.begin, job.id):
+                return
+            task = asyncio.create_task(self._run(job))
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # which has been logged
+            self._running[job.id] = job, task
+
+    async def _tidy(self) -> None:
+        if time.monotonic() - self._tidied > TIDY_SECONDS:
+            self._tidied = time.monotonic()
+            await self._on_disk(self.store.expire)
+            await self._on_disk(self.store.recover, set(self._running))
+
+    def _free_workers(self) -> int:
+        """One job runs on a worker at a time."""
+        return max(0, sum(worker["state"] == "ready" for worker in self.pool.status()) - len(self._running))
+
+    def _next(self, heads: Mapping[str, Job]) -> Job | None:
+        """The job whose owner is first in turn, by start-time fair queueing over seconds of video.
+
+        An owner's turn comes where the seconds of video end that were started for it, and not before the turn of the
+        newest job that runs: nobody saves up turns by staying away.
+        """
+        if not heads:
+            return None
+        turns = {owner: max(self._turn, self._served.get(owner, 0.0)) for owner in heads}
+        job = min(heads.values(), key=lambda job: (turns[job.owner], job.number))
+        self._turn = turns[job.owner]
+        self._served[job.owner] = self._turn + job.request.seconds
+        self._served = {owner: end for owner, end in self._served.items() if end > self._turn}
+        return job
+
+    async def _run(self, job: Job) -> None:
+        begin, outcome = time.monotonic(), "failed"
+        self.metrics.job_wait.observe(max(0.0, time.time() - job.created_at))
+        try:
+            await self._make(job)
+            await self._on_disk(self.store.finish, job.id)
+            self.metrics.job_run.observe(time.monotonic() - begin)
+            outcome = DONE
+        except JobFailed as error:
+            await self._on_disk(self.store.finish, job.id, "generation_failed", str(error))
+        except Refused:  # its worker went while it was handed over
+            outcome = "put_back"
+            await self._on_disk(lambda: self.store.put_back(job.id, counted=False))
+        except WorkerDied:
+            if job.attempts + 1 < MAX_ATTEMPTS:
+                outcome = "put_back"
+                await self._on_disk(lambda: self.store.put_back(job.id, counted=True))
+            else:
+                message = f"the worker process ended {job.attempts + 1} times while it made this video"
+                await self._on_disk(self.store.finish, job.id, "worker_died", message)
+        except asyncio.CancelledError:
+            outcome = self._ended_by_us.get(job.id, "stopping")
+            if outcome == "cancelled":
+                await self._on_disk(self.store.finish, job.id, "cancelled", "the video was cancelled")
+            else:
+                outcome = "put_back"
+                await self._on_disk(lambda: self.store.put_back(job.id, counted=False))
+        except Exception:
+            log.exception("a job broke off")
+            await self._on_disk(self.store.finish, job.id, "server_error", "the server's log says why")
+            raise
+        finally:
+            self.metrics.jobs_finished.labels(outcome).inc()
+            for kept in (self._running, self._progress, self._ended_by_us):
+                kept.pop(job.id, None)
+            self._wake.set()
+
+    async def _make(self, job: Job) -> None:
+        """Video and thumbnail of a job."""
+        spec = await asyncio.to_thread(self._spec, job)
+        async with aclosing(self.pool.run_job(spec, self.store.path(job.id, VIDEO))) as events:
+            async for event in events:
+                if event["type"] == "progress":
+                    self._progress[job.id] = min(99, 100 * event["chunk"] // max(1, event["chunks"]))
+                else:
+                    thumbnail = event["thumbnail"]
+        await asyncio.to_thread(_write, self.store.path(job.id, THUMBNAIL), thumbnail)
+
+    def _spec(self, job: Job) -> JobSpec:
+        request, image = job.request, None
+        schedule = None
+        if request.schedule is not None:
+            schedule = Schedule.from_config(ScheduleConfig(preset=request.schedule), self.pool.config.stream)
+        if request.image:
+            image = read_picture(self.store.path(job.id, IMAGE), request.size)
+        return JobSpec(request.prompt, request.seed, request.num_frames, schedule, image)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,123 @@
+"""What every request passes before a route sees it: access, a bound on its body, headers of the answer."""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.access import NOBODY, AccessPolicy
+from server.errors import ApiError
+
+POLICY = 1008  # close code of RFC 6455
+BODY_SECONDS = 30.0  # in which a body must have arrived
+MAX_BODY = 64 * 1024  # bytes, where nothing else is said
+MAX_DRAINED = 64 * 2**20  # bytes that are read of a body that is refused
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Access:
+    """Lets in who may come in; `scope["state"]["owner"]` says who that is.
+
+    open_paths, open_folders: what anyone may read; only the Host and the Origin are looked at there.
+    """
+
+    def __init__(
+        self, app: ASGIApp, policy: AccessPolicy, open_paths: tuple[str, ...] = (), open_folders: tuple[str, ...] = ()
+    ):
+        self.app, self.policy, self.open_paths, self.open_folders = app, policy, open_paths, open_folders
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        try:
+            self.policy.check_place(headers)
+            owner = NOBODY if self._is_open(scope["path"]) else self.policy.owner(headers)
+        except ApiError as error:
+            if scope["type"] == "http":
+                return await error.response()(scope, receive, send)
+            await receive()
+            await send({"type": "websocket.accept"})  # a browser shows the reason of a close, and no status
+            return await send({"type": "websocket.close", "code": POLICY, "reason": error.message[:120]})
+        scope.setdefault("state", {})["owner"] = owner
+        await self.app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self.open_paths or path.startswith(self.open_folders)
+
+
+class BoundedBodies:
+    """Refuses a body that has too many bytes or takes too long, before and while it arrives.
+
+    large: patterns of paths that take more, and how much.
+    """
+
+    def __init__(self, app: ASGIApp, large: Mapping[str, int]):
+        self.app, self.large = app, large
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        patterns = (pattern for pattern in self.large if re.fullmatch(pattern, scope["path"]))
+        most = self.large.get(next(patterns, ""), MAX_BODY)
+        too_much = ApiError(413, f"the body has more than {most:,} bytes; send less", code="too_large")
+        deadline, arrived, complete = asyncio.get_running_loop().time() + BODY_SECONDS, 0, False
+
+        async def bounded() -> Message:
+            nonlocal arrived, complete
+            if complete:  # what comes now is the end of the connection, which may take as long as the answer does
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                sentence = f"the body took more than {BODY_SECONDS:g} s to arrive; send less"
+                raise ApiError(408, sentence, code="too_slow", headers={"Connection": "close"}) from error
+            arrived += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if arrived > most:
+                await drain()
+                raise too_much
+            return message
+
+        async def drain() -> None:
+            """Take the rest and drop it: who is cut off while sending does not read the answer."""
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    size, more = arrived, not complete
+                    while more and size < MAX_DRAINED:
+                        message = await receive()
+                        size += len(message.get("body", b""))
+                        more = message.get("more_body", False)
+
+        stated = Headers(scope=scope).get("content-length", "0")
+        if not stated.isdecimal() or int(stated[:20]) > most:
+            await drain()
+            return await too_much.response()(scope, receive, send)
+        await self.app(scope, bounded, send)
+
+
+class AnswerHeaders:
+    """Adds HEADERS to each answer that does not have its own."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
