@@ -1,7 +1,8 @@
 """YAML files and `key.sub=value` overrides to the checked, frozen tree of configs/schema.py.
 
 A YAML file may start from another one: `base: tiny.yaml` (relative to the file that says so). What is merged, later
-over earlier: defaults of the schema, the base, the file, the overrides. Lists are replaced, sections are merged.
+over earlier: defaults of the schema, the base, the file, the overrides. Lists are replaced, sections are merged. A
+folder that `DiagonalPipeline.save_pretrained` has written stands for its pipeline.json and its weights.
 
 Values are read as they are written, and it is the schema that says what they are: `010` is ten where a number belongs
 and the text 010 elsewhere, `on` is true where a switch belongs. There are no tags, aliases or `${...}`: a file of a
@@ -53,12 +54,18 @@ IDLE = {  # as stored by default
     "inference.fused_norms": "true",
 }
 MOVED = {("inference", "cpu_threads"): "cpu_threads"}  # from a section to the top
+PIPELINE = "pipeline.json"  # settings of a folder with all weights, which are in these places
+FOLDER_OF = {name: name for name in ("vae", "text_encoder", "tokenizer")}
+FOLDER_OF |= {"student": "transformer", "tiny_decoder": "tiny_decoder.safetensors"}
 MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The tree that `path` and `overrides` describe; UserError for anything unknown, mistyped or out of range."""
+    """The tree that `path` (a YAML file, or a folder of a whole pipeline) and `overrides` describe.
+
+    UserError for anything unknown, mistyped or out of range.
+    """
     files = [as_meant(_check(_moved(layer), Config, "")) for layer in _layers(Path(path), ())]
     given = [as_meant(_check(_moved(_override(text)), Config, "")) for text in overrides]
     layers = [*files, *given]
@@ -121,7 +128,14 @@ def presets() -> list[str]:
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     """Contents of `path` and of the bases under it, the undermost first. `seen` are the files that led here."""
-    found = path if path.is_file() else CHECKOUT / path
+    found = path if path.exists() else CHECKOUT / path
+    if found.is_dir():
+        if not (found / PIPELINE).is_file():
+            raise UserError(
+                f"config_path={shown(path)} is a folder without {PIPELINE}; give a YAML file of settings, or a folder "
+                f"that DiagonalPipeline.save_pretrained has written"
+            )
+        found /= PIPELINE
     if not found.is_file():
         near = difflib.get_close_matches(f"configs/{path.name}", presets(), 3, cutoff=0.0)
         raise UserError(f"config_path={shown(path)} does not exist; configs/ has presets such as {', '.join(near)}")
@@ -131,8 +145,10 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
         raise UserError(f"base={path} closes a circle ({chain}); remove one `base:` line")
     values = _read(found)
     base = values.pop("base", None)
+    places = {name: str(found.parent / place) for name, place in FOLDER_OF.items()}
+    under = [{"model": places}] if found.name == PIPELINE else []
     if base is None:
-        return [values]
+        return [*under, values]
     if not isinstance(base, str):
         raise UserError(f"base={shown(base)} in {path} is not a file name; write base: other.yaml")
     return [*_layers(found.parent / base, (*seen, found)), values]

@@ -163,6 +163,30 @@ def with_steps(config: Config, steps: Sequence[int], context: str | None = None)
     return replace(config, schedule=schedule, stream=replace(config.stream, context=context or policy))
 
 
+def as_schedule(given: Any, config: Config) -> Schedule:
+    """The schedule that `given` asks for, where `config` says all else of it.
+
+    given: a Schedule; the name of a preset; steps a chunk, as digits ("4322222") or numbers ([4, 3, 2]); or a list of
+    timesteps a chunk ([[1000, 769.2, 357.1], [1000, 357.1]]). UserError for anything else.
+    """
+    if isinstance(given, Schedule):
+        return given
+    if isinstance(given, str) and not given.isdecimal():
+        named = replace(config, schedule=ScheduleConfig(preset=given))
+        return Schedule.from_config(named.schedule, named.stream)
+    if isinstance(given, list | tuple) and given and all(isinstance(row, list | tuple) for row in given):
+        _, policy = _spelled_out(config.schedule, config.stream.context)
+        listed = ScheduleConfig(timesteps=[list(row) for row in given])
+        return Schedule.from_config(listed, replace(config.stream, context=policy))
+    if not isinstance(given, str | list | tuple):
+        raise UserError(
+            f"schedule={shown(given)} is no schedule; give a preset ({', '.join([*PRESETS, *DATED])}), steps a chunk "
+            f'("4322222" or [4, 3, 2]), a list of timesteps a chunk, or a Schedule'
+        )
+    changed = with_steps(config, _counts(given))
+    return Schedule.from_config(changed.schedule, changed.stream)
+
+
 def _row_of(rows: Sequence[tuple[float, ...]], chunk: int, steps: int) -> tuple[float, ...]:
     """Timesteps of a chunk that is to have so many `steps`, by what `rows` have."""
     place = min(chunk, len(rows) - 1)

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.diagonal import DiagonalPipeline, Video
+    from pipeline.diagonal import DiagonalPipeline, DiagonalPipelineOutput, Video
 
-__all__ = ["DiagonalPipeline", "Video"]
+__all__ = ["DiagonalPipeline", "DiagonalPipelineOutput", "Video"]
 
 
 def __getattr__(name: str):

@@ -50,6 +50,20 @@ class AsyncDecoder:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
 
 
+class NoDecoder:
+    """In place of a codec's stream where latents alone are wanted."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """No frames: [B, 0, 3, h, w]."""
+        return latents.new_empty(len(latents), 0, 3, *latents.shape[3:])
+
+    def snapshot(self) -> None:
+        """There is nothing to go back to."""
+
+    def restore(self, snapshot: None) -> None:
+        """There is nothing to go back to."""
+
+
 def to_frames(pixels: Tensor) -> Tensor:
     """Float `[B, T, 3, H, W]` in [-1, 1] -> uint8 `[B, T, H, W, 3]`, rounded to nearest."""
     return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()

@@ -1,26 +1,30 @@
-"""`DiagonalPipeline`: text to video in one object, in the manner of diffusers.
+"""`DiagonalPipeline`: text to video in one object, in the manner of diffusers (docs/python.md).
 
     pipe = DiagonalPipeline.from_config("configs/tiny.yaml")
+    pipe("a red circle moves right", seed=0).videos[0].save("circle.mp4")
     for frames in pipe.stream("a red circle moves right", seed=0):  # uint8 [T, H, W, 3]: 9 frames, then 12 at a time
         ...
-    pipe("a red circle moves right", seed=0).save("circle.mp4")
     pipe("a red circle moves right", image="first.png")  # or video="before.mp4": what it begins with
     print(pipe.schedule)
+    pipe.save_pretrained("my_model")  # and DiagonalPipeline.from_pretrained("my_model")
 """
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from configs.errors import UserError
-from configs.geometry import latent_frames, pixel_frames
-from configs.load import load_config
+from configs.errors import UserError, shown
+from configs.geometry import TEMPORAL_STRIDE, Geometry, pixel_frames
+from configs.load import PIPELINE, load_config
 from configs.schema import Config, InferenceConfig, ModelConfig, ScheduleConfig, StreamConfig
 from model.attention import set_attention
 from model.causal_wan import CausalWanModel
@@ -30,45 +34,47 @@ from model.fast.codec import optimise_codec
 from model.fast.int8 import convert
 from model.fast.offload import BlockStream, HostTextEncoder, SmallSteps
 from model.fast.student import FastPlan, optimise
-from model.schedule import Schedule
+from model.schedule import Schedule, as_schedule
 from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoderCodec, in_best_precision
 from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
 from model.weights.lora import Loras, plan_lora
+from model.weights.plain import plain
+from pipeline.arguments import as_lengths, as_prompts, as_seeds, refuse, whole
 from pipeline.async_decoder import prefetch
+from pipeline.pretrained import save_folder, settings_of
 from pipeline.start import encode_start, read_start, start_warnings
 from pipeline.story import Story, play_story
 from pipeline.stream import ChunkResult, StreamSession
-from utils.device import pick_device, pick_dtype, set_threads
-from utils.distributed import Ranks
+from pipeline.video import OUTPUT_TYPES, DiagonalPipelineOutput, Video
+from utils.device import DTYPES, pick_device, pick_dtype, set_threads
 from utils.logs import get_logger
 from utils.pictures import Clip, Picture
+from utils.progress import progress_bar
 from utils.prompts import check_prompt
-from utils.seeds import settled
-from utils.video import VideoWriter
 
 log = get_logger(__name__)
 SELF_FORCING = Schedule.from_config(ScheduleConfig(preset="self_forcing"), StreamConfig())
 
 FAR = 1.3  # times as high or as wide as what a student was trained for
+MAX_SIDE, MAX_VIDEOS = 8192, 1000  # pixels; videos of one prompt in one call
 Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
+Seeds = int | None | Sequence[int]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+OnChunkEnd = Callable[["DiagonalPipeline", int, dict[str, Any]], Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Video:
-    """One finished clip."""
+@dataclass(frozen=True)
+class Request:
+    """A call of the pipeline, checked."""
 
-    frames: np.ndarray = field(repr=False)  # uint8 [T, H, W, 3]
-    fps: int
-    prompt: str
-    seed: int
-    timings: list[dict[str, float]] = field(default_factory=list, repr=False)  # a chunk: seconds by their use
-    warnings: list[str] = field(default_factory=list)  # sentences: what the model may not do well here
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write an H.264 .mp4, whole or not at all."""
-        with VideoWriter(path, self.fps, self.frames.shape[1:3]) as video:
-            video.write(self.frames)
+    config: Config  # with the size that was asked for
+    prompts: list[str]  # one a video
+    seeds: list[int]
+    lengths: list[int]  # chunks
+    schedule: Schedule
+    image: Picture | None
+    video: Clip | None
 
 
 class DiagonalPipeline:
@@ -77,13 +83,45 @@ class DiagonalPipeline:
     def __init__(self, config: Config, student: Student, codec: Codec, text_encoder: TextEncoder):
         self.config = config
         self.session = StreamSession.from_config(config, student, codec, text_encoder)
-        self.schedule, self.geometry = self.session.schedule, self.session.geometry
+        self.geometry, self._schedule = self.session.geometry, self.session.schedule
         self.card: Mapping[str, Any] = {}  # what is known of the student's training
         self.loras = Loras(student.model)  # adapters that are not merged for good
         self.start_warnings: list[str] = []  # of the picture or clip that was encoded last
+        self._resized: StreamSession | None = None  # of the last call that asked for another size
+        self._progress_bar: dict[str, Any] = {}
+
+    # --- from files, and into them ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0):
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *overrides: str,
+        dtype: torch.dtype | None = None,
+        local_rank: int = 0,
+        **absent: Any,
+    ) -> "DiagonalPipeline":
+        """A pipeline from a folder that `save_pretrained` has written; it is on the GPU at once where there is one.
+
+        overrides: settings as on the command line, "device=cpu" or "inference.text_encoder=stream".
+        dtype: of the networks; None = bfloat16 on a GPU that has it, else float32.
+        UserError for a folder that is not whole, and as `from_config`. Nothing is fetched: folders only.
+        """
+        refuse(absent, ("dtype", "local_rank"))
+        folder = Path(folder).expanduser()
+        if not (folder / PIPELINE).is_file():
+            what = f"has no {PIPELINE}" if folder.is_dir() else "is no folder here, and nothing is fetched"
+            raise UserError(
+                f"folder={shown(folder)} {what}; give one that save_pretrained has written, or use from_config"
+            )
+        if dtype is not None:
+            overrides = (*overrides, f"inference.precision={precision_of(dtype)}")
+        return cls.from_config(folder, *overrides, local_rank=local_rank)
+
+    @classmethod
+    def from_config(
+        cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0
+    ) -> "DiagonalPipeline":
         """A pipeline of what the configuration names; `overrides` as on the command line: "schedule.steps=5432222".
 
         local_rank: the GPU to use where there are several.
@@ -101,8 +139,9 @@ class DiagonalPipeline:
         names, places = config.model, config.inference
         student = load_student(names.student, load_device(places.student, device), dtype, use_ema=names.use_ema)
         loras = load_loras(student, names)
-        whole = load_device("stream" if places.text_int8 else places.text_encoder, device)
-        text = load_text_encoder(names.text_encoder, names.tokenizer, names.text_tokens, whole, dtype)
+        text = load_text_encoder(
+            names.text_encoder, names.tokenizer, names.text_tokens, text_load_device(places, device), dtype
+        )
         codec = load_codec(names, device, dtype)
         pipe = cls.from_parts(config, student, codec, text, device)
         pipe.loras, pipe.card = loras, student.card
@@ -125,47 +164,243 @@ class DiagonalPipeline:
             codec = SmallSteps(codec, places.decode_frames)
         return cls(config, *apply_fast_plan(Student(student), codec, plan), place_text(text, places, device))
 
-    def stream(
-        self,
-        prompt: str | Sequence[str],
-        seed: int | Sequence[int] = 0,
-        num_frames: Frames = None,
-        *,
-        image: Picture | None = None,
-        video: Clip | None = None,
-    ) -> Iterator[np.ndarray | list[np.ndarray]]:
-        """Yield each chunk's frames as soon as they are decoded: uint8 `[T, H, W, 3]`, T = 9 and then 12 at a time.
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write all that the pipeline is made of to a new or empty folder, which `from_pretrained` reads.
 
-        A list of prompts runs as one batch and yields lists; `seed` and `num_frames` are then one for all, or lists,
-        and a video that has ended gives no frames (T = 0).
-        num_frames: pixel frames of the clip (81, not 21); None = what the configuration says.
-        image, video: what the video begins with, a file or pixels (pipeline/start.py); its frames count and come first.
+        Weights are those that the pipeline holds, adapters merged. Saved and loaded, it gives the same frames bit by
+        bit. UserError where the folder holds anything, and where weights are held in 8 bits or under adapters.
         """
-        prompts, seeds = as_batch(prompt, seed)
-        for frames, _ in self.chunks(prompts, seeds, num_frames, self.start(image, video, num_frames)):
-            yield frames[0] if isinstance(prompt, str) else frames
+        names = self.config.model
+        merged = [{"file": Path(path).name} for path in names.lora] if names.lora_merge else []
+        card = dict(self.card) | ({"merged_lora": merged} if merged else {})
+        networks = {name: plain(part) for name, part in self.components.items() if isinstance(part, nn.Module)}
+        settings = settings_of(self.config, self.schedule)
+        save_folder(folder, networks, self.session.text_encoder.tokenizer, settings, card)
+
+    # --- what it is made of, and where that is ------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The networks (transformer, vae or tiny_decoder, text_encoder), the tokenizer and the schedule."""
+        codec, text = self.session.codec, self.session.text_encoder
+        codec = codec.codec if isinstance(codec, SmallSteps) else codec
+        pixels = {"vae": codec.vae} if isinstance(codec, WanCodec) else {"tiny_decoder": codec.decoder}
+        words = {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
+        return {"transformer": self.session.student.model, **pixels, **words, "schedule": self.schedule}
+
+    @property
+    def schedule(self) -> Schedule:
+        """The timesteps of each chunk; may be set, to whatever `schedule=` takes."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Any) -> None:
+        self._schedule = self.session.schedule = as_schedule(schedule, self.config)
+        warn_of_schedule(self.schedule, self.card)
+
+    @property
+    def device(self) -> torch.device:
+        """Where videos are made."""
+        return self.session.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the student computes in."""
+        return self.session.dtype
+
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "DiagonalPipeline":
+        """Move all networks, and return the pipeline itself.
+
+        dtype: of the networks; None = what `inference.precision` means on that device.
+        UserError for a device that does not exist here, and where weights are held in 8 bits or under adapters.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        there, precision = self.device if device is None else pick_device(str(device)), self.config.inference.precision
+        if dtype is not None:
+            precision = precision_of(dtype)
+        if (there, pick_dtype(precision, there)) != (self.device, self.dtype):
+            inference = replace(self.config.inference, precision=precision)
+            self._place(replace(self.config, device=str(there), inference=inference))
+        return self
+
+    def enable_model_cpu_offload(self) -> None:
+        """Keep the text encoder on the host between prompts (inference.text_encoder=after_use).
+
+        Student and codec stay on the GPU: they take turns at every chunk.
+        """
+        self._offload(text_encoder="after_use")
+
+    def enable_group_offload(self) -> None:
+        """Keep student and text encoder on the host, a block at a time on the GPU (inference.student=stream)."""
+        self._offload(student="stream", text_encoder="stream")
+
+    def _offload(self, **places: str) -> None:
+        self._place(replace(self.config, inference=replace(self.config.inference, **places)))
+
+    def _place(self, config: Config) -> None:
+        """Become the pipeline that `config` asks for, with the weights that there are."""
+        device, places, parts = pick_device(config.device), config.inference, self.components
+        dtype, words = pick_dtype(places.precision, device), self.session.text_encoder
+        FastPlan.from_config(places, device)
+        student = plain(parts["transformer"], load_device(places.student, device), dtype)
+        encoder = plain(parts["text_encoder"], text_load_device(places, device), dtype)
+        if "vae" in parts:
+            codec = WanCodec(plain(parts["vae"], device, dtype))
+        else:
+            decoder = plain(parts["tiny_decoder"], device, torch.float32)
+            codec = TinyDecoderCodec(in_best_precision(decoder, dtype))
+        text = TextEncoder(encoder, words.tokenizer, words.text_tokens)
+        self.config, self.session = config, self.from_parts(config, student, codec, text, device).session
+        self._resized, self.loras = None, Loras(self.session.student.model)
+
+    # --- videos -------------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = None,
         num_frames: Frames = None,
         *,
+        generator: Generators = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_videos_per_prompt: int = 1,
         image: Picture | None = None,
         video: Clip | None = None,
-    ) -> Video | list[Video]:
-        """The whole video of `prompt`; a list of them for a list of prompts. Arguments as for `stream`."""
-        prompts, seeds = as_batch(prompt, seed)
-        chunks = list(self.chunks(prompts, seeds, num_frames, self.start(image, video, num_frames)))
-        timings = [spans for _, spans in chunks]
+        schedule: Any = None,
+        output_type: str = "np",
+        callback_on_chunk_end: OnChunkEnd | None = None,
+        **absent: Any,
+    ) -> DiagonalPipelineOutput:
+        """Videos of `prompt`, or of each in a list, made as one batch.
+
+        Args:
+            seed: of the first video of each prompt, or a list of one a prompt; None = as configured (0), -1 draws one.
+            num_frames: pixel frames of a video (81, not 21), or a list of one a prompt; None = as configured.
+            generator: draws the seeds instead; or a list of one a video.
+            height, width: pixels; None = as configured.
+            num_videos_per_prompt: each has a seed of its own, which `Video.seed` tells.
+            image, video: what the videos begin with, a file or pixels; its frames count and come first.
+            schedule: instead of the pipeline's: a preset, steps a chunk ("432", [4, 3, 2]), timesteps, or a Schedule.
+            output_type: of `output.frames`: np, pil, pt, or latent, with which nothing is decoded.
+            callback_on_chunk_end: called as callback(pipe, chunk, {"latents": Tensor [B, f, C, h, w], "frames": a list
+                of uint8 [T, H, W, 3] of each video}); an exception in it ends the call.
+
+        UserError for what is wrong, and for arguments of diffusers that a distilled student has no use for.
+        """
+        refuse(absent, list(inspect.signature(self.__call__).parameters)[:-1])
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type={shown(output_type)} is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+        if not (callback_on_chunk_end is None or callable(callback_on_chunk_end)):
+            raise UserError(f"callback_on_chunk_end={shown(callback_on_chunk_end)} cannot be called; give a function")
+        asked = self._request(
+            prompt, seed, num_frames, generator, height, width, num_videos_per_prompt, image, video, schedule
+        )
+        parts: list[list[np.ndarray]] = [[] for _ in asked.prompts]
+        latents: list[list[Tensor]] = [[] for _ in asked.prompts]
+        timings, decode = [], output_type != "latent"
+        with progress_bar(asked.prompts[0], max(asked.lengths), "chunk", **self._progress_bar) as bar:
+            for result in self._results(asked, decode=decode):
+                frames = self._frames(result)
+                for i in (i for i, alive in enumerate(result.alive) if alive):
+                    parts[i].append(frames[i])
+                    if not decode:
+                        latents[i].append(result.latents[i])
+                timings.append(result.timings)
+                bar.update()
+                if callback_on_chunk_end is not None:
+                    callback_on_chunk_end(self, result.chunk, {"latents": result.latents, "frames": frames})
+        if not decode:
+            return DiagonalPipelineOutput([], output_type, [torch.cat(own).transpose(0, 1) for own in latents])
         videos = [
             Video(
-                np.concatenate([frames[i] for frames, _ in chunks]), self.config.video.fps, text, one_seed, timings,
-                self.warnings([text]),
+                np.concatenate(own), self.config.video.fps, text, one_seed, timings, self.warnings([text], asked.config)
             )
-            for i, (text, one_seed) in enumerate(zip(prompts, seeds, strict=True))
+            for own, text, one_seed in zip(parts, asked.prompts, asked.seeds, strict=True)
         ]
-        return videos[0] if isinstance(prompt, str) else videos
+        return DiagonalPipelineOutput(videos, output_type)
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        seed: Seeds = None,
+        num_frames: Frames = None,
+        *,
+        generator: Generators = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: Picture | None = None,
+        video: Clip | None = None,
+        schedule: Any = None,
+        **absent: Any,
+    ) -> Iterator[np.ndarray | list[np.ndarray]]:
+        """Yield each chunk's frames as soon as they are decoded: uint8 `[T, H, W, 3]`, T = 9 and then 12 at a time.
+
+        Arguments as for the call. A list of prompts runs as one batch and yields lists, in which a video that has
+        ended gives no frames (T = 0).
+        """
+        refuse(absent, list(inspect.signature(self.stream).parameters)[:-1])
+        asked = self._request(prompt, seed, num_frames, generator, height, width, 1, image, video, schedule)
+        batches = (self._frames(result) for result in self._results(asked))
+        return (frames[0] for frames in batches) if isinstance(prompt, str) else batches
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Arguments of tqdm for the bar that counts chunks: disable=True; disable=False where there is no terminal."""
+        refuse(settings, list(inspect.signature(tqdm.__init__).parameters)[1:-1])
+        self._progress_bar = settings
+
+    def _request(
+        self,
+        prompt: Any,
+        seed: Any,
+        num_frames: Any,
+        generator: Any,
+        height: Any,
+        width: Any,
+        samples: Any,
+        image: Picture | None,
+        video: Clip | None,
+        schedule: Any,
+    ) -> Request:
+        """The arguments of a call, checked."""
+        prompts, samples = as_prompts(prompt), whole("num_videos_per_prompt", samples, 1, MAX_VIDEOS)
+        sides = {
+            name: whole(name, value, 1, MAX_SIDE)
+            for name, value in (("height", height), ("width", width))
+            if value is not None
+        }
+        config = replace(self.config, video=replace(self.config.video, **sides))
+        Geometry.from_config(config)
+        lengths = [self.num_chunks(n) for n in as_lengths(num_frames, len(prompts), samples, self.num_pixel_frames)]
+        rows = self.schedule
+        if schedule is not None:
+            rows = as_schedule(schedule, self.config)
+            warn_of_schedule(rows, self.card)
+        seeds = as_seeds(seed, generator, len(prompts), samples, self.config.seed)
+        videos = [text for text in prompts for _ in range(samples)]
+        return Request(config, videos, seeds, lengths, rows, image, video)
+
+    def _session(self, config: Config) -> StreamSession:
+        """One of the size that `config` has; the last one of another size than the pipeline's is kept for the next."""
+        size, networks = (config.video.height, config.video.width), self.session
+        for session in (self.session, self._resized):
+            if session is not None and (session.geometry.height, session.geometry.width) == size:
+                return session
+        self._resized = StreamSession.from_config(config, networks.student, networks.codec, networks.text_encoder)
+        return self._resized
+
+    def _results(self, asked: Request, *, decode: bool = True) -> Iterator[ChunkResult]:
+        """Chunks as they arrive."""
+        session, chunk = self._session(asked.config), self.geometry.chunk_frames
+        pixels = read_start(asked.config, asked.image, asked.video, min(asked.lengths) * chunk)
+        self.start_warnings = []
+        start = None if pixels is None else self.encode(pixels)
+        self._warn(asked.prompts, size_warnings(asked.config, self.card) if asked.config != self.config else [])
+        session.schedule = asked.schedule
+        yield from self._arrived(session.play(asked.prompts, asked.seeds, asked.lengths, start, decode=decode))
 
     @property
     def num_pixel_frames(self) -> int:
@@ -174,22 +409,23 @@ class DiagonalPipeline:
 
     def num_chunks(self, num_frames: int | None = None) -> int:
         """Chunks of a clip of `num_frames` pixel frames (None: as configured). UserError where they do not fit."""
-        latents = self.config.video.num_latent_frames if num_frames is None else latent_frames(num_frames)
-        return self.geometry.num_chunks(latents)
-
-    def start(
-        self, image: Picture | None = None, video: Clip | None = None, num_frames: Frames = None
-    ) -> Tensor | None:
-        """Latents [1, F, C, h, w] that a video of `num_frames` pixel frames begins with; None without any."""
-        lengths = [self.num_chunks(n) for n in (num_frames if isinstance(num_frames, Sequence) else [num_frames])]
-        pixels = read_start(self.config, image, video, min(lengths) * self.geometry.chunk_frames)
-        self.start_warnings = []
-        return None if pixels is None else self.encode(pixels)
+        if num_frames is None:
+            return self.geometry.num_chunks(self.config.video.num_latent_frames)
+        chunk = self.geometry.chunk_frames
+        more = TEMPORAL_STRIDE * chunk
+        chunks = max(1, (num_frames + TEMPORAL_STRIDE - 1) // more)
+        fits = pixel_frames(chunks * chunk)
+        if fits != num_frames:
+            raise UserError(
+                f"num_frames={num_frames} is not a whole number of chunks, which have {pixel_frames(chunk)} frames and "
+                f"then {more} each; try {fits} or {fits + more}"
+            )
+        return chunks
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """Latents [1, F, C, h, w] of what `read_start` has read, uint8 [T, H, W, 3]."""
-        codec = self.session.codec
-        latents = encode_start(codec, pixels, self.geometry, self.session.device)
+        codec, (height, width) = self.session.codec, pixels.shape[1:3]
+        latents = encode_start(codec, pixels, replace(self.geometry, height=height, width=width), self.session.device)
         small_world = bool(self.session.text_encoder.known_words)
         self.start_warnings = start_warnings(self.card, pixels[0], latents, codec if small_world else None)
         for text in self.start_warnings:
@@ -200,60 +436,47 @@ class DiagonalPipeline:
         """Sentences that say which parts of `prompt` the model does not see; [] where it sees all."""
         return prompt_warnings(self.session.text_encoder, prompt)
 
-    def warnings(self, prompts: Sequence[str]) -> list[str]:
-        """Sentences that say what a video of these prompts, at this size and from the last start, may not do well."""
+    def warnings(self, prompts: Sequence[str], config: Config | None = None) -> list[str]:
+        """Sentences that say what a video of these prompts, at the size of `config` (None: the pipeline's) and from
+        the last start, may not do well."""
         seen = [text for prompt in prompts for text in self.prompt_warnings(prompt)]
-        return [*size_warnings(self.config, self.card), *self.start_warnings, *dict.fromkeys(seen)]
+        return [*size_warnings(config or self.config, self.card), *self.start_warnings, *dict.fromkeys(seen)]
 
-    def _warn(self, prompts: Sequence[str]) -> None:
-        for text in dict.fromkeys(text for prompt in prompts for text in self.prompt_warnings(check_prompt(prompt))):
+    def _warn(self, prompts: Sequence[str], more: Sequence[str] = ()) -> None:
+        seen = [text for prompt in prompts for text in self.prompt_warnings(check_prompt(prompt))]
+        for text in dict.fromkeys([*more, *seen]):
             log.warning(text)
-
-    def chunks(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        num_frames: Frames = None,
-        start: Tensor | None = None,
-    ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
-        """As `stream`, for a batch: a chunk's frames of each video, and the seconds that its parts took.
-
-        start: latents that all of them begin with.
-        """
-        self._warn(prompts)
-        if isinstance(num_frames, Sequence):
-            if len(num_frames) != len(prompts):
-                raise UserError(f"{len(num_frames)} lengths were given for {len(prompts)} prompts; give one a prompt")
-            lengths = [self.num_chunks(n) for n in num_frames]
-        else:
-            lengths = self.num_chunks(num_frames)
-        yield from self._arrived(self.session.play(prompts, seeds, lengths, start))
 
     def tell(
         self, story: Story, seed: int, num_chunks: int | None, start: Tensor | None = None
     ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
-        """As `chunks`, for one video of prompts that follow one another. num_chunks: None = without end."""
-        self._warn(story.prompts)
-        yield from self._arrived(play_story(self.session, story, seed, num_chunks, start))
+        """A chunk's frames and the seconds that its parts took, for one video of prompts that follow one another.
 
-    def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
+        num_chunks: None = without end. start: latents that it begins with.
+        """
+        self._warn(story.prompts)
+        self.session.schedule = self.schedule
+        for result in self._arrived(play_story(self.session, story, seed, num_chunks, start)):
+            yield self._frames(result), result.timings
+
+    def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
         beside = self.session.device.type == "cuda" and self.config.inference.overlap
         for result in prefetch(results, 1) if beside else results:  # one more chunk is queued than is waited for
-            frames = result.wait().frames.numpy()
-            yield [own if alive else own[:0] for own, alive in zip(frames, result.alive, strict=True)], result.timings
+            yield result.wait()
+
+    @staticmethod
+    def _frames(result: ChunkResult) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] of each video; T = 0 of one that has ended."""
+        frames = result.frames.numpy()
+        return [own if alive else own[:0] for own, alive in zip(frames, result.alive, strict=True)]
 
 
-def as_batch(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    """Prompts and seeds as lists of one length; a single seed serves all prompts, and -1 draws one for each."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if not prompts or len(seeds) != len(prompts):
-        raise UserError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one a prompt")
-    for i, given in enumerate(seeds):
-        seeds[i] = settled(given, Ranks())
-        if seeds[i] != given:
-            log.info(f"seed {given}: drawn was {seeds[i]}")
-    return prompts, seeds
+def precision_of(dtype: torch.dtype) -> str:
+    """What `inference.precision` calls `dtype`."""
+    names = [name for name, known in DTYPES.items() if known == dtype]
+    if not names:
+        raise UserError(f"dtype={shown(dtype)} is none that networks compute in; use torch's {', '.join(DTYPES)}")
+    return names[0]
 
 
 def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
@@ -272,6 +495,11 @@ def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
 def load_device(place: str, device: torch.device) -> torch.device:
     """Where a network is loaded to that has this place."""
     return device if place == "keep" else torch.device("cpu")
+
+
+def text_load_device(config: InferenceConfig, device: torch.device) -> torch.device:
+    """Where the text encoder is loaded to; one that is to be in 8 bits is made so a layer at a time."""
+    return load_device("stream" if config.text_int8 else config.text_encoder, device)
 
 
 def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device) -> TextEncoder:

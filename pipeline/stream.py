@@ -28,7 +28,7 @@ from model.codec import Codec
 from model.denoiser import Student
 from model.schedule import Schedule
 from model.text import TextEncoder
-from pipeline.async_decoder import AsyncDecoder
+from pipeline.async_decoder import AsyncDecoder, NoDecoder
 from pipeline.chunk import ConditioningFrames, denoise_chunk, update_cache
 from pipeline.noise import NoiseSource
 from pipeline.snapshot import Snapshot, identity
@@ -159,6 +159,8 @@ class StreamSession:
         seeds: int | Sequence[int] = 0,
         num_chunks: Length = None,
         start: Tensor | None = None,
+        *,
+        decode: bool = True,
     ) -> Iterator[ChunkResult]:
         """Make `num_chunks` chunks (None: for ever) of one video a prompt, each from its own seed.
 
@@ -168,6 +170,7 @@ class StreamSession:
         another order, which in float32 is 1e-4 at most on the tiny model; tests/pipeline/test_session.py.)
         start: clean latents [B or 1, g, C, h, w] that the videos begin with (pipeline/chunk.py). They count as chunks
         and are decoded like them, by the same decoder: the first frames are the given ones, none lost or repeated.
+        decode: False = latents alone are made; a chunk then has no frames (T = 0).
 
         One session plays one batch at a time: a new `play` ends the one before. It begins when it is called: what is
         said before the first chunk is made goes for that.
@@ -180,6 +183,8 @@ class StreamSession:
         timer = SpanTimer(self.device)
         lengths = self._lengths(num_chunks, len(prompts))
         self._start(prompts, seeds, longest(lengths), start)
+        if not decode:
+            self._decoder = NoDecoder()
         timer.mark("text")
         return self._run(playing, lengths, timer)
 

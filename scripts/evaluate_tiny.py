@@ -84,7 +84,7 @@ def generate_with(config: Config) -> Maker:
     pipe = DiagonalPipeline.from_config(config)
 
     def make(scenes: list[TinyScene], seeds: list[int]) -> Tensor:
-        videos = pipe([caption(scene) for scene in scenes], seed=seeds)
+        videos = pipe([caption(scene) for scene in scenes], seed=seeds).videos
         return torch.from_numpy(np.stack([video.frames for video in videos])).permute(0, 1, 4, 2, 3)
 
     return make

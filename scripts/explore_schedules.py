@@ -139,7 +139,7 @@ class Bench:
                 for run, found in zip(runs, timings, strict=True):
                     pipe = self._pipe(run.candidate)  # and its cache go with the turn
                     pipe(prompt, seed=seed)
-                    found.append(pipe(prompt, seed=seed).timings)
+                    found.append(pipe(prompt, seed=seed).videos[0].timings)
                     bar.update()
         return [replace(run, timings=found) for run, found in zip(runs, timings, strict=True)]
 
@@ -150,7 +150,7 @@ class Bench:
     def _clips(self, candidate: Candidate, prompts: Sequence[str]):
         """(frames, timings) of each prompt's clip, one after the other as a user would have them."""
         pipe = self._pipe(candidate)
-        videos = [pipe(prompt, seed=seed) for prompt, seed in zip(prompts, self.seeds, strict=False)]
+        videos = [pipe(prompt, seed=seed).videos[0] for prompt, seed in zip(prompts, self.seeds, strict=False)]
         return [video.frames for video in videos], [video.timings for video in videos]
 
     def _interval(self, clips: list[np.ndarray]) -> Interval:

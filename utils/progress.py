@@ -1,11 +1,17 @@
 """Progress bars: one line that is redrawn in place and vanishes at its end; nothing where there is no terminal."""
 
+from typing import Any
+
 from tqdm import tqdm
 
 
-def progress_bar(description: str, total: int | None, unit: str = "it", position: int = 0) -> tqdm:
-    """A bar over `total` units on stderr. `position`: its line, for several processes on one terminal."""
+def progress_bar(description: str, total: int | None, unit: str = "it", position: int = 0, **settings: Any) -> tqdm:
+    """A bar over `total` units on stderr. `position`: its line, for several processes on one terminal.
+
+    settings: of tqdm, which go before those that are set here.
+    """
     short = " ".join(description.split())  # a line break would make the bar scroll
     short = short if len(short) <= 40 else short[:39] + "…"
     # disable=None: only where stderr is a terminal
-    return tqdm(total=total, desc=short, unit=unit, position=position, leave=False, dynamic_ncols=True, disable=None)
+    look = {"desc": short, "unit": unit, "position": position, "leave": False, "dynamic_ncols": True, "disable": None}
+    return tqdm(total=total, **(look | settings))

@@ -115,13 +115,17 @@ def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Modul
     """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one."""
     with init_empty_weights(include_buffers=False):
         model = plan.make()
-    state = dict(values(plan, model, device, dtype))
+    return assembled(model, dict(values(plan, model, device, dtype))).to(device)
+
+
+def assembled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """`model`, whose parameters are on the meta device, with `state` in their place, in evaluation mode."""
     if isinstance(model, UMT5EncoderModel):
-        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        state = state | {"encoder.embed_tokens.weight": state["shared.weight"]}
     model.load_state_dict(state, assign=True)
     if isinstance(model, UMT5EncoderModel):
         model.tie_weights()
-    return model.to(device).eval()
+    return model.eval()
 
 
 def load_student(

@@ -56,7 +56,7 @@ def test_a_run_leaves_video_sheet_and_record(cli, tmp_path, tiny_assets, capsys)
     assert [len(files(out, suffix)) for suffix in (".mp4", ".png", ".json", "")] == [2, 2, 2, 6]
     (video,) = out.glob("a_red_circle_moves_right-0-*.mp4")
     assert read_video(video).shape == (21, 32, 48, 3)
-    DiagonalPipeline.from_config(tiny_assets / "tiny.yaml")(PROMPT, seed=0).save("api.mp4")
+    DiagonalPipeline.from_config(tiny_assets / "tiny.yaml")(PROMPT, seed=0).videos[0].save("api.mp4")
     assert alike(read_video(video), read_video("api.mp4"))
     sheet = Image.open(video.with_suffix(".png"))
     assert sheet.width == 9 * 48 and sheet.height > 3 * 32, "and a head and numbers"

@@ -61,7 +61,7 @@ def break_decoder(pipe, monkeypatch, value: float, row: int = 0) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("maker", ["student", "decoder"])
 def test_a_chunk_that_is_not_finite_is_never_given_out(pipe, monkeypatch, maker, value):
-    before = pipe(PROMPT, seed=1).frames
+    before = pipe(PROMPT, seed=1).videos[0].frames
     with monkeypatch.context() as broken:
         {"student": break_student, "decoder": break_decoder}[maker](pipe, broken, value)
         given = []
@@ -74,12 +74,12 @@ def test_a_chunk_that_is_not_finite_is_never_given_out(pipe, monkeypatch, maker,
         with pytest.raises(NonFiniteChunk):
             for result in islice(pipe.session.play(PROMPT), 5):
                 result.wait()
-    assert np.array_equal(pipe(PROMPT, seed=1).frames, before), "nothing of it stays in the session"
+    assert np.array_equal(pipe(PROMPT, seed=1).videos[0].frames, before), "nothing of it stays in the session"
 
 
 def test_what_is_made_for_nobody_may_be_anything(pipe, monkeypatch):
     break_student(pipe, monkeypatch, float("nan"), row=1)
-    first, second = pipe([PROMPT, PROMPT], seed=[1, 2], num_frames=[33, 9])
+    first, second = pipe([PROMPT, PROMPT], seed=[1, 2], num_frames=[33, 9]).videos
     assert len(first.frames) == 33 and len(second.frames) == 9
     with pytest.raises(NonFiniteChunk):
         pipe([PROMPT, PROMPT], seed=[1, 2])

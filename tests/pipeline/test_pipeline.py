@@ -41,20 +41,20 @@ def test_first_chunk_comes_before_the_second_is_made(pipe):
 
 
 def test_call_is_stream_joined_and_can_be_repeated(pipe, tmp_path):
-    video = pipe(PROMPT, seed=3)
+    video = pipe(PROMPT, seed=3).videos[0]
     assert np.array_equal(video.frames, np.concatenate(list(pipe.stream(PROMPT, seed=3))))
     assert (video.prompt, video.seed, video.fps, len(video.timings)) == (PROMPT, 3, 16, 3)
-    assert not np.array_equal(video.frames, pipe(PROMPT, seed=4).frames)
+    assert not np.array_equal(video.frames, pipe(PROMPT, seed=4).videos[0].frames)
     assert len(repr(video)) < 200, "a line, not an array of pixels"
     video.save(tmp_path / "v.mp4")
     assert read_video(tmp_path / "v.mp4").shape == video.frames.shape
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(pipe):
-    videos = pipe([PROMPT, OTHER, PROMPT], seed=[1, 2, 2])
+    videos = pipe([PROMPT, OTHER, PROMPT], seed=[1, 2, 2]).videos
     assert [(video.prompt, video.seed) for video in videos] == [(PROMPT, 1), (OTHER, 2), (PROMPT, 2)]
     for video in videos:
-        alone = pipe(video.prompt, video.seed).frames.astype(int)
+        alone = pipe(video.prompt, video.seed).videos[0].frames.astype(int)
         assert np.abs(video.frames - alone).max() <= 1  # float sums of another batch size may round differently
     chunks = list(pipe.stream([PROMPT, OTHER], seed=5))
     assert [len(chunk) for chunk in chunks] == [2, 2, 2] and chunks[1][1].shape == (12, 32, 48, 3)
@@ -82,7 +82,7 @@ def test_to_frames_rounds_and_clamps():
 
 
 def test_num_frames_are_pixel_frames(pipe):
-    assert len(pipe(PROMPT, num_frames=21).frames) == 21
+    assert len(pipe(PROMPT, num_frames=21).videos[0].frames) == 21
     for wrong in (20, 25):
         with pytest.raises(UserError):
             pipe(PROMPT, num_frames=wrong)
@@ -94,7 +94,7 @@ def test_schedule_prints_as_a_table(pipe):
 
 
 def test_timings_name_every_step(pipe):
-    timings = pipe(PROMPT).timings
+    timings = pipe(PROMPT).videos[0].timings
     assert list(timings[0]) == ["text", "step 0", "step 1", "step 2", "step 3", "decode"]
     assert [sum(name.startswith("step") for name in chunk) for chunk in timings] == [4, 3, 2]
     assert all(seconds >= 0 for chunk in timings for seconds in chunk.values())
@@ -102,7 +102,7 @@ def test_timings_name_every_step(pipe):
 
 def test_context_policy_reaches_the_loop(tiny_assets):
     clean = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "stream.context=clean")
-    assert [list(chunk)[-2] for chunk in clean(PROMPT).timings] == ["context", "context"]
+    assert [list(chunk)[-2] for chunk in clean(PROMPT).videos[0].timings] == ["context", "context"]
 
 
 def test_memory_does_not_grow_with_length(pipe):
@@ -159,7 +159,7 @@ def test_seeds_and_prompts_must_match(pipe):
 
 def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):
     words = (PROMPT + " ") * 400
-    assert len(pipe(words, num_frames=9).frames) == 9
+    assert len(pipe(words, num_frames=9).videos[0].frames) == 9
     assert "first 12 count" in caplog.text
     caplog.clear()
     pipe(PROMPT, num_frames=9)
@@ -193,17 +193,17 @@ def test_a_student_that_tells_no_schedule_is_a_warning_that_names_self_forcing_s
 
 def test_a_seed_of_minus_one_draws_one_for_each_video(pipe, caplog):
     caplog.set_level("INFO", logger="diagonal")
-    videos = pipe([PROMPT, PROMPT], seed=-1, num_frames=9)
+    videos = pipe([PROMPT, PROMPT], seed=-1, num_frames=9).videos
     seeds = [video.seed for video in videos]
     assert seeds[0] != seeds[1] and min(seeds) >= 0 and all(str(seed) in caplog.text for seed in seeds)
-    assert pipe(PROMPT, seed=seeds[1], num_frames=9).seed == seeds[1]
+    assert pipe(PROMPT, seed=seeds[1], num_frames=9).videos[0].seed == seeds[1]
 
 
 def test_attention_kernel_is_chosen(tiny_assets, pipe):
     chosen = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "inference.attention=sdpa")
     blocks = chosen.session.student.model.blocks
     assert {str(block.attn1.processor._attention_backend) for block in blocks} == {"AttentionBackendName.NATIVE"}
-    assert np.array_equal(chosen(PROMPT, num_frames=9).frames, pipe(PROMPT, num_frames=9).frames)
+    assert np.array_equal(chosen(PROMPT, num_frames=9).videos[0].frames, pipe(PROMPT, num_frames=9).videos[0].frames)
 
 
 def test_a_config_takes_no_overrides(tiny_assets):

@@ -47,7 +47,7 @@ def test_warnings_are_on_the_terminal_in_the_json_and_in_the_video(cli, tmp_path
     assert "leaves out of the prompt: panda" in capsys.readouterr().err
     assert json.loads((tmp_path / "story.json").read_text())["warnings"] == [text]
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml")
-    panda, circle = pipe(["a red panda", "a red circle"], 0, 9)
+    panda, circle = pipe(["a red panda", "a red circle"], 0, 9).videos
     assert panda.warnings == [text] and circle.warnings == []
 
 
@@ -70,10 +70,11 @@ def test_a_size_that_is_none_is_refused(tiny_student, tmp_path, size):
 
 def test_a_picture_from_outside_the_world_is_named(shipped, caplog):
     rng = np.random.default_rng(0)
-    own, outside = shipped("a red circle moves right", 1, 9).frames[0], rng.integers(0, 255, (64, 96, 3), np.uint8)
+    own = shipped("a red circle moves right", 1, 9).videos[0].frames[0]
+    outside = rng.integers(0, 255, (64, 96, 3), np.uint8)
     for picture, named in ((outside, True), (own, False)):
         caplog.clear()
-        video = shipped("a red circle moves right", 0, 9, image=picture)
+        video = shipped("a red circle moves right", 0, 9, image=picture).videos[0]
         assert any("unlike what this model was trained on" in text for text in caplog.messages) == named
         assert len(video.warnings) == named
-    assert shipped("a red circle moves right", 0, 9).warnings == []
+    assert shipped("a red circle moves right", 0, 9).videos[0].warnings == []

@@ -42,7 +42,7 @@ class FakePipeline:
         stated = [{**parse_caption(p), "direction": "right"} for p in prompts]
         scenes = [world.place(s, np.random.default_rng(i)) for s, i in zip(stated, seed, strict=True)]
         clips = ((world.render(scenes, self.frames) + 1) * 127.5).round().to(torch.uint8)
-        return [SimpleNamespace(frames=clip.permute(0, 2, 3, 1).numpy()) for clip in clips]
+        return SimpleNamespace(videos=[SimpleNamespace(frames=clip.permute(0, 2, 3, 1).numpy()) for clip in clips])
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_a_video_begins_with_the_picture_that_was_uploaded(serve, pipe):  # noqa
     refused, status, text, chunks, record, plain, again = visit(port, script)
     assert "no picture was uploaded" in refused["message"] and (status, text) == (204, "")
     assert [len(chunk["frames"]) for chunk in chunks] == [9, 12]
-    made = pipe(PROMPT, seed=1, num_frames=9, image=RED).frames[0].astype(int)
+    made = pipe(PROMPT, seed=1, num_frames=9, image=RED).videos[0].frames[0].astype(int)
     shown = np.asarray(Image.open(io.BytesIO(chunks[0]["frames"][0]))).astype(int)
     assert np.abs(shown - made).mean() < 4, "JPEG apart, the first frame is what the API makes of the picture"
     assert plain[0]["frames"] != chunks[0]["frames"]

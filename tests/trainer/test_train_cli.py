@@ -64,7 +64,7 @@ def test_a_run_that_inference_plays(config_file, tiny_assets, tmp_path, monkeypa
     assert load_config(logdir / "config.yaml").training.steps == 3
     for path in (logdir, logdir / "export"):
         pipe = DiagonalPipeline.from_config(str(tiny_assets / "tiny.yaml"), f"model.student={path}")
-        assert pipe("a red circle").frames.shape == (21, 32, 48, 3)
+        assert pipe("a red circle").videos[0].frames.shape == (21, 32, 48, 3)
 
 
 def test_a_run_shows_what_it_does(config_file, tmp_path, monkeypatch, capsys):

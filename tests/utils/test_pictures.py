@@ -239,7 +239,7 @@ def test_inference_from_a_picture_and_from_a_clip(cli, tmp_path, capsys, tiny_as
     (video,) = files(tmp_path / "videos", ".mp4")
     assert read_video(video).shape == (21, *SIZE, 3)
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml")
-    made = pipe(PROMPT, image=gradient(*SIZE))
+    made = pipe(PROMPT, image=gradient(*SIZE)).videos[0]
     made.save("api.mp4")
     assert alike(read_video(video), read_video(tmp_path / "api.mp4"))
     codec, pixels = pipe.session.codec, torch.from_numpy(gradient(*SIZE)).permute(2, 0, 1)[None, None]
@@ -261,7 +261,7 @@ def test_a_trained_student_gets_no_warning_and_lengths_may_differ(tiny_assets, c
     assert not pipe.card.get("trained_image_start")
     pipe.card = {"trained_image_start": True}
     frames = np.stack([gradient(*SIZE)] * 9)
-    short, long = pipe([PROMPT, PROMPT], [0, 1], [21, 33], video=frames)
+    short, long = pipe([PROMPT, PROMPT], [0, 1], [21, 33], video=frames).videos
     assert (len(short.frames), len(long.frames)) == (21, 33) and "trained_image_start" not in caplog.text
     parts = list(pipe.stream([PROMPT, PROMPT], 0, [9, 21]))
     assert [[len(own) for own in part] for part in parts] == [[9, 9], [0, 12]]

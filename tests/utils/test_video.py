@@ -10,7 +10,7 @@ from conftest import ROOT, alike
 from PIL import Image
 
 from configs.errors import UserError
-from pipeline.diagonal import Video
+from pipeline.video import Video
 from utils.video import VideoWriter, clip_sheet, contact_sheet, read_video, sheet_frames, shrink, to_yuv
 
 

@@ -155,7 +155,7 @@ class TestInt8:
 @pytest.mark.parametrize("place", ["after_use", "stream"])
 def test_pipeline(tiny_assets, place):
     def frames(*overrides):
-        return DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *overrides)(PROMPTS[0]).frames
+        return DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *overrides)(PROMPTS[0]).videos[0].frames
 
     small = frames(f"inference.text_encoder={place}", "inference.decode_frames=1")
     assert abs(small.astype(int) - frames().astype(int)).max() <= 1

@@ -230,7 +230,7 @@ def adapter(tmp_path, tiny_student):
 def test_pipeline(tiny_assets, adapter):
     def frames(*overrides):
         pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *overrides)
-        return pipe, pipe("a red circle moves right").frames
+        return pipe, pipe("a red circle moves right").videos[0].frames
 
     named = f"model.lora=[{adapter}]"
     _, plain = frames()

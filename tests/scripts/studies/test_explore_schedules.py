@@ -133,7 +133,8 @@ def test_times_are_taken_in_turns():
     def pipe(name):
         def make(prompt, seed):
             calls.append((name, prompt, seed))
-            return SimpleNamespace(timings=[{"step 0": 1.0 * len(calls), "text": 99.0}, {"decode": 1.0}])
+            timings = [{"step 0": 1.0 * len(calls), "text": 99.0}, {"decode": 1.0}]
+            return SimpleNamespace(videos=[SimpleNamespace(timings=timings)])
 
         return make
 
