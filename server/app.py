@@ -83,7 +83,7 @@ def create_app(
     app.add_middleware(Access, policy=policy, open_paths=OPEN_PATHS, open_folders=("/static/",))
     app.add_middleware(AnswerHeaders)
     app.include_router(videos_router(queue, Served(pool.config, options.live.max_seconds, options.loras)))
-    app.include_router(LiveServer(pool, lambda headers, query: None, options.live).router())  # Access was asked before
+    app.include_router(LiveServer(pool, options.live).router())
 
     @app.get("/health", tags=["operation"], responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
