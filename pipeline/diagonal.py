@@ -226,19 +226,25 @@ class DiagonalPipeline:
             self._place(replace(self.config, device=str(there), inference=inference))
         return self
 
-    def enable_model_cpu_offload(self) -> None:
+    def enable_model_cpu_offload(self, device: str | torch.device | None = None) -> None:
         """Keep the text encoder on the host between prompts (inference.text_encoder=after_use).
 
         Student and codec stay on the GPU: they take turns at every chunk.
+        device: None = the pipeline's GPU; of one on the CPU, the GPU if there is one.
         """
-        self._offload(text_encoder="after_use")
+        self._offload(device, text_encoder="after_use")
 
-    def enable_group_offload(self) -> None:
-        """Keep student and text encoder on the host, a block at a time on the GPU (inference.student=stream)."""
-        self._offload(student="stream", text_encoder="stream")
+    def enable_group_offload(self, onload_device: str | torch.device | None = None) -> None:
+        """Keep student and text encoder on the host, a block at a time on the GPU (inference.student=stream).
 
-    def _offload(self, **places: str) -> None:
-        self._place(replace(self.config, inference=replace(self.config.inference, **places)))
+        onload_device: as `device` of `enable_model_cpu_offload`.
+        """
+        self._offload(onload_device, student="stream", text_encoder="stream")
+
+    def _offload(self, device: str | torch.device | None, **places: str) -> None:
+        there = device or ("auto" if self.device.type == "cpu" else self.device)
+        inference = replace(self.config.inference, **places)
+        self._place(replace(self.config, device=str(there), inference=inference))
 
     def _place(self, config: Config) -> None:
         """Become the pipeline that `config` asks for, with the weights that there are."""

@@ -122,5 +122,5 @@ def test_settings_and_files_exist(page):
     path = re.compile(rf"(?:{folders})/[\w./]+\.(?:py|sh|yaml|html|md|txt)\b")
     files = [found[0] for word in named if (found := path.match(word))]
     unknown = {key for key in keys if key.rstrip(".") not in known and not (CHECKOUT / key).is_file()}
-    assert not {key for key in unknown if not key.startswith("training.init.")} - {"video.warnings"}  # of a Video
+    assert not {key for key in unknown if not key.startswith("training.init.")}
     assert not [file for file in files if not (CHECKOUT / file).exists()]
