@@ -22,10 +22,10 @@ def main() -> int:
     from pipeline.plan import make_plan
     from utils.distributed import Ranks
     from utils.logs import console
-    from utils.seeds import settled
+    from utils.seeds import resolve_seed
 
     given, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
-    config = replace(given, seed=settled(given.seed, ranks))
+    config = replace(given, seed=resolve_seed(given.seed, ranks))
     if config.seed != given.seed and ranks.first:
         print(f"seed={given.seed}: drawn was {config.seed}, --seed {config.seed} makes the same", file=sys.stderr)
     console(quiet=not ranks.first or args.output == "-" or args.endless)
@@ -47,9 +47,9 @@ def main() -> int:
     if not plan.jobs:
         return 0
     pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
-    start, clips = None if plan.start is None else pipe.encode(plan.start), []
+    conditioning, clips = None if plan.conditioning is None else pipe.encode(plan.conditioning), []
     for job in plan.jobs:
-        clips.append(render(pipe, job, plan.weights, position=ranks.local_rank, start=start))
+        clips.append(render(pipe, job, plan.weights, position=ranks.local_rank, conditioning=conditioning))
         print(clips[-1].line(), file=said)
     if config.inference.profile:
         print(profile_table(clips), file=said)

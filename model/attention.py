@@ -36,12 +36,12 @@ HALF = (torch.bfloat16, torch.float16)  # what cuDNN computes in
 class Kernels:
     """The kernel of each kind of attention, and why these."""
 
-    past: str  # of self-attention, whose keys are the visible chunks
-    text: str  # of cross-attention
-    why: str
+    self_attention: str  # of self-attention, whose keys are the visible chunks
+    cross_attention: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"attention to the past: {self.past}, to the text: {self.text} ({self.why})"
+        return f"self-attention: {self.self_attention}, cross-attention: {self.cross_attention} ({self.reason})"
 
 
 def pick_kernels(name: str, capability: tuple[int, int] | None, installed: Collection[str]) -> Kernels:
@@ -100,12 +100,12 @@ def set_attention(network: WanTransformer3DModel, kernel: str) -> None:
             attn.processor._attention_backend = AttentionBackendName(DIFFUSERS[kernel])
 
 
-def here(device: torch.device) -> tuple[tuple[int, int] | None, list[str]]:
+def attention_support(device: torch.device) -> tuple[tuple[int, int] | None, list[str]]:
     """Compute capability of `device` and the kernels that are installed."""
-    return capability_of(device), machine.kernels()
+    return compute_capability(device), machine.kernels()
 
 
-def capability_of(device: torch.device) -> tuple[int, int] | None:
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a GPU; None of a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 

@@ -7,10 +7,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from model.causal_wan import CausalWanBlock
-from utils.compiling import TRAINED, compiled
+from utils.compiling import TRAINING_OPTIONS, compile_function
 
 
-class WholeClipBlock(CausalWanBlock):
+class BidirectionalBlock(CausalWanBlock):
     """A block of diffusers' bidirectional network: its numbers and its arguments, in parts that can be compiled, and
     whose tokens can be shared out."""
 
@@ -19,25 +19,27 @@ class WholeClipBlock(CausalWanBlock):
     ) -> Tensor:
         """temb [B, 6, D]; rotary_emb has each angle twice."""
         cos, sin = rotary_emb
-        rotation = cos[..., 0::2], sin[..., 1::2]
-        return super().forward(hidden_states, temb.unsqueeze(1), rotation, encoder_hidden_states)[0]
+        rotary_emb = cos[..., 0::2], sin[..., 1::2]
+        return super().forward(hidden_states, temb.unsqueeze(1), rotary_emb, encoder_hidden_states)[0]
 
 
-def in_parts(network: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Have the blocks of a bidirectional network be `WholeClipBlock`s, in place; a student's are what they were."""
+def split_blocks(network: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Have the blocks of a bidirectional network be `BidirectionalBlock`s, in place; a student's are what they were."""
     for block in network.blocks:
         if not isinstance(block, CausalWanBlock):
-            block.__class__ = WholeClipBlock
+            block.__class__ = BidirectionalBlock
     return network
 
 
-def compile_parts(network: WanTransformer3DModel, **options: Any) -> None:
+def compile_blocks(network: WanTransformer3DModel, **options: Any) -> None:
     """Compile both parts, once for all blocks. options: of torch.compile; by default those that gradients need.
 
     Self-attention stays as it is: a student's sees more keys chunk by chunk. A student has about ten kinds of pass:
     with a graph or without, with adapters, from a given image, with the text or keys of it.
     """
     for name in ("pre_attention", "post_attention"):
-        shared = compiled(getattr(CausalWanBlock, name), dynamic=False, **(options or {"options": TRAINED}))
-        for block in in_parts(network).blocks:
+        shared = compile_function(
+            getattr(CausalWanBlock, name), dynamic=False, **(options or {"options": TRAINING_OPTIONS})
+        )
+        for block in split_blocks(network).blocks:
             setattr(block, name, MethodType(shared, block))

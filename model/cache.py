@@ -31,7 +31,7 @@ from model.fp8 import E4M3, LARGEST
 
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, tokens, heads, head_dim]
 
-FIRST_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at first
+INITIAL_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at first
 
 
 def cast_for_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ def slot(geometry: Geometry, chunk: int) -> int:
     return geometry.sink_chunks + (chunk - geometry.sink_chunks) % ring
 
 
-def visible(geometry: Geometry, chunk: int) -> int:
+def visible_slots(geometry: Geometry, chunk: int) -> int:
     """Slots that `chunk` sees, its own included: the first so many."""
     return min(chunk + 1, geometry.window_chunks) if geometry.window_chunks else chunk + 1
 
@@ -108,7 +108,7 @@ class StreamCache(_Cursor):
         max_chunks: int | None = None,
     ):
         super().__init__(geometry, layers)
-        slots = geometry.window_chunks or max_chunks or FIRST_CAPACITY
+        slots = geometry.window_chunks or max_chunks or INITIAL_CAPACITY
         shape = (batch, slots * geometry.tokens_per_chunk, heads, head_dim)
         self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
         self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -116,7 +116,7 @@ class StreamCache(_Cursor):
     def begin(self, chunk: int) -> "StreamView":
         """View for one or more forwards of `chunk`; makes room for it."""
         self.advance(chunk)
-        end = visible(self.geometry, chunk) * self.geometry.tokens_per_chunk
+        end = visible_slots(self.geometry, chunk) * self.geometry.tokens_per_chunk
         if end > self._keys[0].shape[1]:
             self._keys = [_doubled(k) for k in self._keys]
             self._values = [_doubled(v) for v in self._values]
@@ -133,7 +133,7 @@ class StreamCache(_Cursor):
     def rewrite(self, position: int) -> "StreamView":
         """View that writes slot `position` and sees slots 0 to `position`: the past, made again from its start."""
         tokens = self.geometry.tokens_per_chunk
-        assert 0 <= position < visible(self.geometry, self.last), f"slot {position} is empty"
+        assert 0 <= position < visible_slots(self.geometry, self.last), f"slot {position} is empty"
         return StreamView(self, position * tokens, (position + 1) * tokens)
 
     def permute(self, order: Sequence[int]) -> None:
@@ -146,7 +146,7 @@ class StreamCache(_Cursor):
                 slots[:, i] = content
 
     @torch.no_grad()
-    def change_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
+    def map_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of the keys of slot `position` in their place, in every layer."""
         tokens = self.geometry.tokens_per_chunk
         for buffer in self._keys:
@@ -156,7 +156,7 @@ class StreamCache(_Cursor):
 
     def snapshot(self, device: torch.device | str | None = None) -> "CacheState":
         """A copy of what is filled, on `device` (None: where it is)."""
-        end = visible(self.geometry, self.last) * self.geometry.tokens_per_chunk if self.last >= 0 else 0
+        end = visible_slots(self.geometry, self.last) * self.geometry.tokens_per_chunk if self.last >= 0 else 0
         copies = ([x[:, :end].to(device or x.device, copy=True) for x in xs] for xs in (self._keys, self._values))
         return CacheState(self.last, frozenset(self.filled), *copies)
 
@@ -170,7 +170,7 @@ class StreamCache(_Cursor):
         self.last, self.filled = state.last, set(state.filled)
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Chunks that the buffers hold as they are."""
         return self._keys[0].shape[1] // self.geometry.tokens_per_chunk
 
@@ -254,12 +254,12 @@ class GraphCache(_Cursor):
     def begin(self, chunk: int) -> "GraphView":
         """A fresh view for one forward of `chunk`; what it reads of other chunks is fixed here."""
         self.advance(chunk)
-        own, end = slot(self.geometry, chunk), visible(self.geometry, chunk)
+        own, end = slot(self.geometry, chunk), visible_slots(self.geometry, chunk)
         return self._view(own, end)
 
     def rewrite(self, position: int) -> "GraphView":
         """View that writes slot `position` and sees slots 0 to `position`: the past, made again from its start."""
-        assert 0 <= position < visible(self.geometry, self.last), f"slot {position} is empty"
+        assert 0 <= position < visible_slots(self.geometry, self.last), f"slot {position} is empty"
         return self._view(position, position + 1)
 
     def _view(self, own: int, end: int) -> "GraphView":
@@ -286,7 +286,7 @@ class GraphCache(_Cursor):
             k, v = (x.detach() + (y - y.detach()) for x, y in zip(slots[own], with_graph, strict=True))
             slots[own] = (k, v)
 
-    def change_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
+    def map_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change` of the keys of slot `position` in their place, in every layer, with its graph."""
         for slots in self._slots:
             k, v = slots[position]

@@ -29,7 +29,7 @@ from model.cache import KV, LayerView, View
 from model.sequence import SequenceGroup
 
 TextKV = list[KV]  # cross-attention keys and values of each layer, [B, text tokens, heads, head_dim]
-Rotation = tuple[Tensor, Tensor]  # cos and sin, [1, L, 1, head_dim / 2], float32
+RotaryEmb = tuple[Tensor, Tensor]  # cos and sin, [1, L, 1, head_dim / 2], float32
 Mask = Tensor | BlockMask  # over self-attention: bool [L, L], True = may attend; or flex attention's
 
 
@@ -77,7 +77,7 @@ class CausalWanModel(WanTransformer3DModel):
         height, width = latents.shape[3] // ph, latents.shape[4] // pw
         if frame_ids is None:
             frame_ids = torch.arange(start_frame, start_frame + frames, device=latents.device)
-        rotation = self.rope(frame_ids, height, width)
+        rotary_emb = self.rope(frame_ids, height, width)
 
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype).transpose(1, 2))
         x = rearrange(x, "b d f h w -> b (f h w) d").contiguous()
@@ -86,11 +86,11 @@ class CausalWanModel(WanTransformer3DModel):
             text = [self._embed_text(text)] * len(self.blocks)
         if self.sequence is not None:
             assert modulation.shape[1] == 1, "one timestep a sample: a rank's tokens need not end with a frame"
-            x, *rotation = (self.sequence.split(y) for y in (x, *rotation))
+            x, *rotary_emb = (self.sequence.split(y) for y in (x, *rotary_emb))
 
         for i, block in enumerate(self.blocks):
             past = None if view is None else view.layer(i)
-            args = (x, modulation, rotation, text[i], past, mask)
+            args = (x, modulation, rotary_emb, text[i], past, mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, kept = self._gradient_checkpointing_func(block, *args)
             else:
@@ -110,7 +110,7 @@ class CausalWanModel(WanTransformer3DModel):
         text = self._embed_text(text)
         return [block.text_kv(text) for block in self.blocks]
 
-    def moved_keys(self, keys: Tensor, frames: int) -> Tensor:
+    def shift_keys(self, keys: Tensor, frames: int) -> Tensor:
         """Self-attention keys [B, L, heads, head_dim], rotated already, of the same tokens `frames` later."""
         later = torch.full((1,), frames, device=keys.device)  # filled there: no wait
         return _rotate(keys, self.rope(later, 1, 1)).type_as(keys)
@@ -141,7 +141,7 @@ class CausalWanBlock(WanTransformerBlock):
         self,
         x: Tensor,
         modulation: Tensor,
-        rotation: Rotation,
+        rotary_emb: RotaryEmb,
         text: Tensor | KV,
         past: LayerView | None = None,
         mask: Mask | None = None,
@@ -150,8 +150,8 @@ class CausalWanBlock(WanTransformerBlock):
 
         modulation [B, 1 or F, 6, D]; text embedded [B, text tokens, D], or its keys and values.
         """
-        attended, kept = self._self_attention(*self.pre_attention(x, modulation, rotation), past, mask)
-        return self.post_attention(x, attended, modulation, text), kept
+        attn_output, kept = self._self_attention(*self.pre_attention(x, modulation, rotary_emb), past, mask)
+        return self.post_attention(x, attn_output, modulation, text), kept
 
     def _self_attention(
         self, q: Tensor, k: Tensor, v: Tensor, past: LayerView | None, mask: Mask | None
@@ -161,17 +161,17 @@ class CausalWanBlock(WanTransformerBlock):
         kept = None
         if past is not None:
             (k, v), kept = past.put(k, v)
-        attended = attend(self.attn1, q, k, v, mask)
-        return attended if self.sequence is None else self.sequence.to_tokens(attended), kept
+        attn_output = attend(self.attn1, q, k, v, mask)
+        return attn_output if self.sequence is None else self.sequence.to_tokens(attn_output), kept
 
-    def pre_attention(self, x: Tensor, modulation: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def pre_attention(self, x: Tensor, modulation: Tensor, rotary_emb: RotaryEmb) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, D] -> rotated queries and keys, and values, of self-attention, each [B, L, heads, head_dim]."""
-        return project(self.attn1, self.attention_input(x, modulation), rotation)
+        return project(self.attn1, self.attention_input(x, modulation), rotary_emb)
 
-    def post_attention(self, x: Tensor, attended: Tensor, modulation: Tensor, text: Tensor | KV) -> Tensor:
+    def post_attention(self, x: Tensor, attn_output: Tensor, modulation: Tensor, text: Tensor | KV) -> Tensor:
         """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x behind the feed-forward."""
         k, v = self.text_kv(text) if isinstance(text, Tensor) else text
-        x, q = self.cross_attention_query(x, attended, modulation)
+        x, q = self.cross_attention_query(x, attn_output, modulation)
         x = self.add_cross_attention(x, attend(self.attn2, q.type_as(v), k, v, None))
         del q, k, v  # not in memory beside the feed-forward's hidden layer
         return self.feed_forward(x, modulation)
@@ -181,16 +181,16 @@ class CausalWanBlock(WanTransformerBlock):
         shift, scale = self.adaln(modulation)[:2]
         return _modulate(self.norm1(x.float()), shift, scale).type_as(x)
 
-    def cross_attention_query(self, x: Tensor, attended: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_attention_query(self, x: Tensor, attn_output: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         """x and the result of self-attention -> x with it added, and queries [B, L, heads, head_dim] of the text."""
         gate, attn = self.adaln(modulation)[2], self.attn2
-        x = (x.float() + _gate(self.attn1.to_out[0](attended.flatten(2, 3)), gate)).type_as(x)
+        x = (x.float() + _gate(self.attn1.to_out[0](attn_output.flatten(2, 3)), gate)).type_as(x)
         y = self.norm2(x.float()).type_as(x)
         return x, attn.norm_q(attn.to_q(y)).unflatten(2, (attn.heads, -1))
 
-    def add_cross_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+    def add_cross_attention(self, x: Tensor, attn_output: Tensor) -> Tensor:
         """x and the result of cross-attention [B, L, heads, head_dim] -> x with it added."""
-        return x + self.attn2.to_out[0](attended.flatten(2, 3))
+        return x + self.attn2.to_out[0](attn_output.flatten(2, 3))
 
     def feed_forward(self, x: Tensor, modulation: Tensor, ffn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """x -> x with the feed-forward added. ffn: in place of the block's."""
@@ -222,7 +222,7 @@ class FrameRotary(nn.Module):
         self.axes = (head_dim - 2 * space, space, space)
         self.theta = theta
 
-    def forward(self, frame_ids: Tensor, height: int, width: int) -> Rotation:
+    def forward(self, frame_ids: Tensor, height: int, width: int) -> RotaryEmb:
         """cos and sin, float32 [1, F x height x width, 1, head_dim / 2], for integers frame_ids [F]."""
         sizes = (len(frame_ids), height, width)
         positions = (frame_ids, *(torch.arange(n, device=frame_ids.device) for n in sizes[1:]))
@@ -281,21 +281,21 @@ def _gate(x: Tensor, gate: Tensor) -> Tensor:
     return (x.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
 
 
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def _rotate(x: Tensor, rotary_emb: RotaryEmb) -> Tensor:
     """Turn neighbouring channel pairs of x [B, L, heads, head_dim], in float32."""
-    cos, sin = rotation
+    cos, sin = rotary_emb
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-def project(attn: WanAttention, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: WanAttention, x: Tensor, rotary_emb: RotaryEmb) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries and keys, and values, of x [B, L, D]; each [B, L, heads, head_dim]."""
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
     else:
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    return _rotate(q, rotation).type_as(v), _rotate(k, rotation).type_as(v), v  # autocast norms in float32
+    return _rotate(q, rotary_emb).type_as(v), _rotate(k, rotary_emb).type_as(v), v  # autocast norms in float32
 
 
 def attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:

@@ -25,12 +25,12 @@ KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for na
 _again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def recomputed(block: nn.Module, *args: Any) -> Any:
+def full_checkpoint(block: nn.Module, *args: Any) -> Any:
     """block(*args), of which the backward pass has the arguments alone."""
     return _again(block, *args)
 
 
-def checkpointed(block: nn.Module, *args: Any) -> Any:
+def selective_checkpoint(block: nn.Module, *args: Any) -> Any:
     """block(*args), of which the backward pass also has what self-attention's kernel returned."""
     return _again(block, *args, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 

@@ -137,23 +137,23 @@ class WanCodec:
     def latent_channels(self) -> int:
         return self.vae.config.z_dim
 
-    def normalise(self, z: Tensor) -> Tensor:
+    def normalize(self, z: Tensor) -> Tensor:
         """What the VAE speaks -> what the transformer speaks, in float32."""
         return (z.float() - self._mean) / self._std
 
-    def unnormalise(self, latents: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
         return latents.float() * self._std + self._mean
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] in [-1, 1], T = 1 + 4 n -> float32 latents [B, F, C, h, w] of the posterior mean."""
-        return self.normalise(self.posterior(pixels).mean)
+        return self.normalize(self.posterior(pixels).mean)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, F, C, h, w] -> float32 pixels [B, 1 + 4 (F - 1), 3, H, W] in [-1, 1]."""
-        return self.decode_latents(self.unnormalise(latents)).float().clamp_(-1, 1)
+        return self.decode_latents(self.denormalize(latents)).float().clamp_(-1, 1)
 
     def stream(self) -> "WanDecoderStream":
         return WanDecoderStream(self)
@@ -211,7 +211,7 @@ class WanDecoderStream:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Next latents [B, f, C, h, w] -> float32 pixels [B, T, 3, H, W]; T = 1 + 4 (f - 1) at first, then 4 f."""
-        pixels = self._codec._decode(self._codec.unnormalise(latents), self._cache, first=self._frames == 0)
+        pixels = self._codec._decode(self._codec.denormalize(latents), self._cache, first=self._frames == 0)
         self._frames += latents.shape[1]
         return pixels.float().clamp_(-1, 1)
 

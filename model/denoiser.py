@@ -54,7 +54,7 @@ class Student:
         return x0_from_v(x_t, v, t)
 
 
-class Score:
+class ScoreModel:
     """A bidirectional Wan transformer over whole clips: teacher or critic. text: [B, text tokens, text_dim]."""
 
     def __init__(self, model: WanTransformer3DModel):

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.reading import ordinary_file
-from model.weights.files import read_json, resolve
+from model.weights.files import read_json, resolve_path
 from utils.files import parse_json, write_json_atomic
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.json"
 MAX_PROMPTS = 1 << 29  # bytes of prompts.json; of the 250,000 of VidProM 200 MB
 FIELD = "training.distill.encoded_prompts"
-AGAIN = "make it again with scripts/encode_prompts.py"
+REBUILD = "make it again with scripts/encode_prompts.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest
     Raises:
         UserError: it is missing, not finished, cut short, or was made for another number of text tokens.
     """
-    folder = resolve(path)
+    folder = resolve_path(path)
     if not folder.is_dir():
         raise UserError(f"{FIELD}={path} does not exist; make it with scripts/encode_prompts.py --output_folder {path}")
     if not (folder / MANIFEST).is_file():
@@ -82,7 +82,7 @@ def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest
         raise
     except (TypeError, ValueError) as error:
         reason = "is of another version" if isinstance(error, TypeError) else f"is damaged ({error})"
-        raise UserError(f"{FIELD}={path}: {MANIFEST} {reason}; {AGAIN}") from error
+        raise UserError(f"{FIELD}={path}: {MANIFEST} {reason}; {REBUILD}") from error
     for index, size in enumerate(manifest.sizes):
         file = folder / file_name(index)
         if not file.is_file() or file.stat().st_size != size:
@@ -91,19 +91,19 @@ def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest
     if manifest.text_tokens != text_tokens:
         raise UserError(
             f"{FIELD}={path} was made with {manifest.text_tokens} text tokens and model.text_tokens={text_tokens}; "
-            f"set model.text_tokens={manifest.text_tokens}, or {AGAIN}"
+            f"set model.text_tokens={manifest.text_tokens}, or {REBUILD}"
         )
     return folder, manifest
 
 
-def read_list(folder: Path, manifest: Manifest) -> list[str]:
+def read_prompt_list(folder: Path, manifest: Manifest) -> list[str]:
     """The prompts, in the order of their embeddings."""
-    ordinary_file(FIELD, folder / PROMPTS, MAX_PROMPTS, fix=AGAIN)
+    ordinary_file(FIELD, folder / PROMPTS, MAX_PROMPTS, fix=REBUILD)
     try:
         prompts = parse_json((folder / PROMPTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{FIELD}={folder}: {PROMPTS} cannot be read ({error}); {AGAIN}") from error
+        raise UserError(f"{FIELD}={folder}: {PROMPTS} cannot be read ({error}); {REBUILD}") from error
     listed = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
     if not listed or prompts_hash(prompts) != manifest.prompts_sha256 or len(prompts) != sum(manifest.counts):
-        raise UserError(f"{FIELD}={folder}: {PROMPTS} is not the list that was encoded; {AGAIN}")
+        raise UserError(f"{FIELD}={folder}: {PROMPTS} is not the list that was encoded; {REBUILD}")
     return prompts

@@ -21,17 +21,17 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from model.encoded_manifest import (
-    AGAIN,
     FIELD,
     PROMPTS,
+    REBUILD,
     Manifest,
     file_name,
     prompts_hash,
-    read_list,
     read_manifest,
+    read_prompt_list,
 )
 from model.text import TextEncoder
-from model.weights.files import TOKENIZER_FILES, find_tokenizer, open_safetensors, resolve
+from model.weights.files import TOKENIZER_FILES, find_tokenizer, open_safetensors, resolve_path
 from model.weights.plans import plan_text_encoder
 from utils.device import DTYPES
 from utils.files import atomic_path, sampled_hash, sha256_of, write_json_atomic
@@ -49,7 +49,7 @@ def encoder_hash(model: ModelConfig) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def rows_of(encoder: TextEncoder, prompts: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+def unpadded_embeddings(encoder: TextEncoder, prompts: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
     """Embeddings on the CPU without the zeros after each prompt's end."""
     _, mask = encoder.tokenize(prompts)
     text, lengths = encoder(prompts).to(dtype).cpu(), mask.sum(1).tolist()
@@ -109,7 +109,7 @@ class EncodingJob:
         except SafetensorError:
             return False
 
-    def todo(self) -> list[int]:
+    def pending(self) -> list[int]:
         return [index for index in range(len(self.files)) if not self.done(index)]
 
     def write(self, index: int, encode: Encode) -> None:
@@ -124,7 +124,7 @@ class EncodingJob:
 
     def finish(self) -> bool:
         """Write the manifest if every file is there; whether it is."""
-        if self.todo():
+        if self.pending():
             return False
         write_json_atomic(self.folder / PROMPTS, self.prompts)
         sizes = [(self.folder / file_name(i)).stat().st_size for i in range(len(self.files))]
@@ -144,15 +144,15 @@ class EncodedText:
 
     def __init__(self, path: str | Path, model: ModelConfig, device: torch.device):
         self.folder, self.manifest = read_manifest(path, text_tokens=model.text_tokens)
-        if resolve(model.text_encoder).exists() and encoder_hash(model) != self.manifest.encoder:
+        if resolve_path(model.text_encoder).exists() and encoder_hash(model) != self.manifest.encoder:
             raise UserError(
                 f"{FIELD}={path} was made by another text encoder ({self.manifest.encoder_path}) than "
-                f"model.text_encoder={model.text_encoder}; name that one, or {AGAIN}"
+                f"model.text_encoder={model.text_encoder}; name that one, or {REBUILD}"
             )
         if self.manifest.dtype not in DTYPES:
-            raise UserError(f"{FIELD}={path} holds numbers of type {self.manifest.dtype[:40]}; {AGAIN}")
+            raise UserError(f"{FIELD}={path} holds numbers of type {self.manifest.dtype[:40]}; {REBUILD}")
         self.device, self.text_tokens, self.dim = device, self.manifest.text_tokens, self.manifest.dim
-        listed = read_list(self.folder, self.manifest)
+        listed = read_prompt_list(self.folder, self.manifest)
         self.index = {prompt: i for i, prompt in reversed(list(enumerate(listed)))}  # the first of equal ones
         self.starts = [0, *accumulate(self.manifest.counts)]
         self.tables = [self._open(number) for number in range(len(self.manifest.counts))]
@@ -170,7 +170,7 @@ class EncodedText:
         whole = _check(ends, sums) == self.manifest.checks[number] and text == (told[-1], self.dim)
         whole = whole and told[0] == 0 and all(0 <= length <= most for length in lengths)
         if not whole or not len(lengths) == len(sums) == self.manifest.counts[number]:
-            raise UserError(f"{FIELD}={self.folder}: {path.name} is not the file that was written; {AGAIN}")
+            raise UserError(f"{FIELD}={self.folder}: {path.name} is not the file that was written; {REBUILD}")
         return told, sums.tolist()
 
     def require(self, prompts: Iterable[str]) -> None:
@@ -202,7 +202,7 @@ class EncodedText:
             with safe_open(path, "pt") as file:
                 rows = file.get_slice("text")[begin:end]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{FIELD}={self.folder}: {path.name} cannot be read ({error}); {AGAIN}") from error
+            raise UserError(f"{FIELD}={self.folder}: {path.name} cannot be read ({error}); {REBUILD}") from error
         if rows.dtype != DTYPES[self.manifest.dtype] or _sum(prompt, rows) != self.tables[number][1][at]:
-            raise UserError(f"{FIELD}={self.folder}: {path.name} has changed since it was written; {AGAIN}")
+            raise UserError(f"{FIELD}={self.folder}: {path.name} has changed since it was written; {REBUILD}")
         return rows

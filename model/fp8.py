@@ -17,10 +17,10 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 TINY = 1e-12  # amax of a row of zeros
 ADA = (8, 9)  # first compute capability with float8 matrix units
-MULTIPLE = 16  # that _scaled_mm wants of both sizes of a weight
+ALIGNMENT = 16  # that _scaled_mm wants of both sizes of a weight
 LINEARS = ("attn1.to_qkv", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 LINEARS += ("attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")  # text keys are made once a prompt
-KEPT = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
+UNQUANTIZED_BLOCKS = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
 
 
 def check_fp8(
@@ -46,22 +46,22 @@ class Fp8Linear(nn.Module):
         assert scaling in ("row", "tensor"), f"scaling={scaling}"
         self.in_features, self.out_features, self.scaling = linear.in_features, linear.out_features, scaling
         self.dtype = linear.weight.dtype
-        weight, scale = quantise(linear.weight.detach(), scaling)
+        weight, scale = quantize(linear.weight.detach(), scaling)
         self.weight, self.scale = (nn.Parameter(x, requires_grad=False) for x in (weight, scale))
         # row scales go with bfloat16 results only
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, scale = self.rounded(x.reshape(-1, self.in_features))
-        return self.multiply(value, scale).view(*x.shape[:-1], self.out_features).to(self.dtype)
+        value, scale = self.quantize_input(x.reshape(-1, self.in_features))
+        return self.matmul(value, scale).view(*x.shape[:-1], self.out_features).to(self.dtype)
 
-    def rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of inputs [N, K] as `quantise` gives them."""
-        return quantise(rows, self.scaling)
+    def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of inputs [N, K] as `quantize` gives them."""
+        return quantize(rows, self.scaling)
 
-    def multiply(self, value: Tensor, scale: Tensor) -> Tensor:
-        """Rows of e4m3 [N, K] with their scale, as `quantise` gives them -> [N, out_features], bfloat16."""
+    def matmul(self, value: Tensor, scale: Tensor) -> Tensor:
+        """Rows of e4m3 [N, K] with their scale, as `quantize` gives them -> [N, out_features], bfloat16."""
         return torch._scaled_mm(
             value, self.weight.t(), scale, self.scale.t(), bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
@@ -70,7 +70,7 @@ class Fp8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling}"
 
 
-def quantise(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     """x [N, K] -> e4m3 [N, K], and its scale: float32 [N, 1] by row, [] for the tensor."""
     wide = x.float()
     amax = wide.abs().amax(dim=-1, keepdim=True) if scaling == "row" else wide.abs().amax()
@@ -78,7 +78,7 @@ def quantise(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(E4M3), scale
 
 
-def convert(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
+def quantize_block(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
     """Replace the large linears of a transformer block by `kind`; the names of those replaced."""
     done = []
     for name in LINEARS:
@@ -87,18 +87,21 @@ def convert(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8L
             continue
         owner = block.get_submodule(parent)
         linear = dict(owner.named_children()).get(leaf)
-        if type(linear) is nn.Linear and not (linear.in_features % MULTIPLE or linear.out_features % MULTIPLE):
+        if type(linear) is nn.Linear and not (linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT):
             setattr(owner, leaf, kind(linear, scaling))
             done.append(name)
     return done
 
 
-def convert_blocks(
-    blocks: Sequence[nn.Module], scaling: str = "row", keep: Sequence[int] = KEPT, kind: type[Fp8Linear] = Fp8Linear
+def quantize_blocks(
+    blocks: Sequence[nn.Module],
+    scaling: str = "row",
+    keep: Sequence[int] = UNQUANTIZED_BLOCKS,
+    kind: type[Fp8Linear] = Fp8Linear,
 ) -> str:
-    """`convert` all blocks but those of `keep`; what was done, in words."""
+    """`quantize_block` all blocks but those of `keep`; what was done, in words."""
     kept = {i % len(blocks) for i in keep}
-    names = [convert(block, scaling, kind) for i, block in enumerate(blocks) if i not in kept]
+    names = [quantize_block(block, scaling, kind) for i, block in enumerate(blocks) if i not in kept]
     return f"float8: {sum(map(len, names))} linears in {len(names)} of {len(blocks)} blocks"
 
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from configs.geometry import Geometry
 from configs.schema import Config
-from model.sizes import WAN_1_3B, WAN_14B, Network
+from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 
 GIB = 1 << 30
 CONTEXT = 0.6 * GIB  # CUDA context and kernels
-CUBLAS = 32 << 20  # workspace that torch allocates for matrix products, and again for those in CUDA graphs (Hopper)
-SLACK = 1.05  # bytes that the allocator holds, to bytes in use
-CARDS = (12, 16, 24, 40, 80)  # GiB on the box
+CUBLAS_WORKSPACE = 32 << 20  # that torch allocates for matrix products, and again for those in CUDA graphs (Hopper)
+ALLOCATOR_OVERHEAD = 1.05  # bytes that the allocator holds, to bytes in use
+GPU_SIZES_GIB = (12, 16, 24, 40, 80)  # GiB on the box
 USABLE = 0.95  # of them; a desktop, ECC and other programs take theirs
 WAN_PIXEL = (4729, 5394)  # VAE of base 96: bytes a pixel of video held between calls, and for each latent frame of one
 WAN_HOLES = 0.65  # of those, what torch's allocator holds and cannot give out, for what is carried lies between what
@@ -41,12 +41,12 @@ class Phase:
 
     name: str
     parts: Mapping[str, float]
-    holes: float = 0.0  # bytes that the allocator loses beyond SLACK
+    fragmentation: float = 0.0  # bytes that the allocator loses beyond SLACK
 
     @property
     def total(self) -> float:
         """With what driver and allocator add."""
-        return SLACK * sum(self.parts.values()) + self.holes + CONTEXT
+        return ALLOCATOR_OVERHEAD * sum(self.parts.values()) + self.fragmentation + CONTEXT
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,20 @@ class MemoryPlan:
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
-def cache_bytes(network: Network, geometry: Geometry, chunks: int, batch: int = 1, number: int = 2) -> int:
+def cache_bytes(network: TransformerSize, geometry: Geometry, chunks: int, batch: int = 1, itemsize: int = 2) -> int:
     """Keys and values of every chunk that the window holds, in every layer."""
     slots = geometry.window_chunks or chunks
-    return 2 * network.layers * batch * slots * geometry.tokens_per_chunk * network.dim * number
+    return 2 * network.layers * batch * slots * geometry.tokens_per_chunk * network.dim * itemsize
 
 
-def text_bytes(network: Network, tokens: int, batch: int = 1, number: int = 2) -> int:
+def text_bytes(network: TransformerSize, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
     """Keys and values of the prompt, in every layer."""
-    return 2 * network.layers * batch * tokens * network.dim * number
+    return 2 * network.layers * batch * tokens * network.dim * itemsize
 
 
-def step_bytes(network: Network, tokens: int, number: int = 2) -> int:
+def step_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> int:
     """Activations of one forward pass without a graph, over `tokens` of all samples together: in the feed-forward."""
-    return tokens * number * (2 * network.ffn + 5 * network.dim)
+    return tokens * itemsize * (2 * network.ffn + 5 * network.dim)
 
 
 def decode_bytes(config: Config, batch: int = 1) -> tuple[int, int]:
@@ -107,7 +107,7 @@ def decode_bytes(config: Config, batch: int = 1) -> tuple[int, int]:
     return pixels * held, pixels * each * min(frames, config.stream.chunk_frames)
 
 
-def decoding(config: Config, batch: int = 1) -> tuple[dict[str, int], float]:
+def decode_phase(config: Config, batch: int = 1) -> tuple[dict[str, int], float]:
     """Parts of the plan while a chunk is decoded, and what the allocator loses by it."""
     held, work = decode_bytes(config, batch)
     if config.model.codec != "taehv":
@@ -133,7 +133,7 @@ def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, 
 
 
 def inference_plan(
-    config: Config, student: Network = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
+    config: Config, student: TransformerSize = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
 ) -> MemoryPlan:
     """Memory of `inference.py` in bfloat16: encoding the first prompt, a denoising step, decoding a chunk.
 
@@ -141,12 +141,12 @@ def inference_plan(
     """
     geometry = geometry_for(config, student)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
-    weights = student.inference_bytes if config.inference.student == "keep" else student.streamed_bytes
+    weights = student.inference_bytes if config.inference.student == "keep" else student.offloaded_bytes
     fp8 = config.inference.precision == "fp8"
     always = {
         "student": student.fp8_bytes if fp8 else weights,
         "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
-        "workspace": CUBLAS,
+        "workspace": CUBLAS_WORKSPACE,
     }
     text_weights, encoder = text_encoder_bytes(config, text_weights)
     keep = {"text encoder": text_weights} if config.inference.text_encoder == "keep" else {}
@@ -156,15 +156,15 @@ def inference_plan(
         "text keys": text_bytes(student, config.model.text_tokens, batch),
     }
     if fast(config.inference.cuda_graphs, config):  # which read a copy of the text's keys
-        playing["CUDA graphs"] = playing["text keys"] + CUBLAS
+        playing["CUDA graphs"] = playing["text keys"] + CUBLAS_WORKSPACE
     step = step_bytes(student, batch * geometry.tokens_per_chunk)
-    decode, holes = decoding(config, batch)
+    decode, fragmentation = decode_phase(config, batch)
     carried = {"decoder state": decode["decoder state"]}
     return MemoryPlan(
         (
             Phase("encode prompt", always | encoding),
             Phase("denoise", always | keep | playing | carried | {"activations": step}),
-            Phase("decode", always | keep | playing | decode, holes),
+            Phase("decode", always | keep | playing | decode, fragmentation),
         )
     )
 
@@ -173,30 +173,30 @@ def inference_plan(
 
 
 def graph_bytes(
-    network: Network, tokens: int, checkpointing: bool, number: int = 2, *, attention: bool = True
+    network: TransformerSize, tokens: int, checkpointing: bool, itemsize: int = 2, *, attention: bool = True
 ) -> int:
     """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together.
 
     attention: checkpointing keeps the result of self-attention.
     """
     d, f = network.dim, network.ffn
-    block = tokens * (25 * d + 2 * f) * number
+    block = tokens * (25 * d + 2 * f) * itemsize
     if not checkpointing:
-        return tokens * 21 * d * number // 4 + network.layers * block + tokens * 5 * d * number
+        return tokens * 21 * d * itemsize // 4 + network.layers * block + tokens * 5 * d * itemsize
     if attention:
-        block -= attention_bytes(network, tokens, number)  # the block at work has that already
-    return graph_held(network, tokens, number, attention=attention) + block + 2 * tokens * d * number
+        block -= attention_bytes(network, tokens, itemsize)  # the block at work has that already
+    return held_graph_bytes(network, tokens, itemsize, attention=attention) + block + 2 * tokens * d * itemsize
 
 
-def attention_bytes(network: Network, tokens: int, number: int = 2) -> int:
+def attention_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> int:
     """What checkpointing keeps of a block's self-attention: the result, and a float32 a token for each head of 128."""
-    return tokens * (network.dim * number + network.dim // 32)
+    return tokens * (network.dim * itemsize + network.dim // 32)
 
 
-def graph_held(network: Network, tokens: int, number: int = 2, *, attention: bool = True) -> int:
+def held_graph_bytes(network: TransformerSize, tokens: int, itemsize: int = 2, *, attention: bool = True) -> int:
     """What a checkpointed graph holds between its forward and its backward pass."""
-    block = tokens * network.dim * number + (attention_bytes(network, tokens, number) if attention else 0)
-    return tokens * 21 * network.dim * number // 4 + network.layers * block
+    block = tokens * network.dim * itemsize + (attention_bytes(network, tokens, itemsize) if attention else 0)
+    return tokens * 21 * network.dim * itemsize // 4 + network.layers * block
 
 
 def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
@@ -204,12 +204,12 @@ def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
     return 4 * (2 + (2 if betas[0] else 1) + averaged)
 
 
-def geometry_for(config: Config, network: Network) -> Geometry:
+def geometry_for(config: Config, network: TransformerSize) -> Geometry:
     """Sizes of the stream that `network` makes."""
     return Geometry.from_config(config, latent_channels=network.channels, patch=network.patch)
 
 
-def twin_bytes(config: Config, student: Network) -> int:
+def rollout_student_bytes(config: Config, student: TransformerSize) -> int:
     """The copy that makes the critic's rollouts: weights, keys and values, and what its graphs keep: activations, and
     the text's keys and values once more."""
     geometry, batch = geometry_for(config, student), config.training.micro_batch
@@ -221,9 +221,9 @@ def twin_bytes(config: Config, student: Network) -> int:
 
 def distill_plan(
     config: Config,
-    student: Network = WAN_1_3B,
-    teacher: Network = WAN_14B,
-    critic: Network | None = None,
+    student: TransformerSize = WAN_1_3B,
+    teacher: TransformerSize = WAN_14B,
+    critic: TransformerSize | None = None,
     *,
     gpus: int = 1,
 ) -> MemoryPlan:
@@ -236,10 +236,10 @@ def distill_plan(
     shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]
     lora = t.distill.lora
 
-    def adapters(network: Network, rank: int) -> int:
+    def adapters(network: TransformerSize, rank: int) -> int:
         return network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn))
 
-    def trained(network: Network, rank: int, betas: Sequence[float], averaged: bool) -> float:
+    def trained(network: TransformerSize, rank: int, betas: Sequence[float], averaged: bool) -> float:
         moving = adapters(network, rank) or network.parameters
         frozen = (8 if averaged else 4) * network.parameters if rank else 0  # the average is of the whole network
         return (frozen + trained_bytes(betas, averaged) * moving) / shards
@@ -254,7 +254,7 @@ def distill_plan(
     if t.distill.regresses_motion:
         always["frozen start"] = 2 * student.parameters / shards
     if t.distill.fast_rollout:
-        always["fast student"] = twin_bytes(config, student)
+        always["fast student"] = rollout_student_bytes(config, student)
     if shards > 1:
         always["student, gathered"] = 2 * (student.parameters + adapters(student, lora.student_rank))
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
@@ -263,13 +263,13 @@ def distill_plan(
     sharing = t.sequence_parallel if t.sequence_student == "shared" else 1  # the student's are whole but then
     rolled = t.micro_batch * frames * geometry.tokens_per_frame // sharing
 
-    def whole(network: Network, number: int) -> dict[str, float]:
-        return {"blocks at work": 2 * network.block * number} if shards > 1 else {}
+    def whole(network: TransformerSize, itemsize: int) -> dict[str, float]:
+        return {"blocks at work": 2 * network.block_parameters * itemsize} if shards > 1 else {}
 
     keys = {"keys of the rollout": 4 * student.layers * rolled * student.dim}
     # each chunk is a forward pass of its own, so that what is recomputed at once is a chunk
     chunk = t.micro_batch * geometry.tokens_per_chunk // sharing
-    held, others = (graph_held(student, n, attention=False) for n in (rolled, rolled - chunk))
+    held, others = (held_graph_bytes(student, n, attention=False) for n in (rolled, rolled - chunk))
     work = others + graph_bytes(student, chunk, True, attention=False)
     rollout = keys | {"activations": work if t.checkpointing else graph_bytes(student, rolled, False)}
     kept = {"keys of the rollout": keys["keys of the rollout"], "rollout's graph": held}

@@ -44,45 +44,45 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Rows of timesteps and context policies, both of which repeat their last word for all later chunks."""
+    """Timesteps and context mode of each chunk. The last row of timesteps holds for all later chunks."""
 
-    rows: tuple[tuple[float, ...], ...]  # timesteps in (0, 1000], falling
-    policy: str = "last_step"
-    exceptions: tuple[tuple[int, str], ...] = ()  # (chunk, policy), by chunk
+    timesteps_by_chunk: tuple[tuple[float, ...], ...]  # in (0, 1000], falling; the last repeats
+    default_context: str = "last_step"
+    context_exceptions: tuple[tuple[int, str], ...] = ()  # (chunk, context mode), by chunk
     renoise_timestep: float = 0.0
 
     @classmethod
     def from_config(cls, schedule: ScheduleConfig, stream: StreamConfig) -> "Schedule":
         """The schedule that a config describes. A preset's own context policy goes before stream.context."""
-        schedule, policy = _spelled_out(schedule, stream.context)
+        schedule, default_context = _spelled_out(schedule, stream.context)
         rows = _given_rows(schedule.timesteps) if schedule.timesteps is not None else _even_rows(schedule)
         return cls(
-            rows=rows,
-            policy=policy,
-            exceptions=tuple(sorted(stream.context_by_chunk.items())),
+            timesteps_by_chunk=rows,
+            default_context=default_context,
+            context_exceptions=tuple(sorted(stream.context_by_chunk.items())),
             renoise_timestep=float(stream.context_timestep),
         )
 
-    def row(self, chunk: int) -> tuple[float, ...]:
+    def timesteps(self, chunk: int) -> tuple[float, ...]:
         """Timesteps of `chunk`."""
-        return self.rows[min(chunk, len(self.rows) - 1)]
+        return self.timesteps_by_chunk[min(chunk, len(self.timesteps_by_chunk) - 1)]
 
-    def context(self, chunk: int) -> str:
-        """Context policy of `chunk`."""
-        return dict(self.exceptions).get(chunk, self.policy)
+    def context_mode(self, chunk: int) -> str:
+        """Context mode of `chunk`."""
+        return dict(self.context_exceptions).get(chunk, self.default_context)
 
     def context_timestep(self, chunk: int) -> float | None:
         """Timestep of the extra pass that `chunk` makes for its context, None if it makes none."""
-        return {"last_step": None, "clean": 0.0, "renoise": self.renoise_timestep}[self.context(chunk)]
+        return {"last_step": None, "clean": 0.0, "renoise": self.renoise_timestep}[self.context_mode(chunk)]
 
-    def context_level(self, chunk: int) -> float:
+    def kv_timestep(self, chunk: int) -> float:
         """Timestep of the keys that later chunks see of `chunk`."""
-        level = self.context_timestep(chunk)
-        return self.row(chunk)[-1] if level is None else level
+        timestep = self.context_timestep(chunk)
+        return self.timesteps(chunk)[-1] if timestep is None else timestep
 
     def nfe(self, num_chunks: int) -> int:
         """Evaluations of the student for so many chunks, context passes included."""
-        return sum(len(self.row(k)) + (self.context_timestep(k) is not None) for k in range(num_chunks))
+        return sum(len(self.timesteps(k)) + (self.context_timestep(k) is not None) for k in range(num_chunks))
 
     def table(self, num_chunks: int | None = None, geometry: Geometry | None = None) -> str:
         """The schedule as text: a line for each run of equal chunks, then the total of evaluations.
@@ -90,10 +90,10 @@ class Schedule:
         `2+` means chunk 2 and all later ones. With a geometry, the latent frames whose keys a chunk sees, too. Without
         `num_chunks` only what differs is shown, and no total.
         """
-        settled = max(len(self.rows), *(chunk + 2 for chunk, _ in self.exceptions), 1)
+        settled = max(len(self.timesteps_by_chunk), *(chunk + 2 for chunk, _ in self.context_exceptions), 1)
         shown = settled if num_chunks is None else num_chunks
         horizon = max(settled, shown + 1)  # one more than is shown tells whether its keys still grow
-        width = max(len(_short(t)) for row in self.rows for t in row)
+        width = max(len(_short(t)) for row in self.timesteps_by_chunk for t in row)
         cells = [self._cells(k, geometry, width) for k in range(horizon)]
         lines = [["chunk", "steps", "timesteps", "context", "level", *(["KV frames"] if geometry else [])]]
         start = 0
@@ -117,9 +117,9 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, as a JSON file holds them."""
         return {
-            "rows": [list(row) for row in self.rows],
-            "policy": self.policy,
-            "exceptions": [list(item) for item in self.exceptions],
+            "rows": [list(row) for row in self.timesteps_by_chunk],
+            "policy": self.default_context,
+            "exceptions": [list(item) for item in self.context_exceptions],
             "renoise_timestep": self.renoise_timestep,
         }
 
@@ -131,16 +131,16 @@ class Schedule:
             raise UserError(f"restart_every={again} of a stored schedule is not played any more; remove it there")
         stream = StreamConfig(
             context=values["policy"],
-            context_by_chunk={int(chunk): policy for chunk, policy in values["exceptions"]},
+            context_by_chunk={int(chunk): default_context for chunk, default_context in values["exceptions"]},
             context_timestep=float(values["renoise_timestep"]),
         )
         return cls.from_config(ScheduleConfig(timesteps=[[float(t) for t in row] for row in values["rows"]]), stream)
 
     def _cells(self, chunk: int, geometry: Geometry | None, width: int) -> list[str]:
         """What the table says of a chunk, its number apart; `width` characters a timestep."""
-        row = self.row(chunk)
+        row = self.timesteps(chunk)
         cells = [str(len(row)), "  ".join(_short(t).ljust(width) for t in row).rstrip()]
-        cells += [self.context(chunk), _short(self.context_level(chunk))]
+        cells += [self.context_mode(chunk), _short(self.kv_timestep(chunk))]
         return cells + ([str(geometry.kv_frames(chunk))] if geometry else [])
 
 
@@ -153,14 +153,14 @@ def with_steps(config: Config, steps: Sequence[int], context: str | None = None)
     context: the policy instead of the schedule's own; exceptions stay. UserError where `steps` are no
     counts, or no row has two steps to interpolate between.
     """
-    schedule, policy = _spelled_out(config.schedule, config.stream.context)
+    schedule, default_context = _spelled_out(config.schedule, config.stream.context)
     if schedule.timesteps is None:
         schedule = replace(schedule, steps=list(steps))
     else:
         rows = _given_rows(schedule.timesteps)
         changed = [list(_row_of(rows, k, n)) for k, n in enumerate(_counts(steps))]
         schedule = replace(schedule, timesteps=changed)
-    return replace(config, schedule=schedule, stream=replace(config.stream, context=context or policy))
+    return replace(config, schedule=schedule, stream=replace(config.stream, context=context or default_context))
 
 
 def as_schedule(given: Any, config: Config) -> Schedule:
@@ -175,9 +175,9 @@ def as_schedule(given: Any, config: Config) -> Schedule:
         named = replace(config, schedule=ScheduleConfig(preset=given))
         return Schedule.from_config(named.schedule, named.stream)
     if isinstance(given, list | tuple) and given and all(isinstance(row, list | tuple) for row in given):
-        _, policy = _spelled_out(config.schedule, config.stream.context)
+        _, default_context = _spelled_out(config.schedule, config.stream.context)
         listed = ScheduleConfig(timesteps=[list(row) for row in given])
-        return Schedule.from_config(listed, replace(config.stream, context=policy))
+        return Schedule.from_config(listed, replace(config.stream, context=default_context))
     if not isinstance(given, str | list | tuple):
         raise UserError(
             f"schedule={shown(given)} is no schedule; give a preset ({', '.join([*PRESETS, *DATED])}), steps a chunk "
@@ -188,7 +188,7 @@ def as_schedule(given: Any, config: Config) -> Schedule:
 
 
 def _row_of(rows: Sequence[tuple[float, ...]], chunk: int, steps: int) -> tuple[float, ...]:
-    """Timesteps of a chunk that is to have so many `steps`, by what `rows` have."""
+    """Timesteps of a chunk that is to have so many `steps`, by what `timesteps_by_chunk` have."""
     place = min(chunk, len(rows) - 1)
     same = [k for k, row in enumerate(rows) if len(row) == steps]
     if same:

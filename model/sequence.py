@@ -26,7 +26,7 @@ class SequenceGroup:
         self._on = self.size > 1
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """For as long as the block runs, this rank computes whole sequences by itself and waits for no other."""
         before, self._on = self._on, False
         try:
@@ -47,7 +47,7 @@ class SequenceGroup:
             return x
         return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
 
-    def same(self, x: Tensor, source: int = 0) -> Tensor:
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """x of the group's rank `source`, on every rank; of the others' only the shape and the type matter."""
         if not self._on:
             return x

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class TransformerSize:
     """Sizes of a Wan transformer."""
 
     dim: int
@@ -18,7 +18,7 @@ class Network:
     patch: tuple[int, int, int] = (1, 2, 2)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Network":
+    def from_config(cls, config: Mapping[str, Any]) -> "TransformerSize":
         """From a config.json as diffusers has it."""
         return cls(
             dim=config["num_attention_heads"] * config["attention_head_dim"],
@@ -31,7 +31,7 @@ class Network:
         )
 
     @property
-    def block(self) -> int:
+    def block_parameters(self) -> int:
         """Parameters of a block: 8 square matrices, 4 of their norms, feed-forward, affine norm, modulation."""
         d, f = self.dim, self.ffn
         return 8 * (d * d + d) + 4 * d + 2 * d * f + f + d + 2 * d + 6 * d
@@ -41,10 +41,10 @@ class Network:
         d, cell = self.dim, self.channels * self.patch[0] * self.patch[1] * self.patch[2]
         embeddings = (cell * d + d) + (self.text_dim * d + d) + (d * d + d)
         time = (self.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
-        return self.layers * self.block + embeddings + time + 2 * d + (d * cell + cell)
+        return self.layers * self.block_parameters + embeddings + time + 2 * d + (d * cell + cell)
 
     @property
-    def wide(self) -> int:
+    def fp32_parameters(self) -> int:
         """Those that diffusers keeps in float32: norms, modulation and the time embedding."""
         d = self.dim
         return self.layers * (2 * d + 6 * d) + 2 * d + (self.freq_dim * d + d) + (d * d + d)
@@ -52,7 +52,7 @@ class Network:
     @property
     def inference_bytes(self) -> int:
         """Weights in bfloat16, but for those."""
-        return 2 * self.parameters + 2 * self.wide
+        return 2 * self.parameters + 2 * self.fp32_parameters
 
     @property
     def fp8_bytes(self) -> int:
@@ -60,15 +60,15 @@ class Network:
         return self.inference_bytes - (self.layers - 2) * (6 * self.dim**2 + 2 * self.dim * self.ffn)
 
     @property
-    def streamed_bytes(self) -> int:
+    def offloaded_bytes(self) -> int:
         """The same with the blocks on the host (model/fast/offload.py): slots for two of them, and the rest."""
-        return self.inference_bytes - (self.layers - 2) * (2 * self.block + 2 * 8 * self.dim)
+        return self.inference_bytes - (self.layers - 2) * (2 * self.block_parameters + 2 * 8 * self.dim)
 
 
-WAN_1_3B = Network(dim=1536, ffn=8960, layers=30)
-WAN_14B = Network(dim=5120, ffn=13824, layers=40)
+WAN_1_3B = TransformerSize(dim=1536, ffn=8960, layers=30)
+WAN_14B = TransformerSize(dim=5120, ffn=13824, layers=40)
 RANDOM = "random:"  # training.init.student=random:1.3B: weights of that size, drawn on the device, and no file
-NETWORKS = {"1.3B": WAN_1_3B, "14B": WAN_14B}  # by the names that command lines take
+TRANSFORMER_SIZES = {"1.3B": WAN_1_3B, "14B": WAN_14B}  # by the names that command lines take
 HEAD_DIM = 128  # width of an attention head in both
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 UMT5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False}

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
-MOST_WORDS = 1000  # of a vocabulary that can be named
+MAX_LISTED_WORDS = 1000  # of a vocabulary that can be named
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
@@ -45,7 +45,7 @@ class TextEncoder:
     def known_words(self) -> list[str]:
         """All words of a tokenizer of so few that they can be named; [] of one that reads any text."""
         words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
-        return sorted(words) if len(words) <= MOST_WORDS else []
+        return sorted(words) if len(words) <= MAX_LISTED_WORDS else []
 
     def unknown_words(self, prompt: str) -> list[str]:
         """What the tokenizer has no token for, so that the model does not see it: each part once, in order."""

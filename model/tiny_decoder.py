@@ -7,7 +7,7 @@ frames of one, twice. F latent frames so give 4 F pixel frames, of which the fir
 are dropped. Frames are processed in parallel; across calls only each memory block's last input frame is carried.
 
 Precision: beside a student in half precision on a GPU it decodes in float16, whose 11 bits are 17 dB nearer to float32
-than bfloat16's 8, if activations leave room (`in_best_precision`). Should one overflow all the same, it stays infinite
+than bfloat16's 8, if activations leave room (`cast_to_best_dtype`). Should one overflow all the same, it stays infinite
 on its way through ReLUs and skips, and what is decoded is NaN, never a picture. A CPU computes in float32: without
 hardware for it, float16 takes a hundred times as long there.
 """
@@ -64,7 +64,7 @@ class MemoryBlock(nn.Module):
         return functional.relu(self.conv(torch.cat([x, past], dim=1)) + x)
 
 
-class TemporalGrowth(nn.Module):
+class TemporalUpsample(nn.Module):
     """`stride` frames from one, by a 1x1 convolution whose output channels are cut into frames."""
 
     def __init__(self, width: int, stride: int):
@@ -95,7 +95,7 @@ class TinyDecoder(nn.Module):
         ]
         for width, following, stride in zip(widths[:3], widths[1:], self.config.growth, strict=True):
             layers += [MemoryBlock(width) for _ in range(3)]
-            layers += [nn.Upsample(scale_factor=2), TemporalGrowth(width, stride)]
+            layers += [nn.Upsample(scale_factor=2), TemporalUpsample(width, stride)]
             layers += [nn.Conv2d(width, following, 3, padding=1, bias=bias)]
         layers += [nn.ReLU(inplace=True), nn.Conv2d(widths[3], 3, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
@@ -132,16 +132,16 @@ class TinyDecoder(nn.Module):
         return x.unflatten(0, (batch, -1)), after
 
 
-def in_best_precision(decoder: TinyDecoder, dtype: torch.dtype) -> TinyDecoder:
+def cast_to_best_dtype(decoder: TinyDecoder, dtype: torch.dtype) -> TinyDecoder:
     """`decoder`, which is float32, cast in place to what suits a student of `dtype` on the decoder's device."""
     if dtype == torch.float32 or decoder.device.type == "cpu":
         return decoder
-    return decoder.to(half_precision(decoder))
+    return decoder.to(best_half_dtype(decoder))
 
 
-def half_precision(decoder: TinyDecoder) -> torch.dtype:
+def best_half_dtype(decoder: TinyDecoder) -> torch.dtype:
     """float16, or bfloat16 where `decoder` (float32) comes too near to float16's end."""
-    largest = largest_activation(decoder)
+    largest = max_activation(decoder)
     if largest <= HALF_LIMIT:
         return torch.float16
     log.warning("the tiny decoder's activations reach %.3g, too much for float16; it decodes in bfloat16", largest)
@@ -149,7 +149,7 @@ def half_precision(decoder: TinyDecoder) -> torch.dtype:
 
 
 @torch.no_grad()
-def largest_activation(decoder: TinyDecoder) -> float:
+def max_activation(decoder: TinyDecoder) -> float:
     """Largest |x| between layers, and of weights, for latents of 1 and 3 times their usual size, and saturated ones."""
     shape = (3, decoder.config.latent_channels, 12, 12)
     drawn = torch.randn(shape, generator=generator(0, "tiny decoder's range"))

@@ -13,7 +13,7 @@ from configs.schema import MAX_SEED
 from utils.distributed import Ranks
 from utils.logs import get_logger
 from utils.prompts import check_prompt
-from utils.seeds import DRAW, LARGEST_DRAWN, sample_seed, settled
+from utils.seeds import LARGEST_DRAWN, RANDOM_SEED, resolve_seed, sample_seed
 
 log = get_logger(__name__)
 
@@ -102,9 +102,9 @@ def as_seeds(seed: Any, generator: Any, prompts: int, samples: int, default: int
     if len(seeds) != prompts:
         raise UserError(f"{len(seeds)} seeds were given for {prompts} prompts; give one seed, or one a prompt")
     seeds = [whole("seed", one, -MAX_SEED, MAX_SEED) for one in seeds]
-    each = [one if one == DRAW else sample_seed(one, i) for one in seeds for i in range(samples)]
+    each = [one if one == RANDOM_SEED else sample_seed(one, i) for one in seeds for i in range(samples)]
     for i, one in enumerate(each):
-        each[i] = settled(one, Ranks())
+        each[i] = resolve_seed(one, Ranks())
         if each[i] != one:
             log.info(f"seed {one}: drawn was {each[i]}")
     return each

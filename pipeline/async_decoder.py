@@ -25,7 +25,7 @@ class AsyncDecoder:
         self._beside = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
         self.to_frames: Callable[[Tensor], Tensor] = to_frames  # may be replaced by a compiled one
 
-    def deliver(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
+    def decode(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
         """uint8 frames [B, T, H, W, 3] of the decoder's next latents, on their way to the host; marks `decode`.
 
         With them goes bool [2, B]: whether each stream's latents, and its pixels, are finite. The timer's last mark
@@ -40,11 +40,11 @@ class AsyncDecoder:
 
     def _decoded(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
         pixels = decoder.decode(latents)
-        arriving = to_host(self.to_frames(pixels)), to_host(torch.stack([finite(latents), finite(pixels)]))
+        arriving = to_host(self.to_frames(pixels)), to_host(torch.stack([all_finite(latents), all_finite(pixels)]))
         timer.mark("decode")
         return arriving
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Make the current stream wait for decoding: before decoder state is read or replaced outside of it."""
         if self._beside is not None:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
@@ -69,7 +69,7 @@ def to_frames(pixels: Tensor) -> Tensor:
     return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
 
 
-def finite(x: Tensor) -> Tensor:
+def all_finite(x: Tensor) -> Tensor:
     """bool [B]: whether all values of each row of `x` are. A sum is: it reads once what `isfinite` reads five times."""
     return x.sum(dim=tuple(range(1, x.ndim)), dtype=torch.float32).isfinite()
 

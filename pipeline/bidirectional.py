@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.denoiser import Score
+from model.denoiser import ScoreModel
 from model.flow import euler_x0, integrate, shift_time
 
 
@@ -14,7 +14,7 @@ def euler_grid(steps: int, shift: float, device: torch.device | str = "cpu") -> 
 
 @torch.no_grad()
 def sample(
-    score: Score, noise: Tensor, text: Tensor, null_text: Tensor, *, steps: int = 50, shift: float, guidance: float
+    score: ScoreModel, noise: Tensor, text: Tensor, null_text: Tensor, *, steps: int = 50, shift: float, guidance: float
 ) -> Tensor:
     """Integrate dx/dsigma = v from noise [B, F, C, H, W] to latents of that shape with Euler's method.
 

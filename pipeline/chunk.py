@@ -32,24 +32,24 @@ class ConditioningFrames:
     """The first g < f frames of a chunk, as they are and as they are shown."""
 
     latents: Tensor  # clean, [B, g, C, H, W]
-    shown: Tensor  # at `level`
-    level: float  # timestep
+    noisy: Tensor  # at `timestep`
+    timestep: float
 
     @classmethod
-    def at_level(cls, latents: Tensor, level: float, eps: Callable[[], Tensor]) -> "ConditioningFrames":
+    def at_timestep(cls, latents: Tensor, timestep: float, eps: Callable[[], Tensor]) -> "ConditioningFrames":
         """Frames as the context shows them. eps: gives noise [B, f, C, H, W] of the chunk's context."""
         frames = latents.shape[1]
-        shown = add_noise(latents, eps()[:, :frames], as_timestep(level, latents)) if level > 0 else latents
-        return cls(latents, shown, level)
+        noisy = add_noise(latents, eps()[:, :frames], as_timestep(timestep, latents)) if timestep > 0 else latents
+        return cls(latents, noisy, timestep)
 
-    def show(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def insert(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Input [B, f, C, H, W] of a step at t [B] with these frames in their place, and its timesteps [B, f]."""
         g = self.latents.shape[1]
         times = t[:, None].repeat(1, x_t.shape[1])
-        times[:, :g] = self.level
-        return torch.cat([self.shown, x_t[:, g:]], dim=1), times
+        times[:, :g] = self.timestep
+        return torch.cat([self.noisy, x_t[:, g:]], dim=1), times
 
-    def keep(self, x0: Tensor) -> Tensor:
+    def restore(self, x0: Tensor) -> Tensor:
         """`x0` with these frames in their place."""
         return torch.cat([self.latents, x0[:, self.latents.shape[1] :]], dim=1)
 
@@ -57,34 +57,34 @@ class ConditioningFrames:
 def denoise_chunk(
     student: Student,
     noise: Tensor,
-    row: Sequence[float],
+    timesteps: Sequence[float],
     *,
     cache: StreamCache | GraphCache,
     chunk: int,
     text: TextKV | Tensor,
     renoise: Callable[[int], Tensor],
-    given: ConditioningFrames | None = None,
+    conditioning: ConditioningFrames | None = None,
     exit_at: int | None = None,
     grad: bool = False,
 ) -> Tensor:
-    """Clean latents `[B, f, C, H, W]` of chunk `chunk`, from its `noise` along `row` = (t_1 > ... > t_n).
+    """Clean latents `[B, f, C, H, W]` of chunk `chunk`, from its `noise` along `timesteps` = (t_1 > ... > t_n).
 
     renoise: gives the fresh noise of step i (0-based, i >= 1).
     given: the chunk's first frames, where they are not to be made; no gradient reaches them.
     exit_at: index of the last step that runs; None = the row's last, which is all that inference does.
     grad: record a graph for the step at `exit_at`; the steps before it never have one.
     """
-    last = len(row) - 1 if exit_at is None else exit_at
+    last = len(timesteps) - 1 if exit_at is None else exit_at
     x_t = noise
     for step in range(last + 1):
-        t = as_timestep(row[step], noise)
-        if given is not None:
-            x_t, t = given.show(x_t, t)
+        t = as_timestep(timesteps[step], noise)
+        if conditioning is not None:
+            x_t, t = conditioning.insert(x_t, t)
         with torch.set_grad_enabled(grad and step == last):
             x0 = student.x0(x_t, t, text, cache.begin(chunk), chunk * noise.shape[1])
-            x0 = x0 if given is None else given.keep(x0)
+            x0 = x0 if conditioning is None else conditioning.restore(x0)
         if step < last:
-            x_t = add_noise(x0, renoise(step + 1), as_timestep(row[step + 1], noise))
+            x_t = add_noise(x0, renoise(step + 1), as_timestep(timesteps[step + 1], noise))
     return x0
 
 
@@ -92,7 +92,7 @@ def update_cache(
     student: Student,
     x0: Tensor,
     *,
-    level: float | None,
+    context_timestep: float | None,
     cache: StreamCache | GraphCache,
     chunk: int,
     text: TextKV | Tensor,
@@ -101,11 +101,11 @@ def update_cache(
     """Put into the cache what later chunks see of chunk `chunk`, whose clean latents `[B, f, C, H, W]` are `x0`.
 
     level: `Schedule.context_timestep(chunk)`. None (last_step): the cache already holds it. 0 (clean): one pass over
-    x0 itself. Above 0 (renoise): one pass over x0 noised to `level` with `eps()`, drawn only then.
+    x0 itself. Above 0 (renoise): one pass over x0 noised to `context_timestep` with `eps()`, drawn only then.
     Records a graph if the caller has gradients enabled.
     """
-    if level is None:
+    if context_timestep is None:
         return
-    t = as_timestep(level, x0)
-    x_t = add_noise(x0, eps(), t) if level > 0 else x0
+    t = as_timestep(context_timestep, x0)
+    x_t = add_noise(x0, eps(), t) if context_timestep > 0 else x0
     student.x0(x_t, t, text, cache.begin(chunk), chunk * x0.shape[1])

@@ -30,20 +30,20 @@ from model.attention import set_attention
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
-from model.fast.codec import optimise_codec
-from model.fast.int8 import convert
-from model.fast.offload import BlockStream, HostTextEncoder, SmallSteps
-from model.fast.student import FastPlan, optimise
+from model.fast.codec import optimize_codec
+from model.fast.int8 import quantize_linears
+from model.fast.offload import BlockOffload, OffloadedTextEncoder, SlicedDecodeCodec
+from model.fast.student import FastPlan, optimize_student
 from model.schedule import Schedule, as_schedule
 from model.text import TextEncoder
-from model.tiny_decoder import TinyDecoderCodec, in_best_precision
+from model.tiny_decoder import TinyDecoderCodec, cast_to_best_dtype
 from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
-from model.weights.lora import Loras, plan_lora
+from model.weights.lora import LoraAdapters, plan_lora
 from model.weights.plain import plain
 from pipeline.arguments import as_lengths, as_prompts, as_seeds, refuse, whole
 from pipeline.async_decoder import prefetch
+from pipeline.conditioning import conditioning_warnings, encode_conditioning, read_conditioning
 from pipeline.pretrained import save_folder, settings_of
-from pipeline.start import encode_start, read_start, start_warnings
 from pipeline.story import Story, play_story
 from pipeline.stream import ChunkResult, StreamSession
 from pipeline.video import OUTPUT_TYPES, DiagonalPipelineOutput, Video
@@ -56,7 +56,7 @@ from utils.prompts import check_prompt
 log = get_logger(__name__)
 SELF_FORCING = Schedule.from_config(ScheduleConfig(preset="self_forcing"), StreamConfig())
 
-FAR = 1.3  # times as high or as wide as what a student was trained for
+MAX_SIZE_RATIO = 1.3  # times as high or as wide as what a student was trained for
 MAX_SIDE, MAX_VIDEOS = 8192, 1000  # pixels; videos of one prompt in one call
 Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
 Seeds = int | None | Sequence[int]
@@ -85,8 +85,8 @@ class DiagonalPipeline:
         self.session = StreamSession.from_config(config, student, codec, text_encoder)
         self.geometry, self._schedule = self.session.geometry, self.session.schedule
         self.card: Mapping[str, Any] = {}  # what is known of the student's training
-        self.loras = Loras(student.model)  # adapters that are not merged for good
-        self.start_warnings: list[str] = []  # of the picture or clip that was encoded last
+        self.loras = LoraAdapters(student.model)  # adapters that are not merged for good
+        self.conditioning_warnings: list[str] = []  # of the picture or clip that was encoded last
         self._resized: StreamSession | None = None  # of the last call that asked for another size
         self._progress_bar: dict[str, Any] = {}
 
@@ -159,9 +159,9 @@ class DiagonalPipeline:
         if places.attention != "auto":  # which leaves to torch what `plan` does not make fast
             set_attention(student, places.attention)
         if places.student == "stream":
-            BlockStream(student, device)
+            BlockOffload(student, device)
         if places.decode_frames:
-            codec = SmallSteps(codec, places.decode_frames)
+            codec = SlicedDecodeCodec(codec, places.decode_frames)
         return cls(config, *apply_fast_plan(Student(student), codec, plan), place_text(text, places, device))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -183,7 +183,7 @@ class DiagonalPipeline:
     def components(self) -> dict[str, Any]:
         """The networks (transformer, vae or tiny_decoder, text_encoder), the tokenizer and the schedule."""
         codec, text = self.session.codec, self.session.text_encoder
-        codec = codec.codec if isinstance(codec, SmallSteps) else codec
+        codec = codec.codec if isinstance(codec, SlicedDecodeCodec) else codec
         pixels = {"vae": codec.vae} if isinstance(codec, WanCodec) else {"tiny_decoder": codec.decoder}
         words = {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
         return {"transformer": self.session.student.model, **pixels, **words, "schedule": self.schedule}
@@ -257,10 +257,10 @@ class DiagonalPipeline:
             codec = WanCodec(plain(parts["vae"], device, dtype))
         else:
             decoder = plain(parts["tiny_decoder"], device, torch.float32)
-            codec = TinyDecoderCodec(in_best_precision(decoder, dtype))
+            codec = TinyDecoderCodec(cast_to_best_dtype(decoder, dtype))
         text = TextEncoder(encoder, words.tokenizer, words.text_tokens)
         self.config, self.session = config, self.from_parts(config, student, codec, text, device).session
-        self._resized, self.loras = None, Loras(self.session.student.model)
+        self._resized, self.loras = None, LoraAdapters(self.session.student.model)
 
     # --- videos -------------------------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ class DiagonalPipeline:
         with progress_bar(asked.prompts[0], max(asked.lengths), "chunk", **self._progress_bar) as bar:
             for result in self._results(asked, decode=decode):
                 frames = self._frames(result)
-                for i in (i for i, alive in enumerate(result.alive) if alive):
+                for i in (i for i, active in enumerate(result.active) if active):
                     parts[i].append(frames[i])
                     if not decode:
                         latents[i].append(result.latents[i])
@@ -401,12 +401,12 @@ class DiagonalPipeline:
     def _results(self, asked: Request, *, decode: bool = True) -> Iterator[ChunkResult]:
         """Chunks as they arrive."""
         session, chunk = self._session(asked.config), self.geometry.chunk_frames
-        pixels = read_start(asked.config, asked.image, asked.video, min(asked.lengths) * chunk)
-        self.start_warnings = []
-        start = None if pixels is None else self.encode(pixels)
+        pixels = read_conditioning(asked.config, asked.image, asked.video, min(asked.lengths) * chunk)
+        self.conditioning_warnings = []
+        conditioning = None if pixels is None else self.encode(pixels)
         self._warn(asked.prompts, size_warnings(asked.config, self.card) if asked.config != self.config else [])
         session.schedule = asked.schedule
-        yield from self._arrived(session.play(asked.prompts, asked.seeds, asked.lengths, start, decode=decode))
+        yield from self._arrived(session.play(asked.prompts, asked.seeds, asked.lengths, conditioning, decode=decode))
 
     @property
     def num_pixel_frames(self) -> int:
@@ -429,12 +429,13 @@ class DiagonalPipeline:
         return chunks
 
     def encode(self, pixels: np.ndarray) -> Tensor:
-        """Latents [1, F, C, h, w] of what `read_start` has read, uint8 [T, H, W, 3]."""
+        """Latents [1, F, C, h, w] of what `read_conditioning` has read, uint8 [T, H, W, 3]."""
         codec, (height, width) = self.session.codec, pixels.shape[1:3]
-        latents = encode_start(codec, pixels, replace(self.geometry, height=height, width=width), self.session.device)
-        small_world = bool(self.session.text_encoder.known_words)
-        self.start_warnings = start_warnings(self.card, pixels[0], latents, codec if small_world else None)
-        for text in self.start_warnings:
+        geometry = replace(self.geometry, height=height, width=width)
+        latents = encode_conditioning(codec, pixels, geometry, self.session.device)
+        tiny_codec = codec if self.session.text_encoder.known_words else None
+        self.conditioning_warnings = conditioning_warnings(self.card, pixels[0], latents, tiny_codec)
+        for text in self.conditioning_warnings:
             log.warning(text)
         return latents
 
@@ -446,23 +447,23 @@ class DiagonalPipeline:
         """Sentences that say what a video of these prompts, at the size of `config` (None: the pipeline's) and from
         the last start, may not do well."""
         seen = [text for prompt in prompts for text in self.prompt_warnings(prompt)]
-        return [*size_warnings(config or self.config, self.card), *self.start_warnings, *dict.fromkeys(seen)]
+        return [*size_warnings(config or self.config, self.card), *self.conditioning_warnings, *dict.fromkeys(seen)]
 
     def _warn(self, prompts: Sequence[str], more: Sequence[str] = ()) -> None:
         seen = [text for prompt in prompts for text in self.prompt_warnings(check_prompt(prompt))]
         for text in dict.fromkeys([*more, *seen]):
             log.warning(text)
 
-    def tell(
-        self, story: Story, seed: int, num_chunks: int | None, start: Tensor | None = None
+    def stream_story(
+        self, story: Story, seed: int, num_chunks: int | None, conditioning: Tensor | None = None
     ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
         """A chunk's frames and the seconds that its parts took, for one video of prompts that follow one another.
 
-        num_chunks: None = without end. start: latents that it begins with.
+        num_chunks: None = without end. conditioning: latents that it begins with.
         """
         self._warn(story.prompts)
         self.session.schedule = self.schedule
-        for result in self._arrived(play_story(self.session, story, seed, num_chunks, start)):
+        for result in self._arrived(play_story(self.session, story, seed, num_chunks, conditioning)):
             yield self._frames(result), result.timings
 
     def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
@@ -474,7 +475,7 @@ class DiagonalPipeline:
     def _frames(result: ChunkResult) -> list[np.ndarray]:
         """uint8 [T, H, W, 3] of each video; T = 0 of one that has ended."""
         frames = result.frames.numpy()
-        return [own if alive else own[:0] for own, alive in zip(frames, result.alive, strict=True)]
+        return [own if active else own[:0] for own, active in zip(frames, result.active, strict=True)]
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -485,16 +486,16 @@ def precision_of(dtype: torch.dtype) -> str:
     return names[0]
 
 
-def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> Loras:
+def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> LoraAdapters:
     """Put the adapters that `model.lora` names on `student`; with `model.lora_merge` they go into its weights."""
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     shapes = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     scales = config.lora_scales or [1.0] * len(config.lora)
     for i, (path, scale) in enumerate(zip(config.lora, scales, strict=True)):
         # in float32 where they are added once, so that only their sum is rounded
         loras.add(plan_lora(path, shapes), scale, f"lora_{i}", torch.float32 if config.lora_merge else None)
     if config.lora and config.lora_merge:
-        loras.fold()
+        loras.merge_and_unload()
     return loras
 
 
@@ -512,22 +513,22 @@ def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device)
     """The text encoder as `config` wants it, where it wants it."""
     place = config.text_encoder
     if config.text_int8:
-        convert(text.encoder.encoder, device, load_device(place, device))
-    return text.to(device) if place == "keep" else HostTextEncoder(text, device, stream=place == "stream")
+        quantize_linears(text.encoder.encoder, device, load_device(place, device))
+    return text.to(device) if place == "keep" else OffloadedTextEncoder(text, device, stream=place == "stream")
 
 
 def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:
     """The codec that `model.codec` names, beside a student of `dtype`."""
     if config.codec == "taehv":
-        return TinyDecoderCodec(in_best_precision(load_tiny_decoder(config.tiny_decoder, device), dtype))
+        return TinyDecoderCodec(cast_to_best_dtype(load_tiny_decoder(config.tiny_decoder, device), dtype))
     return WanCodec(load_vae(config.vae, device, dtype))
 
 
 def apply_fast_plan(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
     """Student and codec as `plan` wants them, changed in place."""
-    if plan.plain:
+    if plan.is_noop:
         return student, codec
-    return optimise(student, plan), optimise_codec(codec, compiled=plan.compile)
+    return optimize_student(student, plan), optimize_codec(codec, compiled=plan.compile)
 
 
 def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
@@ -555,7 +556,7 @@ def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:
     if card.get("size") is None:
         return []
     size, trained = (config.video.height, config.video.width), card["size"]
-    if all(1 / FAR <= ours / theirs <= FAR for ours, theirs in zip(size, trained, strict=True)):
+    if all(1 / MAX_SIZE_RATIO <= ours / theirs <= MAX_SIZE_RATIO for ours, theirs in zip(size, trained, strict=True)):
         return []
     (height, width), (trained_height, trained_width) = size, trained
     return [
@@ -566,7 +567,7 @@ def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
     """Say so where a checkpoint was trained with another schedule than the one it is to run by, or does not tell."""
-    if not card and schedule.rows != SELF_FORCING.rows:  # a file of somebody else's
+    if not card and schedule.timesteps_by_chunk != SELF_FORCING.timesteps_by_chunk:  # a file of somebody else's
         log.warning(
             "this student's file does not say which schedule it was trained with; those that Self-Forcing and LongLive "
             "published were trained with schedule.preset=self_forcing, and with no other"

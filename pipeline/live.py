@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.files import explained
+from utils.files import translate_os_errors
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -22,7 +22,7 @@ ROOM = 1024  # bytes that a recording's JSON may grow by in the end, set aside w
 
 
 @contextmanager
-def growing(target: Path | None) -> Iterator[BinaryIO]:
+def open_stream_output(target: Path | None) -> Iterator[BinaryIO]:
     """The open end of a pipe or device, None for standard output. A reader that goes ends the block, and no more."""
     try:
         with _standard_output() if target is None else target.open("wb") as out:
@@ -54,7 +54,7 @@ class Recording:
 
     def __init__(self, video: Path, about: dict[str, Any]):
         self.video = video
-        with explained(video, every=True):
+        with translate_os_errors(video, every=True):
             video.parent.mkdir(parents=True, exist_ok=True)
             self.partial = _unused(video)
             self._record = self.partial.with_suffix(".json")
@@ -63,7 +63,10 @@ class Recording:
     def finish(self, about: dict[str, Any]) -> None:
         """Give the files their names, the JSON with its final contents last."""
         os.replace(self.partial, self.video)
-        with explained(self._record), open(self._record, "r+b") as file:  # in place: a full disk has room for this
+        with (
+            translate_os_errors(self._record),
+            open(self._record, "r+b") as file,
+        ):  # in place: a full disk has room for this
             file.write(_as_json(about))
             file.truncate()
         os.replace(self._record, self.video.with_suffix(".json"))

@@ -28,7 +28,7 @@ class NoiseSource:
             return self._ahead[1].to(self.device, self.dtype, non_blocking=True)
         return self._draw("initial", chunk)
 
-    def draw_ahead(self, chunk: int) -> None:
+    def prefetch(self, chunk: int) -> None:
         """Draw what `initial(chunk)` will be asked for while a GPU is busy; on a CPU nothing would be gained."""
         if self.device.type == "cuda":
             self._ahead = (chunk, self._on_host("initial", chunk))

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.load import to_dict
 from model.weights.load import WeightCheck
 from pipeline.diagonal import DiagonalPipeline
-from pipeline.live import Recording, growing
+from pipeline.live import Recording, open_stream_output
 from pipeline.plan import Job
 from pipeline.provenance import commit, versions, weight_hashes
 from utils.files import DiskFull, atomic_path, write_json_atomic
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Clip:
+class RenderedClip:
     """A finished job and where its time went, all in seconds."""
 
     job: Job
@@ -45,19 +45,23 @@ class Clip:
 
 
 def render(
-    pipe: DiagonalPipeline, job: Job, weights: Sequence[WeightCheck], position: int = 0, start: Tensor | None = None
-) -> Clip:
+    pipe: DiagonalPipeline,
+    job: Job,
+    weights: Sequence[WeightCheck],
+    position: int = 0,
+    conditioning: Tensor | None = None,
+) -> RenderedClip:
     """Make one video: frames are written as they arrive, and files appear only when they are whole.
 
     A video without end plays while it grows, and Ctrl-C ends it well (pipeline/live.py).
-    start: latents that it begins with.
+    conditioning: latents that it begins with.
     position: line of the progress bar, where several processes share a terminal.
     """
     video = pipe.config.video
-    making = _Making(pipe, job, start, position)
+    making = _Making(pipe, job, conditioning, position)
     size = video.height, video.width
     if job.piped:
-        with growing(job.video) as out, LiveWriter(out, video.fps, size, job.kind) as writer:
+        with open_stream_output(job.video) as out, LiveWriter(out, video.fps, size, job.kind) as writer:
             making.run(writer)
         return making.clip()
     if job.endless:
@@ -75,14 +79,14 @@ def render(
     if job.sheet:
         with atomic_path(job.sheet) as temporary:
             making.sheet().save(temporary)
-    write_json_atomic(job.record, describe(pipe, making.clip(), weights))
+    write_json_atomic(job.record, clip_metadata(pipe, making.clip(), weights))
     return making.clip()
 
 
-def _record(making: "_Making", weights: Sequence[WeightCheck]) -> Clip:
+def _record(making: "_Making", weights: Sequence[WeightCheck]) -> RenderedClip:
     """A video without end in a file. What was recorded gets its name whenever that can be played to its end."""
     pipe, job, video = making.pipe, making.job, making.pipe.config.video
-    recording = Recording(job.video, describe(pipe, making.clip(), weights))
+    recording = Recording(job.video, clip_metadata(pipe, making.clip(), weights))
     writer = LiveWriter(recording.partial, video.fps, (video.height, video.width), job.kind)
     well = False
     try:
@@ -102,15 +106,15 @@ def _record(making: "_Making", weights: Sequence[WeightCheck]) -> Clip:
         if not writer.frames_written:
             recording.remove()
         elif well:
-            recording.finish(describe(pipe, making.clip(), weights))
+            recording.finish(clip_metadata(pipe, making.clip(), weights))
     return making.clip()
 
 
 class _Making:
     """One job on its way: it is played into a writer, and what happened meanwhile is kept."""
 
-    def __init__(self, pipe: DiagonalPipeline, job: Job, start: Tensor | None, position: int):
-        self.pipe, self.job, self.start, self.position = pipe, job, start, position
+    def __init__(self, pipe: DiagonalPipeline, job: Job, conditioning: Tensor | None, position: int):
+        self.pipe, self.job, self.conditioning, self.position = pipe, job, conditioning, position
         self.begin = time.perf_counter()
         self.frames, self.first_frames, self.num_chunks = 0, 0.0, 0
         self.chunks: list[dict[str, float]] = []
@@ -125,7 +129,7 @@ class _Making:
         total = None if job.endless else pipe.num_pixel_frames
         with progress_bar(job.prompt, total, "frame", self.position) as bar:
             try:
-                for (frames,), spans in pipe.tell(job.story, job.seed, length, self.start):
+                for (frames,), spans in pipe.stream_story(job.story, job.seed, length, self.conditioning):
                     arrived = time.perf_counter()
                     self.first_frames = self.first_frames or arrived - self.begin
                     writer.write(frames)
@@ -153,12 +157,12 @@ class _Making:
         title = f"{prompts} (seed {self.job.seed}, {self.frames} frames, {self.pipe.config.video.fps} a second)"
         return clip_sheet(np.concatenate(self._thumbnails), shown, borders, title)
 
-    def clip(self) -> Clip:
+    def clip(self) -> RenderedClip:
         seconds = time.perf_counter() - self.begin
-        return Clip(self.job, self.frames, seconds, self.first_frames, self.num_chunks, tuple(self.chunks))
+        return RenderedClip(self.job, self.frames, seconds, self.first_frames, self.num_chunks, tuple(self.chunks))
 
 
-def describe(pipe: DiagonalPipeline, clip: Clip, weights: Sequence[WeightCheck]) -> dict[str, Any]:
+def clip_metadata(pipe: DiagonalPipeline, clip: RenderedClip, weights: Sequence[WeightCheck]) -> dict[str, Any]:
     """Contents of a video's JSON: enough to make it again."""
     job = clip.job
     story = zip(job.story.frames, job.story.prompts, strict=True)
@@ -184,7 +188,7 @@ def describe(pipe: DiagonalPipeline, clip: Clip, weights: Sequence[WeightCheck])
     }
 
 
-def profile_table(clips: Sequence[Clip]) -> str:
+def profile_table(clips: Sequence[RenderedClip]) -> str:
     """Milliseconds of each span, one line a chunk, mean over `clips`, and their sum."""
     names = {name for clip in clips for chunk in clip.chunks for name in chunk}
     steps = sorted(name for name in names if name.startswith("step"))

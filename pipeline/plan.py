@@ -19,20 +19,20 @@ from configs.load import to_dict
 from configs.schema import Config
 from model.fast.student import FastPlan
 from model.weights.load import WeightCheck, check_weights
+from pipeline.conditioning import read_conditioning
 from pipeline.live import partial_name
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
-from pipeline.start import read_start
 from pipeline.story import Story, planned_stories
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
-from utils.files import check_writable, explained, safe_name, short_hash
+from utils.files import check_writable, safe_name, short_hash, translate_os_errors
 from utils.machine import free_space, size_text
 from utils.seeds import sample_seed
 from utils.video import FILE_KINDS
 
 PIPE = "-"  # as an output: standard output
-KIND_OF = {".y4m": "y4m", ".raw": "raw", ".rgb": "raw"}  # endings of what is no container
+FORMAT_OF_SUFFIX = {".y4m": "y4m", ".raw": "raw", ".rgb": "raw"}  # endings of what is no container
 SUFFIX_OF = {"fmp4": ".mp4", "y4m": ".y4m", "raw": ".raw"}
 
 RECORD_BYTES = 4_000  # of the JSON beside a video, at least
@@ -80,13 +80,13 @@ class Job:
             return self.video.exists() and self._earlier().get("digest") == self.digest
         return all(path.exists() for path in (self.video, self.sheet, self.record))
 
-    def check_name(self, overwrite: bool) -> None:
+    def check_output_path(self, overwrite: bool) -> None:
         """Refuse a name that the user gave and that cannot be had without loss. UserError."""
         if self.piped:
             return
         check_writable(self.video.parent, "--output")
         longest = partial_name(self.video, 100).with_suffix(".json") if self.endless else self.record
-        with explained(self.video, every=True), suppress(FileNotFoundError):
+        with translate_os_errors(self.video, every=True), suppress(FileNotFoundError):
             os.lstat(longest)
         owner = self._earlier().get("video")
         if os.path.lexists(self.record) and owner != self.video.name:
@@ -115,7 +115,7 @@ class Plan:
     weights: tuple[WeightCheck, ...]
     device: torch.device
     dtype: torch.dtype
-    start: np.ndarray | None = None  # pixels uint8 [T, H, W, 3] that every video begins with
+    conditioning: np.ndarray | None = None  # pixels uint8 [T, H, W, 3] that every video begins with
 
     @property
     def piped(self) -> bool:
@@ -171,7 +171,9 @@ def make_plan(
             raise UserError("--num_output_frames=0 streams without end to a terminal; give --output FILE, or a pipe")
         output = PIPE
     names, length = config.inference, None if endless else config.video.num_latent_frames
-    start = read_start(config, *(Path(x).expanduser() if x else None for x in (names.image, names.video)), length)
+    conditioning = read_conditioning(
+        config, *(Path(x).expanduser() if x else None for x in (names.image, names.video)), length
+    )
     folder = Path(config.inference.output_folder).expanduser()
     if output is None:
         check_writable(folder, "inference.output_folder")
@@ -187,12 +189,12 @@ def make_plan(
         jobs = [plan_output(config, stories, output, settings, kind, endless)]
     jobs = ranks.share(jobs)
     for job in jobs if output else ():
-        job.check_name(config.inference.overwrite)
+        job.check_output_path(config.inference.overwrite)
     finished = [] if config.inference.overwrite else [job for job in jobs if job.finished]
     done = set(finished)
     jobs = [job for job in jobs if job not in done]
     check_room(config, jobs, ranks)
-    return Plan(config, ranks, jobs, finished, weights, device, dtype, start)
+    return Plan(config, ranks, jobs, finished, weights, device, dtype, conditioning)
 
 
 def check_room(config: Config, jobs: Sequence[Job], ranks: Ranks) -> None:
@@ -257,9 +259,9 @@ def plan_output(
     if video is not None and os.path.isdir(video):
         raise UserError(f"--output={output} is a folder; give a file, or --output_folder")
     ending = "" if video is None else video.suffix.lower()
-    kind = kind or KIND_OF.get(ending) or ("fmp4" if video is None or (endless and ending == ".mp4") else None)
+    kind = kind or FORMAT_OF_SUFFIX.get(ending) or ("fmp4" if video is None or (endless and ending == ".mp4") else None)
     if kind is None and (endless or ending not in FILE_KINDS):
-        known = [*SUFFIX_OF.values()] if endless else [*FILE_KINDS, *KIND_OF]
+        known = [*SUFFIX_OF.values()] if endless else [*FILE_KINDS, *FORMAT_OF_SUFFIX]
         raise UserError(
             f"--output={output} has no known ending; end it in {', '.join(known[:-1])} or {known[-1]}, or give --format"
         )

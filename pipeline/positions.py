@@ -20,7 +20,7 @@ from model.cache import GraphCache, StreamCache
 from model.causal_wan import CausalWanModel
 
 
-def sink_moved(geometry: Geometry, chunk: int) -> int:
+def sink_offset(geometry: Geometry, chunk: int) -> int:
     """Latent frames by which the sink has moved up when `chunk` is made, counted from the sink's own start.
 
     With P positions and a window of W, in chunks: it first moves at chunk P, by P + 1 - W, and again so many later.
@@ -32,6 +32,6 @@ def sink_moved(geometry: Geometry, chunk: int) -> int:
     return step * (1 + (chunk - limit) // step) * geometry.chunk_frames
 
 
-def move_slot(model: CausalWanModel, cache: StreamCache | GraphCache, position: int, frames: int) -> None:
+def shift_slot(model: CausalWanModel, cache: StreamCache | GraphCache, position: int, frames: int) -> None:
     """Make the keys in slot `position` those of `frames` latent frames later."""
-    cache.change_keys(position, lambda keys: model.moved_keys(keys, frames))
+    cache.map_keys(position, lambda keys: model.shift_keys(keys, frames))

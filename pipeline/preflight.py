@@ -10,11 +10,11 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.encoded_manifest import read_manifest
-from model.memory import CARDS, MemoryPlan, distill_plan, inference_plan
+from model.memory import GPU_SIZES_GIB, MemoryPlan, distill_plan, inference_plan
 from model.schedule import Schedule
-from model.sizes import WAN_1_3B, WAN_14B, Network
-from model.weights.files import read_json, resolve
-from model.weights.peek import Peek, peek, wanted
+from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
+from model.weights.files import read_json, resolve_path
+from model.weights.inspection import WeightInfo, inspect_weights, required_weights
 from utils import machine
 from utils.prompts import read_prompts
 
@@ -47,10 +47,10 @@ class Report:
     lines: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def say(self, name: str, text: str) -> None:
+    def add(self, name: str, text: str) -> None:
         self.lines.append((name, text))
 
-    def fail(self, name: str, problem: str) -> None:
+    def add_problem(self, name: str, problem: str) -> None:
         self.lines.append((name, f"PROBLEM  {problem}"))
         self.problems.append(problem)
 
@@ -58,13 +58,13 @@ class Report:
         return "\n".join(f"{name:<14}{text}" for name, text in self.lines)
 
 
-def examine(config: Config, *, training: bool = False, world: int | None = None) -> Report:
+def check_environment(config: Config, *, training: bool = False, world: int | None = None) -> Report:
     """Everything, in order; what is wrong is a line among others. world: processes of a training run (None: GPUs)."""
     report, gpus = Report(), []
     try:
         gpus = machine.gpus()
     except UserError as error:
-        report.fail("driver", str(error))
+        report.add_problem("driver", str(error))
     _machine(report, gpus)
     _disk(report, Path(config.inference.output_folder), "videos")
     peeks = _weights(report, config, training)
@@ -80,45 +80,47 @@ def _machine(report: Report, gpus: list[machine.Gpu]) -> None:
     version, cuda = machine.torch_build()
     built = f"CUDA {cuda}" if cuda else "CPU only"
     if not version:
-        report.fail("torch", "torch is not installed; run `bash inference.sh` or install requirements.txt")
+        report.add_problem("torch", "torch is not installed; run `bash inference.sh` or install requirements.txt")
     elif not version.startswith(TORCH):
-        report.fail("torch", f"torch {version} is not among those supported; install {', '.join(TORCH)}")
+        report.add_problem("torch", f"torch {version} is not among those supported; install {', '.join(TORCH)}")
     else:
-        report.say("torch", f"{version} ({built}), Python {machine.python_version()}")
+        report.add("torch", f"{version} ({built}), Python {machine.python_version()}")
     for i, gpu in enumerate(gpus):
         memory = "the host's memory"
         if gpu.memory is not None:
             memory = f"{machine.size_text(gpu.memory)} ({machine.size_text(gpu.free)} free)"
-        report.say(f"GPU {i}", f"{gpu.name}, {memory}, sm {gpu.capability}, {gpu.driver}")
+        report.add(f"GPU {i}", f"{gpu.name}, {memory}, sm {gpu.capability}, {gpu.driver}")
     if gpus and cuda and machine.driver_is_old(gpus[0].driver, cuda):
-        report.fail("driver", f"driver {gpus[0].driver} is too old for CUDA {cuda}; update it, or use another torch")
+        report.add_problem(
+            "driver", f"driver {gpus[0].driver} is too old for CUDA {cuda}; update it, or use another torch"
+        )
     if gpus and version and not cuda:
-        report.fail("driver", f"torch {version} is built for CPUs, so the GPU idles; install a build for CUDA")
+        report.add_problem("driver", f"torch {version} is built for CPUs, so the GPU idles; install a build for CUDA")
     if not gpus and not report.problems:
-        report.say("GPU", "none that a driver tells of; the CPU computes, which is for the tiny model only")
-    report.say("attention", ", ".join(machine.kernels()))
-    report.say("host memory", machine.size_text(machine.host_memory()))
+        report.add("GPU", "none that a driver tells of; the CPU computes, which is for the tiny model only")
+    report.add("attention", ", ".join(machine.kernels()))
+    report.add("host memory", machine.size_text(machine.host_memory()))
 
 
 def _disk(report: Report, folder: Path, what: str) -> None:
     free = machine.free_space(folder.expanduser())
     line = f"{machine.size_text(free)} free for {what} in {folder}"
     if free < VIDEO_SPACE:
-        report.fail("disk", f"{line}, which is too little; make room or set inference.output_folder")
+        report.add_problem("disk", f"{line}, which is too little; make room or set inference.output_folder")
     else:
-        report.say("disk", line)
+        report.add("disk", line)
 
 
-def _weights(report: Report, config: Config, training: bool) -> dict[str, Peek]:
+def _weights(report: Report, config: Config, training: bool) -> dict[str, WeightInfo]:
     found = {}
-    for role, path, name in wanted(config, training=training):
+    for role, path, name in required_weights(config, training=training):
         try:
             use_ema = config.model.use_ema and role in ROLES_WITH_EMA and not training
-            found[role] = peek(role, path, use_ema=use_ema, name=name)
+            found[role] = inspect_weights(role, path, use_ema=use_ema, name=name)
         except UserError as error:
-            report.fail(role, str(error))
+            report.add_problem(role, str(error))
         else:
-            report.say(role, f"{found[role].path}, {machine.size_text(found[role].size)}, {found[role].kind}")
+            report.add(role, f"{found[role].path}, {machine.size_text(found[role].size)}, {found[role].kind}")
     return found
 
 
@@ -132,11 +134,11 @@ def _prompts(report: Report, config: Config, training: bool) -> None:
         if path is None:
             return
     try:
-        prompts = read_prompts(resolve(path), name)
-        report.say("prompts", f"{len(prompts):,} in {path}")
+        prompts = read_prompts(resolve_path(path), name)
+        report.add("prompts", f"{len(prompts):,} in {path}")
     except UserError as error:
         fetch = ", such as that of `python scripts/download.py prompts`" if training else ""
-        report.fail("prompts", f"{error}{fetch}")
+        report.add_problem("prompts", f"{error}{fetch}")
 
 
 def _encoded(report: Report, config: Config) -> None:
@@ -145,9 +147,9 @@ def _encoded(report: Report, config: Config) -> None:
         return
     try:
         _, manifest = read_manifest(path, text_tokens=config.model.text_tokens)
-        report.say("encoded", f"{sum(manifest.counts):,} prompts in {path}, {machine.size_text(sum(manifest.sizes))}")
+        report.add("encoded", f"{sum(manifest.counts):,} prompts in {path}, {machine.size_text(sum(manifest.sizes))}")
     except UserError as error:
-        report.fail("encoded", str(error))
+        report.add_problem("encoded", str(error))
 
 
 def _schedule(report: Report, config: Config) -> None:
@@ -156,44 +158,46 @@ def _schedule(report: Report, config: Config) -> None:
         chunks = geometry.num_chunks(config.video.num_latent_frames)
         schedule = Schedule.from_config(config.schedule, config.stream)
     except UserError as error:
-        report.fail("schedule", str(error))
+        report.add_problem("schedule", str(error))
         return
     for i, line in enumerate(schedule.table(chunks, geometry).splitlines()):
-        report.say("schedule" if i == 0 else "", line)
+        report.add("schedule" if i == 0 else "", line)
 
 
 def _batch(report: Report, config: Config, world: int) -> None:
     t = config.training
     if world % t.sequence_parallel:
         problem = f"training.sequence_parallel={t.sequence_parallel} does not divide {world} processes; lower it"
-        report.fail("batch", problem)
+        report.add_problem("batch", problem)
         return
     world //= t.sequence_parallel
     processes = "processes" if t.sequence_parallel == 1 else f"groups of {t.sequence_parallel} processes"
     rounds, rest = divmod(t.global_batch, t.micro_batch * world)
     if rest or not rounds:
-        report.fail(
+        report.add_problem(
             "batch",
             f"training.global_batch={t.global_batch} is not a multiple of training.micro_batch={t.micro_batch} x "
             f"{world} {processes}; try {max(1, rounds) * t.micro_batch * world}",
         )
     else:
-        report.say("batch", f"{t.global_batch} = {t.micro_batch} a pass x {world} {processes} x {rounds} accumulated")
+        report.add("batch", f"{t.global_batch} = {t.micro_batch} a pass x {world} {processes} x {rounds} accumulated")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def memory_plan(config: Config, peeks: dict[str, Peek], *, training: bool = False, world: int = 1) -> MemoryPlan | None:
+def memory_plan(
+    config: Config, peeks: dict[str, WeightInfo], *, training: bool = False, world: int = 1
+) -> MemoryPlan | None:
     """The plan of one GPU, with sizes of the weights that are there, and of Wan 2.1's where they are not.
 
     None for a stage of training for which there are no formulas.
     """
 
-    def network(role: str, otherwise: Network) -> Network:
+    def network(role: str, otherwise: TransformerSize) -> TransformerSize:
         fresh = config.training.init.get(role, "") if training else ""
         if fresh.endswith(".json"):
-            return Network.from_config(read_json(f"training.init.{role}", resolve(fresh)))
+            return TransformerSize.from_config(read_json(f"training.init.{role}", resolve_path(fresh)))
         return peeks[role].network or otherwise if role in peeks else otherwise
 
     student = network("student", WAN_1_3B)
@@ -208,34 +212,39 @@ def memory_plan(config: Config, peeks: dict[str, Peek], *, training: bool = Fals
 
 
 def _memory(
-    report: Report, config: Config, peeks: dict[str, Peek], training: bool, gpus: list[machine.Gpu], world: int | None
+    report: Report,
+    config: Config,
+    peeks: dict[str, WeightInfo],
+    training: bool,
+    gpus: list[machine.Gpu],
+    world: int | None,
 ) -> None:
     world = world or max(1, len(gpus))
     plan = memory_plan(config, peeks, training=training, world=world)
     if plan is None:
-        report.say("memory", f"no plan for stage {config.training.stage}")
+        report.add("memory", f"no plan for stage {config.training.stage}")
         return
     head = f"by formulas, one GPU of {world}, bfloat16" if training else "by formulas, one GPU, bfloat16"
     if "student" not in peeks and not training:
         head += ", in sizes of Wan2.1-1.3B for want of files"
-    report.say("memory", f"{head}: {machine.size_text(plan.peak.total)} at most ({plan.peak.name})")
+    report.add("memory", f"{head}: {machine.size_text(plan.peak.total)} at most ({plan.peak.name})")
     for line in plan.table().splitlines():
-        report.say("", line)
+        report.add("", line)
     smallest = min((gpu.memory or machine.host_memory() for gpu in gpus), default=None)
     if smallest is not None and plan.peak.total > smallest:
-        report.fail("memory", too_much(plan, smallest))
+        report.add_problem("memory", memory_problem(plan, smallest))
     fitting = largest_training if training else largest_inference
-    for card in CARDS:
-        report.say(f"{card} GiB card", fitting(config, peeks, card))
+    for card in GPU_SIZES_GIB:
+        report.add(f"{card} GiB card", fitting(config, peeks, card))
 
 
-def too_much(plan: MemoryPlan, memory: int) -> str:
+def memory_problem(plan: MemoryPlan, memory: int) -> str:
     """The sentence for a plan that a GPU cannot hold."""
     needed, there = machine.size_text(plan.peak.total), machine.size_text(memory)
     return f"{plan.peak.name} needs some {needed} and the GPU has {there}; `python scripts/doctor.py` says what fits"
 
 
-def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
+def largest_inference(config: Config, peeks: dict[str, WeightInfo], card: int) -> str:
     """The least that has to be changed for a card of so many GiB, as settings."""
     for rung in SMALLER_SETTINGS:
         smaller = config
@@ -248,7 +257,7 @@ def largest_inference(config: Config, peeks: dict[str, Peek], card: int) -> str:
     return "too small"
 
 
-def largest_training(config: Config, peeks: dict[str, Peek], card: int) -> str:
+def largest_training(config: Config, peeks: dict[str, WeightInfo], card: int) -> str:
     """How few cards of so many GiB hold the run, sharded, with its prompts encoded ahead."""
     distill = replace(config.training.distill, encoded_prompts="ahead")
     sharded = replace(config, training=replace(config.training, sharding="full", distill=distill))
@@ -270,15 +279,19 @@ def check_inference(config: Config, memory: int | None) -> None:
     """
     report = Report()
     if memory is not None:
-        peeks = {role: peek(role, path, name=name) for role, path, name in wanted(config) if role in SIZED}
+        peeks = {
+            role: inspect_weights(role, path, name=name)
+            for role, path, name in required_weights(config)
+            if role in SIZED
+        }
         plan = memory_plan(config, peeks)
         if plan.peak.total > 1.1 * memory:
-            report.fail("memory", too_much(plan, memory))
+            report.add_problem("memory", memory_problem(plan, memory))
     if report.problems:
         raise UserError(report.problems[0])
 
 
-def saved_bytes(config: Config, peeks: dict[str, Peek]) -> tuple[int, int]:
+def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]:
     """Bytes of a checkpoint and of an export, as far as the headers of what a run starts from say their sizes.
 
     A trained network is saved in float32 with its moments (one of AdamW's where the first beta is 0) and its average;
@@ -303,8 +316,8 @@ def check_room(config: Config, logdir: Path, export: Path, there: int) -> None:
 
     there: checkpoints that the run has already. One more than `training.max_checkpoints` is there while one is written.
     """
-    named = [entry for entry in wanted(config, training=True) if entry[0] in NETWORKS]
-    peeks = {role: peek(role, path, name=name) for role, path, name in named}
+    named = [entry for entry in required_weights(config, training=True) if entry[0] in NETWORKS]
+    peeks = {role: inspect_weights(role, path, name=name) for role, path, name in named}
     checkpoint, exported = saved_bytes(config, peeks)
     number = max(1, config.training.max_checkpoints + 1 - there)
     for folder, needed, what in (
@@ -323,11 +336,13 @@ def check_training(config: Config, world: int, memory: int | None) -> None:
     """Refuse, before anything is loaded, a run whose files are missing, whose batch does not come out, or that is too
     large for GPUs of `memory` bytes (None: there are none)."""
     report = Report()
-    peeks = {role: peek(role, path, name=name) for role, path, name in wanted(config, training=True)}
+    peeks = {
+        role: inspect_weights(role, path, name=name) for role, path, name in required_weights(config, training=True)
+    }
     _batch(report, config, world)
     _prompts(report, config, training=True)
     plan = memory_plan(config, peeks, training=True, world=world)
     if plan is not None and memory is not None and plan.peak.total > 1.1 * memory:
-        report.fail("memory", too_much(plan, memory))
+        report.add_problem("memory", memory_problem(plan, memory))
     if report.problems:
         raise UserError(report.problems[0])

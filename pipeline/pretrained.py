@@ -56,10 +56,10 @@ def settings_of(config: Config, schedule: Schedule) -> dict[str, Any]:
     """What a folder's pipeline.json says: all settings that decide what a prompt and a seed give."""
     values = to_dict(config)
     if schedule != Schedule.from_config(config.schedule, config.stream):
-        values["schedule"] |= {"preset": None, "timesteps": [list(row) for row in schedule.rows]}
+        values["schedule"] |= {"preset": None, "timesteps": [list(row) for row in schedule.timesteps_by_chunk]}
         values["stream"] |= {
-            "context": schedule.policy,
-            "context_by_chunk": dict(schedule.exceptions),
+            "context": schedule.default_context,
+            "context_by_chunk": dict(schedule.context_exceptions),
             "context_timestep": schedule.renoise_timestep,
         }
     model, inference = ("codec", "text_tokens"), ("precision", "attention")

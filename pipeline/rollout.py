@@ -43,7 +43,7 @@ class Noise(Protocol):
     def context(self, chunk: int) -> Tensor: ...
 
 
-class DrawnNoise:
+class PrecomputedNoise:
     """All the noise of a rollout as one tensor [B, slots, f, C, H, W], drawn before it begins.
 
     A chunk has a slot for each step of its row (the first is what it starts from) and one for its context.
@@ -52,13 +52,13 @@ class DrawnNoise:
     def __init__(self, drawn: Tensor, schedule: Schedule):
         self.drawn, self.starts = drawn, [0]
         while self.starts[-1] < drawn.shape[1]:
-            self.starts.append(self.starts[-1] + len(schedule.row(len(self.starts) - 1)) + 1)
+            self.starts.append(self.starts[-1] + len(schedule.timesteps(len(self.starts) - 1)) + 1)
         assert self.starts[-1] == drawn.shape[1], f"{drawn.shape[1]} slots of noise do not end with a chunk"
 
     @staticmethod
     def shape(batch: int, chunks: int, schedule: Schedule, geometry: Geometry) -> tuple[int, ...]:
         """Shape of `drawn` for so many chunks."""
-        slots = sum(len(schedule.row(k)) + 1 for k in range(chunks))
+        slots = sum(len(schedule.timesteps(k)) + 1 for k in range(chunks))
         b, *rest = geometry.latent_shape(batch, geometry.chunk_frames)
         return (b, slots, *rest)
 
@@ -78,13 +78,13 @@ class DrawnNoise:
         return self.drawn[:, self.starts[chunk + 1] - 1]
 
 
-def exit_steps(schedule: Schedule, chunks: int, share: float) -> tuple[int, ...]:
-    """Index of the exit step of each chunk: one `share` in [0, 1) of every row, so that all exit about as far along.
+def exit_steps(schedule: Schedule, chunks: int, fraction: float) -> tuple[int, ...]:
+    """Index of the exit step of each chunk: one `fraction` in [0, 1) of every row, so that all exit about as far along.
 
     For rows of 4, 3 and 2 steps, share 0.7 is steps 2, 2 and 1.
     """
-    assert 0 <= share < 1, f"share {share}"
-    return tuple(int(share * len(schedule.row(k))) for k in range(chunks))
+    assert 0 <= fraction < 1, f"share {fraction}"
+    return tuple(int(fraction * len(schedule.timesteps(k))) for k in range(chunks))
 
 
 def clipped_exits(schedule: Schedule, drawn: Sequence[int]) -> tuple[int, ...]:
@@ -93,12 +93,12 @@ def clipped_exits(schedule: Schedule, drawn: Sequence[int]) -> tuple[int, ...]:
     For rows of 4, 3 and 2 steps these are steps 0 and 1: the last two of the first chunk and the last one of the
     second never run in training, and nothing ever trains them.
     """
-    return tuple(min(step, len(schedule.row(k)) - 1) for k, step in enumerate(drawn))
+    return tuple(min(step, len(schedule.timesteps(k)) - 1) for k, step in enumerate(drawn))
 
 
 def last_steps(schedule: Schedule, chunks: int) -> tuple[int, ...]:
     """Exit at the end of every row, as inference does."""
-    return tuple(len(schedule.row(k)) - 1 for k in range(chunks))
+    return tuple(len(schedule.timesteps(k)) - 1 for k in range(chunks))
 
 
 def rollout(
@@ -114,7 +114,7 @@ def rollout(
     context_grad: bool = True,
     context: str = "inference",
     context_noise: float = 100.0,
-    start: Tensor | None = None,
+    conditioning: Tensor | None = None,
     recache_at: int | None = None,
     keep_sink: bool = False,
 ) -> Tensor:
@@ -126,22 +126,23 @@ def rollout(
     recache_at: chunk before which the window is made again under its text, as inference does where a prompt changes
         (pipeline/switch.py); without a graph, so that later chunks send no gradient to earlier ones. keep_sink: but for
         the sink.
-    start: clean latents [B, g, C, H, W] that it begins with, fewer than a chunk has (pipeline/chunk.py: Given).
+    conditioning: clean latents [B, g, C, H, W] that the rollout begins with; g is less than a chunk's frames.
     """
-    out, recall, student = [], RecacheState(cache.geometry), InputRecorder(student)
+    out, recache_state, student = [], RecacheState(cache.geometry), InputRecorder(student)
     for chunk, exit_at in enumerate(exits):
         if chunk and chunk == recache_at:
-            recall.recache(student, cache, text(chunk), keep_sink=keep_sink)
+            recache_state.recache(student, cache, text(chunk), keep_sink=keep_sink)
         place = {"cache": cache, "chunk": chunk, "text": text(chunk)}
-        if start is not None and chunk == 0:
-            level = schedule.context_level(chunk)
-            place["given"] = ConditioningFrames.at_level(start, level, lambda: noise.context(0))
+        if conditioning is not None and chunk == 0:
+            place["conditioning"] = ConditioningFrames.at_timestep(
+                conditioning, schedule.kv_timestep(chunk), lambda: noise.context(0)
+            )
         record = grad and chunk >= first_grad
-        recall.move_sink(student.model, cache, chunk)
+        recache_state.shift_sink(student.model, cache, chunk)
         x0 = denoise_chunk(
             student,
             noise.initial(chunk),
-            schedule.row(chunk),
+            schedule.timesteps(chunk),
             renoise=lambda step, chunk=chunk: noise.renoise(chunk, step),
             exit_at=exit_at,
             grad=record,
@@ -149,13 +150,13 @@ def rollout(
         )
         out.append(x0)
         if chunk + 1 < len(exits):  # nobody reads the last chunk's
-            _leave(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad,
+            _write_context(student, schedule, noise, x0.detach(), exit_at, place, record and context_grad,
                    context_noise if context == "release" else None)  # fmt: skip
-            recall.keep(CachedForward(chunk, *student.last))
+            recache_state.record(CachedForward(chunk, *student.last))
     return torch.cat(out, dim=1)
 
 
-def _leave(
+def _write_context(
     student: InputRecorder,
     schedule: Schedule,
     noise: Noise,
@@ -163,28 +164,28 @@ def _leave(
     exit_at: int,
     place: dict,
     graph: bool,
-    release_level: float | None,
+    release_timestep: float | None,
 ) -> None:
     """Put into the cache what later chunks see, given the exit's x0 without its graph.
 
-    release_level: timestep to which that x0 is noised at once; None = as inference, after the rest of the row.
+    release_timestep: timestep to which that x0 is noised at once; None = as inference, after the rest of the row.
     """
     cache, chunk = place["cache"], place["chunk"]
-    readers = {name: value for name, value in place.items() if name != "given"}
+    readers = {name: value for name, value in place.items() if name != "conditioning"}
     exits_own = cache.newest() if graph else []
     with torch.no_grad():
-        level = release_level
-        if level is None:
-            level = schedule.context_timestep(chunk)
-            x0 = _finish(student, schedule.row(chunk), noise, x0, exit_at, place)
-        update_cache(student, x0, level=level, eps=lambda: noise.context(chunk), **readers)
+        timestep = release_timestep
+        if timestep is None:
+            timestep = schedule.context_timestep(chunk)
+            x0 = _finish_denoising(student, schedule.timesteps(chunk), noise, x0, exit_at, place)
+        update_cache(student, x0, context_timestep=timestep, eps=lambda: noise.context(chunk), **readers)
         if not graph:
             cache.detach()
     if graph and any(ours is not exits for ours, exits in zip(cache.newest(), exits_own, strict=True)):
         cache.borrow_graph(exits_own)
 
 
-def _finish(
+def _finish_denoising(
     student: InputRecorder, row: Sequence[float], noise: Noise, x0: Tensor, exit_at: int, place: dict
 ) -> Tensor:
     """Walk the rest of a row from the x0 of step `exit_at`; returns the last x0."""

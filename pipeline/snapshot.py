@@ -25,7 +25,7 @@ class Snapshot:
     cache: CacheState
     passes: dict[int, CachedForward]  # by slot, for recaching
     decoder: Any
-    start: Tensor | None = None  # what the stream began with, as long as it is not played
+    conditioning: Tensor | None = None  # what the stream began with, as long as it is not played
 
     def check(self, identity: str) -> None:
         """UserError where this was taken from another model, or at another size."""

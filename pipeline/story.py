@@ -23,7 +23,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE
 from configs.schema import Config
-from model.weights.files import resolve
+from model.weights.files import resolve_path
 from pipeline.stream import ChunkResult, StreamSession
 from utils.prompts import check_prompt, is_story, read_prompts, read_records
 
@@ -74,7 +74,7 @@ def planned_stories(config: Config, prompts: Sequence[str] | None = None, *, end
     names = config.inference
     if prompts is not None:
         return [Story.of(check_prompt(prompt, "--prompt")) for prompt in prompts]
-    path = resolve(names.prompts)
+    path = resolve_path(names.prompts)
     if not holds_stories(path):
         return [Story.of(prompt) for prompt in read_prompts(path)]
     length = None if endless else config.video.num_latent_frames
@@ -82,14 +82,14 @@ def planned_stories(config: Config, prompts: Sequence[str] | None = None, *, end
 
 
 def play_story(
-    session: StreamSession, story: Story, seed: int, num_chunks: int | None, start: Tensor | None = None
+    session: StreamSession, story: Story, seed: int, num_chunks: int | None, conditioning: Tensor | None = None
 ) -> Iterator[ChunkResult]:
-    """Chunks of `story`, which begins with the latents `start`; each prompt comes in as the session's `switch` says."""
+    """Chunks of `story`, which begins with the latents `conditioning`; prompts change by the session's `switch`."""
     coming = story.chunk_prompts(session.geometry.chunk_frames)
-    playing = session.play(coming.pop(0), seed, num_chunks, start)
+    playing = session.play(coming.pop(0), seed, num_chunks, conditioning)
     for chunk in count():
         if chunk in coming:
-            session.say(coming[chunk])
+            session.set_prompt(coming[chunk])
         result = next(playing, None)
         if result is None:
             return

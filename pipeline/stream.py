@@ -1,13 +1,14 @@
 """A streaming session: prompts in, chunks of frames out as they are made.
 
     for result in session.play("a red circle moves right", seeds=0):    # for ever; num_chunks ends it
-        session.say("a blue circle moves right")                        # from the next chunk on
+        session.set_prompt("a blue circle moves right")                 # from the next chunk on
         here = session.snapshot()                                       # all that the stream carries
     session.restore(here)                                               # back to it, and on, bit by bit the same ...
     session.reseed(1)                                                   # ... or along another branch
     for result in session.resume(): ...
 
-`say` and `cancel` may be called from any thread. Memory does not grow with length unless `stream.window_frames` is 0.
+`set_prompt` and `cancel` may be called from any thread. Memory does not grow with length unless `stream.window_frames`
+is 0.
 
 Legend: B streams run as one batch; f latent frames a chunk; latents `[B, f, C, h, w]`, frames `[B, T, H, W, 3]`.
 """
@@ -62,7 +63,7 @@ class ChunkResult:
     frames: Tensor  # uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f
     timer: SpanTimer
     prompts: tuple[str, ...]  # what the chunk was made under
-    alive: tuple[bool, ...]  # streams that last up to here; what the others' rows hold is for nobody
+    active: tuple[bool, ...]  # streams that last up to here; what the others' rows hold is for nobody
     finite: Tensor  # bool [2, B], on the host: whether the latents, and the pixels, are
     dtype: torch.dtype  # that the student computes in
 
@@ -70,7 +71,7 @@ class ChunkResult:
         """Until the frames are there. Raises NonFiniteChunk where they are made of NaN or infinity."""
         self.timer.wait()
         for maker, rows in zip(FIX_OF, self.finite.tolist(), strict=True):
-            if not all(good for good, alive in zip(rows, self.alive, strict=True) if alive):
+            if not all(good for good, active in zip(rows, self.active, strict=True) if active):
                 raise NonFiniteChunk(self._blame(maker))
         return self
 
@@ -90,7 +91,7 @@ class Cancelled(Exception):
     """`StreamSession.cancel` was called: no further step is run."""
 
 
-class _Watched(InputRecorder):
+class _CancellableStudent(InputRecorder):
     """The student as one chunk uses it: it stops before a step once cancelled, and its last input is remembered."""
 
     def __init__(self, student: Student, cancelled: threading.Event):
@@ -123,15 +124,15 @@ class StreamSession:
         self.switch, self.switch_chunks = switch, switch_chunks
         weight = student.model.patch_embedding.weight  # other weights may be kept in float32
         self.device, self.dtype = weight.device, weight.dtype
-        self.delivery = AsyncDecoder(self.device, overlap)
+        self.async_decoder = AsyncDecoder(self.device, overlap)
         self.chunk = 0  # the next one to be made
         self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
         self._cache_batch = 0
-        self._start_latents: Tensor | None = None  # what is given of the stream, until it is played
+        self._conditioning: Tensor | None = None  # what is given of the stream, until it is played
         self._playing: object | None = None  # stands for the newest play()
         self._cancelled = threading.Event()
-        self._track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.model.text_kv)
+        self._prompt_track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.model.text_kv)
 
     @classmethod
     def from_config(
@@ -158,18 +159,19 @@ class StreamSession:
         prompts: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
         num_chunks: Length = None,
-        start: Tensor | None = None,
+        conditioning: Tensor | None = None,
         *,
         decode: bool = True,
     ) -> Iterator[ChunkResult]:
         """Make `num_chunks` chunks (None: for ever) of one video a prompt, each from its own seed.
 
-        A single seed serves all prompts, and so does a single number of chunks; of several, `ChunkResult.alive` says
+        A single seed serves all prompts, and so does a single number of chunks; of several, `ChunkResult.active` says
         whose have been reached. The batch keeps its size, so that nothing is compiled or captured anew; no stream
         depends on another's length, bit by bit. (Against playing it alone: kernels for another batch size sum in
         another order, which in float32 is 1e-4 at most on the tiny model; tests/pipeline/test_session.py.)
-        start: clean latents [B or 1, g, C, h, w] that the videos begin with (pipeline/chunk.py). They count as chunks
-        and are decoded like them, by the same decoder: the first frames are the given ones, none lost or repeated.
+        conditioning: clean latents [B or 1, g, C, h, w] that the videos begin with (pipeline/chunk.py). They count as
+        chunks and are decoded like them, by the same decoder: the first frames are the given ones, none lost or
+        repeated.
         decode: False = latents alone are made; a chunk then has no frames (T = 0).
 
         One session plays one batch at a time: a new `play` ends the one before. It begins when it is called: what is
@@ -182,7 +184,7 @@ class StreamSession:
         self._playing = playing = object()
         timer = SpanTimer(self.device)
         lengths = self._lengths(num_chunks, len(prompts))
-        self._start(prompts, seeds, longest(lengths), start)
+        self._start(prompts, seeds, longest(lengths), conditioning)
         if not decode:
             self._decoder = NoDecoder()
         timer.mark("text")
@@ -195,13 +197,13 @@ class StreamSession:
         self._playing = playing = object()
         return self._run(playing, self._lengths(num_chunks, len(self._noise.seeds)), SpanTimer(self.device))
 
-    def say(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
+    def set_prompt(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
         """Change the prompt from the next chunk on: one for all streams, or one each (None: as it was).
 
         switch: as `stream.switch` (pipeline/switch.py); None = the session's. UserError for what is no prompt.
         """
         assert self._cache is not None, "nothing is played"
-        self._track.say(prompts, switch or self.switch, self.switch_chunks)
+        self._prompt_track.set_prompt(prompts, switch or self.switch, self.switch_chunks)
 
     def reseed(self, seeds: int | Sequence[int]) -> None:
         """Draw the noise of the next chunks from other seeds: another branch of the same past."""
@@ -222,16 +224,16 @@ class StreamSession:
     def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
         """All that the stream carries between chunks; the cache, which is most of it, copied to `device`."""
         assert self._cache is not None, "nothing has been played"
-        self.delivery.settle()
+        self.async_decoder.synchronize()
         return Snapshot(
             identity=identity(self.student.model, self.geometry),
             chunk=self.chunk,
             seeds=self._noise.seeds,
-            text=self._track.state,
+            text=self._prompt_track.state,
             cache=self._cache.snapshot(device),
-            passes=dict(self._recall.slots),
+            passes=dict(self._recache_state.slots),
             decoder=self._decoder.snapshot(),
-            start=self._start_latents,
+            conditioning=self._conditioning,
         )
 
     @torch.no_grad()
@@ -242,20 +244,20 @@ class StreamSession:
         """
         snapshot.check(identity(self.student.model, self.geometry))
         self._playing = None
-        self.delivery.settle()
+        self.async_decoder.synchronize()
         batch = len(snapshot.seeds)
         if self._cache is None or self._cache_batch != batch:
             self._prepare_cache(batch, None)
         self._cache.restore(snapshot.cache)
-        self._recall = RecacheState(self.geometry)
-        self._recall.slots = dict(snapshot.passes)
+        self._recache_state = RecacheState(self.geometry)
+        self._recache_state.slots = dict(snapshot.passes)
         self._decoder = self.codec.stream()
         self._decoder.restore(snapshot.decoder)
         self._noise = NoiseSource(snapshot.seeds, self.geometry, self.device, torch.float32)
-        self._track.forget()
-        self._track.state = snapshot.text
+        self._prompt_track.clear_pending()
+        self._prompt_track.state = snapshot.text
         self.chunk, self._blended = snapshot.chunk, -1
-        self._start_latents = snapshot.start
+        self._conditioning = snapshot.conditioning
 
     def _lengths(self, num_chunks: Length, streams: int) -> list[int | None]:
         """Chunks of each stream from here on."""
@@ -277,21 +279,21 @@ class StreamSession:
             timer = SpanTimer(self.device)
 
     @torch.no_grad()
-    def _start(self, prompts: list[str], seeds: list[int], num_chunks: int | None, start: Tensor | None) -> None:
+    def _start(self, prompts: list[str], seeds: list[int], num_chunks: int | None, conditioning: Tensor | None) -> None:
         self.chunk, self._blended = 0, -1
-        self._start_latents = None if start is None else self._checked(start, len(prompts))
-        self._track.start(prompts)
+        self._conditioning = None if conditioning is None else self._checked(conditioning, len(prompts))
+        self._prompt_track.start(prompts)
         # latents stay float32 between steps, whatever the network computes in
         self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
         self._decoder = self.codec.stream()
-        self._recall = RecacheState(self.geometry)
+        self._recache_state = RecacheState(self.geometry)
         self._prepare_cache(len(prompts), num_chunks)
 
     def _prepare_cache(self, batch: int, num_chunks: int | None) -> None:
         """An empty cache for `batch` streams; the memory of the last clip's is used again where it fits."""
         bounded = self.geometry.window_chunks > 0
         same = self._cache is not None and self._cache_batch == batch
-        if same and (bounded or (num_chunks or 0) <= self._cache.room):
+        if same and (bounded or (num_chunks or 0) <= self._cache.capacity):
             self._cache.reset()
             return
         config = self.student.model.config
@@ -308,62 +310,66 @@ class StreamSession:
         self._cache_batch = batch
 
     @torch.no_grad()
-    def _next(self, timer: SpanTimer, alive: tuple[bool, ...]) -> ChunkResult:
+    def _next(self, timer: SpanTimer, active: tuple[bool, ...]) -> ChunkResult:
         """Denoise, leave the context, decode: everything is queued, nothing is waited for."""
-        chunk, row = self.chunk, self.schedule.row(self.chunk)
-        student = _Watched(self.student, self._cancelled)
+        chunk, row = self.chunk, self.schedule.timesteps(self.chunk)
+        student = _CancellableStudent(self.student, self._cancelled)
         text = self._text_of_next(student, timer)
-        self._recall.move_sink(student.model, self._cache, chunk)
+        self._recache_state.shift_sink(student.model, self._cache, chunk)
 
         def renoise(step: int) -> Tensor:
             timer.mark(f"step {step - 1}")
             return self._noise.renoise(chunk, step)
 
         place = {"cache": self._cache, "chunk": chunk, "text": text}
-        latents, given = self._given(chunk)
+        latents, conditioning = self._given(chunk)
         if latents is None:
             noise = self._noise.initial(chunk)
-            latents = denoise_chunk(student, noise, row, renoise=renoise, given=given, **place)
+            latents = denoise_chunk(student, noise, row, renoise=renoise, conditioning=conditioning, **place)
             timer.mark(f"step {len(row) - 1}")
-            level = self.schedule.context_timestep(chunk)
+            context_timestep = self.schedule.context_timestep(chunk)
         else:
-            level = self.schedule.context_level(chunk)
-        if level is not None:
-            update_cache(student, latents, level=level, eps=lambda: self._noise.context(chunk), **place)
+            context_timestep = self.schedule.kv_timestep(chunk)
+        if context_timestep is not None:
+            update_cache(
+                student, latents, context_timestep=context_timestep, eps=lambda: self._noise.context(chunk), **place
+            )
             timer.mark("context")
-        self._recall.keep(CachedForward(chunk, *student.last))
-        frames, finite = self.delivery.deliver(self._decoder, latents, timer)
-        self._noise.draw_ahead(chunk + 1)  # the CPU draws while the GPU works
+        self._recache_state.record(CachedForward(chunk, *student.last))
+        frames, finite = self.async_decoder.decode(self._decoder, latents, timer)
+        self._noise.prefetch(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1
-        if self._start_latents is not None and self._start_latents.shape[1] <= self.chunk * self.geometry.chunk_frames:
-            self._start_latents = None
-        prompts = self._track.state.prompts
-        return ChunkResult(chunk, latents, frames, timer, prompts, alive, finite, self.dtype)
+        if self._conditioning is not None and self._conditioning.shape[1] <= self.chunk * self.geometry.chunk_frames:
+            self._conditioning = None
+        prompts = self._prompt_track.state.prompts
+        return ChunkResult(chunk, latents, frames, timer, prompts, active, finite, self.dtype)
 
-    def _checked(self, start: Tensor, batch: int) -> Tensor:
+    def _checked(self, conditioning: Tensor, batch: int) -> Tensor:
         """Latents that the streams begin with, as [batch, g, C, h, w] on the device."""
-        shape = self.geometry.latent_shape(len(start), start.shape[1])
-        assert start.shape == shape and len(start) in (1, batch), f"start {tuple(start.shape)} for {shape}, {batch}"
-        return start.to(self.device, torch.float32).expand(batch, *shape[1:])
+        shape = self.geometry.latent_shape(len(conditioning), conditioning.shape[1])
+        assert conditioning.shape == shape and len(conditioning) in (1, batch), (
+            f"conditioning {tuple(conditioning.shape)} for {shape}, {batch}"
+        )
+        return conditioning.to(self.device, torch.float32).expand(batch, *shape[1:])
 
     def _given(self, chunk: int) -> tuple[Tensor | None, ConditioningFrames | None]:
         """What is given of `chunk`: all of its latents, or its first frames; and neither once the start is played."""
-        if self._start_latents is None:
+        if self._conditioning is None:
             return None, None
-        part = self._start_latents[:, self.geometry.chunk(chunk)]
+        part = self._conditioning[:, self.geometry.chunk(chunk)]
         if part.shape[1] == self.geometry.chunk_frames:
             return part, None
-        level = self.schedule.context_level(chunk)
-        return None, ConditioningFrames.at_level(part, level, lambda: self._noise.context(chunk))
+        context_timestep = self.schedule.kv_timestep(chunk)
+        return None, ConditioningFrames.at_timestep(part, context_timestep, lambda: self._noise.context(chunk))
 
-    def _text_of_next(self, student: _Watched, timer: SpanTimer):
+    def _text_of_next(self, student: _CancellableStudent, timer: SpanTimer):
         """Keys of the text that the next chunk is made under; the past is made to fit it where that is due."""
-        before = self._track.state
-        state = self._track.advance(blend=self.chunk != self._blended)
+        before = self._prompt_track.state
+        state = self._prompt_track.advance(blend=self.chunk != self._blended)
         self._blended = self.chunk
-        if state.stale:
-            self._recall.recache(student, self._cache, state.kv, keep_sink=state.keep_sink)
-            self._track.recached()
+        if state.needs_recache:
+            self._recache_state.recache(student, self._cache, state.kv, keep_sink=state.keep_sink)
+            self._prompt_track.mark_recached()
         if state is not before:
             timer.mark("text")
         return state.kv

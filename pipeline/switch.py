@@ -30,7 +30,7 @@ from configs.schema import RECACHES, SWITCHES
 from model.cache import GraphCache, StreamCache, slot
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student
-from pipeline.positions import move_slot, sink_moved
+from pipeline.positions import shift_slot, sink_offset
 from utils.prompts import check_prompt
 
 
@@ -41,7 +41,7 @@ class CachedForward:
     chunk: int
     x_t: Tensor  # [B, f, C, H, W]
     t: Tensor  # [B], or [B, f] where the chunk began with given frames
-    moved: int = 0  # latent frames by which its keys have been moved since
+    offset: int = 0  # latent frames by which its keys have been moved since
 
 
 class InputRecorder:
@@ -64,7 +64,7 @@ class RecacheState:
         self.geometry = geometry
         self.slots: dict[int, CachedForward] = {}
 
-    def keep(self, done: CachedForward) -> None:
+    def record(self, done: CachedForward) -> None:
         """`done` has written its chunk's slot."""
         self.slots[slot(self.geometry, done.chunk)] = done
 
@@ -82,33 +82,33 @@ class RecacheState:
             if i < kept:
                 continue
             done = self.slots[i]
-            start_frame = done.chunk * self.geometry.chunk_frames + done.moved
+            start_frame = done.chunk * self.geometry.chunk_frames + done.offset
             student.x0(done.x_t, done.t, text, cache.rewrite(position), start_frame)
         cache.permute([order.index(i) for i in range(len(order))])
 
-    def move_sink(self, model: CausalWanModel, cache: StreamCache | GraphCache, chunk: int) -> None:
+    def shift_sink(self, model: CausalWanModel, cache: StreamCache | GraphCache, chunk: int) -> None:
         """Before `chunk` is made: slots of the sink that would be out of reach move up (pipeline/positions.py)."""
         for i in range(self.geometry.sink_chunks):
             done = self.slots.get(i)
-            due = 0 if done is None else sink_moved(self.geometry, chunk - (done.chunk - i))
-            if due and due > done.moved:
-                move_slot(model, cache, i, due - done.moved)
-                self.slots[i] = replace(done, moved=due)
+            due = 0 if done is None else sink_offset(self.geometry, chunk - (done.chunk - i))
+            if due and due > done.offset:
+                shift_slot(model, cache, i, due - done.offset)
+                self.slots[i] = replace(done, offset=due)
 
 
-def blended(raw: Tensor, target: Tensor, left: int) -> Tensor:
-    """The embedding of the next chunk of a blend that has `left` >= 1 chunks to go from `raw` to `target`."""
-    return torch.lerp(raw, target, 1.0 / left) if left > 1 else target
+def blend_embeddings(embedding: Tensor, target: Tensor, chunks_left: int) -> Tensor:
+    """The next chunk's embedding in a blend that has `chunks_left` >= 1 chunks to go from `embedding` to `target`."""
+    return torch.lerp(embedding, target, 1.0 / chunks_left) if chunks_left > 1 else target
 
 
-def switched(raw: Tensor, target: Tensor, switch: str, chunks: int) -> Iterator[Tensor]:
+def embeddings_after_switch(embedding: Tensor, target: Tensor, switch: str, chunks: int) -> Iterator[Tensor]:
     """Embeddings of a chunk and of those after it, without end, where `target` is said before it: what a track gives.
 
-    switch, chunks: as in `PromptTrack.say`.
+    switch, chunks: as in `PromptTrack.set_prompt`.
     """
-    for left in range(chunks if switch == "blend" else 0, 0, -1):
-        raw = blended(raw, target, left)
-        yield raw
+    for chunks_left in range(chunks if switch == "blend" else 0, 0, -1):
+        embedding = blend_embeddings(embedding, target, chunks_left)
+        yield embedding
     while True:
         yield target
 
@@ -118,29 +118,29 @@ class TextState:
     """Text of the chunk that comes next, and where a blend stands."""
 
     prompts: tuple[str, ...]
-    raw: Tensor  # [B, text tokens, dim], what `kv` was made of
+    embedding: Tensor  # [B, text tokens, dim], what `kv` was made of
     kv: TextKV
     target: Tensor  # the embedding that a blend ends at
-    left: int = 0  # chunks until it does
-    stale: bool = False  # the cache still has to be made again
+    chunks_left: int = 0  # chunks until it does
+    needs_recache: bool = False  # the cache still has to be made again
     keep_sink: bool = False  # but for the sink
 
 
 class PromptTrack:
-    """The text of each chunk. `say` may be called from any thread; all else belongs to the one that plays."""
+    """The text of each chunk. `set_prompt` may be called from any thread; all else belongs to the one that plays."""
 
     def __init__(self, encode: Callable[[Sequence[str]], Tensor], text_kv: Callable[[Tensor], TextKV]):
         self._encode, self._text_kv = encode, text_kv
-        self._said: deque[tuple[tuple[str | None, ...], str, int]] = deque()
+        self._pending: deque[tuple[tuple[str | None, ...], str, int]] = deque()
         self.state: TextState
 
     def start(self, prompts: Sequence[str]) -> None:
         """Forget what was said and begin with `prompts`."""
-        self._said.clear()
-        raw = self._encode(list(prompts))
-        self.state = TextState(tuple(prompts), raw, self._text_kv(raw), raw)
+        self._pending.clear()
+        embedding = self._encode(list(prompts))
+        self.state = TextState(tuple(prompts), embedding, self._text_kv(embedding), embedding)
 
-    def say(self, prompts: str | Sequence[str | None], switch: str, chunks: int) -> None:
+    def set_prompt(self, prompts: str | Sequence[str | None], switch: str, chunks: int) -> None:
         """New prompts for the next chunk: one for all streams, or one each with None where nothing changes."""
         if switch not in SWITCHES:
             raise UserError(f"switch={switch} is unknown; use one of {', '.join(SWITCHES)}")
@@ -151,36 +151,38 @@ class PromptTrack:
         for prompt in prompts:
             if prompt is not None:
                 check_prompt(prompt)
-        self._said.append((prompts, switch, chunks))
+        self._pending.append((prompts, switch, chunks))
 
-    def forget(self) -> None:
+    def clear_pending(self) -> None:
         """Drop what was said and has not come in."""
-        self._said.clear()
+        self._pending.clear()
 
     def advance(self, blend: bool = True) -> TextState:
         """Before each chunk: take in what was said, and take one step of a blend (not for a chunk made again)."""
-        while self._said:
-            new, switch, chunks = self._said.popleft()
-            self._take_in(new, switch, chunks)
+        while self._pending:
+            new, switch, chunks = self._pending.popleft()
+            self._apply(new, switch, chunks)
         state = self.state
-        if state.left and blend:
-            raw = blended(state.raw, state.target, state.left)
-            self.state = replace(state, raw=raw, kv=self._text_kv(raw), left=state.left - 1)
+        if state.chunks_left and blend:
+            embedding = blend_embeddings(state.embedding, state.target, state.chunks_left)
+            self.state = replace(
+                state, embedding=embedding, kv=self._text_kv(embedding), chunks_left=state.chunks_left - 1
+            )
         return self.state
 
-    def recached(self) -> None:
+    def mark_recached(self) -> None:
         """The cache fits the text again."""
-        self.state = replace(self.state, stale=False)
+        self.state = replace(self.state, needs_recache=False)
 
-    def _take_in(self, new: tuple[str | None, ...], switch: str, chunks: int) -> None:
+    def _apply(self, new: tuple[str | None, ...], switch: str, chunks: int) -> None:
         old = self.state
         prompts = tuple(before if now is None else now for before, now in zip(old.prompts, new, strict=True))
         target = self._encode(list(prompts))
         if switch == "blend":
-            self.state = replace(old, prompts=prompts, target=target, left=chunks)
+            self.state = replace(old, prompts=prompts, target=target, chunks_left=chunks)
         else:
-            stale, keep_sink = switch in RECACHES or old.stale, switch == "recache_window"
-            if old.stale:  # what was said just before has not come in yet: the more thorough of both does
+            needs_recache, keep_sink = switch in RECACHES or old.needs_recache, switch == "recache_window"
+            if old.needs_recache:  # what was said just before has not come in yet: the more thorough of both does
                 keep_sink = old.keep_sink and switch != "recache"
             kv = self._text_kv(target)
-            self.state = TextState(prompts, target, kv, target, stale=stale, keep_sink=keep_sink)
+            self.state = TextState(prompts, target, kv, target, needs_recache=needs_recache, keep_sink=keep_sink)

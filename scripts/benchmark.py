@@ -37,12 +37,12 @@ from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model import fp8  # noqa: E402
 from model.denoiser import Student  # noqa: E402
-from model.fast.offload import BlockStream  # noqa: E402
+from model.fast.offload import BlockOffload  # noqa: E402
 from model.fast.student import FastPlan  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
-from model.weights.random import RandomText, network_of, random_codec, random_student, random_umt5  # noqa: E402
+from model.weights.random import RandomTextEncoder, random_codec, random_student, random_umt5, transformer_size  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, apply_fast_plan, load_device  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
 from scripts.bench import speed  # noqa: E402
@@ -88,7 +88,7 @@ class Bench:
     layer_errors: dict[str, float]
 
 
-class Remembered:
+class CachedTextEncoder:
     """A text encoder that encodes each prompt once: the card's clips start from an embedding that is there."""
 
     def __init__(self, encode):
@@ -119,10 +119,10 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
     size = args.network or ("tiny" if config.model.student.startswith("assets/tiny") else "1.3B")
     model = random_student(size, load_device(config.inference.student, device), dtype)
     if config.inference.student == "stream":
-        BlockStream(model, device)
+        BlockOffload(model, device)
     errors = layer_errors(model, config) if plan.fp8 else {}
     codec = random_codec(config, size, device, dtype)
-    text, encode = None, RandomText(config.model.text_tokens, model.config.text_dim, device)
+    text, encode = None, RandomTextEncoder(config.model.text_tokens, model.config.text_dim, device)
     if args.text:
         encoder = random_umt5(size, device, dtype)
         text = TextEncoder(encoder, word_tokenizer(speed.PROMPT.split()), config.model.text_tokens)
@@ -131,7 +131,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
 
 
 def _session(student: Student, codec, encode, config: Config) -> StreamSession:
-    return StreamSession.from_config(config, student, codec, Remembered(encode))
+    return StreamSession.from_config(config, student, codec, CachedTextEncoder(encode))
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     began = time.perf_counter()
     bench = build(config, args)
     session, device = bench.session, bench.session.device
-    network = network_of(session.student.model)
+    network = transformer_size(session.student.model)
     built = time.perf_counter() - began
     chunks = session.geometry.num_chunks(config.video.num_latent_frames)
     first = speed.play(session, chunks, args.batch)
@@ -171,12 +171,12 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
             "size": [config.video.width, config.video.height],
             "frames": sum(first.frames),
             "batch": args.batch,
-            "schedule": [list(session.schedule.row(k)) for k in range(chunks)],
-            "context": session.schedule.context(0),
+            "schedule": [list(session.schedule.timesteps(k)) for k in range(chunks)],
+            "context": session.schedule.context_mode(0),
             "window_frames": config.stream.window_frames,
             "codec": config.model.codec,
             "precision": config.inference.precision,
-            "kernels": str(bench.plan.kernels) if not bench.plan.plain else f"{config.inference.attention} (plain)",
+            "kernels": str(bench.plan.kernels) if not bench.plan.is_noop else f"{config.inference.attention} (plain)",
             "compile": bench.plan.compile,
             "cuda_graphs": bench.plan.cuda_graphs,
             "fused_gelu": bench.plan.fused_gelu,

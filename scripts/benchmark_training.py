@@ -62,7 +62,7 @@ from safetensors.torch import load_file  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from model.fp8 import check_fp8  # noqa: E402
-from model.sizes import Network  # noqa: E402
+from model.sizes import TransformerSize  # noqa: E402
 from model.weights.random import transformer_sizes  # noqa: E402
 from scripts.bench import cycle_tables as tables  # noqa: E402
 from scripts.bench.cycle import cap_memory, check, measure  # noqa: E402
@@ -161,7 +161,7 @@ class Bench:
         base = load_config(args.config_path, args.settings)
         tiny = base.model.student.startswith("assets/tiny")
         self.sizes = {role: vars(args)[role] or ("tiny" if tiny else FULL[role]) for role in ROLES}
-        self.networks = sizes_of(self.sizes, Network.from_config(transformer_sizes("tiny")))
+        self.networks = sizes_of(self.sizes, TransformerSize.from_config(transformer_sizes("tiny")))
         self.training, self.micro = base.training, base.training.micro_batch
         dim = transformer_sizes(self.sizes["student"])["text_dim"]
         given = [*args.settings, *FIXED]

@@ -26,7 +26,7 @@ exits.guard(__name__)
 from configs.errors import UserError  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 
-FORMS = ("ours", "diffusers", "wan", "self-forcing")
+FORMATS = ("ours", "diffusers", "wan", "self-forcing")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(prog="scripts/convert_checkpoint.py", description=__doc__, formatter_class=form)
     parser.add_argument("source", metavar="IN", help="file or folder of any format that loads")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder, or a .pt")
-    parser.add_argument("--to", choices=FORMS, help="default: self-forcing for a .pt, else ours")
+    parser.add_argument("--to", choices=FORMATS, help="default: self-forcing for a .pt, else ours")
     parser.add_argument("--part", choices=("student", "critic"), default="student", help="of a training checkpoint")
     parser.add_argument("--use_ema", action="store_true", help="the averaged weights take the place of the others")
     parser.add_argument("--lora", action="append", default=[], metavar="PATH", help="merge this adapter; repeatable")
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def strip_objects(args: argparse.Namespace) -> int:
     import torch
 
-    from model.weights.export import tensors_of
+    from model.weights.export import read_tensors_only
     from utils.files import atomic_path, replaceable_file
 
     if args.out.suffix != ".pt" or not Path(args.source).is_file():
         raise UserError(f"--tensors_only takes a file and makes a .pt, and not {args.source} and {args.out}")
     with atomic_path(replaceable_file(args.out, "OUT")) as temporary:
-        torch.save(tensors_of(Path(args.source)), temporary)
+        torch.save(read_tensors_only(Path(args.source)), temporary)
     print(f"{args.out}: the tensors of {args.source}")
     return 0
 
@@ -74,7 +74,7 @@ def convert(args: argparse.Namespace) -> int:
 
     from model.weights import export
     from model.weights.lora import plan_lora
-    from model.weights.plans import config_of, has_average, plan_transformer
+    from model.weights.plans import has_ema, plan_transformer, transformer_config
     from utils.files import replaceable, replaceable_file
 
     form = args.to or ("self-forcing" if args.out.suffix == ".pt" else "ours")
@@ -91,11 +91,11 @@ def convert(args: argparse.Namespace) -> int:
     else:
         replaceable(args.out, "OUT", keep=[args.source])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}[args.dtype]
-    weights, ema = export.contents(plan, loras, dtype), None
+    weights, ema = export.lazy_tensors(plan, loras, dtype), None
     both = form in ("ours", "self-forcing") and args.part == "student" and not args.use_ema and not loras
-    if both and has_average("IN", args.source):
+    if both and has_ema("IN", args.source):
         averaged = plan_transformer("IN", args.source, WanTransformer3DModel, use_ema=True)
-        ema = export.contents(averaged, (), dtype)
+        ema = export.lazy_tensors(averaged, (), dtype)
     size = sum(tensor.size for part in (weights, ema or {}) for tensor in part.values())
     check_space(args.out, size * (2 if form == "self-forcing" else 1))
     with progress_bar(args.out.name, size, "B") as bar:
@@ -103,7 +103,7 @@ def convert(args: argparse.Namespace) -> int:
             form,
             args.out,
             weights,
-            config_of(plan),
+            transformer_config(plan),
             ema=ema,
             card=card_of(plan.card, args),
             part="critic" if args.part == "critic" else "generator",

@@ -22,7 +22,7 @@ exits.guard(__name__)
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
-from pipeline.preflight import examine  # noqa: E402
+from pipeline.preflight import check_environment  # noqa: E402
 
 PROBLEMS = 1
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus={args.gpus} is no number of GPUs; give 1 or more")
-    report = examine(load_config(args.config_path, args.settings), training=args.train, world=args.gpus)
+    report = check_environment(load_config(args.config_path, args.settings), training=args.train, world=args.gpus)
     print(report)
     count = len(report.problems)
     print(f"\n{count} thing{'s' * (count != 1)} to mend, marked PROBLEM" if count else "\nnothing to mend")

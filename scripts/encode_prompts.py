@@ -43,9 +43,9 @@ def main(argv=None) -> int:
     from tqdm import tqdm
 
     from configs.load import load_config
-    from model.encoded_text import EncodingJob, encoder_hash, rows_of
-    from model.fast.offload import HostTextEncoder
-    from model.weights.files import resolve
+    from model.encoded_text import EncodingJob, encoder_hash, unpadded_embeddings
+    from model.fast.offload import OffloadedTextEncoder
+    from model.weights.files import resolve_path
     from model.weights.load import load_text_encoder
     from trainer.prompt_bank import prompt_groups
     from utils.device import DTYPES, pick_device, pick_dtype
@@ -67,13 +67,13 @@ def main(argv=None) -> int:
     encoder.encoder.requires_grad_(False)
     file = config.training.distill.prompts
     about = {"encoder": encoder_hash(model), "encoder_path": model.text_encoder, "prompts_file": file}
-    about["prompts_file_sha256"] = None if file is None else sha256_of(resolve(file))
+    about["prompts_file_sha256"] = None if file is None else sha256_of(resolve_path(file))
     sizes = {"text_tokens": model.text_tokens, "dim": encoder.dim, "dtype": dtype}
     job = EncodingJob(folder, prompt_groups(config), **sizes, about=about)
-    encode = HostTextEncoder(encoder, device, stream=True) if args.stream else encoder
+    encode = OffloadedTextEncoder(encoder, device, stream=True) if args.stream else encoder
     mine = [index for index in ranks.share(range(len(job.files))) if not job.done(index)]
     for index in tqdm(mine, desc="encoding prompts", disable=not ranks.first):
-        job.write(index, lambda prompts: rows_of(encode, prompts, DTYPES[dtype]))
+        job.write(index, lambda prompts: unpadded_embeddings(encode, prompts, DTYPES[dtype]))
     if job.finish():
         print(f"{len(job.prompts):,} prompts in {folder}; train with training.distill.encoded_prompts={folder}")
     return 0

@@ -29,7 +29,7 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import Geometry  # noqa: E402
 from configs.load import load_config, to_yaml  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from model.weights.files import resolve  # noqa: E402
+from model.weights.files import resolve_path  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline  # noqa: E402
 from scripts.quality.clip_folder import chunk_borders  # noqa: E402
 from scripts.studies.schedule_search import Candidate, Costs, Point, front, next_candidate  # noqa: E402
@@ -102,7 +102,7 @@ def prompts_of(args: argparse.Namespace, config: Config, quality: str) -> list[s
         return read_prompts(args.data_path, "data_path")[: args.num_prompts]
     if quality == "tiny":
         return TinyWorld(config.video.height, config.video.width).prompts(args.seed, args.num_prompts)
-    return read_prompts(resolve(config.inference.prompts))[: args.num_prompts]
+    return read_prompts(resolve_path(config.inference.prompts))[: args.num_prompts]
 
 
 class Bench:

@@ -34,7 +34,7 @@ from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model.denoiser import Student  # noqa: E402
 from model.fast.student import FastPlan  # noqa: E402
-from model.weights.random import RandomText, random_codec, random_student  # noqa: E402
+from model.weights.random import RandomTextEncoder, random_codec, random_student  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, apply_fast_plan  # noqa: E402
 from scripts.bench.live import lines, switches, watch_stream  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
@@ -72,7 +72,7 @@ def pipeline(config: Config, size: str | None) -> DiagonalPipeline:
     device = pick_device(config.device)
     dtype, plan = pick_dtype(config.inference.precision, device), FastPlan.from_config(config.inference, device)
     student = Student(random_student(size, device, dtype))
-    text = RandomText(config.model.text_tokens, student.model.config.text_dim, device)
+    text = RandomTextEncoder(config.model.text_tokens, student.model.config.text_dim, device)
     return DiagonalPipeline(config, *apply_fast_plan(student, random_codec(config, size, device, dtype), plan), text)
 
 

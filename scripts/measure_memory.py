@@ -38,16 +38,16 @@ from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from model.causal_wan import CausalWanModel  # noqa: E402
-from model.checkpointing import checkpointed  # noqa: E402
+from model.checkpointing import selective_checkpoint  # noqa: E402
 from model.codec import WanCodec  # noqa: E402
 from model.memory import CONTEXT, GIB, graph_bytes, inference_plan  # noqa: E402
-from model.sizes import NETWORKS, UMT5_XXL, Network  # noqa: E402
+from model.sizes import TRANSFORMER_SIZES, UMT5_XXL, TransformerSize  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec  # noqa: E402
-from model.weights.files import Tensors  # noqa: E402
-from model.weights.load import fill, load_score  # noqa: E402
+from model.weights.files import StoredTensors  # noqa: E402
+from model.weights.load import load_score, materialize  # noqa: E402
 from model.weights.names import original_config, original_name  # noqa: E402
-from model.weights.plans import Plan, stored  # noqa: E402
+from model.weights.plans import WeightPlan, unique_state_dict  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline, load_device  # noqa: E402
 from scripts.bench.host_peak import HostPeak  # noqa: E402
 from utils.device import pick_device  # noqa: E402
@@ -63,11 +63,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = exits.Parser(prog="scripts/measure_memory.py", description=__doc__, formatter_class=form)
     parser.add_argument("--config_path", default="configs/wan2.1_t2v_1.3b.yaml", metavar="FILE")
-    parser.add_argument("--student", choices=NETWORKS, default="1.3B", help="sizes of the student")
+    parser.add_argument("--student", choices=TRANSFORMER_SIZES, default="1.3B", help="sizes of the student")
     parser.add_argument("--chunks", type=int, default=6, help="to play; the window is full after four")
     parser.add_argument("--card", type=float, metavar="GIB", help="cap the allocator as on a card of so many GB")
-    parser.add_argument("--network", choices=NETWORKS, help="instead: forward and backward of one network, one clip")
-    parser.add_argument("--host", choices=NETWORKS, help="instead: host memory while such a network is loaded")
+    parser.add_argument(
+        "--network", choices=TRANSFORMER_SIZES, help="instead: forward and backward of one network, one clip"
+    )
+    parser.add_argument("--host", choices=TRANSFORMER_SIZES, help="instead: host memory while such a network is loaded")
     parser.add_argument("--to", choices=("cpu", "cuda"), help="where --host loads it to, in bfloat16 (default: a GPU)")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
@@ -77,12 +79,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def empty(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """A network of zeros, with what its library keeps in float32 in float32."""
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in stored(make()).items()}
-    tensors = Tensors((), shapes, lambda name: torch.zeros(shapes[name], dtype=dtype, device=device))
-    return fill(Plan(path=Path("zeros"), kind="zeros", make=make, tensors=tensors), device, dtype)
+        shapes = {name: tuple(value.shape) for name, value in unique_state_dict(make()).items()}
+    tensors = StoredTensors((), shapes, lambda name: torch.zeros(shapes[name], dtype=dtype, device=device))
+    return materialize(WeightPlan(path=Path("zeros"), kind="zeros", build=make, tensors=tensors), device, dtype)
 
 
-def build(config: Config, network: Network, text: dict[str, Any], device: torch.device, dtype: torch.dtype):
+def build(config: Config, network: TransformerSize, text: dict[str, Any], device: torch.device, dtype: torch.dtype):
     """The pipeline that `DiagonalPipeline.from_config` would make, of zeros."""
     places = config.inference
     student = empty(lambda: CausalWanModel(**sizes_of(network)), load_device(places.student, device), dtype)
@@ -97,7 +99,7 @@ def build(config: Config, network: Network, text: dict[str, Any], device: torch.
     return DiagonalPipeline.from_parts(config, student, codec, encoder, device)
 
 
-def sizes_of(network: Network) -> dict[str, int]:
+def sizes_of(network: TransformerSize) -> dict[str, int]:
     """As diffusers' Wan transformer takes them."""
     head = 128 if network.dim % 128 == 0 and network.dim > 128 else 32
     sizes = {"num_attention_heads": network.dim // head, "attention_head_dim": head, "num_layers": network.layers}
@@ -133,11 +135,11 @@ def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, i
     return most
 
 
-def run_network(network: Network, frames: int, probe: Probe, device: torch.device) -> tuple[int, int]:
+def run_network(network: TransformerSize, frames: int, probe: Probe, device: torch.device) -> tuple[int, int]:
     """(planned, measured) bytes of activations in a pass with a graph over one clip of 480x832, checkpointed."""
     sizes = {"num_attention_heads": network.dim // 128, "attention_head_dim": 128, "num_layers": network.layers}
     model = empty(lambda: WanTransformer3DModel(**sizes, ffn_dim=network.ffn), device, torch.bfloat16)
-    model.enable_gradient_checkpointing(checkpointed)
+    model.enable_gradient_checkpointing(selective_checkpoint)
     model.train().requires_grad_(True)
     latents = torch.zeros(1, 16, frames, 60, 104, device=device, dtype=torch.bfloat16)
     text = torch.zeros(1, 512, 4096, device=device, dtype=torch.bfloat16)
@@ -149,7 +151,7 @@ def run_network(network: Network, frames: int, probe: Probe, device: torch.devic
     return graph_bytes(network, frames * 1560, True), probe() - before
 
 
-def sparse_folder(folder: Path, network: Network, shards: int = 6, kind: str = "F32") -> int:
+def sparse_folder(folder: Path, network: TransformerSize, shards: int = 6, kind: str = "F32") -> int:
     """An original Wan folder of zeros, in files that are all holes; their bytes in all."""
     with torch.device("meta"):
         model = WanTransformer3DModel(**sizes_of(network))
@@ -174,7 +176,7 @@ def sparse_folder(folder: Path, network: Network, shards: int = 6, kind: str = "
     return total
 
 
-def run_host(network: Network, device: torch.device, folder: Path) -> tuple[int, HostPeak]:
+def run_host(network: TransformerSize, device: torch.device, folder: Path) -> tuple[int, HostPeak]:
     """Bytes of the files, and what loading them to `device` in bfloat16 takes of the host."""
     total = sparse_folder(folder, network)
     torch.zeros(1, device=device)  # CUDA's own memory is not the loader's
@@ -185,7 +187,7 @@ def run_host(network: Network, device: torch.device, folder: Path) -> tuple[int,
 
 def report_host(name: str, device: torch.device, to_json: Path | None) -> int:
     with tempfile.TemporaryDirectory(prefix="sparse-") as folder:
-        total, peak = run_host(NETWORKS[name], device, Path(folder))
+        total, peak = run_host(TRANSFORMER_SIZES[name], device, Path(folder))
     print(f"loading {name} to {device}, files of {total / 1e9:.2f} GB")
     print(f"host memory of its own, at most   {peak.own / 1e9:7.2f} GB  {peak.own / total:.2f} of the files")
     print(f"pages of the files, at most       {peak.files / 1e9:7.2f} GB  which the kernel may drop")
@@ -221,10 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     held: list[int] = []
     probe = gpu_probe(device, held)
     if args.network:
-        planned, measured = run_network(NETWORKS[args.network], config.video.num_latent_frames, probe, device)
+        planned, measured = run_network(TRANSFORMER_SIZES[args.network], config.video.num_latent_frames, probe, device)
         rows, room = {"activations": (planned, measured)}, None
     else:
-        network = NETWORKS[args.student]
+        network = TRANSFORMER_SIZES[args.student]
         most = run_phases(build(config, network, UMT5_XXL, device, torch.bfloat16), args.chunks, probe)
         plan = inference_plan(config, network)
         rows = {phase.name: (int(sum(phase.parts.values())), most[phase.name]) for phase in plan.phases}

@@ -104,7 +104,7 @@ class Connection:
         self._shown = self._sent = 0
         shown = {"take": self.player.take, "takes": list(self.player.takes), "frames": frames}
         of_prompt = self.player.pipe.prompt_warnings(message.prompt) if message.prompt else []
-        warnings = [*self.player.start_warnings, *of_prompt]
+        warnings = [*self.player.conditioning_warnings, *of_prompt]
         await self._say("take", **shown, warnings=warnings, **self._describe(self.player.session.schedule))
         self._stream = asyncio.create_task(self._play(frames))
 
@@ -160,7 +160,7 @@ class Connection:
             "table": schedule.table(clip, pipe.geometry),
             "nfe": schedule.nfe(clip),
             "chunks": clip,
-            "predicted_fps": costs.fps(schedule, len(schedule.rows) - 1, frames),
+            "predicted_fps": costs.fps(schedule, len(schedule.timesteps_by_chunk) - 1, frames),
         }
 
     async def _say(self, kind: str, **values: Any) -> None:

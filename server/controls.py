@@ -36,7 +36,7 @@ class Control:
 
 def bounds(schedule: Schedule) -> tuple[int, int]:
     """Most steps of a chunk and most chunks with their own number that may be asked for: the configured ones always."""
-    return max(MAX_STEPS, *map(len, schedule.rows)), max(MAX_ROWS, len(schedule.rows))
+    return max(MAX_STEPS, *map(len, schedule.timesteps_by_chunk)), max(MAX_ROWS, len(schedule.timesteps_by_chunk))
 
 
 class Reader:
@@ -89,7 +89,7 @@ class Reader:
             changed = with_steps(self.config, self._steps(asked["steps"]))
             found = Schedule.from_config(changed.schedule, changed.stream)
         if asked.get("context") is not None:
-            found = replace(found, policy=_choice(asked, "context", CONTEXTS))
+            found = replace(found, default_context=_choice(asked, "context", CONTEXTS))
         return found
 
     def _steps(self, steps: Any) -> list[int]:

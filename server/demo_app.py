@@ -282,7 +282,7 @@ async def pieces(content: bytes) -> AsyncIterator[memoryview]:
 def hello(pipe: DiagonalPipeline, name: str, limits: Limits) -> dict:
     """What a page needs to know before anything is played."""
     config = pipe.config
-    rows = pipe.schedule.rows
+    rows = pipe.schedule.timesteps_by_chunk
     most_steps, most_rows = bounds(pipe.schedule)
     return {
         "visitor": name,
@@ -292,7 +292,7 @@ def hello(pipe: DiagonalPipeline, name: str, limits: Limits) -> dict:
         "height": config.video.height,
         "width": config.video.width,
         "steps": [len(row) for row in rows],
-        "context": pipe.schedule.policy,
+        "context": pipe.schedule.default_context,
         "switch": config.stream.switch,
         "contexts": CONTEXTS,
         "switches": SWITCHES,

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from configs.errors import UserError
 from configs.validate import check_bounds, number
 from server.errors import ApiError
-from utils.files import atomic_path, check_writable, sole_use
+from utils.files import atomic_path, check_writable, exclusive_use
 
 VERSION = 1  # of the table
 QUEUED, RUNNING, DONE, FAILED = "queued", "in_progress", "completed", "failed"
@@ -103,7 +103,7 @@ class JobStore:
         check_writable(self.folder, "--jobs_folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(sole_use(self.folder, "--jobs_folder"))
+            stack.enter_context(exclusive_use(self.folder, "--jobs_folder"))
             self._db = self._opened()
             stack.callback(self._db.close)
             self._held = stack.pop_all()

@@ -68,7 +68,7 @@ Message = Play | Say | Rewind | Ack | Stop | ScheduleQuery
 
 def bounds(schedule: Schedule) -> tuple[int, int]:
     """Most steps of a chunk and most chunks with their own number that may be asked for: the configured ones always."""
-    return max(MAX_STEPS, *map(len, schedule.rows)), max(MAX_ROWS, len(schedule.rows))
+    return max(MAX_STEPS, *map(len, schedule.timesteps_by_chunk)), max(MAX_ROWS, len(schedule.timesteps_by_chunk))
 
 
 def read_message(text: str, config: Config, max_seconds: float) -> Message:
@@ -139,5 +139,5 @@ def _schedule(values: dict[str, Any], config: Config) -> Schedule:
     good = isinstance(steps, list) and 1 <= len(steps) <= most_rows
     if not good or not all(type(n) is int and 1 <= n <= most_steps for n in steps):
         raise UserError(f"steps={str(steps)[:40]} is no schedule; give 1 to {most_rows} numbers from 1 to {most_steps}")
-    changed = with_steps(config, steps, _choice(values, "context", CONTEXTS, own.policy))
+    changed = with_steps(config, steps, _choice(values, "context", CONTEXTS, own.default_context))
     return Schedule.from_config(changed.schedule, changed.stream)

@@ -104,7 +104,7 @@ class Player:
         self.seed, self.switch = 0, session.switch
         self.image: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
         self.begun_with: np.ndarray | None = None  # of the present video
-        self.start_warnings: list[str] = []
+        self.conditioning_warnings: list[str] = []
         self._start: Tensor | None = None  # its latents
         self._chunks = iter(())
         self._lock = threading.Lock()  # over `takes`, which a download reads from another thread
@@ -114,7 +114,7 @@ class Player:
         if message.image and self.image is None:
             raise UserError("image=true, but no picture was uploaded; choose one first")
         self.begun_with = self.image if message.image else None
-        self.start_warnings = []
+        self.conditioning_warnings = []
         self._start = None if self.begun_with is None else self._encode(self.begun_with)
         self.session.schedule = message.schedule
         self.snapshots.clear()
@@ -124,7 +124,7 @@ class Player:
 
     def _encode(self, image: np.ndarray) -> Tensor:
         latents = self.pipe.encode(image[None])
-        self.start_warnings = self.pipe.start_warnings
+        self.conditioning_warnings = self.pipe.conditioning_warnings
         return latents
 
     def _from_the_start(self, prompt: str, seed: int) -> None:
@@ -154,7 +154,7 @@ class Player:
         if seed != snapshot.seeds[0]:
             self.session.reseed(seed)
         if prompt != snapshot.text.prompts[0]:
-            self.session.say(prompt, switch)
+            self.session.set_prompt(prompt, switch)
         self._chunks = self.session.resume()
 
     def _forget(self) -> None:
@@ -173,7 +173,7 @@ class Player:
 
     def say(self, message: Say) -> None:
         self.switch = message.switch
-        self.session.say(message.prompt, message.switch)
+        self.session.set_prompt(message.prompt, message.switch)
 
     def cancel(self) -> None:
         self.session.cancel()

@@ -91,7 +91,7 @@ class Chunk:
 
     @property
     def nfe(self) -> int:
-        return len(self.schedule.row(self.chunk)) + (self.schedule.context_timestep(self.chunk) is not None)
+        return len(self.schedule.timesteps(self.chunk)) + (self.schedule.context_timestep(self.chunk) is not None)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Stream:
                 self._go_back(control, arrived)
             case "set_prompt":
                 self.switch, self._prompt = control.switch or self.session.switch, control.prompt
-                self.session.say(control.prompt, self.switch)
+                self.session.set_prompt(control.prompt, self.switch)
                 self._receipts.append((control.id, self.pipe.prompt_warnings(control.prompt)))
             case "set_seed":
                 self.seed = control.seed
@@ -202,7 +202,7 @@ class Stream:
     def _set_start(self, image: np.ndarray | None) -> None:
         """Videos begin with this picture from now on, uint8 [H, W, 3]; None = with nothing."""
         self._start = None if image is None else self.pipe.encode(image[None])
-        self._start_warnings = [] if image is None else self.pipe.start_warnings
+        self._start_warnings = [] if image is None else self.pipe.conditioning_warnings
 
     def _from_the_start(self, prompt: str, seed: int) -> None:
         self.seed, self.switch, self._prompt = seed, self.pipe.config.stream.switch, prompt
@@ -227,7 +227,7 @@ class Stream:
             if seed != snapshot.seeds[0]:
                 self.session.reseed(seed)
             if prompt != snapshot.text.prompts[0]:
-                self.session.say(prompt, self.switch)
+                self.session.set_prompt(prompt, self.switch)
             self._chunks = self.session.resume()
         self._forget()
         self._announce(control.id, parent)
@@ -370,7 +370,7 @@ class Stream:
             "sizes": [len(part) for part in parts],
             "prompt": made.prompt,
             "seed": made.seed,
-            "steps": len(made.schedule.row(made.chunk)),
+            "steps": len(made.schedule.timesteps(made.chunk)),
             "nfe": made.nfe,
             "wait_ms": round(1000 * (turn.begin - turn.room), 1),
             "make_ms": round(1000 * (begin - turn.begin), 1),
@@ -670,7 +670,7 @@ class WorkerProcess:
     def _play(self, session: StreamSession) -> tuple[list[float], dict[str, float]]:
         """Play until chunks cost the same; when each was there, and the spans of the last one."""
         geometry, times = self.pipe.geometry, []
-        chunks = max(len(self.pipe.schedule.rows), geometry.window_chunks or self.pipe.num_chunks()) + 4
+        chunks = max(len(self.pipe.schedule.timesteps_by_chunk), geometry.window_chunks or self.pipe.num_chunks()) + 4
         for result in session.play("a prompt", 0, chunks):
             frames = result.wait().frames[0].numpy()
             if not self.on_gpu:  # where encoding takes the model's time
@@ -708,8 +708,8 @@ class WorkerProcess:
             "chunk_frames": 4 * chunk,
             "video": VIDEO,
             "mime": self.encoder.mime,
-            "steps": [len(row) for row in schedule.rows],
-            "context": schedule.policy,
+            "steps": [len(row) for row in schedule.timesteps_by_chunk],
+            "context": schedule.default_context,
             "switch": config.stream.switch,
             "presets": list(PRESETS),
             "contexts": CONTEXTS,

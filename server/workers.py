@@ -122,7 +122,7 @@ class Costs:
 
 def later_nfe(schedule: Schedule) -> int:
     """Evaluations of each chunk after the schedule's own rows."""
-    chunk = max(len(schedule.rows), *(chunk + 1 for chunk, _ in schedule.exceptions), 1)
+    chunk = max(len(schedule.timesteps_by_chunk), *(chunk + 1 for chunk, _ in schedule.context_exceptions), 1)
     return schedule.nfe(chunk + 1) - schedule.nfe(chunk)
 
 

@@ -18,7 +18,7 @@ HEADS = {96: (4, 24), 1536: (12, 128)}
 
 
 def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu", tokens: int = 21) -> Iterator[tuple[str, tuple]]:
-    """Arguments of `plain_residual_norm` but the last: tokens [2, tokens, width], tables of 1 and of 3 frames."""
+    """Arguments of `reference_residual_norm` but the last: tokens [2, tokens, width], tables of 1 and of 3 frames."""
     torch.manual_seed(0)
     x, branch = (torch.randn(2, tokens, width).to(device, dtype) for _ in range(2))
     x[0, 1] = 0  # no spread
@@ -32,7 +32,7 @@ def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu", tokens: int 
 
 
 def turn_case(width: int, dtype: torch.dtype, slot: torch.dtype, device: str = "cpu", tokens: int = 21) -> tuple:
-    """Arguments of `plain_qk_norm_rope`; slots are the middle of a longer cache."""
+    """Arguments of `reference_qk_norm_rope`; slots are the middle of a longer cache."""
     torch.manual_seed(1)
     heads, head_dim = HEADS[width]
     qkv = torch.randn(2, tokens, 3 * width).to(device, dtype)
@@ -67,19 +67,19 @@ def close(got: Tensor, wanted: Tensor, name: str) -> None:
 
 
 def compare_norms(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    """kernel(*case, scaled) -> as `plain_residual_norm`."""
+    """kernel(*case, scaled) -> as `reference_residual_norm`."""
     for name, case in norm_cases(width, dtype, device):
         for scaled in (False, True)[: 1 + (case[4] >= 0 or case[5] is not None)]:
-            wanted = fast_kernels.plain_residual_norm(*case, scaled)
+            wanted = fast_kernels.reference_residual_norm(*case, scaled)
             for got, one in zip(kernel(*case, scaled), wanted, strict=True):
                 close(got, one, f"{name}, {one.dtype}")
 
 
 def compare_turns(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    """kernel(*case) -> as `plain_qk_norm_rope`."""
+    """kernel(*case) -> as `reference_qk_norm_rope`."""
     for slot in (dtype, E4M3):
         plain, own = (turn_case(width, dtype, slot, device) for _ in range(2))
-        wanted = fast_kernels.plain_qk_norm_rope(*plain)
+        wanted = fast_kernels.reference_qk_norm_rope(*plain)
         close(kernel(*own), wanted, "queries")
         close(own[5], plain[5], "keys")
         close(own[6], plain[6], "values")
@@ -89,10 +89,10 @@ def compare_turns(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -
 
 
 def compare_rows(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    """kernel(x, gelu) -> as `plain_quantise_rows`."""
+    """kernel(x, gelu) -> as `reference_quantize_rows`."""
     for gelu in (False, True):
         x = rows_case(width, dtype, device)
-        for got, wanted in zip(kernel(x, gelu), fast_kernels.plain_quantise_rows(x, gelu), strict=True):
+        for got, wanted in zip(kernel(x, gelu), fast_kernels.reference_quantize_rows(x, gelu), strict=True):
             close(got, wanted, f"rows of {width}, gelu {gelu}")
 
 
@@ -113,7 +113,7 @@ def interpreted(kernels, **tiling) -> tuple:
         return q.to(case[5].dtype)
 
     def rows(x, gelu):
-        values, scales = kernels.quantise_rows(x, gelu, torch.float32)
+        values, scales = kernels.quantize_rows(x, gelu, torch.float32)
         return values.to(E4M3), scales
 
     return norm, turn, rows

@@ -16,9 +16,9 @@ from trainer.loop import at_end, make_sinks, run
 from trainer.registry import build_stage
 from utils.device import gpu_memory, pick_device, set_threads
 from utils.distributed import Ranks, process_group
-from utils.files import atomic_path, check_writable, sole_use
+from utils.files import atomic_path, check_writable, exclusive_use
 from utils.logs import console, get_logger
-from utils.seeds import DRAW
+from utils.seeds import RANDOM_SEED
 from utils.sinks import check_loggers
 
 log = get_logger(__name__)
@@ -27,8 +27,8 @@ log = get_logger(__name__)
 def train(args: Namespace) -> bool:
     """Run the stage that `args` (of trainer/cli.py) describe. Returns whether its end was reached, not a signal."""
     config = load_config(args.config_path, args.overrides)
-    if config.seed == DRAW:
-        raise UserError(f"seed={DRAW} draws one for inference; give training one that a resumed run can repeat")
+    if config.seed == RANDOM_SEED:
+        raise UserError(f"seed={RANDOM_SEED} draws one for inference; give training one that a resumed run can repeat")
     ranks = Ranks.from_env()
     console(quiet=not ranks.first)
     logdir = check_writable(args.logdir or f"logs/{Path(args.config_path).stem}", "--logdir")
@@ -51,7 +51,7 @@ def train(args: Namespace) -> bool:
             check_room(config, logdir, export_folder(config, logdir), len(folders(logdir)))
         check_loggers(config.training.loggers, wandb=not args.disable_wandb)
         logdir.mkdir(parents=True, exist_ok=True)
-    alone = sole_use(logdir, "--logdir") if ranks.first else nullcontext()
+    alone = exclusive_use(logdir, "--logdir") if ranks.first else nullcontext()
     with alone, process_group(ranks, device, config.training.timeout_s):
         stage = build_stage(config, device, ranks)
         if ranks.first:

@@ -29,7 +29,7 @@ from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import ControlGroup, noticing_loss
 from trainer.stage import Stage
 from utils.curves import write_curves
-from utils.files import is_full, sole_use, write_json_atomic
+from utils.files import exclusive_use, is_disk_full, write_json_atomic
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
@@ -194,7 +194,7 @@ class _Journal:
         try:
             torch.save({"step": step, **batch}, kept)
         except (OSError, RuntimeError) as error:
-            if not is_full(error):
+            if not is_disk_full(error):
                 raise
             kept.unlink(missing_ok=True)
             given = f"the disk has no room for what this step was given ({kept})"
@@ -225,7 +225,7 @@ def _saying_no_room(logdir: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if not is_full(error):
+        if not is_disk_full(error):
             raise
         raise UserError(
             f"--logdir {logdir}: the disk is full ({str(error).splitlines()[0]}); the checkpoints that are there are "
@@ -251,7 +251,7 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     control = ControlGroup(stage.config.training.timeout_s)
     logdir.mkdir(parents=True, exist_ok=True)
     resume = f"start the same command again: {logdir} resumes from its newest checkpoint"
-    with sole_use(logdir, "--logdir") if control.rank == 0 else nullcontext(), noticing_loss(resume), \
+    with exclusive_use(logdir, "--logdir") if control.rank == 0 else nullcontext(), noticing_loss(resume), \
             _saying_no_room(logdir):  # fmt: skip
         start = _resume(stage, logdir, control)
         stage.begin(start, logdir)

@@ -58,7 +58,7 @@ class ODERegression(Supervised):
         """Indices into `noisy` of the states that a chunk learns from."""
         if not self.causal:
             return torch.arange(len(self.noisy))
-        row = self.schedule.row(chunk)
+        row = self.schedule.timesteps(chunk)
         gaps = (self.noisy.cpu() - torch.tensor(row)[:, None]).abs().min(dim=1)
         if gaps.values.max() > 0.01:
             raise UserError(

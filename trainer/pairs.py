@@ -24,7 +24,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.reading import ordinary_file
 from model.flow import shift_time
-from model.weights.files import BARE, checked, headers, open_file, resolve
+from model.weights.files import FLAT_PART, check_finite, open_file, read_headers, resolve_path
 from utils.files import parse_json
 
 TIMESTEPS = "timesteps.json"
@@ -49,7 +49,7 @@ class Pairs(Protocol):
 def open_pairs(field: str, path: str | Path) -> Pairs:
     """Pairs in `path`, of either layout, all of them looked at but for their values. `field` is the setting that names
     it."""
-    path = resolve(Path(path))
+    path = resolve_path(Path(path))
     if (path / "data.mdb").exists():
         return LmdbPairs(field, path)
     if path.is_dir() and any(path.glob("*.pt")):
@@ -67,12 +67,12 @@ class FolderPairs:
         self.field, self.files = field, sorted(path.glob("*.pt"))
         self.prompts: list[str] = []
         for file in self.files:
-            parts = headers(field, file)
-            shapes = parts[BARE].shapes if set(parts) == {BARE} else {}
+            parts = read_headers(field, file)
+            shapes = parts[FLAT_PART].shapes if set(parts) == {FLAT_PART} else {}
             shape = next(iter(shapes.values()), ())[-5:]
             if self.files[0] is file:
                 self.shape = shape
-            if len(shapes) != 1 or parts[BARE].odd or len(shape) != 5 or shape != self.shape:
+            if len(shapes) != 1 or parts[FLAT_PART].other_dtypes or len(shape) != 5 or shape != self.shape:
                 raise UserError(
                     f"{field}: {file} does not hold one prompt with states [S, F, C, H, W] like those of the "
                     f"other files; make it again with scripts/generate_ode_pairs.py"
@@ -90,9 +90,9 @@ class FolderPairs:
     def read(self, index: Sequence[int]) -> Tensor:
         states = []
         for i in index:
-            tensors = open_file(self.field, self.files[i])[BARE]
+            tensors = open_file(self.field, self.files[i])[FLAT_PART]
             value = tensors.read(self.prompts[i])
-            states.append(checked(self.files[i], "its states", value.reshape(self.shape)))
+            states.append(check_finite(self.files[i], "its states", value.reshape(self.shape)))
         return torch.stack(states).half()
 
 
@@ -141,7 +141,7 @@ class LmdbPairs:
 
     def read(self, index: Sequence[int]) -> Tensor:
         rows = [np.frombuffer(self._get(f"latents_{i}_data"), dtype=np.float16) for i in index]
-        states = checked(self.path, f"its trajectories {list(index)}", torch.from_numpy(np.stack(rows)))
+        states = check_finite(self.path, f"its trajectories {list(index)}", torch.from_numpy(np.stack(rows)))
         return states.reshape(len(rows), *((1,) if len(self.shape) == 5 else ()), *self.shape[1:])
 
 

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.encoded_text import EncodedText
 from model.text import TextEncoder
-from model.weights.files import resolve
+from model.weights.files import resolve_path
 from trainer.build import frozen_text_encoder
 from trainer.pairs import open_pairs
 from trainer.parallel.apply import ParallelPlan
@@ -25,7 +25,7 @@ def training_prompts(config: Config) -> list[str]:
     """Lines of `training.distill.prompts`, or `training.bank_clips` captions of the tiny world."""
     t = config.training
     if t.distill.prompts is not None:
-        return read_prompts(resolve(Path(t.distill.prompts)), "training.distill.prompts")
+        return read_prompts(resolve_path(Path(t.distill.prompts)), "training.distill.prompts")
     world = TinyWorld(config.video.height, config.video.width)
     scenes = world.scenes(stable_hash(config.seed, "prompts"), t.bank_clips)
     return [training_caption(scene, open_share=t.open_captions) for scene in scenes]

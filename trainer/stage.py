@@ -13,7 +13,7 @@ from configs.schema import Config
 from configs.train_schema import TrainingConfig
 from trainer.backward import Backward
 from trainer.optim.train_state import TrainState
-from utils.compiling import TRAINED
+from utils.compiling import TRAINING_OPTIONS
 from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.logs import get_logger
@@ -95,7 +95,7 @@ class Supervised(Stage):
         self.module = module.to(device).train()
         self.player = TrainState(self.module, t)
         if t.compile:  # after the average was copied: it is compiled by nobody
-            self.module.compile_repeated_blocks(fullgraph=True, options=TRAINED)
+            self.module.compile_repeated_blocks(fullgraph=True, options=TRAINING_OPTIONS)
         dtype = pick_dtype(t.precision, device)
         self.backward = Backward(
             lambda plan, **batch: self.loss(**batch), self.player.parameters,

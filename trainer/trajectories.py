@@ -9,7 +9,7 @@ from configs.geometry import Geometry
 from configs.schema import Config
 from model.cache import StreamCache
 from model.causal_wan import TextKV
-from model.denoiser import Score, Student
+from model.denoiser import ScoreModel, Student
 from model.flow import euler_v, euler_x0, integrate
 from model.schedule import Schedule
 from pipeline.chunk import update_cache
@@ -37,7 +37,7 @@ class TrajectoryMaker:
         self.geometry = Geometry.from_config(config)
         self.chunks = self.geometry.num_chunks(config.video.num_latent_frames)
         schedule = Schedule.from_config(config.schedule, config.stream)
-        rows = [schedule.row(k) for k in range(self.chunks)]
+        rows = [schedule.timesteps(k) for k in range(self.chunks)]
         self.grid = trajectory_grid(rows, 1000.0 / steps, config.schedule.shift)
         self.timesteps = sorted({1000.0, *(t for row in rows for t in row)}, reverse=True) + [0.0]
         self.prompts = training_prompts(config)
@@ -47,8 +47,8 @@ class TrajectoryMaker:
         self.geometry = self.geometry.for_network(self.teacher.model.config)
         self.dtype = pick_dtype(config.training.precision, device)
 
-    def _load(self) -> Score | Student:
-        return Score(frozen_teacher(self.config, ParallelPlan(self.config.training, self.device))[0])
+    def _load(self) -> ScoreModel | Student:
+        return ScoreModel(frozen_teacher(self.config, ParallelPlan(self.config.training, self.device))[0])
 
     def _noise(self, indices: Sequence[int]) -> list[Tensor]:
         """What each chunk [B, f, C, H, W] of prompts `indices` starts from."""
@@ -113,5 +113,5 @@ class CausalTrajectoryMaker(TrajectoryMaker):
 
         states = integrate(step, x, self.grid, self.timesteps)
         place = {"cache": cache, "chunk": chunk, "text": text}
-        update_cache(self.teacher, states[:, -1].repeat(copies), level=0.0, eps=lambda: x, **place)
+        update_cache(self.teacher, states[:, -1].repeat(copies), context_timestep=0.0, eps=lambda: x, **place)
         return states

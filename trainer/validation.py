@@ -13,7 +13,7 @@ from configs.geometry import Geometry
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec
-from model.denoiser import Score, Student
+from model.denoiser import ScoreModel, Student
 from model.flow import add_noise, v_target
 from model.schedule import Schedule
 from model.text import TextEncoder
@@ -37,7 +37,7 @@ def validation_seeds(config: Config, count: int) -> list[int]:
 
 
 def teacher_clips(
-    score: Score, codec: Codec, text: TextEncoder, prompts: list[str], geometry: Geometry, config: Config
+    score: ScoreModel, codec: Codec, text: TextEncoder, prompts: list[str], geometry: Geometry, config: Config
 ) -> Tensor:
     """Pixels [B, T, 3, H, W] that the teacher makes of `prompts`, in 50 Euler steps."""
     embedded, null, guidance = text(prompts), text([""]), config.training.flow.guidance
@@ -71,7 +71,9 @@ def judge(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def caption_gaps(score: Score, bank: LatentBank, text: TextEncoder, seed: int, clips: int = 128) -> dict[str, float]:
+def caption_gaps(
+    score: ScoreModel, bank: LatentBank, text: TextEncoder, seed: int, clips: int = 128
+) -> dict[str, float]:
     """Loss with one attribute of the caption changed minus loss with the right caption, a figure an attribute.
 
     Mean over timesteps 600, 800, 900, 950. `axis` turns the direction by 90 degrees, `sign` reverses it. An attribute
@@ -116,7 +118,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(
-        self, model: CausalWanModel, teacher: Score, folder: Path, name: str, *, write: bool
+        self, model: CausalWanModel, teacher: ScoreModel, folder: Path, name: str, *, write: bool
     ) -> dict[str, float]:
         """Figures by name. `write`: whether this rank writes the files."""
         parts = [self.prompts[i : i + 64] for i in range(0, len(self.prompts), 64)]
@@ -130,7 +132,7 @@ class Validator:
             return judge(self.prompts, frames, folder / f"{name}.png")
         return {}
 
-    def _teacher_frames(self, teacher: Score) -> Tensor:
+    def _teacher_frames(self, teacher: ScoreModel) -> Tensor:
         """Made once: neither prompts nor teacher change."""
         if self._teachers is None:
             some = self.prompts[: self.shown]

@@ -110,7 +110,7 @@ def motion_energy(frames: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Series:
+class FrameSeries:
     """One clip frame by frame; all float32 on the CPU."""
 
     steps: Tensor  # [T - 1] difference of frame t + 1 to frame t (`frame_distances`)
@@ -131,7 +131,7 @@ class Series:
 FAR = 4  # frames; longer than the longest flash that is looked for
 
 
-def series(clip: Tensor, flow: bool = False) -> Series:
+def series(clip: Tensor, flow: bool = False) -> FrameSeries:
     """Frame by frame figures of one clip [T, 3, H, W]; flow: those of optical flow too (where `has_flow`).
 
     Sharpness is 1 minus the blur metric of Crete et al. (SPIE 6492, 2007): blurring a sharp picture takes much of the
@@ -145,7 +145,7 @@ def series(clip: Tensor, flow: bool = False) -> Series:
         if meter:
             meter.add(grey, image.shape[-1] // grey.shape[-1])
     table = torch.tensor(rows, dtype=torch.float32)
-    return Series(
+    return FrameSeries(
         steps=frame_distances(clip[None])[0].cpu(),
         far_steps=frame_distances(clip[None], FAR)[0].cpu(),
         rgb=table[:, :3],
@@ -279,7 +279,7 @@ def colour_change(rgb: Tensor) -> float:
     return 255 * float((last - first).norm())
 
 
-def summary(found: Series, borders: Sequence[int]) -> dict[str, float]:
+def summary(found: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
     """MEASURES of one clip, and FLOW_MEASURES if its series has them; NaN where one is not defined (a single frame)."""
     flow = {} if found.flow is None else {name: math.nan for name in FLOW_MEASURES}
     if found.frames < 2:

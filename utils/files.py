@@ -42,7 +42,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = replaceable_file(path)
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # the name itself may be as long as names get
-    with explained(path), temporary_path(path, f"{digest}{path.suffix}") as temporary:
+    with translate_os_errors(path), temporary_path(path, f"{digest}{path.suffix}") as temporary:
         yield temporary
         os.replace(temporary, path)
 
@@ -50,7 +50,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def replaceable_file(path: str | os.PathLike, field: str = "file") -> Path:
     """`path`, if it is a file or nothing; UserError about `field` for a folder, a device or a pipe."""
     path = Path(path)
-    with explained(path, every=True):
+    with translate_os_errors(path, every=True):
         there = path.exists() and not path.is_file()
     if there:
         raise UserError(f"{field}={path} is there and is no file; choose another name")
@@ -58,13 +58,13 @@ def replaceable_file(path: str | os.PathLike, field: str = "file") -> Path:
 
 
 @dataclass(frozen=True)
-class Kind:
+class OwnedFolder:
     """What makes a folder one of ours: the file that marks it, and the names of all that we put into it."""
 
     marker: str  # JSON, an object
     names: re.Pattern[str]  # of a folder with a slash behind it
 
-    def strangers(self, folder: Path) -> list[str]:
+    def foreign_entries(self, folder: Path) -> list[str]:
         """What `folder` holds that we have not put there, links included; everything where the marker is missing."""
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         try:
@@ -77,7 +77,7 @@ class Kind:
 
 
 CARD = "card.json"
-EXPORT = Kind(
+EXPORT = OwnedFolder(
     CARD,
     re.compile(
         r"(card|config|tokenizer|tokenizer_config|special_tokens_map)\.json"
@@ -87,7 +87,11 @@ EXPORT = Kind(
 
 
 def replaceable(
-    folder: str | os.PathLike, field: str = "folder", *, kind: Kind = EXPORT, keep: Iterable[str | os.PathLike] = ()
+    folder: str | os.PathLike,
+    field: str = "folder",
+    *,
+    kind: OwnedFolder = EXPORT,
+    keep: Iterable[str | os.PathLike] = (),
 ) -> Path:
     """`folder`, resolved, if it may be replaced: it is absent, empty, or ours and holds nothing else.
 
@@ -96,7 +100,7 @@ def replaceable(
     """
     folder = Path(folder)
     check_writable(folder.parent, field)
-    with explained(folder, every=True), suppress(FileNotFoundError):
+    with translate_os_errors(folder, every=True), suppress(FileNotFoundError):
         os.lstat(folder)  # refuses names that are too long
     real = Path(os.path.realpath(folder))
     inside = [Path(os.path.realpath(path)) for path in (*keep, CHECKOUT, Path.cwd(), os.path.expanduser("~"))]
@@ -111,10 +115,10 @@ def replaceable(
         raise UserError(f"{field}={folder} is not a folder, and would be replaced by one; {other}")
     if os.path.ismount(real):
         raise UserError(f"{field}={folder} is where a disk is mounted and cannot be replaced; choose a folder in it")
-    strangers = kind.strangers(real)
-    if strangers:
-        more = f" and {len(strangers) - 1} more" * (len(strangers) > 1)
-        raise UserError(f"{field}={folder} holds {strangers[0]}{more}, which is not ours to replace; {other}")
+    foreign = kind.foreign_entries(real)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
+        raise UserError(f"{field}={folder} holds {foreign[0]}{more}, which is not ours to replace; {other}")
     check_writable(real.parent, field)
     return real
 
@@ -126,7 +130,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     Raises UserError, with `folder` as it was, where that is not `replaceable`.
     """
     folder = replaceable(folder)
-    with explained(folder), temporary_path(folder, "folder", folder=True) as partial:
+    with translate_os_errors(folder), temporary_path(folder, "folder", folder=True) as partial:
         yield partial
         replaceable(folder)  # somebody may have put something there meanwhile
         if not folder.exists():
@@ -147,7 +151,7 @@ def temporary_path(beside: Path, ending: str, *, folder: bool = False) -> Iterat
 
     This process holds a lock on it for as long as the block runs: that is how others know that it is in use.
     """
-    with explained(beside, every=True):
+    with translate_os_errors(beside, every=True):
         beside.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.lstat(beside)  # refuses names that are too long
@@ -166,14 +170,14 @@ class DiskFull(UserError):
     """A disk took no more, or may not be written to."""
 
 
-def is_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk has no room or cannot be written to, in the words of whichever library."""
     said = ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "inline_container")
     return (isinstance(error, OSError) and error.errno in NO_ROOM) or any(words in str(error) for words in said)
 
 
 @contextmanager
-def explained(path: Path, *, every: bool = False) -> Iterator[None]:
+def translate_os_errors(path: Path, *, every: bool = False) -> Iterator[None]:
     """Raise DiskFull, about `path`, where the disk is full or read-only; with `every`, UserError for any OSError."""
     try:
         yield
@@ -224,7 +228,7 @@ def _locked(path: Path) -> int | None:
 
 
 @contextmanager
-def sole_use(folder: Path, field: str) -> Iterator[None]:
+def exclusive_use(folder: Path, field: str) -> Iterator[None]:
     """Keep every other process out of a folder, as far as it asks, for as long as the block runs; blocks may nest.
 
     Raises UserError about `field` where another process uses it. The lock ends with the process, and leaves no file.

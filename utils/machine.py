@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.errors import UserError, shown
 
 MIB = 1 << 20
-MEND_DRIVER = "restart the machine or install the driver again, or set CUDA_VISIBLE_DEVICES= to do without"
+DRIVER_FIX = "restart the machine or install the driver again, or set CUDA_VISIBLE_DEVICES= to do without"
 # attention kernel -> modules that bring it; torch's own need none
 KERNELS = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "fa3_fwd_interface")}
 CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}  # oldest driver of each CUDA, on Linux
@@ -39,16 +39,16 @@ def gpus() -> list[Gpu]:
     try:
         run = subprocess.run([tool, query, "--format=csv,noheader,nounits"], capture_output=True, timeout=5)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"nvidia-smi does not answer within {error.timeout:.0f} s; {MEND_DRIVER}") from error
+        raise UserError(f"nvidia-smi does not answer within {error.timeout:.0f} s; {DRIVER_FIX}") from error
     except OSError as error:
-        raise UserError(f"nvidia-smi cannot be started ({error.strerror}); {MEND_DRIVER}") from error
+        raise UserError(f"nvidia-smi cannot be started ({error.strerror}); {DRIVER_FIX}") from error
     lines = run.stdout.decode(errors="replace").strip().splitlines()
     if run.returncode and any("No devices were found" in line for line in lines):
         return []
     rows = [[part.strip() for part in line.rsplit(",", 4)] for line in lines]
     if run.returncode or any(len(row) != 5 for row in rows):
         said = lines or run.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise UserError(f"nvidia-smi says: {shown(said[0])}; {MEND_DRIVER}")
+        raise UserError(f"nvidia-smi says: {shown(said[0])}; {DRIVER_FIX}")
     return _visible([_gpu(*row) for row in rows])
 
 

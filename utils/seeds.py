@@ -10,7 +10,7 @@ import torch
 from configs.errors import UserError
 from utils.distributed import Ranks
 
-DRAW = -1  # in place of a seed: draw one
+RANDOM_SEED = -1  # in place of a seed: draw one
 LARGEST_DRAWN = 2**31
 
 
@@ -28,18 +28,20 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
     return torch.Generator(device=device).manual_seed(stable_hash(seed, *names))
 
 
-def settled(seed: int, ranks: Ranks) -> int:
-    """`seed` itself, and for `DRAW` one that is drawn now, the same in all processes of a run.
+def resolve_seed(seed: int, ranks: Ranks) -> int:
+    """`seed` itself, and for `RANDOM_SEED` one that is drawn now, the same in all processes of a run.
 
     Raises UserError where processes have nothing in common to draw it from.
     """
-    if seed != DRAW:
+    if seed != RANDOM_SEED:
         return seed
     if ranks.world == 1:
         return secrets.randbelow(LARGEST_DRAWN)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun --standalone gives each run its own
     if run == "none":
-        raise UserError(f"seed={DRAW} asks {ranks.world} processes for one seed; give it, or use torchrun --standalone")
+        raise UserError(
+            f"seed={RANDOM_SEED} asks {ranks.world} processes for one seed; give it, or use torchrun --standalone"
+        )
     return stable_hash(0, "run", run) % LARGEST_DRAWN
 
 

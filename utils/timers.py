@@ -47,7 +47,7 @@ class SpanTimer:
         return event
 
 
-class Phases:
+class PhaseTimer:
     """Time and peak memory by phase, where phases lie within each other: what is inside counts for the inner one alone.
 
     A phase is a `with phases.of(name)`, or a method that `wrap` has put into one.

@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from configs.errors import UserError
-from utils.files import explained
+from utils.files import translate_os_errors
 from utils.video import add_h264, assumed_matrix, to_yuv
 
 KINDS = ("fmp4", "y4m", "raw")
@@ -49,10 +49,10 @@ class LiveWriter:
                 yield
             return
         path = Path(self.target)
-        with explained(path, every=True):
+        with translate_os_errors(path, every=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("wb", buffering=0)  # what was written is on its way to the disk, whatever comes after
-        with explained(path):
+        with translate_os_errors(path):
             try:
                 with file, self._sink(file):
                     yield

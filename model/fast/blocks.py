@@ -1,6 +1,6 @@
 """The three functions of a step in model/fast/student.py, through the operators of model/fast/ops.py.
 
-    adaln_tables            shifts, scales and gates of each block
+    adaln_modulations            shifts, scales and gates of each block
     pre_attention           norm | fused QKV | norms, rotary, slots                   (| is a cut between kernels)
     cross_attention_query   output projection | gate, sum, norm | query of the text | its norm
     feed_forward            output projection | sum, norm | feed-forward | gate, sum
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.causal_wan import CausalWanBlock, CausalWanModel, Rotation
-from model.fast.ops import FFN_GATE, FFN_SHIFT, GATE, SHIFT, linear_gelu, qk_norm_rope, quantise_rows, residual_norm
+from model.causal_wan import CausalWanBlock, CausalWanModel, RotaryEmb
+from model.fast.ops import FFN_GATE, FFN_SHIFT, GATE, SHIFT, linear_gelu, qk_norm_rope, quantize_rows, residual_norm
 from model.fp8 import Fp8Linear
 
 
@@ -30,37 +30,37 @@ def fits(model: CausalWanModel) -> bool:
     )
 
 
-def adaln_tables(model: CausalWanModel, modulation: Tensor) -> list[Tensor]:
+def adaln_modulations(model: CausalWanModel, modulation: Tensor) -> list[Tensor]:
     """Modulation [B, 1 or F, 6, D] -> that of each block, float32."""
     wide = modulation.float()
     return [block.scale_shift_table + wide for block in model.blocks]
 
 
 def pre_attention(
-    block: CausalWanBlock, x: Tensor, table: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor
+    block: CausalWanBlock, x: Tensor, table: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
 ) -> Tensor:
     """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
     attn = block.attn1
     q, k = attn.norm_q, attn.norm_k
     rows = _norm(block.norm1, attn.to_qkv, x, table, shift=SHIFT)
     qkv = _product(attn.to_qkv, rows, x)
-    return qk_norm_rope(qkv, q.weight, k.weight, *rotation, k_slot, v_slot, q.eps, k.eps)
+    return qk_norm_rope(qkv, q.weight, k.weight, *rotary_emb, k_slot, v_slot, q.eps, k.eps)
 
 
 def cross_attention_query(
-    block: CausalWanBlock, x: Tensor, table: Tensor, attended: Tensor
+    block: CausalWanBlock, x: Tensor, table: Tensor, attn_output: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of the text."""
     attn = block.attn2
-    y = _linear(block.attn1.to_out[0], attended.flatten(2, 3))
+    y = _linear(block.attn1.to_out[0], attn_output.flatten(2, 3))
     x, *rows = _norm(block.norm2, attn.to_q, x, table, branch=y, gate=GATE)
     return x, attn.norm_q(_product(attn.to_q, rows, x)).type_as(x).unflatten(2, (attn.heads, -1))
 
 
-def feed_forward(block: CausalWanBlock, x: Tensor, table: Tensor, attended: Tensor, fused_gelu: bool) -> Tensor:
+def feed_forward(block: CausalWanBlock, x: Tensor, table: Tensor, attn_output: Tensor, fused_gelu: bool) -> Tensor:
     """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
     wide, _, narrow = block.ffn.net
-    y = _linear(block.attn2.to_out[0], attended.flatten(2, 3))
+    y = _linear(block.attn2.to_out[0], attn_output.flatten(2, 3))
     x, *rows = _norm(block.norm3, wide.proj, x, table, branch=y, shift=FFN_SHIFT)
     if fused_gelu and type(wide.proj) is nn.Linear:
         y = _linear(narrow, linear_gelu(*rows, wide.proj.weight, wide.proj.bias))
@@ -80,11 +80,11 @@ def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:
     if not isinstance(linear, Fp8Linear):
         return linear(rows[0])
     value, scale = rows
-    return linear.multiply(value.flatten(0, -2), scale).view(*like.shape[:-1], -1).type_as(like)
+    return linear.matmul(value.flatten(0, -2), scale).view(*like.shape[:-1], -1).type_as(like)
 
 
 def _linear(linear: nn.Module, y: Tensor, gelu: bool = False) -> Tensor:
     """linear of y [B, L, D], or of its GELU."""
     if isinstance(linear, Fp8Linear):
-        return _product(linear, quantise_rows(y.flatten(0, -2), gelu), y)
+        return _product(linear, quantize_rows(y.flatten(0, -2), gelu), y)
     return linear(functional.gelu(y, approximate="tanh") if gelu else y)

@@ -1,4 +1,4 @@
-"""Decoders made fast for streaming, from outside: `optimise_codec(codec, compile=...)`.
+"""Decoders made fast for streaming, from outside: `optimize_codec(codec, compile=...)`.
 
 Channels last is the layout that the GPU's convolutions work in; in the other one each of them moves its input twice.
 The rest of a decoder is arithmetic on whole frames at full resolution, which is bound by memory: compiled, a norm and
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from model.codec import Codec, WanCodec
-from model.fast.offload import SmallSteps
+from model.fast.offload import SlicedDecodeCodec
 from model.fast.tiny_decoder import Compiler, FastTinyDecoder
 from model.tiny_decoder import TinyDecoderCodec
-from utils.compiling import compiled as compile_alone
+from utils.compiling import compile_function
 
 
-def optimise_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -> Codec:
+def optimize_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -> Codec:
     """Do it in place, and return the codec; one of an unknown kind is left as it is."""
 
     def compiler(function: Callable, dynamic: bool = False) -> Callable:
-        return compile_alone(function, backend=backend, dynamic=dynamic) if compiled else function
+        return compile_function(function, backend=backend, dynamic=dynamic) if compiled else function
 
     if compiled:
         torch.backends.cudnn.benchmark = True  # few shapes, each used for as long as the stream runs
-    inner = codec.codec if isinstance(codec, SmallSteps) else codec
+    inner = codec.codec if isinstance(codec, SlicedDecodeCodec) else codec
     if isinstance(inner, TinyDecoderCodec):
         inner.decoder.to(memory_format=torch.channels_last)
         inner.decoder.forward = FastTinyDecoder(inner.decoder, compiler)

@@ -4,9 +4,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from model.denoiser import Score
-from model.fast.ops import quantise_rows
-from model.fp8 import Fp8Linear, convert_blocks
+from model.denoiser import ScoreModel
+from model.fast.ops import quantize_rows
+from model.fp8 import Fp8Linear, quantize_blocks
 
 TIMES = (250.0, 500.0, 750.0)  # timesteps of the probe
 PROBE = (3, 16, 24)  # its latent frames, height and width
@@ -16,20 +16,20 @@ WORDS = 32  # of its text
 class FrozenFp8Linear(Fp8Linear):
     """Rounds its inputs in one kernel, compiled or not."""
 
-    def rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return quantise_rows(rows, False)
+    def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows(rows, False)
 
 
-def in_float8(network: WanTransformer3DModel) -> str:
+def quantize_network(network: WanTransformer3DModel) -> str:
     """Round `network` in place; on the meta device, make room for rounded weights. What was done, in words."""
-    return convert_blocks(network.blocks, kind=FrozenFp8Linear)
+    return quantize_blocks(network.blocks, kind=FrozenFp8Linear)
 
 
 @torch.no_grad()
-def round_and_compare(network: WanTransformer3DModel) -> tuple[str, dict[float, float]]:
-    """`in_float8`, and what it costs: ||v - v before|| / ||v before|| of noise under random text, by timestep."""
+def quantize_and_compare(network: WanTransformer3DModel) -> tuple[str, dict[float, float]]:
+    """`quantize_network`, and its error ||v - v before|| / ||v before|| for noise under random text, by timestep."""
     before = _probe(network)
-    said = in_float8(network)
+    said = quantize_network(network)
     off = _probe(network) - before
     errors = off.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
     return said, dict(zip(TIMES, errors.tolist(), strict=True))
@@ -42,4 +42,4 @@ def _probe(network: WanTransformer3DModel) -> Tensor:
     text = torch.randn(1, WORDS, config.text_dim, generator=rng).to(network.device)
     n = len(TIMES)
     times = torch.tensor(TIMES, device=network.device)
-    return Score(network).v(x.expand(n, -1, -1, -1, -1), times, text.expand(n, -1, -1)).double()
+    return ScoreModel(network).v(x.expand(n, -1, -1, -1, -1), times, text.expand(n, -1, -1)).double()

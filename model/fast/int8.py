@@ -14,15 +14,15 @@ TINY = 1e-12  # amax of a row of zeros
 
 
 class Int8Linear(nn.Module):
-    """A linear layer's replacement for inference. Its weight is rounded on `device` and kept on `home`."""
+    """A linear layer's replacement for inference. Its weight is rounded on `device` and kept on `storage_device`."""
 
-    def __init__(self, linear: nn.Linear, device: torch.device | str, home: torch.device | str):
+    def __init__(self, linear: nn.Linear, device: torch.device | str, storage_device: torch.device | str):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = quantise(linear.weight.detach().to(device))
-        self.register_buffer("weight", weight.to(home))
-        self.register_buffer("scale", scale.to(home, linear.weight.dtype))
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(home))
+        weight, scale = quantize(linear.weight.detach().to(device))
+        self.register_buffer("weight", weight.to(storage_device))
+        self.register_buffer("scale", scale.to(storage_device, linear.weight.dtype))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(storage_device))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
@@ -31,7 +31,7 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> int8 [N, K] and its scale, float32 [N, 1]."""
     wide = weight.float()
     scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(TINY) / LARGEST
@@ -39,10 +39,10 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def convert(network: nn.Module, device: torch.device | str, home: torch.device | str) -> int:
+def quantize_linears(network: nn.Module, device: torch.device | str, storage_device: torch.device | str) -> int:
     """Replace every linear layer of `network`; how many there were."""
     linears = [(owner, name) for owner in network.modules() for name, part in owner.named_children()
                if type(part) is nn.Linear]  # fmt: skip
     for owner, name in linears:
-        setattr(owner, name, Int8Linear(owner.get_submodule(name), device, home))
+        setattr(owner, name, Int8Linear(owner.get_submodule(name), device, storage_device))
     return len(linears)

@@ -14,7 +14,7 @@ from model.codec import Codec, DecoderStream
 from model.text import TextEncoder
 
 
-class HostTextEncoder(TextEncoder):
+class OffloadedTextEncoder(TextEncoder):
     """A text encoder on the host whose prompts are encoded on `device`.
 
     stream: its blocks go to the device one at a time (diffusers' group offloading) and back; the token embedding stays
@@ -53,7 +53,7 @@ class HostTextEncoder(TextEncoder):
                 tensor.data = kept
 
 
-class BlockStream:
+class BlockOffload:
     """A student whose blocks live on the host: each is on `device` while it works, and the next one comes meanwhile.
 
     Two slots on the device take the blocks in turn, each copied from pinned memory on a stream of its own; the host
@@ -140,7 +140,7 @@ def _room(tensor: Tensor) -> int:
     return -(-tensor.nbytes // 256) * 256
 
 
-class SmallSteps:
+class SlicedDecodeCodec:
     """A codec that decodes at most `frames` latent frames at once; what it decodes is the same."""
 
     def __init__(self, codec: Codec, frames: int):
@@ -150,7 +150,7 @@ class SmallSteps:
     def latent_channels(self) -> int:
         return self.codec.latent_channels
 
-    def to(self, *args: Any, **kwargs: Any) -> "SmallSteps":
+    def to(self, *args: Any, **kwargs: Any) -> "SlicedDecodeCodec":
         """As `torch.nn.Module.to`."""
         self.codec.to(*args, **kwargs)
         return self
@@ -163,11 +163,11 @@ class SmallSteps:
         """Latents [B, F, C, h, w] -> pixels [B, 1 + 4 (F - 1), 3, H, W]."""
         return self.stream().decode(latents)
 
-    def stream(self) -> "SmallStepsStream":
-        return SmallStepsStream(self.codec.stream(), self.frames)
+    def stream(self) -> "SlicedDecodeStream":
+        return SlicedDecodeStream(self.codec.stream(), self.frames)
 
 
-class SmallStepsStream:
+class SlicedDecodeStream:
     """A stream of such a codec."""
 
     def __init__(self, stream: DecoderStream, frames: int):

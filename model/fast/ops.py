@@ -2,7 +2,7 @@
 
     residual_norm   sum of a branch, norm and modulation, rounding to float8
     qk_norm_rope    norms of queries and keys, rotary turn, keys and values into their slots
-    quantise_rows   GELU and rounding to float8
+    quantize_rows   GELU and rounding to float8
     linear_gelu     GELU in the epilogue of a matrix product; torch has that kernel
 
 Tokens [B, L, D] are frame-major, and a table [B, 1 or F, 6, D], float32, holds shift, scale and gate of self-attention
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from model.cache import cast_for_cache
 from model.causal_wan import _gate, _modulate, _rotate
-from model.fp8 import E4M3, quantise
+from model.fp8 import E4M3, quantize
 
 GATE, FFN_GATE, SHIFT, FFN_SHIFT = 2, 5, 0, 3  # rows of a table; a scale follows its shift
 NONE = -1
@@ -34,7 +34,7 @@ def _residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled):
 
         dtype = E4M3 if scaled else x.dtype
         return triton_kernels.residual_norm(x, branch, table, gate, shift, weight, bias, eps, dtype, scaled)
-    return plain_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled)
+    return reference_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled)
 
 
 @_residual_norm.register_fake
@@ -47,7 +47,7 @@ def _(x, branch, table, gate, shift, weight, bias, eps, scaled):
     return out
 
 
-def plain_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
+def reference_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
     """What the kernel computes, in torch."""
     rows, out = table.unsqueeze(3).unbind(2), []
     if branch is not None:
@@ -60,7 +60,7 @@ def plain_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled
     y = (y if shift < 0 else _modulate(y, rows[shift], rows[shift + 1])).type_as(x)
     if not scaled:
         return [*out, y]
-    value, scale = quantise(y.flatten(0, 1), "row")
+    value, scale = quantize(y.flatten(0, 1), "row")
     return [*out, value.view_as(y), scale]
 
 
@@ -104,7 +104,7 @@ def qk_norm_rope(
 
         narrow = k_slot.dtype is E4M3
         return triton_kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps, narrow)
-    return plain_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps)
+    return reference_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps)
 
 
 @qk_norm_rope.register_fake
@@ -112,7 +112,7 @@ def _(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps):
     return qkv.new_empty(k_slot.shape, dtype=E4M3 if k_slot.dtype is E4M3 else qkv.dtype)
 
 
-def plain_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps) -> Tensor:
+def reference_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps) -> Tensor:
     """What the kernel computes, in torch."""
     q, k, v = qkv.chunk(3, dim=-1)
     q = functional.rms_norm(q, q_weight.shape, q_weight, q_eps)
@@ -124,23 +124,23 @@ def plain_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps,
 
 
 @torch.library.custom_op("diagonal::quantise_rows", mutates_args=())
-def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """x [N, D] -> e4m3 [N, D] and scales [N, 1] of x, or of gelu(x), tanh approximation."""
     if x.is_cuda:
         from model.fast import triton_kernels
 
-        return triton_kernels.quantise_rows(x, gelu, E4M3)
-    return plain_quantise_rows(x, gelu)
+        return triton_kernels.quantize_rows(x, gelu, E4M3)
+    return reference_quantize_rows(x, gelu)
 
 
-@quantise_rows.register_fake
+@quantize_rows.register_fake
 def _(x: Tensor, gelu: bool):
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(len(x), 1, dtype=torch.float32)
 
 
-def plain_quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def reference_quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """What the kernel computes, in torch."""
-    return quantise(functional.gelu(x, approximate="tanh") if gelu else x, "row")
+    return quantize(functional.gelu(x, approximate="tanh") if gelu else x, "row")
 
 
 @torch.library.custom_op("diagonal::linear_gelu", mutates_args=())

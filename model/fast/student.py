@@ -1,4 +1,4 @@
-"""The causal student made fast for streaming, from outside: `optimise(student, plan)`.
+"""The causal student made fast for streaming, from outside: `optimize_student(student, plan)`.
 
 A step is cut where its shapes stop being the same for every chunk. Between the cuts nothing depends on the cache, so
 that three functions are compiled once each and serve every block and every chunk:
@@ -31,20 +31,22 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import InferenceConfig
 from model import fp8
-from model.attention import Kernels, attend, here, pick_kernels
-from model.cache import E4M3, StreamLayer, StreamView, View, cast_for_cache, slot, visible
-from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, Rotation, TextKV, _modulate, _rotate
+from model.attention import Kernels, attend, attention_support, pick_kernels
+from model.cache import E4M3, StreamLayer, StreamView, View, cast_for_cache, slot, visible_slots
+from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, RotaryEmb, TextKV, _modulate, _rotate
 from model.denoiser import Student, as_timestep
 from model.fast import blocks as fused_wan
 from model.fast.ops import linear_gelu
 from model.flow import x0_from_v
-from model.fp8 import KEPT
+from model.fp8 import UNQUANTIZED_BLOCKS
 from utils.logs import get_logger
 
 log = get_logger(__name__)
 
 MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; those beyond run without a graph
-Record = Callable[[Callable[[], None]], Callable[[], None]]  # work over fixed buffers, which has run once -> its replay
+Recorder = Callable[
+    [Callable[[], None]], Callable[[], None]
+]  # work over fixed buffers, which has run once -> its replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class FastPlan:
     kernels: Kernels
     fuse_qkv: bool = True
     fp8: str | None = None  # how numbers are scaled: row, tensor; None = linears stay as they are
-    fp8_keep: tuple[int, ...] = KEPT  # blocks whose linears stay
+    fp8_keep: tuple[int, ...] = UNQUANTIZED_BLOCKS  # blocks whose linears stay
     fp8_cache: bool = False  # queries, keys and values in float8 as well
     fused_gelu: bool = False  # GELU inside the matrix product
     fused_norms: bool = False  # norms, rotary and rounding to float8 by kernels of our own, where the student fits them
@@ -77,11 +79,11 @@ class FastPlan:
             raise UserError(f"inference.cuda_graphs=on needs a GPU and device={device} is none; use auto")
         if config.compile == "blocks" and gpu and not triton:
             raise UserError("inference.compile=blocks needs triton, which is not installed; use inference.compile=off")
-        kernels = pick_kernels(config.attention, *here(device))
+        kernels = pick_kernels(config.attention, *attention_support(device))
         compiled = config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays)
         return cls(
             kernels=kernels,
-            fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.past == "fa3",
+            fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.self_attention == "fa3",
             fp8=config.fp8_scaling if config.precision == "fp8" else None,
             fused_gelu=gpu,
             fused_norms=gpu and compiled,
@@ -90,13 +92,13 @@ class FastPlan:
         )
 
     @property
-    def plain(self) -> bool:
+    def is_noop(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.compile or self.cuda_graphs or self.fp8 or self.fp8_cache)
 
 
 @torch.no_grad()
-def optimise(student: Student, plan: FastPlan) -> "FastStudent":
+def optimize_student(student: Student, plan: FastPlan) -> "FastStudent":
     """Do to `student` what `plan` says, in place, and return it in its fast form. It cannot be trained afterwards.
 
     Projections with adapters on them (LoRA that is not merged) are left as they are.
@@ -105,13 +107,13 @@ def optimise(student: Student, plan: FastPlan) -> "FastStudent":
     log.info(str(plan.kernels))
     if plan.fuse_qkv:
         for block in model.blocks:
-            fuse(block.attn1)
+            fuse_qkv_projections(block.attn1)
     if plan.fp8:
-        log.info(fp8.convert_blocks(model.blocks, plan.fp8, plan.fp8_keep))
+        log.info(fp8.quantize_blocks(model.blocks, plan.fp8, plan.fp8_keep))
     return FastStudent(model, plan)
 
 
-def fuse(attn: nn.Module) -> None:
+def fuse_qkv_projections(attn: nn.Module) -> None:
     """One matrix product for q, k and v of self-attention, in place of three; theirs are let go."""
     parts = (attn.to_q, attn.to_k, attn.to_v)
     if attn.fused_projections or any(type(part) is not nn.Linear for part in parts):
@@ -122,14 +124,14 @@ def fuse(attn: nn.Module) -> None:
 
 def cache_states(geometry: Geometry, num_chunks: int) -> list[tuple[int, int]]:
     """(slot written, slots visible) of the chunks of a stream, each pair once, in the order in which they come up."""
-    return list(dict.fromkeys((slot(geometry, k), visible(geometry, k)) for k in range(num_chunks)))
+    return list(dict.fromkeys((slot(geometry, k), visible_slots(geometry, k)) for k in range(num_chunks)))
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
 def pre_attention(
-    block: CausalWanBlock, x: Tensor, modulation: Tensor, rotation: Rotation, k_slot: Tensor, v_slot: Tensor
+    block: CausalWanBlock, x: Tensor, modulation: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
 ) -> Tensor:
     """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
     attn = block.attn1
@@ -139,29 +141,29 @@ def pre_attention(
     else:
         q, k, v = attn.to_q(y), attn.to_k(y), attn.to_v(y)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    k_slot.copy_(cast_for_cache(_rotate(k, rotation), k_slot.dtype))
+    k_slot.copy_(cast_for_cache(_rotate(k, rotary_emb), k_slot.dtype))
     v_slot.copy_(cast_for_cache(v, v_slot.dtype))
-    return cast_for_cache(_rotate(q, rotation).type_as(v), k_slot.dtype)
+    return cast_for_cache(_rotate(q, rotary_emb).type_as(v), k_slot.dtype)
 
 
 def cross_attention_query(
-    block: CausalWanBlock, x: Tensor, modulation: Tensor, attended: Tensor
+    block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of the text."""
-    x, q = block.cross_attention_query(x, attended, modulation)
+    x, q = block.cross_attention_query(x, attn_output, modulation)
     return x, q.type_as(x)
 
 
-def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attended: Tensor, fused_gelu: bool) -> Tensor:
+def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor, fused_gelu: bool) -> Tensor:
     """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
-    x = block.add_cross_attention(x, attended)
+    x = block.add_cross_attention(x, attn_output)
     wide, _, narrow = block.ffn.net
     if not fused_gelu or type(wide.proj) is not nn.Linear:
         return block.feed_forward(x, modulation)
     return block.feed_forward(x, modulation, lambda y: narrow(linear_gelu(y, wide.proj.weight, wide.proj.bias)))
 
 
-def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
+def patchify(model: CausalWanModel, latents: Tensor) -> Tensor:
     """Latents [B, F, C, H, W] -> tokens [B, L, D]: the patch embedding as one matrix product."""
     conv = model.patch_embedding
     _, p, q = model.config.patch_size
@@ -169,7 +171,7 @@ def patches(model: CausalWanModel, latents: Tensor) -> Tensor:
     return functional.linear(cells, conv.weight.flatten(1), conv.bias)
 
 
-def head(model: CausalWanModel, x: Tensor, temb: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def output_head(model: CausalWanModel, x: Tensor, temb: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Tokens [B, L, D] -> x0 [B, F, C, H, W]."""
     _, p, q = model.config.patch_size
     frames, height, width = x_t.shape[1], x_t.shape[3] // p, x_t.shape[4] // q
@@ -186,22 +188,24 @@ class FastStep:
         self.model, self.plan = model, plan
         self.fused = plan.fused_norms and fused_wan.fits(model)
         own = (fused_wan.pre_attention, fused_wan.cross_attention_query, fused_wan.feed_forward)
-        plain = (pre_attention, cross_attention_query, feed_forward)
-        parts = (patches, head, fused_wan.adaln_tables, *(own if self.fused else plain))
+        is_noop = (pre_attention, cross_attention_query, feed_forward)
+        parts = (patchify, output_head, fused_wan.adaln_modulations, *(own if self.fused else is_noop))
         if plan.compile:
             parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
         self._patches, self._head, self._adaln_tables, self._pre_attention, self._query, self._feed_forward = parts
 
-    def __call__(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]):
+    def __call__(self, x_t: Tensor, t: Tensor, rotary_emb: RotaryEmb, text: TextKV, layers: Sequence[StreamLayer]):
         model, kernels = self.model, self.plan.kernels
         x = self._patches(model, x_t)
         temb, modulation = model._embed_time(t, x.dtype)
         modulations = self._adaln_tables(model, modulation) if self.fused else [modulation] * len(layers)
         for block, table, past, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
             own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
-            q = self._pre_attention(block, x, table, rotation, past.keys[:, own], past.values[:, own])
-            x, q = self._query(block, x, table, attend(kernels.past, q, past.keys[:, seen], past.values[:, seen]))
-            x = self._feed_forward(block, x, table, attend(kernels.text, q, k, v), self.plan.fused_gelu)
+            q = self._pre_attention(block, x, table, rotary_emb, past.keys[:, own], past.values[:, own])
+            x, q = self._query(
+                block, x, table, attend(kernels.self_attention, q, past.keys[:, seen], past.values[:, seen])
+            )
+            x = self._feed_forward(block, x, table, attend(kernels.cross_attention, q, k, v), self.plan.fused_gelu)
         return self._head(model, x, temb, x_t, t)
 
 
@@ -215,9 +219,9 @@ class FastStudent(Student):
         super().__init__(model)
         self.plan, self.step = plan, FastStep(model, plan, backend)
         self.cache_dtype = E4M3 if plan.fp8_cache else None
-        self.recorder: Callable[[], Record] | None = CudaRecorder if plan.cuda_graphs else None
+        self.recorder: Callable[[], Recorder] | None = CUDAGraphRecorder if plan.cuda_graphs else None
         self._books = WeakTensorKeyDictionary()  # by the keys of the first layer: a book goes with its cache
-        self._rotation: tuple[tuple, Rotation] | None = None
+        self._rotation: tuple[tuple, RotaryEmb] | None = None
 
     @property
     def graphs(self) -> int:
@@ -243,15 +247,15 @@ class FastStudent(Student):
             return super().x0(x_t, t, text, view, start_frame, frame_ids=frame_ids)
         x_t = x_t.contiguous()  # other strides would be other kernels
         layers = [view.layer(i) for i in range(len(self.model.blocks))]
-        rotation = self._rotary(x_t, start_frame, frame_ids)
+        rotary_emb = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:
-            return self.step(x_t, t, rotation, text, layers)
+            return self.step(x_t, t, rotary_emb, text, layers)
         book = self._books.get(layers[0].keys)
         if book is None or not book.fits(x_t, t, text):
-            self._books[layers[0].keys] = book = CUDAGraphCache(self.step, self.recorder(), x_t, t, rotation, text)
-        return book.run(x_t, t, rotation, text, layers)
+            self._books[layers[0].keys] = book = CUDAGraphCache(self.step, self.recorder(), x_t, t, rotary_emb, text)
+        return book.run(x_t, t, rotary_emb, text, layers)
 
-    def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> Rotation:
+    def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> RotaryEmb:
         """cos and sin; the same tensors for every step of a chunk."""
         _, p, q = self.model.config.patch_size
         height, width = x_t.shape[3] // p, x_t.shape[4] // q
@@ -267,12 +271,12 @@ class FastStudent(Student):
 class CUDAGraphCache:
     """Graphs over one cache's buffers, by (first token written, tokens visible), and the inputs that they read."""
 
-    def __init__(self, step: FastStep, record: Record, x_t, t, rotation: Rotation, text: TextKV):
+    def __init__(self, step: FastStep, record: Recorder, x_t, t, rotary_emb: RotaryEmb, text: TextKV):
         self._step, self._record = step, record
         self._x, self._t, self._out = x_t.clone(), t.clone(), torch.empty_like(x_t)
-        self._rotation = tuple(part.clone() for part in rotation)
+        self._rotation = tuple(part.clone() for part in rotary_emb)
         self._text = [(k.clone(), v.clone()) for k, v in text]
-        self._source: tuple = (rotation, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
+        self._source: tuple = (rotary_emb, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
         self._tried: set[tuple[int, int]] = set()
         self.replays: dict[tuple[int, int], Callable[[], None]] = {}
 
@@ -285,15 +289,15 @@ class CUDAGraphCache:
             and text[0][0].shape == self._text[0][0].shape
         )
 
-    def run(self, x_t: Tensor, t: Tensor, rotation: Rotation, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:
+    def run(self, x_t: Tensor, t: Tensor, rotary_emb: RotaryEmb, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:
         """x0, in a tensor of its own."""
         key = (layers[0].start, layers[0].end)
         if key not in self._tried or (key not in self.replays and len(self.replays) >= MAX_GRAPHS):
             self._tried.add(key)
-            return self._step(x_t, t, rotation, text, layers)
+            return self._step(x_t, t, rotary_emb, text, layers)
         self._x.copy_(x_t)
         self._t.copy_(t)
-        self._refresh(rotation, text)
+        self._refresh(rotary_emb, text)
         if key not in self.replays:
             self.replays[key] = self._record(lambda: self._fixed(layers))
         self.replays[key]()
@@ -302,16 +306,16 @@ class CUDAGraphCache:
     def _fixed(self, layers: Sequence[StreamLayer]) -> None:
         self._out.copy_(self._step(self._x, self._t, self._rotation, self._text, layers))
 
-    def _refresh(self, rotation: Rotation, text: TextKV) -> None:
+    def _refresh(self, rotary_emb: RotaryEmb, text: TextKV) -> None:
         old_rotation, old_text = self._source
-        if rotation is not old_rotation:
-            torch._foreach_copy_(list(self._rotation), list(rotation))
+        if rotary_emb is not old_rotation:
+            torch._foreach_copy_(list(self._rotation), list(rotary_emb))
         if text is not old_text:
             torch._foreach_copy_([x for kv in self._text for x in kv], [x for kv in text for x in kv])
-        self._source = (rotation, text)
+        self._source = (rotary_emb, text)
 
 
-class CudaRecorder:
+class CUDAGraphRecorder:
     """Captures work into CUDA graphs that share one pool of memory, for they never run side by side."""
 
     def __init__(self):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
-from model.tiny_decoder import MemoryBlock, TemporalGrowth, TinyDecoder
+from model.tiny_decoder import MemoryBlock, TemporalUpsample, TinyDecoder
 
 Compiler = Callable[..., Callable]  # (function, dynamic=False)
 
@@ -37,8 +37,8 @@ class FastTinyDecoder:
         layers = list(decoder.decoder)
         self._first, self._last = layers[1], layers[-1]
         self._blocks = [layer for layer in layers if isinstance(layer, MemoryBlock)]
-        self._strides = [layer.stride for layer in layers if isinstance(layer, TemporalGrowth)]
-        ends = [i for i, layer in enumerate(layers) if isinstance(layer, TemporalGrowth)]
+        self._strides = [layer.stride for layer in layers if isinstance(layer, TemporalUpsample)]
+        ends = [i for i, layer in enumerate(layers) if isinstance(layer, TemporalUpsample)]
         self._ends = [_Merged(end_weight(layers[i], layers[i + 1]), layers[i + 1].bias) for i in ends]
         self._colours = _Merged(colour_weight(self._last, self._strides[-1]), self._last.bias)
         self._enter, self._block = compiler(_enter), compiler(_block)
@@ -75,7 +75,7 @@ class _Merged:
         return conv2d(x.movedim(-1, 1), self.weight, padding=padding).movedim(1, -1).contiguous()
 
 
-def end_weight(growth: TemporalGrowth, convolution: nn.Conv2d) -> Tensor:
+def end_weight(growth: TemporalUpsample, convolution: nn.Conv2d) -> Tensor:
     """Weight [s 2 2 O, C, 2, 2] of a stage's end. Output channels are (frame, odd row?, odd column?, channel)."""
     sees = torch.zeros(2, 2, 3)  # (kind, tap of the 2x2 convolution, tap of the 3x3)
     sees[0, 0, 0] = sees[0, 1, 1] = sees[0, 1, 2] = 1

@@ -194,7 +194,7 @@ def _quantise_rows(x, out, scales, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl
     tl.store(scales + row, scale)
 
 
-def quantise_rows(x: Tensor, gelu: bool, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, gelu: bool, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
     """x [N, D] -> numbers [N, D] and their scales [N, 1]. warps: 0 = by the width."""
     x = x.contiguous()
     count, width = x.shape

@@ -21,13 +21,13 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.reading import ordinary_file
 from model.weights import names
-from model.weights.files import DIFFUSERS_STEM, EMA_STEM, checked, open_safetensors
+from model.weights.files import DIFFUSERS_STEM, EMA_STEM, check_finite, open_safetensors
 from model.weights.lora import LoraPlan
-from model.weights.plans import Plan
+from model.weights.plans import WeightPlan
 from model.weights.safe_pickle import StorageRef, TensorRef, dry_run
 from utils.files import CARD, atomic_folder, atomic_path, temporary_path, write_json_atomic
 
-FORMS = ("ours", "diffusers", "wan", "self-forcing")
+FORMATS = ("ours", "diffusers", "wan", "self-forcing")
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; a whole 1.3B network is one
 SAFETENSORS_TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -39,7 +39,7 @@ STORAGE_TYPES |= {"Byte": torch.uint8, "Bool": torch.bool}
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor that is made when it is written."""
 
     shape: tuple[int, ...]
@@ -52,34 +52,36 @@ class Lazy:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def contents(
-    plan: Plan, loras: Sequence[tuple[LoraPlan, float]] = (), dtype: torch.dtype | None = None
-) -> dict[str, Lazy]:
+def lazy_tensors(
+    plan: WeightPlan, loras: Sequence[tuple[LoraPlan, float]] = (), dtype: torch.dtype | None = None
+) -> dict[str, LazyTensor]:
     """The tensors of `plan` by our names, adapters merged in, cast to `dtype` (None: as they are)."""
 
-    def lazy(name: str) -> Lazy:
+    def lazy(name: str) -> LazyTensor:
         own = plan.tensors.read(name).dtype  # of a map: nothing is read yet
         layer = name.removesuffix(".weight")
         here = [(lora, scale) for lora, scale in loras if f"{layer}.A" in lora.tensors.shapes]
         added = [(lora, scale) for lora, scale in loras if name in lora.differences.shapes]
 
         def read() -> Tensor:
-            value = checked(plan.path, name, plan.tensors.read(name))
+            value = check_finite(plan.path, name, plan.tensors.read(name))
             if here or added:
                 value = value.float()
             for lora, scale in here:
                 down, up = (lora.tensors.read(f"{layer}.{part}").float() for part in "AB")
-                value = value + scale * lora.factor(layer) * (up @ down)
+                value = value + scale * lora.scaling(layer) * (up @ down)
             for lora, scale in added:
                 value = value + scale * lora.differences.read(name)
             return value.to(dtype or own)
 
-        return Lazy(plan.tensors.shapes[name], dtype or own, read)
+        return LazyTensor(plan.tensors.shapes[name], dtype or own, read)
 
     return {name: lazy(name) for name in plan.tensors.shapes}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Lazy], done: Callable[[int], Any] = lambda size: None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[int], Any] = lambda size: None
+) -> None:
     """One safetensors file, written as its tensors are read: widest numbers first, then by name, as the library has it.
 
     done: called with the bytes of each tensor when it is written.
@@ -109,10 +111,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy], done: Callable[[i
 
 
 def write_shards(
-    folder: Path, stem: str, tensors: Mapping[str, Lazy], done: Callable[[int], Any], limit: int = SHARD_BYTES
+    folder: Path, stem: str, tensors: Mapping[str, LazyTensor], done: Callable[[int], Any], limit: int = SHARD_BYTES
 ) -> None:
     """`stem.safetensors`, or shards of at most `limit` bytes with their index, as diffusers names them."""
-    shards: list[dict[str, Lazy]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.size for t in shards[-1].values()) + tensor.size > limit:
             shards.append({})
@@ -133,10 +135,10 @@ def write_shards(
 def write(
     form: str,
     out: Path,
-    weights: Mapping[str, Lazy],
+    weights: Mapping[str, LazyTensor],
     config: Mapping[str, Any],
     *,
-    ema: Mapping[str, Lazy] | None = None,
+    ema: Mapping[str, LazyTensor] | None = None,
     card: Mapping[str, Any] | None = None,
     part: str = "generator",
     done: Callable[[int], Any] = lambda size: None,
@@ -150,7 +152,7 @@ def write(
         part: of self-forcing's file.
         limit: bytes of a shard.
     """
-    assert form in FORMS and (ema is None or form in ("ours", "self-forcing")), form
+    assert form in FORMATS and (ema is None or form in ("ours", "self-forcing")), form
     if form == "self-forcing":
         parts = {part: weights} | ({"generator_ema": ema} if ema is not None else {})
         _write_checkpoint(out, parts, done)
@@ -171,7 +173,7 @@ def write(
             write_shards(folder, DIFFUSERS_STEM, weights, done, limit)
 
 
-def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, Lazy]], done: Callable[[int], Any]) -> None:
+def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, LazyTensor]], done: Callable[[int], Any]) -> None:
     """A .pt. torch.save wants all tensors at once, so they go through a file that can be mapped."""
     if out.suffix != ".pt":
         raise UserError(f"out={out} is not the name of a .pt file, which form self-forcing is; give one")
@@ -190,7 +192,7 @@ def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, Lazy]], done: 
 # --- tensors out of a file that holds more ----------------------------------------------------------------------------
 
 
-def tensors_of(path: Path) -> dict[str, Any]:
+def read_tensors_only(path: Path) -> dict[str, Any]:
     """Named tensors of a `.pt` that holds objects, too, which are left out and never made; dictionaries stay nested.
 
     Raises:

@@ -36,7 +36,7 @@ MAX_ENDS = 64  # tokens that it puts around one
 MAX_REPEATS, REPEATED_GROUP = 3, re.compile(r"\)[*+?{]")  # of a regular expression
 FLOATS = ("Double", "Float", "Half", "BFloat16", "Untyped")  # of storages; float8 has those without a type
 NO_FILE = "give a folder or a file of weights"
-BARE = ""  # the part of a file that is one flat dictionary of tensors
+FLAT_PART = ""  # the part of a file that is one flat dictionary of tensors
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 HF_STEM = "model"
@@ -66,20 +66,20 @@ DOWNLOAD_OF_FIELD = {
 
 
 @dataclass(frozen=True)
-class Tensors:
+class StoredTensors:
     """Named tensors on disk: names and shapes now, values when `read`."""
 
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], "Tensor"]
-    odd: Mapping[str, str] = field(default_factory=dict)  # those that hold no ordinary numbers: name -> their dtype
+    other_dtypes: Mapping[str, str] = field(default_factory=dict)  # name -> dtype of non-float tensors
 
     @property
     def size(self) -> int:
         """Bytes of the files."""
         return sum(file.stat().st_size for file in self.files)
 
-    def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
+    def renamed(self, rename: Callable[[str], str | None]) -> "StoredTensors":
         """The same tensors under other names; those that `rename` maps to None are left out."""
         origin: dict[str, str] = {}
         for old in self.shapes:
@@ -87,10 +87,10 @@ class Tensors:
             if new is not None and origin.setdefault(new, old) != old:
                 raise UserError(f"{self.files[0]} holds {new} twice, as {origin[new]} and {old}; use another file")
         shapes = {new: self.shapes[old] for new, old in origin.items()}
-        odd = {new: self.odd[old] for new, old in origin.items() if old in self.odd}
-        return Tensors(self.files, shapes, lambda name: self.read(origin[name]), odd)
+        odd = {new: self.other_dtypes[old] for new, old in origin.items() if old in self.other_dtypes}
+        return StoredTensors(self.files, shapes, lambda name: self.read(origin[name]), odd)
 
-    def scaled(self) -> "Tensors":
+    def dequantized(self) -> "StoredTensors":
         """With what float8 weights are scaled by (ComfyUI's and LightX2V's, by tensor or by row) taken into them."""
         scale: dict[str, str] = {}
         for name in self.shapes:
@@ -114,16 +114,18 @@ class Tensors:
             factor = self.read(scale[name]).float()
             return value.float() * factor.reshape(-1, *[1] * (value.ndim - 1))
 
-        return Tensors(self.files, shapes, read, {name: kind for name, kind in self.odd.items() if name in shapes})
+        return StoredTensors(
+            self.files, shapes, read, {name: kind for name, kind in self.other_dtypes.items() if name in shapes}
+        )
 
 
-def resolve(path: str | Path) -> Path:
+def resolve_path(path: str | Path) -> Path:
     """An absolute path, or one relative to the working directory if it is there, else to the checkout."""
     path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else ROOT / path
 
 
-def missing(field: str, path: Path, what: str) -> UserError:
+def missing_weights(field: str, path: Path, what: str) -> UserError:
     """The sentence for something that is not there: which, where it was looked for, and how to get it."""
     if (ROOT / "assets") in path.parents:
         here = path.relative_to(ROOT)
@@ -149,7 +151,7 @@ def read_json(field: str, path: Path) -> dict[str, Any]:
             ordinary_file(field, path, MAX_JSON, fix="fetch it again")
         data = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise missing(field, path.parent, f"has no {path.name}") from error
+        raise missing_weights(field, path.parent, f"has no {path.name}") from error
     except OSError as error:
         raise UserError(f"{field}: {path} cannot be read ({error.strerror}); give another path") from error
     except UserError:
@@ -161,7 +163,7 @@ def read_json(field: str, path: Path) -> dict[str, Any]:
     return data
 
 
-def checked(path: Path, key: str, value: "Tensor", hint: str = "") -> "Tensor":
+def check_finite(path: Path, key: str, value: "Tensor", hint: str = "") -> "Tensor":
     """`value` of the tensor `key` in `path`, if all of it are numbers: the check of whatever is loaded."""
     import torch
 
@@ -178,12 +180,12 @@ def subfolder(path: Path, name: str) -> Path:
 
 def find_tokenizer(path: str | Path, name: str = "model.tokenizer") -> Path:
     """The folder with the tokenizer's files: `path`, its `tokenizer` folder, or the one in an original Wan folder."""
-    path = resolve(path)
+    path = resolve_path(path)
     for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
         if any((folder / file).exists() for file in TOKENIZER_FILES):
             _check_tokenizer(name, folder)
             return folder
-    raise missing(name, path, f"has no {' or '.join(TOKENIZER_FILES)}" if path.exists() else "does not exist")
+    raise missing_weights(name, path, f"has no {' or '.join(TOKENIZER_FILES)}" if path.exists() else "does not exist")
 
 
 def _check_tokenizer(name: str, folder: Path) -> None:
@@ -216,7 +218,7 @@ def _check_rules(name: str, path: Path, changed: int) -> None:
                 growth *= 1 + max((len(rule[key]) for key in ("content", "prepend") if key in rule), default=0)
                 if growth > MAX_GROWTH:
                     raise ValueError("its rules make texts too long")
-                if "Regex" in rule and may_take_forever(rule["Regex"]):
+                if "Regex" in rule and is_slow_regex(rule["Regex"]):
                     raise ValueError("its rules could take for ever to match")
         ends = told.get("post_processor") or {}
         pieces = [*ends.get("single", []), *(token["ids"] for token in ends.get("special_tokens", {}).values())]
@@ -226,12 +228,12 @@ def _check_rules(name: str, path: Path, changed: int) -> None:
         raise UserError(f"{name}: {path} is no tokenizer that can be read ({error}); fetch it again") from error
 
 
-def may_take_forever(pattern: str) -> bool:
+def is_slow_regex(pattern: str) -> bool:
     """Whether matching a stranger's regular expression can take more than a moment: repeats of repeats, or many."""
     return bool(REPEATED_GROUP.search(pattern)) or sum(map(pattern.count, "*+?{")) > MAX_REPEATS
 
 
-def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
+def shard_files(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     """The safetensors files `stem*.safetensors` of a folder, one or many, none of them missing."""
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
@@ -245,18 +247,18 @@ def shards(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     else:
         found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
         if not found:
-            raise missing(field, folder, f"has no {single.name}")
+            raise missing_weights(field, folder, f"has no {single.name}")
         count = found[0].stem.rsplit("-of-", 1)[1]
         if not count.isdecimal() or int(count) > MAX_SHARDS:
             raise UserError(f"{field}: {found[0]} is not named as a shard is; fetch the folder again")
         names = [f"{stem}-{i + 1:0{len(count)}d}-of-{count}.safetensors" for i in range(int(count))]
     lost = [name for name in names if not (folder / name).exists()]
     if lost:
-        raise missing(field, folder, f"lacks {len(lost)} of {len(names)} shards, the first being {lost[0]}")
+        raise missing_weights(field, folder, f"lacks {len(lost)} of {len(names)} shards, the first being {lost[0]}")
     return tuple(folder / name for name in names)
 
 
-def _check_safetensors(field: str, path: Path) -> Tensors:
+def _check_safetensors(field: str, path: Path) -> StoredTensors:
     """What its header tells; and what is wrong with a file that is not whole, in words, as the library has its own."""
     size = ordinary_file(field, path, fix=NO_FILE)
     with open(path, "rb") as file:
@@ -274,7 +276,7 @@ def _check_safetensors(field: str, path: Path) -> Tensors:
                 raise UserError(f"{field}: {path} is cut short ({size:,} of {whole:,} bytes); fetch it again")
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             odd = {name: e["dtype"] for name, e in header.items() if not e["dtype"].startswith(("F", "BF"))}
-            return Tensors((path,), shapes, _unread, odd)
+            return StoredTensors((path,), shapes, _unread, odd)
         except UserError:
             raise
         except Exception as error:  # whatever a header of other types leads to
@@ -285,7 +287,7 @@ def _unread(name: str) -> "Tensor":
     raise AssertionError(f"{name} is known by its header alone")
 
 
-def open_safetensors(field: str, *files: Path) -> Tensors:
+def open_safetensors(field: str, *files: Path) -> StoredTensors:
     """Tensors of one or more safetensors files, each mapped and none read."""
     told = safetensors_headers(field, *files)
     handles: dict[str, Any] = {}
@@ -295,14 +297,18 @@ def open_safetensors(field: str, *files: Path) -> Tensors:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
         handles |= dict.fromkeys(handle.keys(), handle)
-    return Tensors(files, told.shapes, lambda name: handles[name].get_tensor(name), told.odd).scaled()
+    return StoredTensors(
+        files, told.shapes, lambda name: handles[name].get_tensor(name), told.other_dtypes
+    ).dequantized()
 
 
-def safetensors_headers(field: str, *files: Path) -> Tensors:
+def safetensors_headers(field: str, *files: Path) -> StoredTensors:
     """Tensors of one or more safetensors files by their headers alone."""
     told = [_check_safetensors(field, file) for file in files]
     shapes = {name: shape for part in told for name, shape in part.shapes.items()}
-    return Tensors(files, shapes, _unread, {name: kind for part in told for name, kind in part.odd.items()})
+    return StoredTensors(
+        files, shapes, _unread, {name: kind for part in told for name, kind in part.other_dtypes.items()}
+    )
 
 
 def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
@@ -337,16 +343,16 @@ def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
         raise UserError(f"{field}: {path} {state} ({path.stat().st_size:,} bytes); fetch it again") from error
 
 
-def open_file(field: str, path: Path) -> dict[str, Tensors]:
-    """The parts of a file: a flat dictionary of tensors is the part `BARE`; a training checkpoint has several.
+def open_file(field: str, path: Path) -> dict[str, StoredTensors]:
+    """The parts of a file: a flat dictionary of tensors is the part `FLAT_PART`; a training checkpoint has several.
 
     Dictionaries in dictionaries are parts, too: `module.average`.
     """
     if not path.exists():
-        raise missing(field, path, "does not exist")
+        raise missing_weights(field, path, "does not exist")
     ordinary_file(field, path, fix=NO_FILE)
     if path.suffix == ".safetensors":
-        return {BARE: open_safetensors(field, path)}
+        return {FLAT_PART: open_safetensors(field, path)}
     if path.suffix not in PICKLES:
         raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
     parts = _parts(field, path, _load_pickle(field, path))
@@ -357,16 +363,16 @@ def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
     """The dictionaries in what a `.pt` holds, two deep, by name."""
     if not isinstance(data, Mapping):
         raise UserError(f"{field}: {path} holds a {type(data).__name__} and not named tensors; choose another file")
-    parts = {BARE: data} | {name: value for name, value in data.items() if isinstance(value, Mapping)}
+    parts = {FLAT_PART: data} | {name: value for name, value in data.items() if isinstance(value, Mapping)}
     for name in [*parts][1:]:
         parts |= {f"{name}.{key}": value for key, value in parts[name].items() if isinstance(value, Mapping)}
     return parts
 
 
-def headers(field: str, path: Path) -> dict[str, Tensors]:
+def read_headers(field: str, path: Path) -> dict[str, StoredTensors]:
     """The parts of a file as `open_file` has them, without torch, so that their values cannot be read."""
     if path.suffix == ".safetensors":
-        return {BARE: safetensors_headers(field, path).scaled()}
+        return {FLAT_PART: safetensors_headers(field, path).dequantized()}
     if path.suffix not in PICKLES:
         raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
     parts = _parts(field, path, _load_pickle(field, path, dry=True))
@@ -375,14 +381,16 @@ def headers(field: str, path: Path) -> dict[str, Tensors]:
         refs = {name: v for name, v in values.items() if isinstance(name, str) and isinstance(v, TensorRef)}
         odd = {name: v.storage.kind for name, v in refs.items() if v.storage.kind not in FLOATS}
         if refs:
-            found[part] = Tensors((path,), {name: v.shape for name, v in refs.items()}, _unread, odd).scaled()
+            found[part] = StoredTensors(
+                (path,), {name: v.shape for name, v in refs.items()}, _unread, odd
+            ).dequantized()
     return found
 
 
-def _flat(path: Path, data: Mapping[Any, Any]) -> Tensors:
+def _flat(path: Path, data: Mapping[Any, Any]) -> StoredTensors:
     from torch import Tensor
 
     values = {name: value for name, value in data.items() if isinstance(name, str) and isinstance(value, Tensor)}
     odd = {name: str(value.dtype) for name, value in values.items() if not value.is_floating_point()}
     shapes = {name: tuple(value.shape) for name, value in values.items()}
-    return Tensors((path,), shapes, values.__getitem__, odd).scaled()
+    return StoredTensors((path,), shapes, values.__getitem__, odd).dequantized()

@@ -11,7 +11,7 @@ from typing import Any
 from configs.errors import UserError
 from model.schedule import Schedule
 from model.weights import names
-from model.weights.files import BARE, T5_FILE, VAE_FILE, Tensors, read_json
+from model.weights.files import FLAT_PART, T5_FILE, VAE_FILE, StoredTensors, read_json
 
 # Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
 # their own size a table that exists before there are weights.
@@ -19,11 +19,11 @@ MAX_SIZE = 1_000_000
 MAX_SIZES = {"rope_max_seq_len": 16_384, "attention_head_dim": 1024}
 
 
-def pick(name: str, path: Path, parts: Mapping[str, Tensors], wanted: tuple[str, ...]) -> Tensors:
+def select_part(name: str, path: Path, parts: Mapping[str, StoredTensors], wanted: tuple[str, ...]) -> StoredTensors:
     """The first of the `wanted` parts of a training checkpoint that is there, or the bare file; names unwrapped."""
     averages = [part for part in names.STUDENT_EMA_PARTS if part in parts]
     averaged = wanted[0] in names.STUDENT_EMA_PARTS
-    for part in (*wanted, *(() if averaged or averages else (BARE,))):
+    for part in (*wanted, *(() if averaged or averages else (FLAT_PART,))):
         if part in parts:
             return parts[part].renamed(names.unwrapped)
     if averages:
@@ -37,7 +37,7 @@ def pick(name: str, path: Path, parts: Mapping[str, Tensors], wanted: tuple[str,
     )
 
 
-def refuse_misfit(name: str, path: Path, tensors: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(name: str, path: Path, tensors: StoredTensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """A UserError that lists what differs from the `wanted` shapes, and guesses why."""
     have = tensors.shapes
     lost, extra = sorted(wanted.keys() - have.keys()), sorted(have.keys() - wanted.keys())
@@ -48,7 +48,7 @@ def refuse_misfit(name: str, path: Path, tensors: Tensors, wanted: Mapping[str, 
         for keys, what in ((lost, "missing"), (extra, "unexpected"), (bent, "of another shape"))
         if keys
     ]
-    odd = {key: tensors.odd[key] for key in sorted(wanted.keys() & tensors.odd.keys())}
+    odd = {key: tensors.other_dtypes[key] for key in sorted(wanted.keys() & tensors.other_dtypes.keys())}
     if odd:
         faults.append(f"{len(odd)} tensors of another type ({', '.join(f'{k} {t}' for k, t in [*odd.items()][:3])})")
     if faults:
@@ -59,8 +59,8 @@ def refuse_misfit(name: str, path: Path, tensors: Tensors, wanted: Mapping[str, 
 
 
 def as_transformer(
-    name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]
-) -> tuple[Tensors, dict[str, Any]]:
+    name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]
+) -> tuple[StoredTensors, dict[str, Any]]:
     """A Wan transformer's tensors by our names, and its sizes as diffusers states them.
 
     config: the config.json beside the tensors, of either kind; empty where there is none.
@@ -68,7 +68,7 @@ def as_transformer(
     if names.guess(tensors.shapes).startswith("an image-to-video") or config.get("model_type", "t2v") != "t2v":
         raise UserError(f"{name}={path} is an image-to-video Wan transformer; use text-to-video weights")
     if names.is_wan(tensors.shapes):
-        stated, config = config, sizes_of(name, path, names.wan_config, tensors.shapes, config)
+        stated, config = config, infer_sizes(name, path, names.wan_config, tensors.shapes, config)
         wrong = [key for key, value in names.stated_sizes(stated).items() if config[key] != value]
         if wrong:
             raise UserError(
@@ -87,13 +87,15 @@ def as_transformer(
     return tensors, dict(config)
 
 
-def as_vae(name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+def as_vae(
+    name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]
+) -> tuple[StoredTensors, dict[str, Any]]:
     """As `as_transformer`, the Wan 2.1 VAE."""
     guess = names.guess(tensors.shapes)
     if not (guess == "a video VAE" if config else names.is_wan_vae(tensors.shapes)):
         raise UserError(f"{name}={path} is not a Wan 2.1 VAE; it seems to be {guess}, use {VAE_FILE}")
     if not config:
-        config = sizes_of(name, path, names.vae_config, tensors.shapes)
+        config = infer_sizes(name, path, names.vae_config, tensors.shapes)
         tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
     _plausible(name, path, config, tensors)
     for key in ("latents_mean", "latents_std"):
@@ -105,8 +107,8 @@ def as_vae(name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]) -
 
 
 def as_text_encoder(
-    name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]
-) -> tuple[Tensors, dict[str, Any]]:
+    name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]
+) -> tuple[StoredTensors, dict[str, Any]]:
     """As `as_transformer`, UMT5's encoder, as transformers and ComfyUI name its tensors, or Wan."""
     if names.is_wan_t5(tensors.shapes):
         tensors = tensors.renamed(names.t5_name)
@@ -117,12 +119,12 @@ def as_text_encoder(
         raise UserError(
             f"{name}={path} is not Wan's text encoder; it seems to be {names.guess(tensors.shapes)}, use {T5_FILE}"
         )
-    config = config or sizes_of(name, path, names.t5_config, tensors.shapes)
+    config = config or infer_sizes(name, path, names.t5_config, tensors.shapes)
     _plausible(name, path, config, tensors)
     return tensors, dict(config)
 
 
-def as_lora(name: str, path: Path, tensors: Tensors) -> dict[str, names.LoraTensor]:
+def as_lora(name: str, path: Path, tensors: StoredTensors) -> dict[str, names.LoraTensor]:
     """What each tensor of an adapter is."""
     known = {tensor: names.lora_tensor(tensor) for tensor in tensors.shapes}
     odd = [tensor for tensor, parsed in known.items() if parsed is None]
@@ -134,7 +136,7 @@ def as_lora(name: str, path: Path, tensors: Tensors) -> dict[str, names.LoraTens
     return known
 
 
-def layout(name: str, path: Path, of: Callable[..., names.Shapes], config: Mapping[str, Any]) -> names.Shapes:
+def expected_shapes(name: str, path: Path, of: Callable[..., names.Shapes], config: Mapping[str, Any]) -> names.Shapes:
     """Names and shapes `of` a network of the sizes in `config`."""
     try:
         return of(config)
@@ -142,7 +144,7 @@ def layout(name: str, path: Path, of: Callable[..., names.Shapes], config: Mappi
         raise UserError(f"{name}={path} describes no network ({error}); fetch it again") from error
 
 
-def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: StoredTensors) -> None:
     """Refuse sizes from which building the network, even without weights, would take all memory or for ever."""
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]
@@ -157,7 +159,7 @@ def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Tensor
             )
 
 
-def sizes_of(name: str, path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
+def infer_sizes(name: str, path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
     """What `read` says of a file's sizes; refuses one that lacks the tensors that tell."""
     try:
         return read(*arguments)

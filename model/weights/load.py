@@ -35,20 +35,20 @@ from model.weights.files import (
     HF_STEM,
     MAX_GROWTH,
     TOKENIZER_FILES,
-    checked,
+    check_finite,
     find_tokenizer,
     read_json,
-    resolve,
+    resolve_path,
 )
 from model.weights.lora import plan_lora
 from model.weights.plans import (
-    Plan,
+    WeightPlan,
     diffusers_network,
     plan_text_encoder,
     plan_tiny_decoder,
     plan_transformer,
     plan_vae,
-    stored,
+    unique_state_dict,
 )
 from utils.files import CARD, atomic_folder, write_json_atomic
 
@@ -101,21 +101,21 @@ def stored_dtype(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF and not keep.isdisjoint(key.split(".")) else dtype
 
 
-def values(
-    plan: Plan, model: nn.Module, device: str | torch.device, dtype: torch.dtype
+def iter_tensors(
+    plan: WeightPlan, model: nn.Module, device: str | torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `plan` one by one, moved, cast, and looked at."""
     for key in plan.tensors.shapes:
         value = plan.tensors.read(key).to(device=device, dtype=stored_dtype(model, key, dtype)).contiguous()
         range_of = f", or beyond the range of {dtype} (then set inference.precision=bfloat16)"
-        yield key, checked(plan.path, key, value, range_of)
+        yield key, check_finite(plan.path, key, value, range_of)
 
 
-def fill(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+def materialize(plan: WeightPlan, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """The network of `plan` in evaluation mode, its tensors read, moved and cast one by one."""
     with init_empty_weights(include_buffers=False):
-        model = plan.make()
-    return assembled(model, dict(values(plan, model, device, dtype))).to(device)
+        model = plan.build()
+    return assembled(model, dict(iter_tensors(plan, model, device, dtype))).to(device)
 
 
 def assembled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -137,7 +137,7 @@ def load_student(
 ) -> CausalWanModel:
     """The causal student from any format; `.card` says how it was trained ({} where nothing is known)."""
     plan = plan_transformer(name, path, CausalWanModel, use_ema=use_ema)
-    student = fill(plan, device, dtype)
+    student = materialize(plan, device, dtype)
     student.card = dict(plan.card)
     return student
 
@@ -152,21 +152,21 @@ def load_score(
     checkpoint.
     """
     role = "critic" if name.endswith("critic") else "teacher"
-    return fill(plan_transformer(name, path, WanTransformer3DModel, role), device, dtype)
+    return materialize(plan_transformer(name, path, WanTransformer3DModel, role), device, dtype)
 
 
 def load_vae(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> AutoencoderKLWan:
     """The Wan 2.1 VAE; WanCodec(load_vae(...)) is the codec."""
-    return fill(plan_vae(path), device, dtype)
+    return materialize(plan_vae(path), device, dtype)
 
 
 def load_tiny_decoder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TinyDecoder:
     """The tiny decoder; TinyDecoderCodec(load_tiny_decoder(...)) is the codec."""
-    return fill(plan_tiny_decoder(path), device, dtype)
+    return materialize(plan_tiny_decoder(path), device, dtype)
 
 
 def load_tokenizer(path: str | Path, known: int) -> PreTrainedTokenizerBase:
@@ -202,7 +202,7 @@ def load_text_encoder(
     """UMT5 with its tokenizer, giving `text_tokens` rows a prompt."""
     plan = plan_text_encoder(path)
     words = load_tokenizer(tokenizer, plan.tensors.shapes["shared.weight"][0])
-    return TextEncoder(fill(plan, device, dtype), words, text_tokens)
+    return TextEncoder(materialize(plan, device, dtype), words, text_tokens)
 
 
 # --- fresh and saved --------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def new_network(path: str | Path, *, causal: bool = False) -> nn.Module:
 
     `causal` makes the student's class of a Wan transformer.
     """
-    path = resolve(path)
+    path = resolve_path(path)
     config = read_json("training.init", path)
     if config.get("model_type") == "umt5":
         return UMT5EncoderModel(UMT5Config.from_dict(config))
@@ -262,7 +262,7 @@ def save_network(
     """
     text = isinstance(model, UMT5EncoderModel)
     stem = HF_STEM if text else DIFFUSERS_STEM
-    weights = {stem: stored(model) if state is None else state} | ({} if ema is None else {EMA_STEM: ema})
+    weights = {stem: unique_state_dict(model) if state is None else state} | ({} if ema is None else {EMA_STEM: ema})
     with atomic_folder(folder) as partial:
         if text:
             model.config.save_pretrained(partial)

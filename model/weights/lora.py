@@ -1,9 +1,9 @@
 """LoRA adapters for the student: found and checked like all weights, applied with peft.
 
-    loras = Loras(student)
-    loras.add(plan_lora("longlive_models/models/lora.pt"), scale=1.0)     # any number of them
-    loras.merge(); loras.unmerge(); loras.scale("lora", 0.5)              # W + sum of scale alpha / rank B A
-    loras.fold()                                                          # merged for good: the layers are gone
+    loras = LoraAdapters(student)
+    loras.add(plan_lora("longlive_models/models/lora.pt"), scale=1.0)     # any number of adapters
+    loras.merge(); loras.unmerge(); loras.set_scale("lora", 0.5)          # W + sum of scale alpha / rank B A
+    loras.merge_and_unload()                                              # permanent: peft's layers are removed
 
 Files: peft's folders; LongLive's `lora.pt` (a peft dictionary, bare or under `generator_lora`); diffusers'; down/up
 pairs with their `alpha`, under kohya's names, too; extracted adapters with differences of biases and norms. What states
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import Tensors, checked, may_take_forever, read_json
+from model.weights.files import StoredTensors, check_finite, is_slow_regex, read_json
 from model.weights.parts import PEFT_FILE, find_lora
 from utils.files import atomic_path, parse_json, write_json_atomic
 
@@ -46,9 +46,9 @@ class LoraPlan:
     """
 
     path: Path
-    tensors: Tensors
+    tensors: StoredTensors
     alphas: Mapping[str, float]  # by layer
-    differences: Tensors
+    differences: StoredTensors
 
     @property
     def layers(self) -> list[str]:
@@ -57,7 +57,7 @@ class LoraPlan:
     def rank(self, layer: str) -> int:
         return self.tensors.shapes[f"{layer}.A"][0]
 
-    def factor(self, layer: str) -> float:
+    def scaling(self, layer: str) -> float:
         """Of B A, when the adapter's scale is 1."""
         return self.alphas[layer] / self.rank(layer)
 
@@ -84,7 +84,7 @@ def plan_lora(
     """
     path, found, known = find_lora(path, name, part)
 
-    def of(*wanted: str, layers: bool = True) -> Tensors:
+    def of(*wanted: str, layers: bool = True) -> StoredTensors:
         def rename(tensor: str) -> str | None:
             parsed = known[tensor]
             return (f"{parsed.name}.{parsed.part}" if layers else parsed.name) if parsed.part in wanted else None
@@ -98,15 +98,17 @@ def plan_lora(
     wrong = next((f"{alpha} for {layer}" for layer, alpha in alphas.items() if not math.isfinite(alpha)), None)
     if wrong:
         raise UserError(f"{name}={path} states alpha={wrong}, which is no number; fetch it again")
-    values = Tensors(tensors.files, tensors.shapes, lambda key: checked(path, key, tensors.read(key)), tensors.odd)
+    values = StoredTensors(
+        tensors.files, tensors.shapes, lambda key: check_finite(path, key, tensors.read(key)), tensors.other_dtypes
+    )
     biases = {parsed.name for parsed in known.values() if parsed.part == "bias"}
     differences = of("diff", "bias", layers=False)
 
     def difference(key: str) -> Tensor:
-        value = checked(path, key, differences.read(key)).float()
-        return value * plan.factor(key.removesuffix(".bias")) if key in biases else value
+        value = check_finite(path, key, differences.read(key)).float()
+        return value * plan.scaling(key.removesuffix(".bias")) if key in biases else value
 
-    added = Tensors(differences.files, differences.shapes, difference, differences.odd)
+    added = StoredTensors(differences.files, differences.shapes, difference, differences.other_dtypes)
     plan = LoraPlan(path=path, tensors=values, alphas=alphas, differences=added)
     _check(name, plan, base, biases)
     return plan
@@ -149,7 +151,7 @@ def _patterns(name: str, path: Path, stated: Mapping[str, Any], key: str) -> lis
         raise UserError(f"{name}={path} states {key}={patterns!r:.40}, which is no table; correct it there")
     repeating = [pattern for pattern in patterns if any(map(pattern.count, "*+?{"))]
     many = len(patterns) > MAX_PATTERNS or len(repeating) > MAX_REPEATING
-    if many or any(map(may_take_forever, repeating)):
+    if many or any(map(is_slow_regex, repeating)):
         raise UserError(f"{name}={path} has {key} whose patterns could take for ever to match; name the layers there")
     try:
         return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
@@ -188,7 +190,7 @@ def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None
             faults.append(f"the difference of {key} is {shape} for {base.get(key, 'no such parameter')}")
         if key in biases and f"{key.removesuffix('.bias')}.A" not in shapes:
             faults.append(f"{key} has no A and B")
-    odd = {**plan.tensors.odd, **plan.differences.odd}
+    odd = {**plan.tensors.other_dtypes, **plan.differences.other_dtypes}
     faults += [f"{tensor} holds {kind}" for tensor, kind in odd.items()]
     if faults:
         raise UserError(
@@ -197,7 +199,7 @@ def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None
         )
 
 
-class Loras:
+class LoraAdapters:
     """Adapters on a Wan transformer, each with a name and a scale."""
 
     def __init__(self, model: WanTransformer3DModel):
@@ -274,7 +276,7 @@ class Loras:
             total = before.float() + sum(scale * value.to(before.device) for scale, value in added)
             self._parameter(key).data.copy_(total)
 
-    def scale(self, adapter: str, scale: float) -> None:
+    def set_scale(self, adapter: str, scale: float) -> None:
         """Another weight for an adapter; 0 switches it off."""
         merged = self.merged
         if merged:
@@ -295,7 +297,7 @@ class Loras:
             layer.unmerge()
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def merge_and_unload(self) -> None:
         """Merge, and put plain layers where peft's were, so that nothing tells the model from one without LoRA.
 
         Unlike `merge` it adds up all adapters in float32 and rounds once.
@@ -337,9 +339,9 @@ def save_lora(
     if path.suffix == ".pt":
         state = {}
         for layer in layers:
-            factor = alphas[layer] / ranks[layer]
+            scaling = alphas[layer] / ranks[layer]
             state[names.original_lora_name(layer, "A")] = values[f"{layer}.A"]
-            state[names.original_lora_name(layer, "B")] = values[f"{layer}.B"] * factor
+            state[names.original_lora_name(layer, "B")] = values[f"{layer}.B"] * scaling
         state |= {names.lora_difference_name(names.original_name(key)): value for key, value in differences.items()}
         with atomic_path(path) as temporary:
             torch.save({"generator_lora": state}, temporary)

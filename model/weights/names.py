@@ -129,7 +129,7 @@ def stated_sizes(stated: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def wan_layout(config: Mapping[str, Any]) -> Shapes:
+def wan_shapes(config: Mapping[str, Any]) -> Shapes:
     """Names and shapes of a text-to-video network of these sizes, as diffusers' `WanTransformer3DModel` has them."""
     dim, wide = config["num_attention_heads"] * config["attention_head_dim"], config["ffn_dim"]
     patch = tuple(config["patch_size"])
@@ -329,7 +329,7 @@ def t5_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def t5_layout(config: Mapping[str, Any]) -> Shapes:
+def t5_shapes(config: Mapping[str, Any]) -> Shapes:
     """Names and shapes of the encoder of these sizes, as transformers' `UMT5EncoderModel` has them."""
     dim, wide, heads = config["d_model"], config["d_ff"], config["num_heads"]
     inner = heads * config["d_kv"]

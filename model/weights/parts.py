@@ -1,6 +1,6 @@
 """Where the network that a setting names is: in which file of a folder, in which part of a file, and of which sizes.
 
-Headers say it, without torch. What loads a network (plans.py) and what only looks at its files (peek.py) begin here.
+Headers say it, without torch. Loading a network (plans.py) and inspecting its files (inspection.py) begin here.
 """
 
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ from typing import Any
 from configs.errors import UserError
 from model.weights import names, run_folders
 from model.weights.files import (
-    BARE,
     DIFFUSERS_STEM,
     EMA_STEM,
+    FLAT_PART,
     HF_STEM,
     T5_FILE,
     VAE_FILE,
-    Tensors,
-    headers,
-    missing,
+    StoredTensors,
+    missing_weights,
     open_file,
     open_safetensors,
+    read_headers,
     read_json,
-    resolve,
+    resolve_path,
     safetensors_headers,
-    shards,
+    shard_files,
     subfolder,
 )
-from model.weights.fitting import as_lora, as_text_encoder, as_transformer, as_vae, pick, read_card
+from model.weights.fitting import as_lora, as_text_encoder, as_transformer, as_vae, read_card, select_part
 from utils.files import CARD
 
 TRANSFORMERS = ("student", "teacher", "critic")
@@ -43,7 +43,7 @@ class Part:
 
     path: Path
     kind: str  # format, in words
-    tensors: Tensors
+    tensors: StoredTensors
     config: Mapping[str, Any] = field(default_factory=dict)  # sizes, as diffusers or transformers states them
     card: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,11 +56,13 @@ def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, 
     Raises:
         UserError: it is missing, damaged, or of another kind.
     """
-    path = resolve(path)
+    path = resolve_path(path)
     if not path.exists():
-        raise missing(name, path, "does not exist")
+        raise missing_weights(name, path, "does not exist")
     transformer = role in TRANSFORMERS
-    path = subfolder(run_folders.find(path, use_ema) if transformer else path, "transformer" if transformer else role)
+    path = subfolder(
+        run_folders.find_weights(path, use_ema) if transformer else path, "transformer" if transformer else role
+    )
     if path.is_dir() and role in FILE_IN and (path / FILE_IN[role]).exists():
         path = path / FILE_IN[role]
     config, card, kind = {}, {}, "original Wan"
@@ -72,18 +74,18 @@ def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, 
         stem = EMA_STEM if use_ema else HF_STEM if role == "text_encoder" else DIFFUSERS_STEM
         if use_ema and not (path / f"{stem}.safetensors").exists():
             raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
-        files = shards(name, path, stem)
-        tensors = open_safetensors(name, *files) if values else safetensors_headers(name, *files).scaled()
+        files = shard_files(name, path, stem)
+        tensors = open_safetensors(name, *files) if values else safetensors_headers(name, *files).dequantized()
         if (path / CARD).exists():
             kind, card = "our own", read_card(name, path / CARD)
         elif "dim" not in config:
             kind = "transformers" if role == "text_encoder" else "Diffusers"
     else:
-        parts = (open_file if values else headers)(name, path)
-        tensors = pick(name, path, parts, _parts_of(role, use_ema))
+        parts = (open_file if values else read_headers)(name, path)
+        tensors = select_part(name, path, parts, _parts_of(role, use_ema))
         if path.suffix == ".safetensors":
             kind = "safetensors"
-        elif transformer and set(parts) != {BARE}:
+        elif transformer and set(parts) != {FLAT_PART}:
             kind = "training checkpoint"
     tensors, config = _as(role, name, path, tensors, config)
     return Part(path=path, kind=kind, tensors=tensors, config=config, card=card)
@@ -96,7 +98,7 @@ def _parts_of(role: str, use_ema: bool) -> tuple[str, ...]:
     return names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS
 
 
-def _as(role: str, name: str, path: Path, tensors: Tensors, config: Mapping[str, Any]):
+def _as(role: str, name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]):
     """Tensors by our names, and sizes; refuses what is not the network of the role."""
     if role in TRANSFORMERS:
         return as_transformer(name, path, tensors, config)
@@ -113,19 +115,19 @@ def _as(role: str, name: str, path: Path, tensors: Tensors, config: Mapping[str,
 
 def find_lora(
     path: str | Path, name: str, part: str = "", *, values: bool = True
-) -> tuple[Path, Tensors, dict[str, names.LoraTensor]]:
+) -> tuple[Path, StoredTensors, dict[str, names.LoraTensor]]:
     """The file of an adapter, its tensors, and what each of them is. part: of a training checkpoint, e.g. critic_lora;
     by default the generator's. Else as `find_part`.
     """
-    path = resolve(path)
+    path = resolve_path(path)
     if not path.exists():
-        raise missing(name, path, "does not exist")
+        raise missing_weights(name, path, "does not exist")
     if path.is_dir():
         path = next((path / file for file in LORA_FILES if (path / file).is_file()), path)
     if path.is_dir():
-        raise missing(name, path, f"has no {' or '.join(LORA_FILES)}")
-    parts = (open_file if values else headers)(name, path)
-    wanted = (part,) if part else (*names.LORA_PARTS, BARE)
+        raise missing_weights(name, path, f"has no {' or '.join(LORA_FILES)}")
+    parts = (open_file if values else read_headers)(name, path)
+    wanted = (part,) if part else (*names.LORA_PARTS, FLAT_PART)
     found = next((parts[key] for key in wanted if key in parts), None)
     if found is None:
         seems = names.guess(next(iter(parts.values())).shapes if parts else {})

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from model.causal_wan import CausalWanModel
 from model.tiny_decoder import TinyDecoder
 from model.weights.load import assembled, stored_dtype
-from model.weights.plans import diffusers_network, stored
+from model.weights.plans import diffusers_network, unique_state_dict
 
 MAKERS: Mapping[type, Callable[[Any], nn.Module]] = {
     CausalWanModel: lambda config: diffusers_network(CausalWanModel, config),
@@ -34,10 +34,11 @@ def plain(network: nn.Module, device: str | torch.device | None = None, dtype: t
 
     device, dtype: None = as they are. Raises UserError where weights are kept in another form.
     """
-    state = _split({name: value.detach() for name, value in stored(network).items()})
+    state = _split({name: value.detach() for name, value in unique_state_dict(network).items()})
     with init_empty_weights(include_buffers=False):
         fresh = MAKERS[type(network)](network.config)
-    shapes = ({name: tuple(value.shape) for name, value in values.items()} for values in (stored(fresh), state))
+    wanted = unique_state_dict(fresh)
+    shapes = ({name: tuple(value.shape) for name, value in values.items()} for values in (wanted, state))
     if next(shapes) != next(shapes):
         raise UserError(
             f"the weights of {type(network).__name__} are held in 8 bits or under adapters; load the pipeline with "

@@ -16,19 +16,19 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
-from model.sizes import HEAD_DIM, NETWORKS, UMT5_XXL, Network
-from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, in_best_precision
-from model.weights.files import Tensors, read_json, resolve
-from model.weights.load import fill
-from model.weights.plans import Plan, stored
+from model.sizes import HEAD_DIM, TRANSFORMER_SIZES, UMT5_XXL, TransformerSize
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, cast_to_best_dtype
+from model.weights.files import StoredTensors, read_json, resolve_path
+from model.weights.load import materialize
+from model.weights.plans import WeightPlan, unique_state_dict
 
 TINY = "configs/networks/tiny_{}.json"
 
 
-def random_plan(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Plan:
+def random_plan(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> WeightPlan:
     """A file that does not exist: its tensors are drawn on `device`, one after the other, as they are read."""
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in stored(make()).items()}
+        shapes = {name: tuple(value.shape) for name, value in unique_state_dict(build()).items()}
     g = torch.Generator(device).manual_seed(seed)
 
     def draw(name: str) -> Tensor:
@@ -38,12 +38,14 @@ def random_plan(make: Callable[[], nn.Module], device: torch.device, dtype: torc
         spread = max(1, torch.Size(shape[1:]).numel()) ** -0.5 if len(shape) > 1 else 0.02
         return torch.randn(shape, generator=g, device=device, dtype=dtype).mul_(spread)
 
-    return Plan(path=Path("random"), kind="random", make=make, tensors=Tensors((), shapes, draw))
+    return WeightPlan(path=Path("random"), kind="random", build=build, tensors=StoredTensors((), shapes, draw))
 
 
-def random_network(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The network of `make` with weights drawn on `device`; in float32 what its library keeps so."""
-    return fill(random_plan(make, device, dtype, seed), device, dtype)
+def random_network(
+    build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> nn.Module:
+    """The network of `build` with weights drawn on `device`; in float32 what its library keeps so."""
+    return materialize(random_plan(build, device, dtype, seed), device, dtype)
 
 
 def random_student(size: str, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
@@ -55,10 +57,10 @@ def random_transformer(
     size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0
 ) -> WanTransformer3DModel:
     """A student (causal) or a score network of `size`; `14B/2` is two layers of full width."""
-    return fill(transformer_plan(size, device, dtype, causal=causal, seed=seed), device, dtype)
+    return materialize(transformer_plan(size, device, dtype, causal=causal, seed=seed), device, dtype)
 
 
-def transformer_plan(size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0) -> Plan:
+def transformer_plan(size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0) -> WeightPlan:
     """The same, not drawn yet."""
     sizes = transformer_sizes(size)
     kind = CausalWanModel if causal else WanTransformer3DModel
@@ -68,12 +70,14 @@ def transformer_plan(size: str, device: torch.device, dtype: torch.dtype, *, cau
 def transformer_sizes(size: str) -> dict[str, Any]:
     """The config.json of tiny, 1.3B, 14B, or of fewer layers of one of them."""
     name, _, layers = size.partition("/")
-    if name not in ("tiny", *NETWORKS) or not (layers.isdecimal() or layers == ""):
-        raise UserError(f"network size {size} is unknown; use tiny, {', '.join(NETWORKS)}, or 14B/2 for two layers")
+    if name not in ("tiny", *TRANSFORMER_SIZES) or not (layers.isdecimal() or layers == ""):
+        raise UserError(
+            f"network size {size} is unknown; use tiny, {', '.join(TRANSFORMER_SIZES)}, or 14B/2 for two layers"
+        )
     if name == "tiny":
-        sizes = dict(read_json("network", resolve(TINY.format("transformer"))))
+        sizes = dict(read_json("network", resolve_path(TINY.format("transformer"))))
     else:
-        n = NETWORKS[name]
+        n = TRANSFORMER_SIZES[name]
         sizes = {"num_attention_heads": n.dim // HEAD_DIM, "attention_head_dim": HEAD_DIM, "num_layers": n.layers}
         sizes |= {"ffn_dim": n.ffn, "text_dim": n.text_dim, "freq_dim": n.freq_dim}
     return sizes | ({"num_layers": int(layers)} if layers else {})
@@ -82,23 +86,23 @@ def transformer_sizes(size: str) -> dict[str, Any]:
 def random_codec(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> Codec:
     """The codec that `model.codec` names."""
     if config.model.codec == "taehv":
-        return TinyDecoderCodec(in_best_precision(random_network(TinyDecoder, device, torch.float32), dtype))
-    sizes = read_json("network", resolve(TINY.format("vae"))) if size == "tiny" else {}
+        return TinyDecoderCodec(cast_to_best_dtype(random_network(TinyDecoder, device, torch.float32), dtype))
+    sizes = read_json("network", resolve_path(TINY.format("vae"))) if size == "tiny" else {}
     return WanCodec(random_network(lambda: AutoencoderKLWan.from_config(sizes), device, dtype))
 
 
 def random_umt5(size: str, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
     """The text encoder; XXL unless the size is tiny."""
-    sizes = read_json("network", resolve(TINY.format("text_encoder"))) if size == "tiny" else UMT5_XXL
+    sizes = read_json("network", resolve_path(TINY.format("text_encoder"))) if size == "tiny" else UMT5_XXL
     return random_network(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(sizes))), device, dtype)
 
 
-def network_of(model: CausalWanModel) -> Network:
+def transformer_size(model: CausalWanModel) -> TransformerSize:
     """Sizes of a student, for the accounting."""
-    return Network.from_config(model.config)
+    return TransformerSize.from_config(model.config)
 
 
-class RandomText:
+class RandomTextEncoder:
     """Stands for a text encoder: an embedding of each prompt that depends on its words, and costs nothing."""
 
     known_words: tuple[str, ...] = ()

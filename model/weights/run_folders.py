@@ -13,14 +13,14 @@ from typing import Any
 
 from configs.errors import UserError
 from model.weights import names
-from model.weights.files import Tensors, headers, open_file, read_json, resolve
+from model.weights.files import StoredTensors, open_file, read_headers, read_json, resolve_path
 
 STATE, MANIFEST, MODEL, EXPORT, SHARDS = "state.pt", "manifest.json", "model.pt", "export", "shards"
 STUDENTS = ("generator", "student", "module")  # what stages call the player that is the student, best first
 CRITICS = ("critic", "fake_score", "module")
 
 
-def find(path: Path, averaged: bool) -> Path:
+def find_weights(path: Path, averaged: bool) -> Path:
     """`path` itself, or what to read in its place where it is a run's folder: a folder of ours, model.pt, state.pt,
     or the shards in its place.
 
@@ -35,7 +35,7 @@ def find(path: Path, averaged: bool) -> Path:
     if not averaged and (export / "config.json").is_file():
         return export
     there = [folder for folder in checkpoints(path) if any((folder / file).exists() for file in (STATE, MODEL, SHARDS))]
-    newest = ([folder for folder in there if complete(folder)] or there)[-1:]
+    newest = ([folder for folder in there if is_complete(folder)] or there)[-1:]
     found = [folder / file for folder in newest for file in (STATE, MODEL, SHARDS) if (folder / file).exists()]
     return found[0] if found else path
 
@@ -46,7 +46,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: (steps[path], path.name))
 
 
-def complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether all that a checkpoint's manifest names is there, in its size. Self-Forcing's has no manifest."""
     if (folder / MODEL).is_file():
         return True
@@ -58,10 +58,10 @@ def complete(folder: Path) -> bool:
         return False
 
 
-def open_parts(name: str, path: Path, values: bool = True) -> dict[str, Tensors]:
+def open_parts(name: str, path: Path, values: bool = True) -> dict[str, StoredTensors]:
     """Parts of a state: `generator.module`, `generator.average`, ...; values: whether they can be read."""
     if path.name != SHARDS:
-        return (open_file if values else headers)(name, path)
+        return (open_file if values else read_headers)(name, path)
     from model.weights.sharded_files import open_sharded  # torch comes with it, which looking for a file does not need
 
     return open_sharded(name, path)
@@ -69,7 +69,7 @@ def open_parts(name: str, path: Path, values: bool = True) -> dict[str, Tensors]
 
 def open_state(
     name: str, path: Path, critic: bool, averaged: bool, values: bool = True
-) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
+) -> tuple[StoredTensors, dict[str, Any], dict[str, Any]]:
     """Tensors, config.json and card of a network in a `state.pt` or in shards.
 
     The state does not say the network's sizes; the run's export or what the run started from does.
@@ -102,4 +102,4 @@ def _beginnings(manifest: dict[str, Any], player: str, critic: bool) -> list[Pat
     init = training["init"] if isinstance(training.get("init"), dict) else {}
     places = [init.get(key) for key in (player, *(("critic", "teacher") if critic else ()), "student", "transformer")]
     places += [model.get(key) for key in (("critic", "teacher") if critic else ("student",))]
-    return [resolve(name) for name in places if isinstance(name, str)]
+    return [resolve_path(name) for name in places if isinstance(name, str)]

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from configs.errors import UserError
 from configs.reading import ordinary_file
-from model.weights.files import Tensors
+from model.weights.files import StoredTensors
 from model.weights.safe_pickle import MAX_LENGTH, MAX_PICKLE, Damaged, Walk, dry_run
 
 METADATA = ".metadata"
@@ -187,7 +187,7 @@ def read_whole(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
     return tensors
 
 
-def open_sharded(field: str, folder: Path) -> dict[str, Tensors]:
+def open_sharded(field: str, folder: Path) -> dict[str, StoredTensors]:
     """The parts of a checkpoint (`generator.module`, ...), as `model.weights.files.open_file` has those of a file."""
     def refused(error: BaseException, what: str | Path) -> UserError:
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
@@ -203,7 +203,7 @@ def open_sharded(field: str, folder: Path) -> dict[str, Tensors]:
         player, part, key = (*name.split(".", 2), "", "")[:3]
         parts.setdefault(f"{player}.{part}", {})[key] = name
 
-    def of(names: dict[str, str]) -> Tensors:
+    def of(names: dict[str, str]) -> StoredTensors:
         def read(key: str) -> Tensor:
             try:
                 return read_whole(folder, {names[key]: shapes[names[key]]})[names[key]]
@@ -211,6 +211,6 @@ def open_sharded(field: str, folder: Path) -> dict[str, Tensors]:
                 cause, _ = next(iter(error.failures.values()))
                 raise refused(cause, f"{folder}: {names[key]}") from error
 
-        return Tensors(files, {key: shapes[name][0] for key, name in names.items()}, read)
+        return StoredTensors(files, {key: shapes[name][0] for key, name in names.items()}, read)
 
     return {part: of(names) for part, names in parts.items()}

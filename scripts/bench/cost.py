@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from configs.geometry import Geometry
 from model.schedule import Schedule
-from model.sizes import Network
+from model.sizes import TransformerSize
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepCost:
 
 
 def step_cost(
-    network: Network, geometry: Geometry, *, visible: int, text_tokens: int, batch: int = 1, fp8: bool = False,
+    network: TransformerSize, geometry: Geometry, *, visible: int, text_tokens: int, batch: int = 1, fp8: bool = False,
     key_bytes: int = 2,
 ) -> StepCost:  # fmt: skip
     """A step whose chunk sees `visible` chunks, itself included, and whose text keys are made already.
@@ -64,12 +64,12 @@ def step_cost(
 
 
 def clip_flops(
-    network: Network, geometry: Geometry, schedule: Schedule, chunks: int, *, text_tokens: int, batch: int = 1
+    network: TransformerSize, geometry: Geometry, schedule: Schedule, chunks: int, *, text_tokens: int, batch: int = 1
 ) -> int:
     """Operations of all passes of a clip, context passes included."""
     total = 0
     for chunk in range(chunks):
-        passes = len(schedule.row(chunk)) + (schedule.context_timestep(chunk) is not None)
+        passes = len(schedule.timesteps(chunk)) + (schedule.context_timestep(chunk) is not None)
         seen = len(geometry.visible_chunks(chunk))
         one = step_cost(network, geometry, visible=seen, text_tokens=text_tokens, batch=batch)
         total += passes * one.total_flops

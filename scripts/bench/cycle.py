@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Config
 from model.memory import CONTEXT
-from model.sizes import Network
+from model.sizes import TransformerSize
 from scripts.bench.host_peak import HostPeak
 from scripts.bench.roofline import machine_of, matrix_rate
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
@@ -29,7 +29,7 @@ from trainer.parallel.apply import mean_over_ranks, module_state
 from trainer.parallel.control_group import ControlGroup
 from utils.distributed import Ranks
 from utils.files import write_json_atomic
-from utils.timers import Phases
+from utils.timers import PhaseTimer
 
 TEXT, INPUTS, FLOW, LOSSES, OPTIMISER, REST = "text", "noise", "flow loss", "other losses", "optimiser", "rest"
 GB = 1e9
@@ -41,7 +41,7 @@ def cost_of(stage: Distill) -> DistillCost:
     d, config = stage.settings, stage.config
     networks = {"student": stage.student.model, "teacher": stage.teacher.model, "critic": stage.critic.model}
     return DistillCost(
-        **{name: Network.from_config(model.config) for name, model in networks.items()},
+        **{name: TransformerSize.from_config(model.config) for name, model in networks.items()},
         geometry=stage.geometry,
         schedule=stage.schedule,
         frames=config.video.num_latent_frames,
@@ -59,7 +59,7 @@ class Watch:
     """Phases of a stage's updates, by whom they belong to."""
 
     def __init__(self, stage: Distill, device: torch.device):
-        self.phases, self.who = Phases(device), "critic"
+        self.phases, self.who = PhaseTimer(device), "critic"
         wrap, graph = self.phases.wrap, torch.is_grad_enabled
         wrap(stage, "update", self._name(REST))
         wrap(stage, "_draw", self._name(INPUTS))

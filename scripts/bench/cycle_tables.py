@@ -7,14 +7,14 @@ from scripts.bench.speed_tables import grid
 from scripts.bench.training_cost import BACKWARD
 
 GB = 1e9
-Found = Mapping[str, Any]
+Result = Mapping[str, Any]
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def overview(results: Sequence[Found], card_gb: float) -> str:
+def overview(results: Sequence[Result], card_gb: float) -> str:
     """A row for each layout that ran."""
     head = ["layout", "batch", "generator s", "critic s", "cycle s", "samples/s", "MFU", "peak GB", "reserved GB"]
     head += ["on card GB", "exposed comm. s", "idle s", "build s", "warm-up s", "timed"]
@@ -42,7 +42,7 @@ def overview(results: Sequence[Found], card_gb: float) -> str:
     return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note])
 
 
-def left_out(results: Sequence[Found], checks: Sequence[Found]) -> str:
+def left_out(results: Sequence[Result], checks: Sequence[Result]) -> str:
     """What the tables lack, a sentence each; empty if nothing."""
     lines = [f"{one['layout']}: {one['why']}" for one in results if "updates" not in one]
     lines += [f"{one['layout']}: {one['ended']}" for one in results if "updates" in one and not one["whole"]]
@@ -50,7 +50,7 @@ def left_out(results: Sequence[Found], checks: Sequence[Found]) -> str:
     return "\n".join(["MISSING below:", *lines]) if lines else ""
 
 
-def phase_table(one: Found) -> str:
+def phase_table(one: Result) -> str:
     """A row a phase of one layout."""
     rows = [["", "s", "share of cycle", "TFLOP", "MFU", "with recomputation", "peak GB"]]
     for who, phases in one["updates"].items():
@@ -65,13 +65,13 @@ def phase_table(one: Found) -> str:
     return "\n".join([head, grid(rows), *error_text(one), *saving_text(one)])
 
 
-def error_text(one: Found) -> list[str]:
+def error_text(one: Result) -> list[str]:
     """How far off a teacher in float8 is."""
     errors = one["teacher_errors"].items()
     return [f"teacher in float8: v off by {', '.join(f'{e:.1%} at t={t}' for t, e in errors)}"] if errors else []
 
 
-def saving_text(one: Found) -> list[str]:
+def saving_text(one: Result) -> list[str]:
     """What a checkpoint took, if one was made."""
     if "saving" not in one:
         return []
@@ -85,7 +85,7 @@ def saving_text(one: Found) -> list[str]:
     ]
 
 
-def scaling(results: Sequence[Found]) -> str:
+def scaling(results: Sequence[Result]) -> str:
     """Samples a second of each layout to those of the others, but for ranks by themselves."""
     ran = [one for one in results if "updates" in one]
     if len(ran) < 2:
@@ -96,7 +96,7 @@ def scaling(results: Sequence[Found]) -> str:
     return "samples a second, row to column\n" + grid(rows)
 
 
-def projection_table(rows: Sequence[Found], steps: int, global_batch: int, network_gb_s: float) -> str:
+def projection_table(rows: Sequence[Result], steps: int, global_batch: int, network_gb_s: float) -> str:
     """Hours of a whole run by number of GPUs."""
     table = [["GPUs", "from layout", "accumulated", "generator s", "critic s", "hours", "basis"]]
     for row in rows:
@@ -110,7 +110,7 @@ def projection_table(rows: Sequence[Found], steps: int, global_batch: int, netwo
     )
 
 
-def plan_text(rows: Sequence[Found], world: int, card_gb: float, counted: Found | None) -> str:
+def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Result | None) -> str:
     """A row a layout on GPUs that are not there."""
     phases = list(next(row["phases"] for row in rows if "phases" in row))
     table = [["layout", "shards", "accumulated", *(f"{name} GB" for name in phases), f"fits {card_gb:g} GB"]]
@@ -135,7 +135,7 @@ def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -
     return f"least change that fits {card_gb:g} GB a GPU, by formulas, prompts encoded ahead\n{grid(table)}"
 
 
-def check_text(rows: Sequence[Found]) -> str:
+def check_text(rows: Sequence[Result]) -> str:
     """Differences of N ranks to one."""
     table = [["layout", "losses", "bound", "gradient norms", "bound", "change of weights", "bound", ""]]
     for row in (row for row in rows if "why" not in row):

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.train_schema import TrainingConfig
-from model.fast.fp8_teacher import in_float8
+from model.fast.fp8_teacher import quantize_network
 from model.fp8 import E4M3
 from model.memory import trained_bytes
 from model.weights.random import transformer_sizes
@@ -41,7 +41,7 @@ def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int)
             with torch.device("meta"):
                 network = WanTransformer3DModel.from_config(transformer_sizes(size))
             if role == "teacher" and training.distill.teacher_fp8:
-                in_float8(network)
+                quantize_network(network)
             shard(network, mesh)
             held = [(local(p).numel(), 1 if p.dtype == E4M3 else 2) for p in network.parameters()]
             found[NAMES[role]] = sum(size_of.get(role, bytes_each) * count for count, bytes_each in held)

@@ -19,7 +19,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from model.memory import CONTEXT, MemoryPlan, distill_plan
-from model.sizes import NETWORKS, WAN_1_3B, Network
+from model.sizes import TRANSFORMER_SIZES, WAN_1_3B, TransformerSize
 from scripts.bench.training_cost import ROLLOUT
 
 KINDS = ("none", "full", "hybrid", "sequence")
@@ -80,17 +80,19 @@ class Layout:
 # --- planned from formulas --------------------------------------------------------------------------------------------
 
 
-def sizes_of(names: Mapping[str, str], tiny: Network) -> dict[str, Network]:
+def sizes_of(names: Mapping[str, str], tiny: TransformerSize) -> dict[str, TransformerSize]:
     """Networks by role, from the names of model/weights/random.py; `1.3B/2` has two layers."""
     out = {}
     for role, text in names.items():
         name, _, layers = text.partition("/")
-        network = tiny if name == "tiny" else NETWORKS[name]
+        network = tiny if name == "tiny" else TRANSFORMER_SIZES[name]
         out[role] = replace(network, layers=int(layers)) if layers else network
     return out
 
 
-def planned(config: Config, networks: Mapping[str, Network], *, shards: int, encoded: bool = True) -> MemoryPlan:
+def planned(
+    config: Config, networks: Mapping[str, TransformerSize], *, shards: int, encoded: bool = True
+) -> MemoryPlan:
     """Memory of one GPU whose weights are spread over `shards`; encoded: the prompts are made ahead."""
     distill = replace(config.training.distill, encoded_prompts="ahead") if encoded else config.training.distill
     training = replace(config.training, sharding="full" if shards > 1 else "none", distill=distill)
@@ -109,7 +111,7 @@ def layouts_for(world: int) -> list[Layout]:
 
 
 def plan_table(
-    config_path: str, settings: Sequence[str], networks: Mapping[str, Network], world: int, global_batch: int,
+    config_path: str, settings: Sequence[str], networks: Mapping[str, TransformerSize], world: int, global_batch: int,
     card_gb: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each layout on `world` GPUs: memory by phase in bytes, and how the batch comes out."""
@@ -147,7 +149,7 @@ SMALLER_LAYOUTS: tuple[tuple[str, ...], ...] = (
 
 
 def advice(
-    config_path: str, settings: Sequence[str], networks: Mapping[str, Network], world: int, card_gb: float
+    config_path: str, settings: Sequence[str], networks: Mapping[str, TransformerSize], world: int, card_gb: float
 ) -> tuple[str, MemoryPlan] | None:
     """The least that has to change for cards of `card_gb` GB: a layout, and its plan."""
     kind = "none:1" if world == 1 else f"full:{world}"

@@ -117,9 +117,9 @@ def watch_stream(session: StreamSession, prompt: str, chunks: int, fps: int, pat
 
     drift_frames: latent frames over which the drift of saturation is taken.
     """
-    geometry, plain = session.geometry, session.delivery.to_frames
+    geometry, plain = session.geometry, session.async_decoder.to_frames
     watch, numbered = Watch(), Numbered(plain)
-    session.delivery.to_frames = numbered
+    session.async_decoder.to_frames = numbered
     begin = perf_counter()
     try:
         with LiveWriter(path, fps, (geometry.height, geometry.width)) as writer:
@@ -131,7 +131,7 @@ def watch_stream(session: StreamSession, prompt: str, chunks: int, fps: int, pat
                 before = now
                 writer.write(frames)
     finally:
-        session.delivery.to_frames = plain
+        session.async_decoder.to_frames = plain
     numbers = read_numbers(path)
     expected = [n % (1 << BITS) for n in range(pixel_frames(chunks * geometry.chunk_frames))]
     return {
@@ -170,7 +170,7 @@ def switches(session: StreamSession, world: TinyWorld, count: int, at: int, batc
         shown, around = [], []
         for result in playing:
             if result.chunk == at - 1:
-                session.say([caption(s) for s in new])
+                session.set_prompt([caption(s) for s in new])
             if result.chunk >= at - 1:
                 shown.append(_colours(result))
             if result.chunk in (at - 1, at):

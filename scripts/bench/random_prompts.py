@@ -24,7 +24,7 @@ def random_prompts(config_path: str | Path, settings: Sequence[str], folder: Pat
     tokens = config.model.text_tokens
     job = EncodingJob(encoded, prompt_groups(config), text_tokens=tokens, dim=dim, dtype="bfloat16", about=about)
     g = torch.Generator().manual_seed(0)
-    for index in job.todo():
+    for index in job.pending():
         job.write(index, lambda prompts: [
             torch.randn(min(WORDS, tokens), dim, generator=g).bfloat16() for _ in prompts
         ])  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.sizes import Network
+from model.sizes import TransformerSize
 from pipeline.async_decoder import prefetch, to_frames, to_host
 from pipeline.stream import ChunkResult, StreamSession
 from scripts.bench.cost import clip_flops, step_cost
@@ -29,7 +29,7 @@ WARM_UPS = 2  # the first runs each cache state, the second may capture what was
 
 
 @dataclass
-class Played:
+class Playback:
     """One run of a stream: when its chunks were in host memory, seconds from the call, and what their parts took."""
 
     arrivals: list[float] = field(default_factory=list)
@@ -39,10 +39,10 @@ class Played:
     latents: Tensor | None = None  # of the last chunk, on the host
 
 
-def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROMPT) -> Played:
+def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROMPT) -> Playback:
     """Play `chunks` chunks as the pipeline does: on a GPU the next chunk is in the queue before one is waited for."""
     gpu = session.device.type == "cuda"
-    out, last = Played(), None
+    out, last = Playback(), None
     begin = time.perf_counter()
     results = session.play([prompt] * batch, list(range(batch)), chunks)
     for result in prefetch(results, int(gpu)):
@@ -58,7 +58,14 @@ def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROM
 
 
 def card(
-    session: StreamSession, network: Network, *, chunks: int, batch: int, repeats: int, fps: int, text_tokens: int
+    session: StreamSession,
+    network: TransformerSize,
+    *,
+    chunks: int,
+    batch: int,
+    repeats: int,
+    fps: int,
+    text_tokens: int,
 ) -> dict[str, Any]:
     """Everything but ceilings and the 60-second stream, for a session that may be cold. Rates are of all streams."""
     device, gpu = session.device, session.device.type == "cuda"
@@ -112,7 +119,7 @@ def _memory(session: StreamSession) -> dict[str, int]:
     found = {
         "student": nbytes([*model.parameters(), *model.buffers()]),
         "KV cache": session._cache.bytes,
-        "text keys": nbytes([x for kv in session._track.state.kv for x in kv]),
+        "text keys": nbytes([x for kv in session._prompt_track.state.kv for x in kv]),
     }
     if gpu:
         found["peak"] = torch.cuda.max_memory_allocated(session.device)
@@ -148,10 +155,16 @@ def text_seconds(encode: Callable[[list[str]], Tensor], device: torch.device, re
 
 
 def efficiency(
-    session: StreamSession, network: Network, found: dict[str, Any], rates: dict[str, float], *, batch: int, fp8: bool
+    session: StreamSession,
+    network: TransformerSize,
+    found: dict[str, Any],
+    rates: dict[str, float],
+    *,
+    batch: int,
+    fp8: bool,
 ) -> list[dict[str, Any]]:
     """Each chunk's last step against what the machine can do: operations, bytes, shares of the two ceilings."""
-    rows, text = [], session._track.state.kv[0][0].shape[1]
+    rows, text = [], session._prompt_track.state.kv[0][0].shape[1]
     peak = max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"]
     for k, chunk in enumerate(found["chunks"]):
         visible = len(session.geometry.visible_chunks(k))
@@ -196,7 +209,7 @@ class Steadiness:
         return self.late_frames == 0
 
 
-def steadiness(played: Played, fps: int) -> Steadiness:
+def steadiness(played: Playback, fps: int) -> Steadiness:
     """What a viewer at `fps` frames a second would see of it."""
     assert len(played.arrivals) >= 4, "too short to tell"
     intervals = [b - a for a, b in zip(played.arrivals, played.arrivals[1:], strict=False)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from configs.geometry import Geometry
 from model.schedule import Schedule
-from model.sizes import Network
+from model.sizes import TransformerSize
 
 ROLLOUT, STUDENT, TEACHER, SCORE, CRITIC = (
     "rollout without grad",
@@ -49,7 +49,7 @@ class Passes:
         return (1 if frozen else 2) * self.linear + 2 * self.attention
 
 
-def network_pass(network: Network, *, tokens: int, keys: int, text_tokens: int, batch: int = 1) -> Passes:
+def network_pass(network: TransformerSize, *, tokens: int, keys: int, text_tokens: int, batch: int = 1) -> Passes:
     """`tokens` of each sample see `keys`; the text's keys are made already."""
     n, d, f = batch * tokens, network.dim, network.ffn
     cell = network.channels * network.patch[0] * network.patch[1] * network.patch[2]
@@ -59,7 +59,7 @@ def network_pass(network: Network, *, tokens: int, keys: int, text_tokens: int, 
     return Passes(linear, past, text)
 
 
-def text_keys(network: Network, text_tokens: int, batch: int = 1) -> Passes:
+def text_keys(network: TransformerSize, text_tokens: int, batch: int = 1) -> Passes:
     """The prompt's embedding, and its keys and values in every layer."""
     d = network.dim
     return Passes(2 * batch * text_tokens * (network.text_dim * d + d * d + network.layers * 2 * d * d))
@@ -69,9 +69,9 @@ def text_keys(network: Network, text_tokens: int, batch: int = 1) -> Passes:
 class DistillCost:
     """Operations of the phases of an update, for given networks and settings."""
 
-    student: Network
-    teacher: Network
-    critic: Network
+    student: TransformerSize
+    teacher: TransformerSize
+    critic: TransformerSize
     geometry: Geometry
     schedule: Schedule
     frames: int  # latent frames of the window that the losses see
@@ -108,7 +108,7 @@ class DistillCost:
         forward = self._score(self.critic, 1)
         return forward.linear + forward.text
 
-    def _score(self, network: Network, branches: int) -> Passes:
+    def _score(self, network: TransformerSize, branches: int) -> Passes:
         tokens, batch = self.frames * self.geometry.tokens_per_frame, self.batch * branches
         one = network_pass(network, tokens=tokens, keys=tokens, text_tokens=self.text_tokens, batch=batch)
         return one + text_keys(network, self.text_tokens, batch)
@@ -144,5 +144,5 @@ class DistillCost:
             return 0
         if self.release_context:
             return 1
-        rest = len(self.schedule.row(chunk)) - 1 - exit_at
+        rest = len(self.schedule.timesteps(chunk)) - 1 - exit_at
         return rest + (self.schedule.context_timestep(chunk) is not None)

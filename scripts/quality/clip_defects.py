@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.clip_measures import FAR, Series, colour_change, flicker, relative_change, repeats, runs
+from utils.clip_measures import FAR, FrameSeries, colour_change, flicker, relative_change, repeats, runs
 
 FLASH = 0.02  # brightness; 5 of 255 levels for at most 3 frames
 CUT = (0.05, 6.0)  # a step is one from this brightness and this many times the clip's middling step on
@@ -33,7 +33,7 @@ class Defect:
     last: int
 
 
-def find_defects(found: Series, borders: Sequence[int]) -> list[Defect]:
+def find_defects(found: FrameSeries, borders: Sequence[int]) -> list[Defect]:
     """All defects of one clip, in the order of KINDS."""
     if found.frames < 2:
         return []
@@ -47,7 +47,7 @@ def find_defects(found: Series, borders: Sequence[int]) -> list[Defect]:
     return [*still, *_blurs(found, shots), *_drift(found, longest, flashes), *_seams(found, borders, cuts)]
 
 
-def _cuts(found: Series, freezes: list[Defect]) -> list[Defect]:
+def _cuts(found: FrameSeries, freezes: list[Defect]) -> list[Defect]:
     """Frames that differ from the one before, and whose surroundings go on to differ, so that a flash is none."""
     steps, far = found.steps, found.far_steps
     least = max(CUT[0], CUT[1] * float(steps.median()))
@@ -62,7 +62,7 @@ def _cuts(found: Series, freezes: list[Defect]) -> list[Defect]:
     return cuts
 
 
-def _blurs(found: Series, shots: list[slice]) -> list[Defect]:
+def _blurs(found: FrameSeries, shots: list[slice]) -> list[Defect]:
     blurs = []
     for shot in shots:
         sharpness = found.sharpness[shot]
@@ -72,7 +72,7 @@ def _blurs(found: Series, shots: list[slice]) -> list[Defect]:
     return blurs
 
 
-def _drift(found: Series, shot: slice, flashes: list[Defect]) -> list[Defect]:
+def _drift(found: FrameSeries, shot: slice, flashes: list[Defect]) -> list[Defect]:
     """At most one, over the longest shot, without the frames of flashes."""
     use = torch.zeros(found.frames, dtype=torch.bool)
     use[shot] = True
@@ -89,7 +89,7 @@ def _drift(found: Series, shot: slice, flashes: list[Defect]) -> list[Defect]:
     return [Defect("drift", shot.start, shot.stop - 1)] if drifted else []
 
 
-def _seams(found: Series, borders: Sequence[int], cuts: list[Defect]) -> list[Defect]:
+def _seams(found: FrameSeries, borders: Sequence[int], cuts: list[Defect]) -> list[Defect]:
     """At most one, over the whole clip: the middling border against the middling frame, cuts left out of both."""
     steps: Tensor = found.steps
     use = torch.ones(len(steps), dtype=torch.bool)

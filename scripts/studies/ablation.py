@@ -11,8 +11,8 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import Config
-from model.weights.files import resolve
-from model.weights.run_folders import find
+from model.weights.files import resolve_path
+from model.weights.run_folders import find_weights
 from trainer.checkpoint.resume import check_export
 from trainer.loop import run
 from trainer.registry import build_stage
@@ -68,14 +68,14 @@ def weights_of(config: Config, name: str) -> Path:
     """The folder or file that `training.init` names."""
     if name not in config.training.init:
         raise UserError(f"training.init.{name} is not set and the ablation needs it; give a folder of weights")
-    return resolve(Path(config.training.init[name]))
+    return resolve_path(Path(config.training.init[name]))
 
 
 def fingerprint(config: Config) -> str:
     """Eight digits that change with any setting of a run and with the weights that it starts from."""
     hashes = []
     for name in sorted(config.training.init):
-        path = find(weights_of(config, name), config.model.use_ema)
+        path = find_weights(weights_of(config, name), config.model.use_ema)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         hashes += [sha256_of(file) for file in files if file.is_file()]
     return short_hash(to_yaml(config), *hashes)[:8]

@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.geometry import Geometry, pixel_frames
 from configs.schema import Config
 from model.codec import Codec
-from model.denoiser import Score, Student
+from model.denoiser import ScoreModel, Student
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.weights.load import load_score, load_student, load_text_encoder
@@ -81,7 +81,7 @@ class System:
 
     def teacher(self, path) -> Maker:
         """Makes clips with the teacher, in 50 Euler steps."""
-        score, null = Score(load_score(path, self.device, self.dtype)), self.text([""])
+        score, null = ScoreModel(load_score(path, self.device, self.dtype)), self.text([""])
         options = {"shift": self.config.schedule.shift, "guidance": self.config.training.flow.guidance}
 
         @torch.no_grad()

@@ -76,7 +76,7 @@ class Costs:
         """Predicted milliseconds of a clip, the prompt already encoded."""
         parts = zip(self.step, self.context, self.decode, strict=True)
         return sum(
-            len(schedule.row(k)) * step + decode + (context if schedule.context_timestep(k) is not None else 0)
+            len(schedule.timesteps(k)) * step + decode + (context if schedule.context_timestep(k) is not None else 0)
             for k, (step, context, decode) in enumerate(parts)
         )
 

@@ -7,7 +7,7 @@ import pytest
 from configs.errors import UserError
 from configs.load import load_config
 from configs.reading import ordinary_file
-from model.weights.files import headers, read_json
+from model.weights.files import read_headers, read_json
 from utils.pictures import read_clip, read_picture
 from utils.prompts import read_prompts
 
@@ -48,7 +48,7 @@ READERS = {
     "prompts": read_prompts,
     "configuration": lambda path: load_config(path),
     "JSON": lambda path: read_json("x", path),
-    "weights": lambda path: headers("x", path.with_suffix(".pt")),
+    "weights": lambda path: read_headers("x", path.with_suffix(".pt")),
 }
 
 

@@ -70,7 +70,8 @@ def test_one_call_where_a_gradient_is_wanted(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_on_a_gpu(dtype: torch.dtype):
-    if "fa3" not in attention.here(torch.device("cuda"))[1] or torch.cuda.get_device_capability() != (9, 0):
+    capability, installed = attention.attention_support(torch.device("cuda"))
+    if "fa3" not in installed or capability != (9, 0):
         pytest.skip("needs a Hopper GPU and FlashAttention-3")
     q, k, v = (torch.randn(1, n, 12, 128, device="cuda").to(dtype) for n in (4680, 9360, 9360))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.geometry import Geometry
-from model.cache import GraphCache, StreamCache, slot, visible
+from model.cache import GraphCache, StreamCache, slot, visible_slots
 
 LAYERS, BATCH, HEADS, DIM = 3, 2, 2, 4
 
@@ -78,7 +78,7 @@ def test_slots_are_those_of_the_drawing(window, sink):
     held = {}
     for chunk in range(20):
         held[slot(geo, chunk)] = chunk
-        prefix = [held[i] for i in range(visible(geo, chunk))]
+        prefix = [held[i] for i in range(visible_slots(geo, chunk))]
         assert sorted(prefix) == geo.visible_chunks(chunk)
         assert prefix[:sink] == list(range(min(sink, chunk + 1)))
 

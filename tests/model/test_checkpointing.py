@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import checkpointing
 from model.cache import GraphCache
-from model.checkpointing import checkpointed, recomputed
-from model.denoiser import Score
+from model.checkpointing import full_checkpoint, selective_checkpoint
+from model.denoiser import ScoreModel
 
 GEOMETRY, CHUNKS = sizes(window=2, sink=1), 4
 BLOCKS = {"score": NETWORK["num_layers"], "student": NETWORK["num_layers"] * CHUNKS}  # of a forward pass, or of several
@@ -28,7 +28,7 @@ def backward(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) ->
     x, t, text = inputs(GEOMETRY, CHUNKS * GEOMETRY.chunk_frames)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
         if kind == "score":
-            v = Score(model).v(x, t[:, 0], text)
+            v = ScoreModel(model).v(x, t[:, 0], text)
         else:
             v = by_chunk(model, GraphCache(GEOMETRY, NETWORK["num_layers"]), GEOMETRY, x, t, text)
     model.zero_grad()
@@ -48,7 +48,7 @@ def runs(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> Ker
 def test_self_attention_runs_once_a_block_and_pass(monkeypatch, kind, dtype):
     model = network(kind)
     plain = runs(model, kind, dtype)
-    model.enable_gradient_checkpointing(checkpointed)
+    model.enable_gradient_checkpointing(selective_checkpoint)
     kept = runs(model, kind, dtype)
     assert (plain.past, plain.text) == (BLOCKS[kind], BLOCKS[kind])
     assert (kept.past, kept.text) == (BLOCKS[kind], 2 * BLOCKS[kind])
@@ -61,7 +61,7 @@ def test_self_attention_runs_once_a_block_and_pass(monkeypatch, kind, dtype):
 def test_all_runs_twice(kind):
     model = network(kind)
     plain = runs(model, kind)
-    model.enable_gradient_checkpointing(recomputed)
+    model.enable_gradient_checkpointing(full_checkpoint)
     again = runs(model, kind)
     assert (again.past, again.text) == (2 * plain.past, 2 * plain.text) == (2 * BLOCKS[kind], 2 * BLOCKS[kind])
     assert again.linear >= plain.linear + 8 * BLOCKS[kind]
@@ -70,14 +70,14 @@ def test_all_runs_twice(kind):
 def test_whole_clips_keep_self_attention_and_chunks_do_not(tiny_assets):
     stage = distill_stage(tiny_assets, "training.checkpointing=true")
     student, critic = stage.student.model, stage.critic.model
-    assert student._gradient_checkpointing_func is recomputed and student.gradient_checkpointing
-    assert critic._gradient_checkpointing_func is checkpointed and critic.gradient_checkpointing
+    assert student._gradient_checkpointing_func is full_checkpoint and student.gradient_checkpointing
+    assert critic._gradient_checkpointing_func is selective_checkpoint and critic.gradient_checkpointing
     assert not stage.teacher.model.gradient_checkpointing and not stage.averaged.gradient_checkpointing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("how", [checkpointed, recomputed])
+@pytest.mark.parametrize("how", [selective_checkpoint, full_checkpoint])
 def test_gradients_are_the_same(how, kind, dtype):
     model = network(kind)
     plain = backward(model, kind, dtype)
@@ -105,7 +105,7 @@ def test_what_a_kernel_returns_is_kept(name):
 
     x = torch.empty(2, 4, 64, 3 * 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with Calls():
-        checkpointed(block, x).sum().backward()
+        selective_checkpoint(block, x).sum().backward()
     assert calls.count(kernel) == 1 and x.grad.shape == x.shape
     assert calls.count(torch.ops.aten.exp.default) == 2, "all else is computed again"
 
@@ -113,14 +113,14 @@ def test_what_a_kernel_returns_is_kept(name):
 def test_compiled_blocks_keep_theirs():
     model = network("score")
     plain = backward(model, "score")
-    model.enable_gradient_checkpointing(checkpointed)
+    model.enable_gradient_checkpointing(selective_checkpoint)
     model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     assert runs(model, "score").past == BLOCKS["score"]
     for a, b in zip(plain, backward(model, "score"), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("how", [checkpointed, recomputed])
+@pytest.mark.parametrize("how", [selective_checkpoint, full_checkpoint])
 def test_no_state_of_random_numbers_is_read(monkeypatch, how):
     """A GPU's cannot be while a CUDA graph is captured."""
 

@@ -12,12 +12,12 @@ from test_checkpointing import BLOCKS, CHUNKS, GEOMETRY, backward, network, runs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model.block_parts import WholeClipBlock, compile_parts, in_parts
+from model.block_parts import BidirectionalBlock, compile_blocks, split_blocks
 from model.causal_wan import CausalWanBlock
-from model.checkpointing import checkpointed, recomputed
-from model.denoiser import Score
+from model.checkpointing import full_checkpoint, selective_checkpoint
+from model.denoiser import ScoreModel
 from model.weights.random import random_transformer
-from utils.compiling import TRAINED
+from utils.compiling import TRAINING_OPTIONS
 
 EXACT = dict(rtol=1e-5, atol=1e-8)
 
@@ -34,7 +34,7 @@ def nothing_compiled() -> Iterator[None]:
 def compiled(model: nn.Module) -> CompileCounterWithBackend:
     """Compile its parts, each as one graph; what counts how often."""
     counter = CompileCounterWithBackend("aot_eager")
-    compile_parts(model, backend=counter, fullgraph=True)
+    compile_blocks(model, backend=counter, fullgraph=True)
     return counter
 
 
@@ -54,9 +54,9 @@ def assert_close(found: list[Tensor], expected: list[Tensor], **bounds: float) -
 def test_parts_are_the_blocks_of_diffusers_bit_by_bit(weights, autocast):
     x, t, text = inputs(GEOMETRY, CHUNKS * GEOMETRY.chunk_frames)
     score, found = network("score").to(weights), []
-    for model in (score, in_parts(copy.deepcopy(score))):
+    for model in (score, split_blocks(copy.deepcopy(score))):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            v = Score(model).v(x, t[:, 0], text)
+            v = ScoreModel(model).v(x, t[:, 0], text)
         v.float().square().mean().backward()
         found.append([v, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -64,12 +64,12 @@ def test_parts_are_the_blocks_of_diffusers_bit_by_bit(weights, autocast):
 
 def test_a_students_blocks_are_in_parts_already():
     student, score = build()
-    assert in_parts(student) is student and in_parts(in_parts(score)) is score
+    assert split_blocks(student) is student and split_blocks(split_blocks(score)) is score
     assert {type(block) for block in student.blocks} == {CausalWanBlock}
-    assert {type(block) for block in score.blocks} == {WholeClipBlock}
+    assert {type(block) for block in score.blocks} == {BidirectionalBlock}
 
 
-@pytest.mark.parametrize("how", [None, checkpointed, recomputed])
+@pytest.mark.parametrize("how", [None, selective_checkpoint, full_checkpoint])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_gradients_are_the_same(kind, how):
     """Two compilations, for all blocks and chunks; self-attention's kernel is not compiled, and its result is kept."""
@@ -78,7 +78,7 @@ def test_gradients_are_the_same(kind, how):
     if how is not None:
         model.enable_gradient_checkpointing(how)
     counter = compiled(model)
-    past = 2 if how is recomputed else 1
+    past = 2 if how is full_checkpoint else 1
     seen = runs(model, kind)
     assert (seen.past, seen.text) == (past * BLOCKS[kind], (2 if how else 1) * BLOCKS[kind])
     assert_close(backward(model, kind), plain)
@@ -89,14 +89,14 @@ def test_gradients_are_the_same(kind, how):
 def test_gradients_in_bfloat16_are_close(kind):
     model = network(kind)
     plain = backward(model, kind, torch.bfloat16)
-    model.enable_gradient_checkpointing(checkpointed)
+    model.enable_gradient_checkpointing(selective_checkpoint)
     counter = compiled(model)
     for a, b in zip(backward(model, kind, torch.bfloat16), plain, strict=True):
         assert (a - b).norm() <= 1e-2 * b.norm()
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("kind, how", [("score", checkpointed), ("student", recomputed)])
+@pytest.mark.parametrize("kind, how", [("score", selective_checkpoint), ("student", full_checkpoint)])
 def test_another_thread_compiles_nothing(monkeypatch, kind, how):
     """As of a GPU, whose backward pass runs in a thread of torch's."""
     model, inner, counts = network(kind), Tensor.backward, []
@@ -133,7 +133,7 @@ def test_ten_kinds_of_pass_are_compiled():
     """As many as a student in training has; torch would stop at 8, and say so only in a log."""
     student, _ = build(num_layers=1)
     counter = CompileCounterWithBackend("eager")
-    compile_parts(student, backend=counter, fullgraph=True)
+    compile_blocks(student, backend=counter, fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for batch in range(1, 11):
             x, t, text = inputs(GEOMETRY, GEOMETRY.chunk_frames, batch=batch)
@@ -162,7 +162,7 @@ def test_a_distillation_compiles_what_a_loss_calls(tiny_assets, monkeypatch):
     compiler = torch.compile
 
     def compile_quickly(part, *, dynamic, options):
-        assert options == TRAINED, "without it gradients are garbage on a GPU"
+        assert options == TRAINING_OPTIONS, "without it gradients are garbage on a GPU"
         return compiler(part, dynamic=dynamic, backend=counter)
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
@@ -185,7 +185,7 @@ def test_inductor():
     """Of one part: a compiler of C++ takes its time."""
     student = network("student")
     plain = backward(student, "student")
-    compile_parts(student)
+    compile_blocks(student)
     for block in student.blocks:
         del block.post_attention
     assert_close(backward(student, "student"), plain, rtol=1e-4, atol=1e-7)
@@ -203,15 +203,15 @@ def test_gradients_on_a_gpu(causal):
 
     def gradients(half: bool, prepare=None) -> list[Tensor]:
         model = random_transformer("1.3B/2", device, torch.float32, causal=causal).requires_grad_(True)
-        model.enable_gradient_checkpointing(recomputed if causal else checkpointed)
+        model.enable_gradient_checkpointing(full_checkpoint if causal else selective_checkpoint)
         if prepare is not None:
             prepare(model)
         with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
-            v = model(x, t, text) if causal else Score(model).v(x, t, text)
+            v = model(x, t, text) if causal else ScoreModel(model).v(x, t, text)
         weight = torch.randn(v.shape, generator=torch.Generator(device).manual_seed(3), device=device)
         (v.float() * weight).mean().backward()
         return [p.grad for p in model.parameters()]
 
-    exact, plain, fast = gradients(False), gradients(True), gradients(True, compile_parts)
+    exact, plain, fast = gradients(False), gradients(True), gradients(True, compile_blocks)
     for a, b, c in zip(exact, plain, fast, strict=True):
         assert (c - a).norm() <= 2 * (b - a).norm() + 1e-3 * a.norm()

@@ -127,9 +127,9 @@ def test_prompts_that_are_added_leave_full_files_alone(tmp_path):
         return [torch.zeros(1, 2) for _ in prompts]
 
     first = job(300)
-    for i in first.todo():
+    for i in first.pending():
         first.write(i, encode)
-    assert first.finish() and job(400).todo() == [1]
+    assert first.finish() and job(400).pending() == [1]
 
 
 @pytest.fixture

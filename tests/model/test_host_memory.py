@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model.sizes import Network
+from model.sizes import TransformerSize
 from model.weights.files import open_safetensors
 from scripts.bench.host_peak import HostPeak
 from scripts.measure_memory import sparse_folder
 
-NETWORK = Network(dim=512, ffn=2048, layers=16)  # 270 MB in float32
+NETWORK = TransformerSize(dim=512, ffn=2048, layers=16)  # 270 MB in float32
 MOST = 1.3
 
 LOAD = """

@@ -14,22 +14,22 @@ from configs.load import load_config
 from model import memory
 from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
-from model.checkpointing import checkpointed, recomputed
+from model.checkpointing import full_checkpoint, selective_checkpoint
 from model.codec import WORK_PER_CALL, WanCodec
 from model.fast import offload
-from model.fast.codec import optimise_codec
-from model.fast.int8 import convert
-from model.memory import CARDS, distill_plan, inference_plan
-from model.sizes import WAN_1_3B, WAN_14B, Network
+from model.fast.codec import optimize_codec
+from model.fast.int8 import quantize_linears
+from model.memory import GPU_SIZES_GIB, distill_plan, inference_plan
+from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from pipeline.cli import LOW_MEMORY
 
 BF16 = torch.bfloat16
 CONFIG = "configs/wan2.1_t2v_1.3b.yaml"
-TINY = Network(dim=128, ffn=512, layers=7, text_dim=64, freq_dim=64)
+TINY = TransformerSize(dim=128, ffn=512, layers=7, text_dim=64, freq_dim=64)
 
 
-def build(cls, network: Network, layers: int | None = None):
+def build(cls, network: TransformerSize, layers: int | None = None):
     heads = network.dim // (32 if network is TINY else 128)
     sizes = {"num_attention_heads": heads, "attention_head_dim": network.dim // heads, "ffn_dim": network.ffn}
     sizes |= {"num_layers": layers or network.layers, "text_dim": network.text_dim, "freq_dim": network.freq_dim}
@@ -41,11 +41,11 @@ def build(cls, network: Network, layers: int | None = None):
 def test_parameters(network):
     model = build(WanTransformer3DModel, network)
     assert network.parameters == sum(p.numel() for p in model.parameters())
-    assert network.block == sum(p.numel() for p in model.blocks[0].parameters())
+    assert network.block_parameters == sum(p.numel() for p in model.blocks[0].parameters())
     keep = set(model._keep_in_fp32_modules)
     wide = sum(p.numel() for name, p in model.named_parameters() if keep & set(name.split(".")))
-    assert network.wide == wide
-    assert Network.from_config(model.config) == network
+    assert network.fp32_parameters == wide
+    assert TransformerSize.from_config(model.config) == network
 
 
 def test_parameters_are_those_of_the_published_files():
@@ -59,7 +59,7 @@ def test_denoising_step(monkeypatch, network, batch):
     config = load_config(CONFIG)
     geometry = Geometry.from_config(config)
     model = build(CausalWanModel, network, layers=2).to(BF16).eval()
-    small = Network(dim=network.dim, ffn=network.ffn, layers=2)
+    small = TransformerSize(dim=network.dim, ffn=network.ffn, layers=2)
     heads = network.dim // 128
     with torch.device("meta"):
         cache = StreamCache(2, batch, heads, 128, geometry, device="meta", dtype=BF16)
@@ -81,7 +81,7 @@ def test_blocks_on_the_host():
             value.data = value.data.float()
     slots = 2 * sum(offload._room(value) for value in model.blocks[0].parameters())
     rest = sum(value.nbytes for name, value in model.named_parameters() if not name.startswith("blocks."))
-    assert WAN_1_3B.streamed_bytes == pytest.approx(slots + rest, rel=0.01)
+    assert WAN_1_3B.offloaded_bytes == pytest.approx(slots + rest, rel=0.01)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -92,7 +92,7 @@ def test_text_encoder(monkeypatch, int8):
     with torch.device("meta"):
         network = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu")).to(BF16).eval()
         if int8:
-            convert(network.encoder, "meta", "meta")
+            quantize_linears(network.encoder, "meta", "meta")
         blocks, shared = ([*part.parameters(), *part.buffers()] for part in (network.encoder.block, network.shared))
         ids = torch.zeros(1, 512, dtype=torch.long)
         mask = torch.zeros(1, 1, 512, 512, dtype=torch.bool)  # as transformers makes it, which looks at values
@@ -135,7 +135,7 @@ def test_decoding_with_the_tiny_decoder(monkeypatch, fast):
     with torch.device("meta"):
         decoder = TinyDecoder().to(BF16)
         codec = TinyDecoderCodec(decoder)
-        stream = (optimise_codec(codec, compiled=False) if fast else codec).stream()
+        stream = (optimize_codec(codec, compiled=False) if fast else codec).stream()
         latents = torch.empty(Geometry.from_config(config).latent_shape(1, 3))
         stream.decode(latents)
         carried = sum(x.nbytes for x in stream._memory)
@@ -146,7 +146,7 @@ def test_decoding_with_the_tiny_decoder(monkeypatch, fast):
     assert memory.TINY_WEIGHTS == pytest.approx(2 * sum(p.numel() for p in decoder.parameters()), rel=0.1)
 
 
-@pytest.mark.parametrize("how", [None, recomputed, checkpointed])
+@pytest.mark.parametrize("how", [None, full_checkpoint, selective_checkpoint])
 @pytest.mark.parametrize("layers", [2, 5])
 @pytest.mark.parametrize("size", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
 def test_training_a_network(monkeypatch, how, layers, size):
@@ -155,7 +155,7 @@ def test_training_a_network(monkeypatch, how, layers, size):
         model.enable_gradient_checkpointing(how)
     for p in model.parameters():  # gradients are there before
         p.grad = torch.empty_like(p)
-    network = Network(dim=size.dim, ffn=size.ffn, layers=layers)
+    network = TransformerSize(dim=size.dim, ffn=size.ffn, layers=layers)
     with torch.device("meta"):
         latents, text = torch.empty(1, 16, 21, 60, 104, dtype=BF16), torch.empty(1, 512, 4096, dtype=BF16)
         with counting(monkeypatch) as counter:
@@ -163,10 +163,10 @@ def test_training_a_network(monkeypatch, how, layers, size):
             held = counter.now
             out.sum().backward()
     tokens = 21 * 1560
-    kept = {"attention": how is checkpointed}
+    kept = {"attention": how is selective_checkpoint}
     assert memory.graph_bytes(network, tokens, how is not None, **kept) == pytest.approx(counter.peak, rel=0.02)
     if how:
-        assert memory.graph_held(network, tokens, **kept) == pytest.approx(held, rel=0.02)
+        assert memory.held_graph_bytes(network, tokens, **kept) == pytest.approx(held, rel=0.02)
 
 
 # Peaks of allocated bytes by `scripts/measure_memory.py`, H100, torch 2.11: encoding a prompt, denoising, decoding.
@@ -276,7 +276,7 @@ def test_no_torch_is_needed():
 
 
 def test_cards_are_in_order():
-    assert list(CARDS) == sorted(CARDS)
+    assert list(GPU_SIZES_GIB) == sorted(GPU_SIZES_GIB)
 
 
 def test_measuring_needs_a_gpu_and_runs_all_phases(tiny_assets):

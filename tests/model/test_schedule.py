@@ -58,24 +58,25 @@ def test_context_exceptions_and_an_unbounded_window_print_as_their_golden_tables
     ],
 )
 def test_warped_values(steps, rows):
-    ours = build(steps=steps).rows
+    ours = build(steps=steps).timesteps_by_chunk
     assert [pytest.approx(row, abs=1e-4) for row in rows] == [list(row) for row in ours]
 
 
 def test_self_forcing_is_the_list_of_the_family():
-    assert build(preset="self_forcing").row(0) == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-4)
+    assert build(preset="self_forcing").timesteps(0) == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-4)
 
 
 def test_unwarped_values():
-    assert build(steps="4", warp=False).row(0) == pytest.approx([1000, 700, 400, 100])
+    assert build(steps="4", warp=False).timesteps(0) == pytest.approx([1000, 700, 400, 100])
 
 
 def test_releases_are_taken_as_their_code_passes_them():
     march, today = build(preset="release_2026_03"), build(preset="release")
-    assert march.rows == ((1000, 933, 733, 357), (1000, 933, 357), (1000, 357.142857))
+    assert march.timesteps_by_chunk == ((1000, 933, 733, 357), (1000, 933, 357), (1000, 357.142857))
     four, two = ([warp(t / 1000, 5.0) for t in row] for row in ((1000, 750, 500, 100), (1000, 100)))
-    assert [pytest.approx(row) for row in (four, [four[0], four[1], four[3]], two)] == [list(r) for r in today.rows]
-    assert {march.policy, today.policy} == {"last_step"}
+    rows = [list(row) for row in today.timesteps_by_chunk]
+    assert [pytest.approx(row) for row in (four, [four[0], four[1], four[3]], two)] == rows
+    assert {march.default_context, today.default_context} == {"last_step"}
 
 
 def test_a_preset_is_stored_under_its_date():
@@ -104,25 +105,25 @@ def test_context_passes_are_counted():
 )
 def test_levels_of_the_context(context, timestep, level):
     schedule = build({"context": context, "context_timestep": 20.0})
-    assert schedule.context(5) == context
+    assert schedule.context_mode(5) == context
     assert schedule.context_timestep(5) == timestep
-    assert schedule.context_level(5) == pytest.approx(level)
+    assert schedule.kv_timestep(5) == pytest.approx(level)
 
 
 def test_exceptions_hold_for_their_chunk_alone():
     schedule = build({"context_by_chunk": {2: "clean"}})
-    assert [schedule.context(k) for k in range(4)] == ["last_step", "last_step", "clean", "last_step"]
+    assert [schedule.context_mode(k) for k in range(4)] == ["last_step", "last_step", "clean", "last_step"]
 
 
 def test_the_last_row_repeats():
     schedule = build(steps="432")
-    assert schedule.row(2) == schedule.row(3) == schedule.row(1000)
-    assert schedule.row(1) != schedule.row(2)
+    assert schedule.timesteps(2) == schedule.timesteps(3) == schedule.timesteps(1000)
+    assert schedule.timesteps(1) != schedule.timesteps(2)
 
 
 def test_a_preset_that_fixes_the_context_goes_before_the_stream():
-    assert build({"context": "clean"}, preset="release").context(0) == "last_step"
-    assert build({"context": "clean"}, preset="paper_4322222").context(0) == "clean"
+    assert build({"context": "clean"}, preset="release").context_mode(0) == "last_step"
+    assert build({"context": "clean"}, preset="paper_4322222").context_mode(0) == "clean"
 
 
 @pytest.mark.parametrize("steps", ["4322", 4322, [4, 3, 2, 2], (4, 3, 2, 2)])
@@ -191,7 +192,7 @@ def test_mistakes_are_named_in_one_sentence(fields, message):
 def test_a_schedule_is_a_frozen_value():
     schedule = build()
     with pytest.raises(AttributeError):
-        schedule.rows = ()
+        schedule.timesteps_by_chunk = ()
     assert hash(schedule) == hash(build()) and schedule == build()
 
 
@@ -217,7 +218,7 @@ ROWS = [[1000.0, 900.0, 700.0, 300.0], [1000.0, 500.0], [1000.0, 800.0, 350.0]]
 )
 def test_a_schedule_with_its_own_numbers_of_steps_is_the_same(stream, schedule):
     own = build(stream, **schedule)
-    assert changed([len(row) for row in own.rows], stream=stream, **schedule) == own
+    assert changed([len(row) for row in own.timesteps_by_chunk], stream=stream, **schedule) == own
 
 
 def test_other_numbers_of_steps_keep_all_else_of_a_schedule_that_counts_steps():
@@ -226,16 +227,18 @@ def test_other_numbers_of_steps_keep_all_else_of_a_schedule_that_counts_steps():
     ours = changed([3, 2], "renoise", stream=stream, steps="4322222", **kept)
     assert ours == build(stream | {"context": "renoise"}, steps="32", **kept)
     ours = changed([2], preset="self_forcing")
-    assert ours.row(0) == pytest.approx([1000, 625]) and ours.context(3) == "clean", "the preset's last and context"
+    assert ours.timesteps(0) == pytest.approx([1000, 625]), "the preset's last"
+    assert ours.context_mode(3) == "clean", "and context"
 
 
 def test_other_numbers_of_steps_of_listed_timesteps():
     ours = changed([3, 3, 2, 1, 4, 7], timesteps=ROWS)
-    assert [list(row) for row in ours.rows[:5]] == [ROWS[2], ROWS[2], ROWS[1], [1000.0], ROWS[0]], "rows of that length"
-    assert ours.rows[5] == (1000, 950, 900, 800, 700, 500, 300), "else the longest row, interpolated"
+    rows = [list(row) for row in ours.timesteps_by_chunk]
+    assert rows[:5] == [ROWS[2], ROWS[2], ROWS[1], [1000.0], ROWS[0]], "rows of that length"
+    assert ours.timesteps_by_chunk[5] == (1000, 950, 900, 800, 700, 500, 300), "else the longest row, interpolated"
     pair = changed([3, 3], timesteps=[[1000.0, 900.0, 300.0], [990.0, 800.0, 200.0]])
-    assert pair.rows == ((1000, 900, 300), (990, 800, 200)), "of several rows the chunk's own"
-    assert changed([1, 1], timesteps=[[1000.0, 300.0], [900.0, 200.0]]).rows == ((1000,), (900,))
+    assert pair.timesteps_by_chunk == ((1000, 900, 300), (990, 800, 200)), "of several rows the chunk's own"
+    assert changed([1, 1], timesteps=[[1000.0, 300.0], [900.0, 200.0]]).timesteps_by_chunk == ((1000,), (900,))
     with pytest.raises(UserError, match="one step in each row"):
         changed([2], timesteps=[[1000.0]])
     with pytest.raises(UserError, match="schedule.steps="):

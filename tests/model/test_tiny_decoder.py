@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from configs.errors import UserError
-from model.fast.codec import optimise_codec
-from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig, half_precision, in_best_precision
+from model.fast.codec import optimize_codec
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig, best_half_dtype, cast_to_best_dtype
 
 SMALL = TinyDecoderConfig(latent_channels=4, widths=(12, 8, 6, 6))
 
@@ -106,13 +106,13 @@ def test_float16_where_activations_leave_room(decoder, scale, expected, caplog):
     scaled = copy.deepcopy(decoder)
     with torch.no_grad():
         scaled.decoder[1].weight.mul_(scale)
-    assert half_precision(scaled) == expected
+    assert best_half_dtype(scaled) == expected
     assert bool(caplog.records) == (expected == torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_cpu_decodes_in_float32(dtype):
-    assert in_best_precision(TinyDecoder(SMALL), dtype).dtype == torch.float32
+    assert cast_to_best_dtype(TinyDecoder(SMALL), dtype).dtype == torch.float32
 
 
 def test_float16_is_nearer_to_float32(decoder):
@@ -136,7 +136,7 @@ def test_an_overflow_is_never_a_picture(decoder, layer, fast):
             p.mul_(60_000 / p.abs().max().clamp_min(1e-3))  # finite in float16; what comes of it is not
     codec = TinyDecoderCodec(broken.half())
     if fast:
-        codec = optimise_codec(codec, compiled=False)
+        codec = optimize_codec(codec, compiled=False)
     pixels = codec.decode(100 * latents(3, batch=1))
     assert not pixels.isfinite().all()
     assert codec.stream().decode(latents(3, batch=1) * torch.nan).isnan().any()

@@ -13,9 +13,9 @@ ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
 CHUNKS = 6  # the window holds 4: the ring rolls
 POLICIES = {
     "last_step": {},
-    "clean": {"policy": "clean"},
-    "renoise": {"policy": "renoise", "renoise_timestep": 200.0},
-    "mixed": {"exceptions": ((0, "clean"),)},
+    "clean": {"default_context": "clean"},
+    "renoise": {"default_context": "renoise", "renoise_timestep": 200.0},
+    "mixed": {"context_exceptions": ((0, "clean"),)},
 }
 
 
@@ -49,10 +49,10 @@ def generate(student, schedule, geometry, text, kind="stream", seeds=(3, 4)):
     for k in range(CHUNKS):
         place = {"cache": cache, "chunk": k, "text": text}
         x0 = denoise_chunk(
-            student, noise.initial(k), schedule.row(k), renoise=lambda i, k=k: noise.renoise(k, i), **place
+            student, noise.initial(k), schedule.timesteps(k), renoise=lambda i, k=k: noise.renoise(k, i), **place
         )
         update_cache(
-            student, x0, level=schedule.context_timestep(k), eps=lambda k=k: noise.context(k), **place
+            student, x0, context_timestep=schedule.context_timestep(k), eps=lambda k=k: noise.context(k), **place
         )
         chunks.append(x0)
     return torch.cat(chunks, dim=1)
@@ -70,14 +70,14 @@ def naive(student, schedule, geometry, text, seeds=(3, 4)):
     past, levels, out = [], [], []
     for k in range(CHUNKS):
         x = noise.initial(k)
-        row = schedule.row(k)
+        row = schedule.timesteps(k)
         for i, t in enumerate(row):
             x0 = evaluate(student, geometry, text, [*past, x], [*levels, t], k)
             seen = x, t
             if i + 1 < len(row):
                 s = row[i + 1] / 1000
                 x = (1 - s) * x0 + s * noise.renoise(k, i + 1)
-        policy = schedule.context(k)
+        policy = schedule.context_mode(k)
         if policy == "clean":
             seen = x0, 0.0
         elif policy == "renoise":
@@ -104,7 +104,7 @@ def evaluate(student, geometry, text, inputs, levels, k):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_matches_the_naive_twin(tiny_student, tiny_geometry, text, policy):
-    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    schedule = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy])
     ours = generate(tiny_student, schedule, tiny_geometry, text)
     theirs = naive(tiny_student, schedule, tiny_geometry, text)
     assert ours.std() > 0.1
@@ -113,14 +113,15 @@ def test_matches_the_naive_twin(tiny_student, tiny_geometry, text, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_training_cache_is_bit_identical_to_the_ring(tiny_student, tiny_geometry, text, policy):
-    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    schedule = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy])
     ring = generate(tiny_student, schedule, tiny_geometry, text, "stream")
     assert torch.equal(ring, generate(tiny_student, schedule, tiny_geometry, text, "graph"))
 
 
 def test_policies_differ_from_the_second_chunk_on(tiny_student, tiny_geometry, text):
     runs = [
-        generate(tiny_student, Schedule(rows=ROWS, **options), tiny_geometry, text) for options in POLICIES.values()
+        generate(tiny_student, Schedule(timesteps_by_chunk=ROWS, **options), tiny_geometry, text)
+        for options in POLICIES.values()
     ]
     for run in runs[1:]:
         assert torch.equal(run[:, :3], runs[0][:, :3])
@@ -193,10 +194,10 @@ def test_last_step_makes_no_pass_and_clean_draws_no_noise(tiny_student, tiny_geo
 
     cache = new_cache("stream", student, tiny_geometry)
     x0 = torch.zeros(tiny_geometry.latent_shape(2, 3))
-    update_cache(student, x0, level=None, cache=cache, chunk=0, text=text, eps=eps)
+    update_cache(student, x0, context_timestep=None, cache=cache, chunk=0, text=text, eps=eps)
     assert student.calls == []
     with torch.no_grad():
-        update_cache(student, x0, level=0.0, cache=cache, chunk=0, text=text, eps=eps)
+        update_cache(student, x0, context_timestep=0.0, cache=cache, chunk=0, text=text, eps=eps)
     assert student.calls == [(0.0, False)]
 
 

@@ -274,13 +274,13 @@ def test_a_killed_recording_plays_and_the_whole_one_before_it_stays(tiny_assets,
 )
 def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # noqa: F811
     """By Ctrl-C and SIGTERM it gets its name; what an error stopped stays partial, and so does what was killed."""
-    tell = DiagonalPipeline.tell
+    stream_story = DiagonalPipeline.stream_story
 
     def three(*args):
-        yield from islice(tell(*args), 3)
+        yield from islice(stream_story(*args), 3)
         raise end
 
-    monkeypatch.setattr(DiagonalPipeline, "tell", three)
+    monkeypatch.setattr(DiagonalPipeline, "stream_story", three)
     (tmp_path / "long.partial.mp4").write_text("killed")
     assert cli(*ENDLESS, "long.mp4") == code
     assert (tmp_path / "long.partial.mp4").read_text() == "killed"

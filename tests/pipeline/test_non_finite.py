@@ -25,7 +25,7 @@ def pipe(tiny_assets):
 
 
 def break_student(pipe, monkeypatch, value: float, row: int = 0) -> None:
-    """From chunk 1 on, one value of the latents of stream `row` is `value`."""
+    """From chunk 1 on, one value of the latents of stream `timesteps` is `value`."""
     whole = stream_module.denoise_chunk
 
     def denoise(*args, chunk: int, **options):
@@ -38,7 +38,7 @@ def break_student(pipe, monkeypatch, value: float, row: int = 0) -> None:
 
 
 def break_decoder(pipe, monkeypatch, value: float, row: int = 0) -> None:
-    """From chunk 1 on, one value of the pixels of stream `row` is `value`."""
+    """From chunk 1 on, one value of the pixels of stream `timesteps` is `value`."""
     whole = pipe.session.codec.stream
 
     def stream():
@@ -88,7 +88,7 @@ def test_what_is_made_for_nobody_may_be_anything(pipe, monkeypatch):
 def test_the_remedy_fits_the_precision(pipe, monkeypatch):
     break_student(pipe, monkeypatch, float("nan"))
     pipe.session.dtype = torch.float16
-    monkeypatch.setattr(pipe.session, "_text_of_next", lambda student, timer: pipe.session._track.state.kv)
+    monkeypatch.setattr(pipe.session, "_text_of_next", lambda student, timer: pipe.session._prompt_track.state.kv)
     results = [result for result in pipe.session.play(PROMPT, 0, 1)]
     results[0].finite.fill_(False)
     with pytest.raises(NonFiniteChunk, match="float16 overflows.*bfloat16 or float32"):

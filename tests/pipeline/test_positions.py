@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import StreamConfig
 from model.cache import GraphCache
 from model.causal_wan import _rotate
-from pipeline.positions import sink_moved
+from pipeline.positions import sink_offset
 from pipeline.switch import CachedForward, RecacheState
 
 
@@ -58,18 +58,18 @@ class Naive:
 def stream(model, geo, chunks: int, cache, move: bool = True) -> torch.Tensor:
     """v of the first frame of every chunk, each given the same latents."""
     latents, _, text = inputs(geo, geo.chunk_frames, batch=1)
-    kv, recall, out = model.text_kv(text), RecacheState(geo), []
+    kv, recache_state, out = model.text_kv(text), RecacheState(geo), []
     t = torch.tensor([400.0])
     for k in range(chunks):
         x = latents.roll(k, dims=-1) * (1 + 0.1 * (k % 7))
         if isinstance(cache, Naive):
-            origin = sink_moved(geo, k)
+            origin = sink_offset(geo, k)
             v = model(x, t, kv, view=cache.begin(k, origin), start_frame=k * geo.chunk_frames - origin)
         else:
             if move:
-                recall.move_sink(model, cache, k)
+                recache_state.shift_sink(model, cache, k)
             v = model(x, t, kv, view=cache.begin(k), start_frame=k * geo.chunk_frames)
-            recall.keep(CachedForward(k, x, t))
+            recache_state.record(CachedForward(k, x, t))
         out.append(v)
     return torch.cat(out)
 
@@ -93,7 +93,7 @@ def test_every_position_stays_in_range_and_no_move_is_for_nothing(window, sink, 
     geo = bounded(sizes(window, sink), 2 * limit + 1)
     moved = 0
     for chunk in range(1000):
-        now = sink_moved(geo, chunk)
+        now = sink_offset(geo, chunk)
         newest = (chunk + 1) * 2 - now  # positions in use
         assert newest <= 2 * limit and now >= moved
         if now > moved:
@@ -102,7 +102,7 @@ def test_every_position_stays_in_range_and_no_move_is_for_nothing(window, sink, 
         moved = now
     assert moved
     for free in (bounded(geo, 0), bounded(sizes(0, 0), 10)):
-        assert sink_moved(free, 10**6) == 0
+        assert sink_offset(free, 10**6) == 0
 
 
 def test_many_moves_round_little():
@@ -111,8 +111,8 @@ def test_many_moves_round_little():
     keys = torch.randn(1, 8, 2, 24, generator=torch.Generator().manual_seed(0))
     rounded = keys.bfloat16()
     for _ in range(1000):
-        rounded = model.moved_keys(rounded, 9)
-    exact = model.moved_keys(keys.double(), 9000)
+        rounded = model.shift_keys(rounded, 9)
+    exact = model.shift_keys(keys.double(), 9000)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() / exact.norm() < 0.08
 
@@ -131,10 +131,10 @@ def test_a_session_moves_its_sink_and_keeps_its_promises(make, tiny_geometry):  
     assert same(rest, session.resume(5)), "a snapshot knows how far its sink has moved"
     session.restore(here)
     before = session.snapshot().cache.keys[0]
-    session._recall.recache(session.student, session._cache, session._track.state.kv)
+    session._recache_state.recache(session.student, session._cache, session._prompt_track.state.kv)
     tokens = tight.tokens_per_chunk
     torch.testing.assert_close(session._cache._keys[0][:, :tokens], before[:, :tokens], atol=1e-5, rtol=0)
-    session.say(OTHER)
+    session.set_prompt(OTHER)
     assert len(list(session.resume(4))) == 4
 
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from configs.errors import UserError
 from configs.load import load_config
-from model.fast.student import fuse
+from model.fast.student import fuse_qkv_projections
 from model.schedule import Schedule
 from model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from pipeline import DiagonalPipeline, Video
@@ -153,7 +153,7 @@ def test_sizes(pipe, tiny_assets):
         ("self_forcing", ["schedule.preset=self_forcing"]),
         ([[1000, 500], [900.0]], ["schedule.timesteps=[[1000, 500], [900]]"]),
         (
-            Schedule(rows=((1000.0, 357.1),), policy="clean"),
+            Schedule(timesteps_by_chunk=((1000.0, 357.1),), default_context="clean"),
             ["schedule.timesteps=[[1000, 357.1]]", "stream.context=clean"],
         ),
     ],
@@ -174,9 +174,9 @@ def test_schedules(pipe, tiny_assets, schedule, settings):
 def test_steps_keep_the_rest_of_a_configured_preset(tiny_assets):
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "schedule.preset=self_forcing")
     pipe.schedule = [2, 1]
-    assert pipe.schedule.policy == "clean" and pipe.schedule.rows[0] == (1000.0, 625.0)
+    assert pipe.schedule.default_context == "clean" and pipe.schedule.timesteps_by_chunk[0] == (1000.0, 625.0)
     pipe.schedule = [[1000.0]]
-    assert pipe.schedule.policy == "clean"
+    assert pipe.schedule.default_context == "clean"
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -310,7 +310,8 @@ def test_numbers_are_stored_in_half_precision_where_that_holds_them(tiny_assets,
 def test_a_schedule_that_was_set_is_saved(tiny_assets, tmp_path):
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml")
     pipe.schedule = Schedule(
-        rows=((1000.0, 400.0), (1000.0,)), policy="renoise", exceptions=((1, "clean"),), renoise_timestep=50.0
+        timesteps_by_chunk=((1000.0, 400.0), (1000.0,)), default_context="renoise",
+        context_exceptions=((1, "clean"),), renoise_timestep=50.0,
     )
     pipe.save_pretrained(tmp_path / "a")
     loaded = DiagonalPipeline.from_pretrained(tmp_path / "a")
@@ -335,7 +336,7 @@ def test_what_inference_made_of_the_networks_is_undone(tiny_assets, folder, tmp_
     places = ("inference.student=stream", "inference.text_encoder=stream", "inference.decode_frames=1")
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *places)
     for block in pipe.components["transformer"].blocks:
-        fuse(block.attn1)
+        fuse_qkv_projections(block.attn1)
     pipe.save_pretrained(tmp_path / "a")
     for file in folder.rglob("*.safetensors"):
         assert (tmp_path / "a" / file.relative_to(folder)).read_bytes() == file.read_bytes(), file.name

@@ -9,21 +9,21 @@ from distill_case import distill_stage
 
 from configs.geometry import Geometry
 from model.cache import GraphCache
-from model.checkpointing import recomputed
+from model.checkpointing import full_checkpoint
 from model.codec import WanCodec
 from model.denoiser import Student
 from model.schedule import Schedule
 from pipeline.noise import NoiseSource
-from pipeline.rollout import DrawnNoise, clipped_exits, exit_steps, last_steps, rollout
+from pipeline.rollout import PrecomputedNoise, clipped_exits, exit_steps, last_steps, rollout
 from pipeline.stream import StreamSession
-from pipeline.switch import switched
+from pipeline.switch import embeddings_after_switch
 
 ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
 POLICIES = {
     "last_step": {},
-    "clean": {"policy": "clean"},
-    "renoise": {"policy": "renoise", "renoise_timestep": 200.0},
-    "mixed": {"exceptions": ((0, "clean"),)},
+    "clean": {"default_context": "clean"},
+    "renoise": {"default_context": "renoise", "renoise_timestep": 200.0},
+    "mixed": {"context_exceptions": ((0, "clean"),)},
 }
 GEOMETRY = Geometry(height=32, width=48, window_frames=9)  # 3 chunks of window: the ring rolls at chunk 3
 CHUNKS = 6
@@ -61,7 +61,7 @@ def gradients(student, x):
 def test_exit_at_the_last_step_is_bit_identical_to_inference(
     tiny_student, tiny_vae, tiny_text_encoder, policy, grad
 ):
-    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    schedule = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy])
     prompts = ["a red circle moves right", "a blue square"]
     session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY)
     played = torch.cat([result.latents for result in session.play(prompts, [3, 4], CHUNKS)], dim=1)
@@ -72,7 +72,7 @@ def test_exit_at_the_last_step_is_bit_identical_to_inference(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_later_chunks_see_what_inference_leaves_when_the_exit_came_early(tiny_student, text, policy):
     """Only the exit's x0 is another: chunk k made with early exits before it is what inference makes of it."""
-    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    schedule = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy])
     last = last_steps(schedule, CHUNKS)
     whole = run(tiny_student, schedule, last, text=text, grad=False)
     for k in (1, 3, CHUNKS - 1):
@@ -83,17 +83,17 @@ def test_later_chunks_see_what_inference_leaves_when_the_exit_came_early(tiny_st
 
 
 def test_the_releases_context_is_not_what_inference_leaves(tiny_student, text):
-    schedule = Schedule(rows=ROWS)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
     last = last_steps(schedule, CHUNKS)
     ours, theirs = (run(tiny_student, schedule, last, text=text, context=c) for c in ("inference", "release"))
     assert torch.equal(ours[:, :3], theirs[:, :3]) and not torch.equal(ours[:, 3:6], theirs[:, 3:6])
-    renoised = Schedule(rows=ROWS, policy="renoise", renoise_timestep=100.0)
+    renoised = Schedule(timesteps_by_chunk=ROWS, default_context="renoise", renoise_timestep=100.0)
     assert torch.equal(theirs, run(tiny_student, renoised, last, text=text)), "from whole rows: one pass more, at 100"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
 def test_only_the_drawn_step_has_a_graph(trained, text, share):
-    schedule = Schedule(rows=ROWS, policy="clean")
+    schedule = Schedule(timesteps_by_chunk=ROWS, default_context="clean")
     calls = []
 
     class Spy(Student):
@@ -104,7 +104,7 @@ def test_only_the_drawn_step_has_a_graph(trained, text, share):
     exits = exit_steps(schedule, 4, share)
     run(Spy(trained.model), schedule, exits, text=text, first_grad=1)
     drawn = [(t, needs) for enabled, t, needs in calls if enabled]
-    assert [t for t, _ in drawn] == [pytest.approx(schedule.row(k)[exits[k]]) for k in range(1, 4)]
+    assert [t for t, _ in drawn] == [pytest.approx(schedule.timesteps(k)[exits[k]]) for k in range(1, 4)]
     assert not any(needs for _, needs in drawn), "the exit's input is a constant"
     assert len(calls) == schedule.nfe(3) + exits[3] + 1, "whole rows and context passes, none after the last exit"
 
@@ -113,7 +113,7 @@ def test_only_the_drawn_step_has_a_graph(trained, text, share):
 @pytest.mark.parametrize("context", ["inference", "release"])
 def test_checkpointing_changes_no_gradient(trained, text, share, context):
     """Also where the ring has rolled over what a forward read, before its backward runs."""
-    schedule = Schedule(rows=ROWS)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
     exits = exit_steps(schedule, 5, share)
     plain = gradients(trained, run(trained, schedule, exits, text=text, context=context))
     runs = []
@@ -123,7 +123,7 @@ def test_checkpointing_changes_no_gradient(trained, text, share, context):
             runs.append(1)
             return function(*args)
 
-        return recomputed(again, *args)
+        return full_checkpoint(again, *args)
 
     trained.model.enable_gradient_checkpointing(counting)
     x = run(trained, schedule, exits, text=text, context=context)
@@ -136,7 +136,7 @@ def test_checkpointing_changes_no_gradient(trained, text, share, context):
 @pytest.mark.parametrize("share", [0.0, 0.99])
 def test_context_grad_lets_the_loss_of_later_chunks_reach_earlier_ones(trained, text, share):
     """Key projections of the first chunk move the third chunk's loss by another amount when the past is cut."""
-    schedule = Schedule(rows=ROWS)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
     exits = exit_steps(schedule, 3, share)
     found = [gradients(trained, run(trained, schedule, exits, text=text, context_grad=on)) for on in (True, False)]
     moved = [a for a, b in zip(*found, strict=True) if a is not None and not torch.allclose(a, b, rtol=1e-3)]
@@ -145,7 +145,7 @@ def test_context_grad_lets_the_loss_of_later_chunks_reach_earlier_ones(trained, 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_straight_through_keys_carry_the_exits_graph_and_the_last_steps_numbers(trained, text, share):
-    schedule = Schedule(rows=ROWS)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
     exits = exit_steps(schedule, 2, share)
     noise = NoiseSource((3, 4), GEOMETRY, "cpu", torch.float32)
     caches = []
@@ -162,7 +162,7 @@ def test_gradients_are_those_of_finite_differences(text):
     graph. The bound is that of float32, in which norms and rotations compute whatever the weights are."""
     student = random_student(layers=2)
     student.model.double().requires_grad_(True)
-    schedule = Schedule(rows=((700.0,),))
+    schedule = Schedule(timesteps_by_chunk=((700.0,),))
     noise = NoiseSource((3, 4), GEOMETRY, "cpu", torch.float64)
     weight = torch.randn(2, 12, 16, 4, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
@@ -190,7 +190,7 @@ def test_gradients_are_those_of_finite_differences(text):
 
 
 def test_exit_steps_are_one_share_of_every_row():
-    schedule = Schedule(rows=ROWS)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
     assert exit_steps(schedule, 4, 0.0) == (0, 0, 0, 0) and exit_steps(schedule, 4, 0.7) == (2, 2, 1, 1)
     assert exit_steps(schedule, 4, 0.999) == last_steps(schedule, 4) == (3, 2, 1, 1)
     assert len({exit_steps(schedule, 4, i / 997) for i in range(997)}) == 6
@@ -202,7 +202,7 @@ def test_released_exits_never_train_the_last_steps_of_the_first_chunks(tiny_asse
     def trained_steps(*overrides):
         stage = distill_stage(tiny_assets, "schedule.preset=release", *overrides)
         exits = [stage.planner.draw("generator", step).exits for step in range(60)]
-        found = {(k, stage.schedule.row(k)[e]) for plan in exits for k, e in enumerate(plan)}
+        found = {(k, stage.schedule.timesteps(k)[e]) for plan in exits for k, e in enumerate(plan)}
         return stage, exits, {k: sorted((round(t, 1) for c, t in found if c == k), reverse=True) for k in range(4)}
 
     stage, exits, steps = trained_steps("training.distill.exit=release", "training.distill.rollout_context=release")
@@ -223,16 +223,16 @@ def test_released_exits_never_train_the_last_steps_of_the_first_chunks(tiny_asse
 
     _, exits, steps = trained_steps()
     assert steps == {0: [1000, 937.5, 833.3, 357.1], 1: [1000, 937.5, 357.1], 2: [1000, 357.1], 3: [1000, 357.1]}
-    assert clipped_exits(Schedule(rows=((1000.0, 500.0, 200.0, 100.0),)), [3, 0, 2]) == (3, 0, 2)
+    assert clipped_exits(Schedule(timesteps_by_chunk=((1000.0, 500.0, 200.0, 100.0),)), [3, 0, 2]) == (3, 0, 2)
 
 
 def test_drawn_noise_gives_every_use_its_own():
-    schedule = Schedule(rows=ROWS)
-    drawn = torch.randn(DrawnNoise.shape(2, 4, schedule, GEOMETRY))
-    noise = DrawnNoise(drawn, schedule)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
+    drawn = torch.randn(PrecomputedNoise.shape(2, 4, schedule, GEOMETRY))
+    noise = PrecomputedNoise(drawn, schedule)
     uses = []
     for k in range(4):
-        steps = range(1, len(schedule.row(k)))
+        steps = range(1, len(schedule.timesteps(k)))
         uses += [noise.initial(k), *(noise.renoise(k, i) for i in steps), noise.context(k)]
     assert torch.equal(torch.stack(uses, 1), drawn)
 
@@ -245,16 +245,16 @@ def test_a_switch_of_prompt_is_bit_identical_to_what_is_said_to_a_session(
     tiny_student, tiny_vae, tiny_text_encoder, policy, switch, at
 ):
     """Gradients are on, and only from the switch on, as in long tuning."""
-    schedule = Schedule(rows=ROWS, **POLICIES[policy])
+    schedule = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy])
     prompts, others = ["a red circle moves right", "a blue square"], ["a green triangle", "a red square moves up"]
     options = {"switch": switch, "switch_chunks": 2}
     session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY, **options)
     playing = session.play(prompts, [3, 4], 8)
     played = [next(playing).latents for _ in range(at)]
-    session.say(others)
+    session.set_prompt(others)
     played = torch.cat([*played, *(result.latents for result in playing)], dim=1)
     a, b = tiny_text_encoder(prompts), tiny_text_encoder(others)
-    texts = [*[a] * at, *islice(switched(a, b, switch, 2), 8 - at)]
+    texts = [*[a] * at, *islice(embeddings_after_switch(a, b, switch, 2), 8 - at)]
     rest = {"first_grad": at, "chunks": 8, "text_of": texts.__getitem__, "recache_at": None}
     ours = {}
     for recache_at in (at, None):
@@ -279,18 +279,18 @@ def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypat
                             stage.geometry, switch=switch, switch_chunks=2)  # fmt: skip
     playing = session.play(["before"] * 2, 0, 8)
     played = [next(playing).latents for _ in range(plan.switch)]
-    session.say("after")
+    session.set_prompt("after")
     played += [result.latents for result in playing]
     assert 1 <= plan.switch <= 4 and torch.equal(ours, torch.cat(played, dim=1)[:, -12:])
 
 
-class _Given(DrawnNoise):
-    def draw_ahead(self, chunk: int) -> None:
+class _Given(PrecomputedNoise):
+    def prefetch(self, chunk: int) -> None:
         """Nothing to draw."""
 
 
 def test_the_prompt_can_change_on_the_way(tiny_student, text):
-    schedule = Schedule(rows=ROWS)
+    schedule = Schedule(timesteps_by_chunk=ROWS)
     last = last_steps(schedule, 4)
     one = run(tiny_student, schedule, last, text=text, chunks=4)
     two = run(tiny_student, schedule, last, text_of=lambda k: text if k < 2 else -text, chunks=4)

@@ -44,14 +44,14 @@ def test_a_restored_stream_is_the_same_bit_by_bit(make, context, at):
     session = make(context=context, context_timestep=200.0)
     playing = session.play([PROMPT, OTHER], [3, 4])
     list(islice(playing, at - 1))
-    session.say([None, THIRD], switch="blend")
+    session.set_prompt([None, THIRD], switch="blend")
     next(playing)  # the snapshot is taken in the middle of a blend
     here = session.snapshot("cpu")
     first = list(islice(playing, 4))
     session.restore(here)
     assert same(first, session.resume(4))
     session.restore(here)
-    session.say(PROMPT)
+    session.set_prompt(PROMPT)
     session.reseed(9)
     other = next(session.resume(1))
     assert not torch.equal(other.latents, first[0].latents), "another branch"
@@ -86,7 +86,7 @@ def test_recaching_under_the_same_text_changes_nothing_while_nothing_is_evicted(
     session = make(context="last_step")
     list(session.play(PROMPT, 0, 4))  # fills the window
     before = session.snapshot().cache
-    session._recall.recache(session.student, session._cache, session._track.state.kv)
+    session._recache_state.recache(session.student, session._cache, session._prompt_track.state.kv)
     after = session.snapshot().cache
     assert all(torch.equal(a, b) for a, b in zip(before.keys + before.values, after.keys + after.values, strict=True))
 
@@ -95,19 +95,19 @@ def test_recaching_under_the_same_text_changes_nothing_while_nothing_is_evicted(
 def test_recaching_is_what_a_fresh_cache_fed_with_the_same_inputs_holds(make, chunks, tiny_geometry):
     session = make()
     list(session.play(PROMPT, 0, chunks))
-    passes = sorted(session._recall.slots.values(), key=lambda p: p.chunk)
+    passes = sorted(session._recache_state.slots.values(), key=lambda p: p.chunk)
     assert [p.chunk for p in passes] == tiny_geometry.visible_chunks(chunks - 1)
-    model, text = session.student.model, session._track._text_kv(session.text_encoder([OTHER]))
+    model, text = session.student.model, session._prompt_track._text_kv(session.text_encoder([OTHER]))
     network = model.config
     size = (network.num_layers, 1, network.num_attention_heads, network.attention_head_dim)
     naive = StreamCache(*size, tiny_geometry, device="cpu", dtype=torch.float32)
     for position, done in enumerate(passes):
         model(done.x_t, done.t, text, view=naive.begin(position), start_frame=3 * done.chunk)
-    session.say(OTHER)
+    session.set_prompt(OTHER)
     session._text_of_next(session.student, _NoTimer())
     tokens = tiny_geometry.tokens_per_chunk
     for layer in range(network.num_layers):
-        for i, done in session._recall.slots.items():
+        for i, done in session._recache_state.slots.items():
             position = passes.index(done)
             ours = session._cache._keys[layer][:, i * tokens : (i + 1) * tokens]
             assert torch.equal(ours, naive._keys[layer][:, position * tokens : (position + 1) * tokens])
@@ -126,8 +126,8 @@ def test_a_recached_window_leaves_the_sink_alone_and_sees_it(make, chunks):
     sink = session.geometry.sink_chunks * tokens
     used = len(session.geometry.visible_chunks(chunks - 1)) * tokens
     before = [keys[:, :used].clone() for keys in cache._keys]
-    text = session._track._text_kv(session.text_encoder([OTHER]))
-    session._recall.recache(session.student, cache, text, keep_sink=True)
+    text = session._prompt_track._text_kv(session.text_encoder([OTHER]))
+    session._recache_state.recache(session.student, cache, text, keep_sink=True)
     for old, new in zip(before[1:], cache._keys[1:], strict=True):  # the first layer's know nothing of the text
         assert torch.equal(old[:, :sink], new[:, :sink])
         assert (old[:, sink:used] != new[:, sink:used]).any((0, 2, 3)).all()
@@ -138,9 +138,9 @@ def test_of_two_changes_before_a_chunk_the_more_thorough_recache_counts(make):
         session = make()
         next(session.play(PROMPT, 0, 3))
         for prompt, switch in zip((OTHER, THIRD), said, strict=False):
-            session.say(prompt, switch=switch)
-        state = session._track.advance()
-        return state.stale, state.keep_sink
+            session.set_prompt(prompt, switch=switch)
+        state = session._prompt_track.advance()
+        return state.needs_recache, state.keep_sink
 
     assert state("recache") == (True, False) and state("recache_window") == (True, True)
     assert state("recache", "recache_window") == state("recache_window", "recache") == (True, False)
@@ -154,37 +154,37 @@ def test_a_new_prompt_takes_effect_at_the_next_chunk_and_not_before(make, switch
     session.switch_chunks = 2
     playing = session.play(PROMPT, 2, 6)
     start = list(islice(playing, 3))
-    session.say(OTHER)
+    session.set_prompt(OTHER)
     rest = list(playing)
     assert same(plain[:3], start)
     assert not torch.equal(rest[0].latents, plain[3].latents)
     assert [r.prompts for r in start + rest] == [(PROMPT,)] * 3 + [(OTHER,)] * 3
-    assert torch.equal(session._track.state.raw, session.text_encoder([OTHER])), "a blend arrives"
+    assert torch.equal(session._prompt_track.state.embedding, session.text_encoder([OTHER])), "a blend arrives"
 
 
 def test_a_blend_goes_in_equal_steps(make):
     session = make(switch="blend")
     playing = session.play(PROMPT, 2)
     next(playing)
-    session.say(OTHER)
+    session.set_prompt(OTHER)
     a, b = session.text_encoder([PROMPT]), session.text_encoder([OTHER])
     for share in (1 / 3, 2 / 3, 1.0, 1.0):
         next(playing)
-        assert torch.allclose(session._track.state.raw, a + share * (b - a), atol=1e-6)
+        assert torch.allclose(session._prompt_track.state.embedding, a + share * (b - a), atol=1e-6)
 
 
 def test_streams_of_a_batch_change_one_by_one_and_as_they_would_alone(make):
     session = make()
     playing = session.play([PROMPT, PROMPT], [1, 2], 4)
     list(islice(playing, 2))
-    session.say([None, OTHER])
+    session.set_prompt([None, OTHER])
     both = torch.cat([r.latents for r in playing], 1)
     for i, said in enumerate([None, OTHER]):
         alone = make()
         one = alone.play(PROMPT, i + 1, 4)
         list(islice(one, 2))
         if said:
-            alone.say(said)
+            alone.set_prompt(said)
         assert torch.allclose(torch.cat([r.latents for r in one], 1)[0], both[i], atol=1e-4)
 
 
@@ -194,9 +194,9 @@ def test_a_bad_prompt_is_refused_and_the_stream_goes_on(make, bad):
     playing = session.play(PROMPT, 2, 3)
     first = [next(playing)]
     with pytest.raises(UserError):
-        session.say(bad)
+        session.set_prompt(bad)
     with pytest.raises(UserError, match="switch=fade"):
-        session.say(OTHER, switch="fade")
+        session.set_prompt(OTHER, switch="fade")
     assert same(first + list(playing), make().play(PROMPT, 2, 3))
 
 
@@ -229,7 +229,7 @@ def test_cancel_during_recaching_leaves_nothing_half_done(make, tiny_student):
     def play(session):
         playing = session.play(PROMPT, 0, 8)
         made = list(islice(playing, 6))
-        session.say(OTHER)
+        session.set_prompt(OTHER)
         return made + list(playing)
 
     plain = play(make())
@@ -277,10 +277,10 @@ def test_streams_of_a_batch_have_their_own_lengths(make):
     whole = list(make().play(prompts, seeds, 6))
     ours = list(make().play(prompts, seeds, lengths))
     assert same(whole, ours), "no stream depends on another's length, bit by bit"
-    assert [r.alive for r in ours] == [(True,) * 3] * 2 + [(False, True, True)] * 2 + [(False, True, False)] * 2
+    assert [r.active for r in ours] == [(True,) * 3] * 2 + [(False, True, True)] * 2 + [(False, True, False)] * 2
     for i, (prompt, seed, length) in enumerate(zip(prompts, seeds, lengths, strict=True)):
         alone = torch.cat([r.latents for r in make().play(prompt, seed, length)], 1)[0]
-        batched = torch.cat([r.latents for r in ours if r.alive[i]], 1)[i]
+        batched = torch.cat([r.latents for r in ours if r.active[i]], 1)[i]
         torch.testing.assert_close(batched, alone, atol=1e-4, rtol=0)
     endless = make().play(prompts[:2], seeds[:2], [1, None])
-    assert [r.alive for r in islice(endless, 3)] == [(True, True)] + [(False, True)] * 2
+    assert [r.active for r in islice(endless, 3)] == [(True, True)] + [(False, True)] * 2

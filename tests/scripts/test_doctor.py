@@ -17,9 +17,9 @@ from weight_layouts import write_wan_folder
 from configs.errors import UserError
 from configs.load import load_config
 from model.memory import GIB
-from model.sizes import WAN_1_3B, Network
+from model.sizes import WAN_1_3B, TransformerSize
 from model.weights import load as weights
-from model.weights.peek import peek
+from model.weights.inspection import inspect_weights
 from pipeline import preflight
 from scripts import doctor
 from trainer.checkpoint import save as checkpoint
@@ -83,7 +83,7 @@ def test_wrong_settings_end_it():
 
 
 def test_peek_knows_every_format(tmp_path, wan, wan_state, student, t5):
-    tiny = Network(dim=128, ffn=40, layers=2, text_dim=12, freq_dim=16)
+    tiny = TransformerSize(dim=128, ffn=40, layers=2, text_dim=12, freq_dim=16)
     payload = {"generator_ema": {f"model.{k}": v for k, v in wan_state.items()}, "generator": dict(wan_state)}
     torch.save(payload, tmp_path / "sf.pt")
     write_wan_folder(tmp_path / "wan", wan_state, 3)
@@ -94,27 +94,27 @@ def test_peek_knows_every_format(tmp_path, wan, wan_state, student, t5):
     began = {"training": {"init": {"generator": str(tmp_path / "ours")}}}
     checkpoint.save(tmp_path / "run", 5, state, {"stage": "distill", "config": began}, 1)
     for path in ("sf.pt", "wan", "root", "ours", "s.safetensors", "run"):
-        found = peek("student", tmp_path / path)
+        found = inspect_weights("student", tmp_path / path)
         assert found.network == tiny and found.kind.startswith("Wan transformer of width 128 with 2 layers"), path
         assert found.size > 100_000
     for path in ("sf.pt", "ours", "run"):
-        assert peek("student", tmp_path / path, use_ema=True).network == tiny
+        assert inspect_weights("student", tmp_path / path, use_ema=True).network == tiny
     for path in ("wan", "s.safetensors"):
         with pytest.raises(UserError, match="averaged"):
-            peek("student", tmp_path / path, use_ema=True)
+            inspect_weights("student", tmp_path / path, use_ema=True)
     weights.save_network(t5, tmp_path / "t5")
-    assert peek("text_encoder", tmp_path / "t5").kind == "T5 text encoder (our own)"
+    assert inspect_weights("text_encoder", tmp_path / "t5").kind == "T5 text encoder (our own)"
     with pytest.raises(UserError, match="is not a Wan 2.1 VAE; it seems to be a T5"):
-        peek("vae", write_t5(tmp_path, t5))
+        inspect_weights("vae", write_t5(tmp_path, t5))
     lora = {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 128)}
     (tmp_path / "adapter").mkdir()
     torch.save({"generator_lora": lora}, tmp_path / "adapter" / "lora.pt")
-    assert "LoRA of rank 8" in peek("lora 0", tmp_path / "adapter", name="model.lora").kind
+    assert "LoRA of rank 8" in inspect_weights("lora 0", tmp_path / "adapter", name="model.lora").kind
 
 
 def test_peek_refuses_a_state_of_unknown_sizes_as_loading_does(tmp_path, student):
     checkpoint.save(tmp_path, 5, {"generator": {"module": student.state_dict()}}, {"stage": "distill"}, 1)
-    for look in (weights.load_student, lambda path: peek("student", path)):
+    for look in (weights.load_student, lambda path: inspect_weights("student", path)):
         with pytest.raises(UserError, match="does not say the sizes of its network"):
             look(tmp_path)
 
@@ -128,7 +128,7 @@ def test_peek_agrees_with_the_whole_check(tiny_assets):
     config = load_config(tiny_assets / "tiny.yaml")
     checks = {check.role: check for check in weights.check_weights(config.model)}
     for role in ("student", "vae", "text_encoder"):
-        assert peek(role, vars(config.model)[role]).size == checks[role].size
+        assert inspect_weights(role, vars(config.model)[role]).size == checks[role].size
 
 
 # --- machine ----------------------------------------------------------------------------------------------------------
@@ -199,10 +199,10 @@ def test_a_gpu_that_takes_the_host_s_memory(nvidia_smi, monkeypatch, unknown):
     monkeypatch.setattr(machine, "torch_build", lambda: ("2.13.0+cu130", "13.0"))
     (gpu,) = machine.gpus()
     assert gpu.memory is None
-    text = str(preflight.examine(load_config("configs/tiny.yaml")))
+    text = str(preflight.check_environment(load_config("configs/tiny.yaml")))
     assert "NVIDIA GB10, the host's memory, sm 12.1" in text and "none that a driver tells of" not in text
     monkeypatch.setattr(machine, "host_memory", lambda: GIB // 2)
-    assert "the GPU has 0.5 GiB" in "".join(preflight.examine(load_config("configs/tiny.yaml")).problems)
+    assert "the GPU has 0.5 GiB" in "".join(preflight.check_environment(load_config("configs/tiny.yaml")).problems)
 
 
 def test_sizes_have_a_digit_to_show():
@@ -253,7 +253,7 @@ def test_what_fits_a_card():
 def full_size(monkeypatch):
     """Weights of Wan's sizes are there, as far as a header tells."""
     found = SimpleNamespace(network=WAN_1_3B, size=11_361_820_672)
-    monkeypatch.setattr(preflight, "peek", lambda *a, **k: found)
+    monkeypatch.setattr(preflight, "inspect_weights", lambda *a, **k: found)
 
 
 def test_inference_is_refused_what_the_gpu_cannot_hold(full_size, monkeypatch):
@@ -292,7 +292,7 @@ def test_training_is_refused_before_it_loads(tiny_assets, tmp_path):
 def test_report_is_plain_text(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: [h100()])
     monkeypatch.setattr(machine, "torch_build", lambda: ("2.13.0+cu130", "13.0"))
-    text = str(preflight.examine(load_config(FULL)))
+    text = str(preflight.check_environment(load_config(FULL)))
     assert "NVIDIA H100 80GB HBM3, 80.0 GiB (79.0 GiB free), sm 9.0" in text
     assert json.dumps(text).isascii()
     assert max(map(len, text.splitlines())) < 400

@@ -37,12 +37,14 @@ def test_numbers_survive_the_file_and_a_lost_or_repeated_frame_is_seen(tmp_path)
 
 def test_a_long_stream_is_watched_and_left_as_it_was(make, tmp_path, tiny_geometry):  # noqa: F811
     session = make()
-    before = session.delivery.to_frames
+    before = session.async_decoder.to_frames
     found = watch_stream(session, PROMPT, 8, 16, tmp_path / "x.mp4", 12)
     assert found["every_frame_once"] and found["frames"] == 93 and found["latent_frames"] == 24
-    assert session.delivery.to_frames is before
+    assert session.async_decoder.to_frames is before
     assert found["memory_change"] < 0.5 and found["chunk_seconds"] > 0
-    session.delivery.to_frames = lambda pixels: before(pixels)[:, :-1]  # one frame a chunk is lost before it is counted
+    session.async_decoder.to_frames = lambda pixels: before(pixels)[
+        :, :-1
+    ]  # one frame a chunk is lost before it is counted
     assert not watch_stream(session, PROMPT, 2, 16, tmp_path / "y.mp4", 12)["every_frame_once"]
 
 

@@ -44,7 +44,7 @@ def test_a_departure_is_from_the_paper_or_where_that_is_silent_from_the_release(
 def test_the_stages_are_the_releases_recipe():
     """Its rows, its steps, its losses; stage 2 starts where stage 1's run leaves its export."""
     one, two = (load_config(path) for path in paper.STAGES)
-    rows = [Schedule.from_config(c.schedule, c.stream).rows for c in (one, two)]
+    rows = [Schedule.from_config(c.schedule, c.stream).timesteps_by_chunk for c in (one, two)]
     assert [tuple(round(t, 1) for t in row) for row in rows[0]] == [(1000, 937.5, 833.3, 357.1)]
     assert rows[1] == PRESETS_OF_TODAY
     assert (one.training.steps, two.training.steps) == (1000, 2000)

@@ -36,7 +36,7 @@ def test_a_video_is_played_as_one_file_of_fragments(port, pipe):  # noqa: F811
     assert [(c["chunk"], c["frame"], c["frames"]) for c in made] == [
         (k, pixel_frames(3 * k), 9 if k == 0 else 12) for k in range(5)
     ]
-    assert ended["reason"] == "length" and made[0]["steps"] == len(pipe.schedule.row(0))
+    assert ended["reason"] == "length" and made[0]["steps"] == len(pipe.schedule.timesteps(0))
     asked = pipe(PROMPT, seed=1, num_frames=57).frames
     encoder = FragmentEncoder(hello["fps"], (32, 48))
     assert init["parts"][0] == encoder.init
@@ -269,6 +269,6 @@ def test_a_message_without_sense_is_a_sentence(message, pipe):  # noqa: F811
 )
 def test_the_steps_that_hello_tells_are_the_configured_schedule(tiny_assets, settings):
     reader = Reader(load_config(tiny_assets / "tiny.yaml", settings), 600)
-    asked = {"steps": [len(row) for row in reader.schedule.rows]}
-    for schedule in (asked, asked | {"context": reader.schedule.policy}):
+    asked = {"steps": [len(row) for row in reader.schedule.timesteps_by_chunk]}
+    for schedule in (asked, asked | {"context": reader.schedule.default_context}):
         assert reader.read(json.dumps(GOOD | {"schedule": schedule})).schedule == reader.schedule

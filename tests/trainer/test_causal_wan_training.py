@@ -9,8 +9,8 @@ from small_wan import CLOSE, NETWORK, build, by_chunk, inputs, sizes, stream_cac
 from configs.errors import UserError
 from model.cache import GraphCache
 from model.causal_wan import CausalWanModel, chunk_causal_mask
-from model.checkpointing import recomputed
-from model.denoiser import Score, Student
+from model.checkpointing import full_checkpoint
+from model.denoiser import ScoreModel, Student
 from model.flow import add_noise, v_target
 
 
@@ -38,7 +38,7 @@ class TestTraining:
     def test_checkpointing_changes_no_gradient(self, window, sink):
         model, geo = build()[0].train(), sizes(window, sink)
         plain = self.rollout(model, geo, 3)
-        model.enable_gradient_checkpointing(recomputed)
+        model.enable_gradient_checkpointing(full_checkpoint)
         again = self.rollout(model, geo, 3)
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
@@ -48,7 +48,7 @@ class TestTraining:
         x, t, text = inputs(geo, 2)
         for on in (False, True):
             if on:
-                model.enable_gradient_checkpointing(recomputed)
+                model.enable_gradient_checkpointing(full_checkpoint)
             held = []
             with torch.autograd.graph.saved_tensors_hooks(lambda y, held=held: held.append(y.nbytes) or y, lambda y: y):
                 model(x, t, text, view=GraphCache(geo, 3).begin(0))
@@ -60,7 +60,7 @@ class TestTraining:
     def test_gradients_through_the_cache_are_those_of_one_masked_forward(self, window, sink, checkpointing):
         model, geo = build()[0], sizes(window, sink)
         if checkpointing:
-            model.enable_gradient_checkpointing(recomputed)
+            model.enable_gradient_checkpointing(full_checkpoint)
         x, t, text = inputs(geo, 10)
         weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
         gradients = []
@@ -184,7 +184,7 @@ class TestDenoisers:
     def test_guidance_is_cond_plus_scale_times_difference(self):
         _, theirs = build()
         x, _, text = inputs(sizes(0, 0), 2)
-        null, score, t = torch.zeros_like(text[:1]), Score(theirs), torch.tensor([733.0, 250.0])
+        null, score, t = torch.zeros_like(text[:1]), ScoreModel(theirs), torch.tensor([733.0, 250.0])
         cond, uncond = score.x0(x, t, text), score.x0(x, t, null.expand_as(text))
         assert (cond - uncond).abs().max() > 1e-3
         guided = score.guided_x0(x, t, text, null, 3.0)
@@ -197,8 +197,8 @@ class TestDenoisers:
         x, _, text = inputs(sizes(0, 0), 2)
         t = torch.tensor([733.0, 250.0])
         v = theirs(x.transpose(1, 2), t, text).sample.transpose(1, 2)
-        assert torch.allclose(Score(theirs).v(x, t, text), v)
-        assert torch.allclose(Score(theirs).x0(x, t, text), x - (t / 1000).view(2, 1, 1, 1, 1) * v, **CLOSE)
+        assert torch.allclose(ScoreModel(theirs).v(x, t, text), v)
+        assert torch.allclose(ScoreModel(theirs).x0(x, t, text), x - (t / 1000).view(2, 1, 1, 1, 1) * v, **CLOSE)
 
     def test_a_network_that_knows_v_gives_back_x0(self):
         x0, eps = torch.randn(2, 2, 3, 4, 2, 2)

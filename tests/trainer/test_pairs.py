@@ -143,7 +143,7 @@ def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
         stages.append(build_stage(distill_config(tiny_assets, *extra), CPU, Ranks()))
     one, other = (stage.batch(3, 0) for stage in stages)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    rows = [torch.tensor(stages[0].schedule.row(chunk)) for chunk in range(4)]
+    rows = [torch.tensor(stages[0].schedule.timesteps(chunk)) for chunk in range(4)]
     batches = [stages[0].batch(step, 0) for step in range(12)]
     for chunk, row in enumerate(rows):
         seen = torch.cat([batch["t"][:, 3 * chunk] for batch in batches])

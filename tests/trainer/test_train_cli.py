@@ -183,15 +183,15 @@ def test_loggers_are_looked_at_before_a_network_is_made(
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_found_before_a_network_is_made(config_file, tmp_path, monkeypatch):
     """Of student, average, moments and critic, one more than is kept; those that are there count."""
-    from model.weights.peek import peek, wanted
+    from model.weights.inspection import inspect_weights, required_weights
     from pipeline.preflight import check_room, saved_bytes
     from trainer.loop import run
     from trainer.registry import build_stage
     from utils.distributed import Ranks
 
     config = load_config(config_file, ["training.validation_clips=0", "training.max_checkpoints=2"])
-    places = {role: path for role, path, _ in wanted(config, training=True)}
-    peeks = {role: peek(role, places[role]) for role in ("student", "teacher")}
+    places = {role: path for role, path, _ in required_weights(config, training=True)}
+    peeks = {role: inspect_weights(role, places[role]) for role in ("student", "teacher")}
     checkpoint, export = saved_bytes(config, peeks)
     run(build_stage(config, torch.device("cpu"), Ranks()), tmp_path / "run")
     state = (tmp_path / "run" / "checkpoint_000003" / "state.pt").stat().st_size
@@ -233,13 +233,13 @@ def test_export_of_a_checkpoint(config_file, tmp_path):
     config = load_config(config_file, ["training.validation_clips=0"])
     stage = build_stage(config, torch.device("cpu"), Ranks())
     run(stage, tmp_path / "run")
-    for flags, wanted in ([], stage.averaged), (["--raw"], stage.student.model):
+    for flags, required_weights in ([], stage.averaged), (["--raw"], stage.student.model):
         out = tmp_path / f"out{len(flags)}"
         command = [sys.executable, str(ROOT / "scripts" / "export_checkpoint.py"), str(tmp_path / "run"), str(out)]
         done = subprocess.run([*command, "--dtype", "float32", *flags], capture_output=True, text=True)
         assert done.returncode == 0 and "weights of step 3" in done.stdout, done.stderr
         loaded = load_student(out).state_dict()
-        assert all(torch.equal(value, loaded[name]) for name, value in wanted.state_dict().items())
+        assert all(torch.equal(value, loaded[name]) for name, value in required_weights.state_dict().items())
 
 
 def test_a_newest_checkpoint_is_whole_and_newest_by_number(config_file, tmp_path, monkeypatch):
@@ -247,34 +247,34 @@ def test_a_newest_checkpoint_is_whole_and_newest_by_number(config_file, tmp_path
     sys.path.insert(0, str(ROOT / "scripts"))
     import export_checkpoint
 
-    from model.weights.run_folders import find
+    from model.weights.run_folders import find_weights
     from trainer.checkpoint import save as checkpoint
 
     for step in (999_999, 1_000_000, 1_000_001):
         checkpoint.save(tmp_path, step, {"x": torch.zeros(99)}, {"stage": "text"}, keep=9)
     newest = checkpoint.folders(tmp_path)[-1]
-    assert export_checkpoint.newest_of(tmp_path) == newest == find(tmp_path, averaged=False).parent
+    assert export_checkpoint.newest_of(tmp_path) == newest == find_weights(tmp_path, averaged=False).parent
     whole = (newest / "state.pt").read_bytes()
     (newest / "state.pt").write_bytes(whole[:-9])
     (tmp_path / "checkpoint_2000000").mkdir()
     (tmp_path / "checkpoint_2000000" / "state.pt").write_bytes(whole)
     assert export_checkpoint.newest_of(tmp_path).name == "checkpoint_1000000"
-    assert find(tmp_path, averaged=False).parent.name == "checkpoint_1000000"
+    assert find_weights(tmp_path, averaged=False).parent.name == "checkpoint_1000000"
 
 
 def test_a_second_training_of_a_folder_is_refused(config_file, tmp_path):
     """And leaves what the first one has half saved."""
-    from utils.files import sole_use
+    from utils.files import exclusive_use
 
     half = tmp_path / "run" / ".partial-checkpoint_000005"
     half.mkdir(parents=True)
     command = [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), "--logdir"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with sole_use(tmp_path / "run", "--logdir"), sole_use(tmp_path / "run", "--logdir"):
+    with exclusive_use(tmp_path / "run", "--logdir"), exclusive_use(tmp_path / "run", "--logdir"):
         done = subprocess.run([*command, str(tmp_path / "run")], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "is in use by another process" in done.stderr
     assert half.exists() and not (tmp_path / "run" / "config.yaml").exists()
-    with sole_use(tmp_path / "run", "--logdir"):
+    with exclusive_use(tmp_path / "run", "--logdir"):
         pass
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.errors import UserError
 from configs.load import to_dict
 from model.attention import pick_training_kernel
-from model.block_parts import in_parts
+from model.block_parts import split_blocks
 from model.weights.load import load_student
 from trainer.checkpoint.resume import check_changes
 from trainer.parallel.apply import ParallelPlan, choose_attention
@@ -24,7 +24,7 @@ HOPPER = (9, 0)
 @pytest.fixture
 def hopper(monkeypatch):
     """As on a Hopper GPU: the choice is made as there, the kernels are the CPU's."""
-    monkeypatch.setattr("trainer.parallel.apply.capability_of", lambda device: HOPPER)
+    monkeypatch.setattr("trainer.parallel.apply.compute_capability", lambda device: HOPPER)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_cudnn_is_given_half_precision_alone(tiny_assets, tmp_path, hopper, give
     settings = ["training.precision=bfloat16", f"training.checkpointing={checkpointing}"]
     settings += ["training.validation_clips=2", "training.distill.video_clips=1"]
     settings += ["training.distill.lora.student_rank=2"]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_timestep(logging.INFO):
         stage = distill_stage(tiny_assets, *settings)
     assert caplog.text.count("attention of networks in training: cudnn") == 1
     for network in (stage.student.model, stage.critic.model, stage.teacher.model):
@@ -123,6 +123,6 @@ def test_float32_is_left_to_torch(tiny_assets, hopper, name, backend):
 def test_ranks_that_share_tokens_use_it_too(tiny_assets, hopper):
     config = distill_config(tiny_assets, "training.precision=bfloat16")
     network = distill_stage(tiny_assets).teacher.model
-    in_parts(network)
+    split_blocks(network)
     choose_attention(network, ParallelPlan(config.training, torch.device("cpu")), BF16)
     assert backends(network) == {"_native_cudnn"}

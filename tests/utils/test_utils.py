@@ -38,7 +38,7 @@ from utils.files import (
 from utils.logs import JsonlSink, console, get_logger, read_jsonl
 from utils.progress import progress_bar
 from utils.prompts import check_prompt, read_prompts
-from utils.seeds import generator, sample_seed, settled, stable_hash
+from utils.seeds import generator, resolve_seed, sample_seed, stable_hash
 from utils.timers import SpanTimer
 
 NASTY = ["a/b\\c", "..", "🚀🎉", "line\nbreak\ttab", "x" * 10_000, "中文提示" * 99, "con", "-rf *", "\u202e?"]
@@ -303,15 +303,15 @@ def test_damaged_metrics_name_file_and_line(tmp_path, line):
 
 def test_drawn_seeds_are_one_for_all_processes(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert settled(7, Ranks(1, 2, 1)) == 7
-    assert len({settled(-1, Ranks()) for _ in range(4)}) == 4
+    assert resolve_seed(7, Ranks(1, 2, 1)) == 7
+    assert len({resolve_seed(-1, Ranks()) for _ in range(4)}) == 4
     with pytest.raises(UserError, match="seed=-1 asks 2 processes for one seed"):
-        settled(-1, Ranks(0, 2, 0))
+        resolve_seed(-1, Ranks(0, 2, 0))
     found = set()
     for run in "ab":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
-        assert settled(-1, Ranks(0, 2, 0)) == settled(-1, Ranks(1, 2, 1))
-        found.add(settled(-1, Ranks(1, 2, 1)))
+        assert resolve_seed(-1, Ranks(0, 2, 0)) == resolve_seed(-1, Ranks(1, 2, 1))
+        found.add(resolve_seed(-1, Ranks(1, 2, 1)))
     assert len(found) == 2 and min(found) >= 0
 
 

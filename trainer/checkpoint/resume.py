@@ -14,9 +14,9 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import CHECKOUT, as_meant, to_dict
 from configs.schema import Config
-from model.weights.files import resolve
+from model.weights.files import resolve_path
 from model.weights.run_folders import EXPORT as EXPORTS
-from model.weights.run_folders import MANIFEST, SHARDS, STATE, find
+from model.weights.run_folders import MANIFEST, SHARDS, STATE, find_weights
 from trainer.checkpoint.save import folders
 from utils.files import CARD, replaceable
 from utils.logs import get_logger
@@ -62,7 +62,7 @@ def check_export(config: Config, logdir: Path) -> None:
 def check_starts(config: Config) -> None:
     """Refuse to start from a run of ours that has not reached its last step, before a network is made."""
     for name, source in config.training.init.items() if not config.training.accept_unfinished else ():
-        step, steps = _progress(resolve(source))
+        step, steps = _progress(resolve_path(source))
         if step < steps:
             raise UserError(
                 f"training.init.{name}={source} is at step {step} of {steps}; let that run reach its end (its own "
@@ -72,7 +72,7 @@ def check_starts(config: Config) -> None:
 
 def _progress(path: Path) -> tuple[int, int]:
     """Step and last step of the run that what is read from `path` belongs to; of anything else, twice the same."""
-    found = find(path, averaged=False)
+    found = find_weights(path, averaged=False)
     try:
         if found.name in (STATE, SHARDS):
             manifest = json.loads((found.parent / MANIFEST).read_text(encoding="utf-8"))

@@ -27,13 +27,13 @@ from model.weights.run_folders import MANIFEST, SHARDS, STATE
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.optim.train_state import TrainState
 from trainer.parallel.control_group import ControlGroup, FailedElsewhere
-from utils.files import HashedFile, Kind, is_full, sha256_of
+from utils.files import HashedFile, OwnedFolder, is_disk_full, sha256_of
 from utils.logs import get_logger
 
 log = get_logger(__name__)
 
 PREFIX, ASIDE, BEFORE = "checkpoint_", ".partial-", "-before"
-OURS = Kind(MANIFEST, re.compile(rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{SHARDS}/"))
+OURS = OwnedFolder(MANIFEST, re.compile(rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{SHARDS}/"))
 
 
 class SaveFailed(UserError):
@@ -82,10 +82,10 @@ def save(
             hashes["files"] = _hashes(aside, control)
         on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": control.world} | hashes))
     except (OSError, RuntimeError, FailedElsewhere) as error:
-        if isinstance(error, RuntimeError) and not is_full(error):
+        if isinstance(error, RuntimeError) and not is_disk_full(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        last = [p.name for p in folders(logdir) if step_of(p) < step and run_folders.complete(p)]
+        last = [p.name for p in folders(logdir) if step_of(p) < step and run_folders.is_complete(p)]
         raise SaveFailed(
             f"--logdir {logdir}: the checkpoint of step {step} could not be written ({reason}); "
             f"{f'{last[-1]} is whole' if last else 'there is none before it'}; make room, and start the same command "
@@ -101,9 +101,9 @@ def save(
 
 def _prune(logdir: Path, step: int, keep: int) -> None:
     """Remove whole checkpoints of before `step`, but for the newest `keep - 1`. What is not whole does not count."""
-    older = [p for p in folders(logdir) if step_of(p) < step and run_folders.complete(p)]
+    older = [p for p in folders(logdir) if step_of(p) < step and run_folders.is_complete(p)]
     for folder in older[: max(0, len(older) - (keep - 1))]:
-        if not folder.is_symlink() and not OURS.strangers(folder):
+        if not folder.is_symlink() and not OURS.foreign_entries(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -143,7 +143,7 @@ def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
     before = aside.with_name(f"{aside.name}{BEFORE}")
     if os.path.lexists(final):  # a folder cannot be replaced in one step
-        if final.is_symlink() or not final.is_dir() or OURS.strangers(final):
+        if final.is_symlink() or not final.is_dir() or OURS.foreign_entries(final):
             set_aside(final)
         else:
             os.replace(final, before)
@@ -221,7 +221,7 @@ def latest(logdir: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]] | 
 
 
 def clear_leftovers(logdir: Path) -> None:
-    """Remove what a process that was killed while it saved has left; whoever calls has `sole_use` of the folder."""
+    """Remove what a process that was killed while it saved has left; the caller has `exclusive_use` of the folder."""
     for folder in logdir.glob(f"{ASIDE}{PREFIX}*{BEFORE}"):
         final = logdir / folder.name.removeprefix(ASIDE).removesuffix(BEFORE)
         if not os.path.lexists(final):  # killed between the two renames

@@ -17,7 +17,7 @@ from configs.schema import Config
 from model.cache import StreamCache
 from model.causal_wan import CausalWanModel
 from model.denoiser import Student
-from model.fast.student import FastPlan, FastStudent, optimise
+from model.fast.student import FastPlan, FastStudent, optimize_student
 from model.weights.load import HALF, stored_dtype
 from trainer.parallel.apply import drop_gathered, gather
 
@@ -41,7 +41,7 @@ class FastTwin:
         attention = config.inference.attention if dtype in HALF else "sdpa"  # the others have no float32
         how = replace(config.inference, precision="auto", student="keep", attention=attention)
         plan = FastPlan.from_config(how, device)
-        self.student: FastStudent = optimise(Student(model), plan)
+        self.student: FastStudent = optimize_student(Student(model), plan)
         model.requires_grad_(False)  # what has been fused, too
         c = model.config
         sizes = (c.num_layers, config.training.micro_batch, c.num_attention_heads, c.attention_head_dim)

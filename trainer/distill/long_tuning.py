@@ -84,7 +84,7 @@ class Planner:
             return last_steps(self.schedule, chunks)
         if how == "release":
             rng = generator(self.config.seed, "release exits", name, step)
-            drawn = torch.randint(len(self.schedule.rows[-1]), (chunks,), generator=rng)
+            drawn = torch.randint(len(self.schedule.timesteps_by_chunk[-1]), (chunks,), generator=rng)
             return clipped_exits(self.schedule, drawn.tolist())
         return exit_steps(self.schedule, chunks, share)
 

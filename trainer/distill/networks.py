@@ -13,9 +13,9 @@ from torch import Tensor
 
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
-from model.fast.fp8_teacher import in_float8, round_and_compare
+from model.fast.fp8_teacher import quantize_and_compare, quantize_network
 from model.sequence import SequenceGroup
-from model.weights.plans import Plan
+from model.weights.plans import WeightPlan
 from trainer.distill.motion_head import MotionHead
 from trainer.optim.train_state import EMA, TrainState
 from trainer.parallel.apply import ParallelPlan, parallelize
@@ -41,9 +41,9 @@ def frozen_teacher(config: Config, where: ParallelPlan) -> tuple[WanTransformer3
     teacher = start_network(config, "teacher", where.device, dtype) if plan is None else empty(plan, dtype)
     errors: dict[float, float] = {}
     if config.training.distill.teacher_fp8 and plan is not None:
-        log.info("teacher in %s", in_float8(teacher))
+        log.info("teacher in %s", quantize_network(teacher))
     elif config.training.distill.teacher_fp8:
-        said, errors = round_and_compare(teacher.to(where.device))
+        said, errors = quantize_and_compare(teacher.to(where.device))
         log.info("teacher in %s; v off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
     teacher = parallelize(teacher.eval().requires_grad_(False), where, role="teacher")
     return (teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)), errors
@@ -129,7 +129,7 @@ def _adapter(config: Config) -> Callable[[str, Tensor], Tensor]:
 
 
 def _trained(
-    network: WanTransformer3DModel, role: str, config: Config, where: ParallelPlan, plan: Plan | None
+    network: WanTransformer3DModel, role: str, config: Config, where: ParallelPlan, plan: WeightPlan | None
 ) -> WanTransformer3DModel:
     network = parallelize(network, where, dtype=pick_dtype(config.training.precision, where.device), role=role)
     return network if plan is None else fill_parts(network, plan, where.device, FLOAT, rest=_adapter(config))

@@ -49,4 +49,4 @@ class RolloutSharing:
             if place <= own < self.end:
                 self.own = make(*divmod(own, self.micro_batches)).float()
         x = self.own if owner == self.group.rank else torch.empty(self.shape, device=self.device)
-        return self.group.same(x, owner)
+        return self.group.broadcast(x, owner)

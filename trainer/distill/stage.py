@@ -28,13 +28,13 @@ from configs.geometry import Geometry
 from configs.schema import RECACHES, Config
 from model.cache import GraphCache, StreamCache
 from model.causal_wan import CausalWanModel
-from model.denoiser import Score, Student
+from model.denoiser import ScoreModel, Student
 from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.timesteps import TIME, warp
 from model.weights.load import save_student
-from pipeline.rollout import DrawnNoise, last_steps, rollout
-from pipeline.switch import switched
+from pipeline.rollout import PrecomputedNoise, last_steps, rollout
+from pipeline.switch import embeddings_after_switch
 from trainer.backward import Backward
 from trainer.build import frozen_codec
 from trainer.distill.diagnostics import SIGNS, vital_signs, warnings
@@ -97,19 +97,19 @@ class Distill(Stage):
         self.pairs, self.pair_prompts = self._open_pairs()
 
         teacher, self.teacher_errors = frozen_teacher(config, place)
-        self.teacher = Score(teacher)
+        self.teacher = ScoreModel(teacher)
         student, critic = (make(config, place) for make in (student_state, critic_state))
         self._players = {"generator": student, "critic": critic}
         self.student = Student(self._players["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
-        self.critic = Score(self._players["critic"].module)
+        self.critic = ScoreModel(self._players["critic"].module)
         self.geometry = self.geometry.for_network(self.student.model.config)
         self.start: Student | None = None  # what training starts from, where motion is regressed on what it makes
         if self.settings.regresses_motion:
             self.start = Student(frozen_start(config, place))
             even = self.settings.motion_regression.timesteps
             row = tuple(warp(t / TIME, config.schedule.shift) for t in even)
-            self.start_schedule = replace(self.schedule, rows=(row,))
+            self.start_schedule = replace(self.schedule, timesteps_by_chunk=(row,))
             self._players["motion_head"] = motion_head_player(config, self.geometry.latent_channels, device)
 
         self.fast = self._fast_twin()
@@ -162,7 +162,7 @@ class Distill(Stage):
         batch = {"text": self.prompts.batch(index[0])}
         if plan.switch is not None:
             batch["text_after"] = self.prompts.batch(index[1])
-        shape = DrawnNoise.shape(size, len(plan.exits), self.schedule, self.geometry)
+        shape = PrecomputedNoise.shape(size, len(plan.exits), self.schedule, self.geometry)
         batch["noise"] = torch.randn(shape, generator=rng, device=self.device)
         window = self.geometry.latent_shape(size, self.config.video.num_latent_frames)
         batch["eps"] = torch.randn(window, generator=rng, device=self.device)
@@ -171,7 +171,7 @@ class Distill(Stage):
         if self.pairs is not None and who == "generator":
             index = torch.randint(len(self.pairs), (size,), generator=host)
             states = self.pairs.read(index.tolist()).to(self.device).float()
-            DrawnNoise(batch["noise"], self.schedule).start_from(states[:, 0])
+            PrecomputedNoise(batch["noise"], self.schedule).start_from(states[:, 0])
             batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
         if self.start is not None and who == "generator":
             batch["start_noise"] = self._start_noise(batch["noise"], step, part)
@@ -182,13 +182,13 @@ class Distill(Stage):
 
     def _start_noise(self, drawn: Tensor, step: int, part: int) -> Tensor:
         """Noise of the frozen start's rollout: the student's, and more for the steps that a row of it lacks."""
-        ours = DrawnNoise(drawn, self.schedule)
+        ours = PrecomputedNoise(drawn, self.schedule)
         chunks = len(ours.starts) - 1
-        shape = DrawnNoise.shape(len(drawn), chunks, self.start_schedule, self.geometry)
+        shape = PrecomputedNoise.shape(len(drawn), chunks, self.start_schedule, self.geometry)
         rng = generator(self.config.seed, "distill start noise", step, part, device=self.device)
-        theirs = DrawnNoise(torch.randn(shape, generator=rng, device=self.device), self.start_schedule)
+        theirs = PrecomputedNoise(torch.randn(shape, generator=rng, device=self.device), self.start_schedule)
         for chunk in range(chunks):
-            steps = min(len(self.schedule.row(chunk)), len(self.start_schedule.row(chunk)))
+            steps = min(len(self.schedule.timesteps(chunk)), len(self.start_schedule.timesteps(chunk)))
             a, b = ours.starts[chunk], theirs.starts[chunk]
             theirs.drawn[:, b : b + steps] = drawn[:, a : a + steps]
         return theirs.drawn
@@ -199,8 +199,8 @@ class Distill(Stage):
 
         Latent frame 0 is that of a single picture, so that no data and no encoder are needed.
         """
-        shape = DrawnNoise.shape(len(text), 1, self.schedule, self.geometry)
-        noise = DrawnNoise(torch.randn(shape, generator=rng, device=self.device), self.schedule)
+        shape = PrecomputedNoise.shape(len(text), 1, self.schedule, self.geometry)
+        noise = PrecomputedNoise(torch.randn(shape, generator=rng, device=self.device), self.schedule)
         cache = GraphCache(self.geometry, self.student.model.config.num_layers)
         exits = last_steps(self.schedule, 1)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
@@ -219,7 +219,9 @@ class Distill(Stage):
     def _texts(self, plan: Plan, text: Tensor, text_after: Tensor | None) -> list[Tensor]:
         """Embedding of each chunk; where the prompt changes, as inference changes it."""
         before, stream = len(plan.exits) if plan.switch is None else plan.switch, self.config.stream
-        after = islice(switched(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before)
+        after = islice(
+            embeddings_after_switch(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before
+        )
         return [text] * before + list(after)
 
     @contextmanager
@@ -262,7 +264,7 @@ class Distill(Stage):
             x = rollout(
                 student,
                 schedule,
-                DrawnNoise(noise, schedule),
+                PrecomputedNoise(noise, schedule),
                 texts.__getitem__,
                 cache=cache,
                 exits=exits,
@@ -273,7 +275,7 @@ class Distill(Stage):
                 context_noise=d.context_noise,
                 recache_at=plan.switch if how in RECACHES else None,
                 keep_sink=how == "recache_window",
-                start=image,
+                conditioning=image,
             )
         long, frames = d.long, self.config.video.num_latent_frames
         return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
@@ -282,7 +284,7 @@ class Distill(Stage):
     def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher's and critic's x0 of a noised copy of x."""
         d, null = self.settings, self.null.expand_as(text)
-        x_t = add_noise(self.sequence.same(x.detach()), eps, t)
+        x_t = add_noise(self.sequence.broadcast(x.detach()), eps, t)
         if d.guidance:
             real = self.teacher.guided_x0(x_t, t, text, null, d.guidance)
         else:
@@ -320,7 +322,7 @@ class Distill(Stage):
     ) -> dict[str, Tensor]:  # fmt: skip
         with torch.no_grad():
             if self.turns is None:
-                x = self.sequence.same(self._sample(plan, text, noise, text_after, grad=False, image=image))
+                x = self.sequence.broadcast(self._sample(plan, text, noise, text_after, grad=False, image=image))
             else:
                 self._gather_student()
                 x = self.turns.take(self._critic_sample)
@@ -416,7 +418,7 @@ class Distill(Stage):
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         name = f"{self.name}_{step:06d}"
-        with self.sequence.off():  # unless weights are sharded, one rank validates alone
+        with self.sequence.disabled():  # unless weights are sharded, one rank validates alone
             return self.validator(self.averaged, self.teacher, folder, name, write=self.ranks.first)
 
     def export(self, folder: Path, step: int) -> None:

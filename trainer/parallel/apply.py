@@ -25,10 +25,10 @@ from transformers import UMT5EncoderModel
 
 from configs.errors import UserError
 from configs.train_schema import TrainingConfig
-from model.attention import capability_of, pick_training_kernel, set_attention
-from model.block_parts import compile_parts
+from model.attention import compute_capability, pick_training_kernel, set_attention
+from model.block_parts import compile_blocks
 from model.causal_wan import CausalWanModel
-from model.checkpointing import checkpointed, recomputed
+from model.checkpointing import full_checkpoint, selective_checkpoint
 from model.sequence import SequenceGroup
 from trainer.optim.adam import dropped_state
 from trainer.parallel.sequence import share_tokens
@@ -68,7 +68,7 @@ class ParallelPlan:
 
     def kernel(self, dtype: torch.dtype) -> str:
         """The attention kernel of a network whose activations are `dtype`."""
-        return pick_training_kernel(self.training.attention, capability_of(self.device), dtype)
+        return pick_training_kernel(self.training.attention, compute_capability(self.device), dtype)
 
 
 def parallelize(
@@ -104,9 +104,9 @@ def parallelize(
     if wan:
         choose_attention(network, where, dtype or network.patch_embedding.weight.dtype)
     if training.checkpointing and wan and trained:
-        network.enable_gradient_checkpointing(recomputed if causal else checkpointed)
+        network.enable_gradient_checkpointing(full_checkpoint if causal else selective_checkpoint)
     if training.compile and role is not None:
-        compile_parts(network)
+        compile_blocks(network)
     if where.mesh is None:
         return network.to(where.device)
     shard(network, where.mesh, dtype, stays_gathered=causal and trained)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.train_schema import TrainingConfig
-from model.block_parts import in_parts
+from model.block_parts import split_blocks
 from model.causal_wan import CausalWanModel
 from model.sequence import SequenceGroup
 from utils.distributed import Ranks
@@ -75,7 +75,7 @@ def share_tokens(network: WanTransformer3DModel, group: SequenceGroup, name: str
     network.rope.register_forward_hook(lambda module, args, out: tuple(group.split(x) for x in out))
     network.blocks[0].register_forward_pre_hook(lambda module, args: (group.split(args[0]), *args[1:]))
     network.proj_out.register_forward_hook(lambda module, args, out: group.gather(out))
-    for block in in_parts(network).blocks:
+    for block in split_blocks(network).blocks:
         block.sequence = group
 
 

@@ -15,11 +15,11 @@ from transformers import UMT5EncoderModel
 
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
-from model.fp8 import E4M3, quantise
+from model.fp8 import E4M3, quantize
 from model.sizes import RANDOM
 from model.text import TextEncoder
-from model.weights.load import load_tokenizer, stored_dtype, values
-from model.weights.plans import Plan, plan_text_encoder, plan_transformer
+from model.weights.load import iter_tensors, load_tokenizer, stored_dtype
+from model.weights.plans import WeightPlan, plan_text_encoder, plan_transformer
 from model.weights.random import transformer_plan
 from trainer.parallel.apply import ParallelPlan, local, parallelize, part_of
 from utils.device import pick_dtype
@@ -28,7 +28,7 @@ from utils.seeds import stable_hash
 
 def init_plan(
     config: Config, name: str, where: ParallelPlan, dtype: torch.dtype = torch.float32, *, causal: bool = False
-) -> Plan | None:
+) -> WeightPlan | None:
     """What `training.init.<name>` names, if it can be read in parts and is to be.
 
     None where nothing is sharded, for a fresh network of a config.json, and for a name that is not there.
@@ -43,10 +43,10 @@ def init_plan(
     return plan_transformer(f"training.init.{name}", source, cls, "critic" if name == "critic" else "student")
 
 
-def empty(plan: Plan, dtype: torch.dtype) -> nn.Module:
+def empty(plan: WeightPlan, dtype: torch.dtype) -> nn.Module:
     """The network of `plan` in `dtype`, without weights, in evaluation mode."""
     with init_empty_weights(include_buffers=False):
-        network = plan.make()
+        network = plan.build()
     for name, p in network.named_parameters():
         p.data = p.data.to(stored_dtype(network, name, dtype))
     return network.eval()
@@ -58,7 +58,7 @@ def _nothing(name: str, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill_parts(
-    network: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype,
+    network: nn.Module, plan: WeightPlan, device: torch.device, dtype: torch.dtype,
     rest: Callable[[str, Tensor], Tensor] = _nothing,
 ) -> nn.Module:  # fmt: skip
     """Give a sharded network without weights its parts of what `plan` holds; to other names what `rest` makes for them.
@@ -70,10 +70,10 @@ def fill_parts(
     own = network.state_dict()
     adapted = {name.replace(".base_layer.", "."): name for name in own}
     state = {}
-    for key, value in values(plan, network, device, dtype):
+    for key, value in iter_tensors(plan, network, device, dtype):
         name = adapted[key]
         if own[name].dtype == E4M3:
-            value, scale = quantise(value, "row")
+            value, scale = quantize(value, "row")
             scales = f"{name.removesuffix('weight')}scale"
             state[scales] = _parameter(scale, own[scales])
         state[name] = _parameter(value.to(own[name].dtype), own[name])

@@ -37,7 +37,7 @@ class CausalODE(TeacherForcing):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks)
-        rows = [self.schedule.row(k) for k in range(self.chunks)]
+        rows = [self.schedule.timesteps(k) for k in range(self.chunks)]
         self.grid = trajectory_grid(rows, config.training.flow.ode_interval, config.schedule.shift)
         self.kept = sorted({t for row in rows for t in row}, reverse=True) + [0.0]
         self.kept_t = torch.tensor(self.kept, device=device)

@@ -52,7 +52,7 @@ class FewSteps(TeacherForcing):
     @torch.no_grad()
     def _trajectories(self, clips: int) -> Tensor:
         """float16 [N, steps + 1, f, C, h, w]: a teacher's first chunks at the timesteps of the first row, and at 0."""
-        c, row = self.config, self.schedule.row(0)
+        c, row = self.config, self.schedule.timesteps(0)
         teacher = causal_student(c, "teacher").to(self.device).eval()
         if c.training.compile:
             teacher.compile_repeated_blocks(fullgraph=True)

@@ -14,7 +14,7 @@ from configs.geometry import Geometry, pixel_frames
 from configs.load import CHECKOUT
 from configs.schema import Config
 from model.causal_wan import chunk_causal_mask
-from model.denoiser import Score
+from model.denoiser import ScoreModel
 from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.weights.load import save_network
@@ -113,13 +113,13 @@ class Pretrain(FlowStage):
         return {"x0": x0, "eps": self._noise(x0, rng), "t": t, "text": self._drop(text, rng)}
 
     def loss(self, x0: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> dict[str, Tensor]:
-        v = Score(self.module).v(add_noise(x0, eps, t), t, text)
+        v = ScoreModel(self.module).v(add_noise(x0, eps, t), t, text)
         return {"loss": F.mse_loss(v.float(), v_target(x0, eps))}
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Attributes of sampled clips, and the loss that a wrong word costs, attribute by attribute."""
-        score = Score(self.averaged)
+        score = ScoreModel(self.averaged)
         prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
         frames = teacher_clips(score, self.codec, self.text, prompts, self.geometry, self.config)
         gaps = caption_gaps(score, self.bank, self.text, self.config.seed)
@@ -145,7 +145,7 @@ class TeacherForcing(FlowStage):
         self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
         self.frame_ids = torch.arange(frames, device=device).repeat(2)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
-        rows = [torch.tensor(self.schedule.row(k)) for k in range(self.chunks)]
+        rows = [torch.tensor(self.schedule.timesteps(k)) for k in range(self.chunks)]
         self.rows = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [chunks, steps], zeros at the end
         self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
         self.context_levels = torch.tensor(config.training.flow.context_timesteps, device=device)

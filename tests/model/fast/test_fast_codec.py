@@ -9,8 +9,8 @@ from torch._inductor.utils import run_and_get_code
 
 from model.codec import WanCodec
 from model.fast import tiny_decoder as fast_tiny_decoder
-from model.fast.codec import optimise_codec
-from model.fast.offload import SmallSteps
+from model.fast.codec import optimize_codec
+from model.fast.offload import SlicedDecodeCodec
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
 from pipeline.async_decoder import AsyncDecoder, prefetch, to_frames
 from pipeline.noise import NoiseSource
@@ -34,10 +34,10 @@ def test_the_same_pixels(kind, tiny_vae):
     make = {
         "tiny": tiny_codec,
         "wan": lambda: WanCodec(copy.deepcopy(tiny_vae)),
-        "small steps": lambda: SmallSteps(WanCodec(copy.deepcopy(tiny_vae)), 2),
+        "small steps": lambda: SlicedDecodeCodec(WanCodec(copy.deepcopy(tiny_vae)), 2),
     }[kind]
     torch.testing.assert_close(
-        stream(optimise_codec(make(), compiled=False), latents), stream(make(), latents), atol=2e-5, rtol=0
+        stream(optimize_codec(make(), compiled=False), latents), stream(make(), latents), atol=2e-5, rtol=0
     )
 
 
@@ -45,7 +45,7 @@ def test_compiled_once_for_each_kind_of_block():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     latents = torch.randn(1, 9, 16, 4, 6)
-    fast = optimise_codec(tiny_codec(), compiled=True, backend=counter)
+    fast = optimize_codec(tiny_codec(), compiled=True, backend=counter)
     first = stream(fast, latents[:, :6])
     made = counter.frame_count
     assert 0 < made <= 8  # a block's three widths, two ends that are put together, what comes first and last
@@ -64,7 +64,7 @@ def test_merged_convolutions_are_the_plain_ones(batch, growth, bias):
     config = TinyDecoderConfig(latent_channels=4, widths=(12, 10, 6, 8), growth=growth, bias=bias)
     decoder = TinyDecoder(config).double().eval().requires_grad_(False)
     latents = torch.randn(batch, 5, 4, 3, 5, dtype=torch.float64) * 2
-    fast = optimise_codec(TinyDecoderCodec(copy.deepcopy(decoder)), compiled=False).decoder
+    fast = optimize_codec(TinyDecoderCodec(copy.deepcopy(decoder)), compiled=False).decoder
     memories = [None, None]
     for part in latents.split((2, 3), dim=1):
         wanted, memories[0] = decoder(part, memories[0])
@@ -74,7 +74,7 @@ def test_merged_convolutions_are_the_plain_ones(batch, growth, bias):
 
 def test_a_snapshot_of_either_form_is_one_of_the_other():
     latents = torch.randn(2, 9, 16, 4, 6, generator=torch.Generator().manual_seed(4))
-    forms = {"plain": tiny_codec(), "fast": optimise_codec(tiny_codec(), compiled=False)}
+    forms = {"plain": tiny_codec(), "fast": optimize_codec(tiny_codec(), compiled=False)}
     wanted = stream(forms["plain"], latents)
     for before, after in (("plain", "fast"), ("fast", "plain"), ("fast", "fast")):
         one, two = forms[before].stream(), forms[after].stream()
@@ -91,7 +91,7 @@ def test_no_shape_of_the_tiny_decoder_is_left_uncompiled():
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for _ in range(2):
             counter = CompileCounterWithBackend("aot_eager")
-            fast = SmallSteps(optimise_codec(tiny_codec(), compiled=True, backend=counter), 2)
+            fast = SlicedDecodeCodec(optimize_codec(tiny_codec(), compiled=True, backend=counter), 2)
             for batch in (1, 2, 3):
                 latents = torch.randn(batch, 6, 16, 4, 6)
                 torch.testing.assert_close(stream(fast, latents), stream(tiny_codec(), latents), atol=1e-5, rtol=0)
@@ -111,7 +111,7 @@ def test_reading_the_last_stage_writes_it_once():
 
 
 def test_what_was_merged_cannot_be_cast():
-    fast = optimise_codec(tiny_codec(), compiled=False)
+    fast = optimize_codec(tiny_codec(), compiled=False)
     with pytest.raises(AssertionError, match="was moved"):
         fast.to(torch.bfloat16).decode(torch.randn(1, 3, 16, 4, 6))
 
@@ -128,7 +128,7 @@ def test_tiny_decoder_on_a_gpu(compiled, dtype):
     wanted = stream(TinyDecoderCodec(decoder), latents)
     half = copy.deepcopy(decoder).to(dtype)
     plain = stream(TinyDecoderCodec(half), latents)
-    fast = stream(optimise_codec(TinyDecoderCodec(copy.deepcopy(half)), compiled=compiled), latents)
+    fast = stream(optimize_codec(TinyDecoderCodec(copy.deepcopy(half)), compiled=compiled), latents)
     assert (fast - wanted).norm() < 1.5 * (plain - wanted).norm() + 1e-6
 
 
@@ -138,7 +138,7 @@ def test_wan_is_compiled_once_for_each_width(tiny_vae):
     counter = CompileCounterWithBackend("aot_eager")
     latents = torch.randn(1, 9, 16, 4, 6)
     plain = stream(WanCodec(copy.deepcopy(tiny_vae)), latents)
-    fast = optimise_codec(WanCodec(copy.deepcopy(tiny_vae)), compiled=True, backend=counter)
+    fast = optimize_codec(WanCodec(copy.deepcopy(tiny_vae)), compiled=True, backend=counter)
     torch.testing.assert_close(stream(fast, latents), plain, atol=2e-5, rtol=0)
     made = counter.frame_count
     assert 0 < made <= 11  # 4 functions, 3 widths; nothing is added up at the last width
@@ -151,7 +151,7 @@ def test_wan_is_compiled_once_for_each_width(tiny_vae):
 def test_delivery_gives_the_decoders_frames():
     codec, latents = tiny_codec(), torch.randn(2, 3, 16, 4, 6)
     timer = SpanTimer(torch.device("cpu"))
-    frames, finite = AsyncDecoder(torch.device("cpu")).deliver(codec.stream(), latents, timer)
+    frames, finite = AsyncDecoder(torch.device("cpu")).decode(codec.stream(), latents, timer)
     assert torch.equal(frames, to_frames(codec.decode(latents))) and finite.tolist() == [[True] * 2] * 2
     assert list(timer.spans()) == ["decode"]
 

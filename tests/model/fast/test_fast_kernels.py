@@ -17,8 +17,8 @@ from configs.schema import InferenceConfig
 from model.cache import E4M3
 from model.denoiser import Student
 from model.fast import ops as fast_kernels
-from model.fast.ops import qk_norm_rope, quantise_rows
-from model.fast.student import FastPlan, FastStudent, optimise
+from model.fast.ops import qk_norm_rope, quantize_rows
+from model.fast.student import FastPlan, FastStudent, optimize_student
 
 BF16 = torch.bfloat16
 WIDE = dict(attention_head_dim=32, text_dim=20, freq_dim=32)  # of multiples of 16, as float8 wants them
@@ -28,7 +28,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def twins(dtype: torch.dtype = torch.float32, **plan) -> list[Student]:
     """Fast students of the same weights, without and with our kernels."""
     students = [Student(build(**WIDE)[0].to(dtype)) for _ in range(2)]
-    pair = [optimise(x, FastPlan(kernels=SDPA, fused_norms=i > 0, **plan)) for i, x in enumerate(students)]
+    pair = [optimize_student(x, FastPlan(kernels=SDPA, fused_norms=i > 0, **plan)) for i, x in enumerate(students)]
     assert [x.step.fused for x in pair] == [False, True]
     return pair
 
@@ -42,7 +42,7 @@ class TestOperators:
         for _, case in list(norm_cases(96, BF16))[:3]:
             torch.library.opcheck(torch.ops.diagonal.residual_norm, (*case, True), **fake)
         torch.library.opcheck(qk_norm_rope, turn_case(96, BF16, E4M3), **fake)
-        torch.library.opcheck(quantise_rows, (rows_case(96, BF16), True), **fake)
+        torch.library.opcheck(quantize_rows, (rows_case(96, BF16), True), **fake)
 
     def test_kernels_interpreted(self):
         pytest.importorskip("triton")
@@ -67,7 +67,7 @@ class TestStep:
 
     @pytest.mark.parametrize("changes", [dict(fuse_qkv=False), dict(fp8="tensor")], ids=str)
     def test_what_they_do_not_fit_goes_the_other_way(self, changes):
-        student = optimise(Student(build(**WIDE)[0]), FastPlan(kernels=SDPA, fused_norms=True, **changes))
+        student = optimize_student(Student(build(**WIDE)[0]), FastPlan(kernels=SDPA, fused_norms=True, **changes))
         assert not student.step.fused
         play(student, sizes(2, 0), 1)
 
@@ -101,7 +101,7 @@ class TestOnGpu:
         kernels_case.compare_norms(norm, width, BF16, "cuda")
         kernels_case.compare_turns(fast_kernels.qk_norm_rope, width, BF16, "cuda")
         for size in (width, 8960):
-            kernels_case.compare_rows(fast_kernels.quantise_rows, size, BF16, "cuda")
+            kernels_case.compare_rows(fast_kernels.quantize_rows, size, BF16, "cuda")
 
     @pytest.mark.parametrize("plan", [{}, dict(fp8="row"), dict(fp8="row", fp8_cache=True)], ids=str)
     @torch.no_grad()
@@ -110,8 +110,10 @@ class TestOnGpu:
         torch._dynamo.reset()
         geo = sizes(3, 1)
         students = [Student(build(**WIDE)[0].to("cuda", BF16)) for _ in range(2)]
-        plain = optimise(students[0], FastPlan(kernels=SDPA, **plan))
-        own = optimise(students[1], FastPlan(kernels=SDPA, fused_norms=True, compile=True, cuda_graphs=True, **plan))
+        plain = optimize_student(students[0], FastPlan(kernels=SDPA, **plan))
+        own = optimize_student(
+            students[1], FastPlan(kernels=SDPA, fused_norms=True, compile=True, cuda_graphs=True, **plan)
+        )
         assert own.step.fused
         latents, _, text = (x.cuda() for x in inputs(geo, 12))
         steps = [(k, t) for k in range(12 // geo.chunk_frames) for t in (900.0, 400.0, 400.0)]

@@ -11,7 +11,7 @@ from model import fp8
 from model.attention import Kernels, attend, pick_kernels
 from model.cache import E4M3
 from model.denoiser import Student
-from model.fast.student import FastPlan, FastStudent, cache_states, linear_gelu, optimise
+from model.fast.student import FastPlan, FastStudent, cache_states, linear_gelu, optimize_student
 
 SDPA = Kernels("sdpa", "sdpa", "test")
 PLAN = FastPlan(kernels=SDPA)
@@ -34,7 +34,7 @@ def play(student: Student, geo, chunks: int, batch: int = 2, texts=None) -> list
 
 def pair(plan: FastPlan = PLAN, **network):
     """Plain and fast students of the same weights."""
-    return Student(build(**network)[0]), optimise(Student(build(**network)[0]), plan)
+    return Student(build(**network)[0]), optimize_student(Student(build(**network)[0]), plan)
 
 
 def compare(a: list[torch.Tensor], b: list[torch.Tensor], atol: float):
@@ -138,7 +138,7 @@ class TestGraphs:
         """For real: the same numbers in turns (kernels round to TF32), and a graph keeps no cache alive."""
         geo, device = sizes(3, 1), torch.device("cuda")
         plain, fast = Student(build()[0].to(device)), Student(build()[0].to(device))
-        fast = optimise(fast, FastPlan(kernels=SDPA, cuda_graphs=True))
+        fast = optimize_student(fast, FastPlan(kernels=SDPA, cuda_graphs=True))
         latents, _, text = (x.to(device) for x in inputs(geo, geo.chunk_frames, 2))
 
         def step(student, cache, batch):
@@ -219,7 +219,7 @@ class TestFp8:
         plan = FastPlan(kernels=SDPA, fp8=scaling)
         torch.manual_seed(3)
         plain, fast = Student(build(**network)[0].bfloat16()), None
-        fast = optimise(Student(build(**network)[0].bfloat16()), plan)
+        fast = optimize_student(Student(build(**network)[0].bfloat16()), plan)
         kinds = [type(block.ffn.net[2]).__name__ for block in fast.model.blocks]
         assert kinds == ["Linear", "Fp8Linear", "Linear"]
         assert type(fast.model.blocks[1].attn1.to_qkv) is fp8.Fp8Linear
@@ -242,7 +242,7 @@ class TestFp8:
         geo = sizes(3, 1)
         exact, plain = (Student(build()[0].bfloat16()) for _ in range(2))
         plain.cache_dtype = E4M3
-        fast = optimise(Student(build()[0].bfloat16()), FastPlan(kernels=SDPA, fp8_cache=True))
+        fast = optimize_student(Student(build()[0].bfloat16()), FastPlan(kernels=SDPA, fp8_cache=True))
         assert fast.cache_dtype is E4M3
         clips = [torch.cat(play(student, geo, 6)) for student in (exact, plain, fast)]
         for rounded in clips[1:]:
@@ -255,7 +255,7 @@ class TestFp8:
         k = torch.full((2, geo.tokens_per_chunk, *cache._keys[0].shape[2:]), -1e4)
         keys, values = cache.begin(0).put(0, k, k / 1e4)
         assert keys.dtype is torch.float32 and keys.unique().item() == -448 and values.unique().item() == -1
-        cache.change_keys(0, lambda keys: -10 * keys)
+        cache.map_keys(0, lambda keys: -10 * keys)
         assert cache._keys[0][:, : geo.tokens_per_chunk].float().unique().item() == 448
 
     def test_a_device_without_it_is_refused(self):
@@ -267,12 +267,12 @@ class TestKernels:
     def test_auto_goes_by_generation_and_kind(self):
         every = ["sdpa", "cudnn", "fa2", "fa3"]
         picked = {c: pick_kernels("auto", c, every) for c in (None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0))}
-        pairs = {c: (k.past, k.text) for c, k in picked.items()}
+        pairs = {c: (k.self_attention, k.cross_attention) for c, k in picked.items()}
         assert pairs[None] == pairs[(7, 5)] == ("sdpa", "sdpa")
         assert pairs[(8, 0)] == pairs[(8, 9)] == ("flash", "flash")
         assert pairs[(9, 0)] == ("fa3", "cudnn")
         assert pairs[(10, 0)] == ("cudnn", "cudnn")
-        assert pick_kernels("auto", (9, 0), ["sdpa", "cudnn"]).past == "cudnn"
+        assert pick_kernels("auto", (9, 0), ["sdpa", "cudnn"]).self_attention == "cudnn"
         assert "FlashAttention-3 is installed" in str(picked[(9, 0)])
 
     @pytest.mark.parametrize(
@@ -303,5 +303,5 @@ def test_what_a_cpu_cannot_do_is_refused(settings, words):
 
 
 def test_auto_does_nothing_on_a_cpu():
-    assert FastPlan.from_config(InferenceConfig(), torch.device("cpu")).plain
+    assert FastPlan.from_config(InferenceConfig(), torch.device("cpu")).is_noop
     assert NETWORK["num_layers"] == 3

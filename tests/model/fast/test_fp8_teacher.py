@@ -11,10 +11,10 @@ from small_wan import build
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from model.fast.fp8_teacher import TIMES, FrozenFp8Linear, in_float8, round_and_compare
+from model.fast.fp8_teacher import TIMES, FrozenFp8Linear, quantize_and_compare, quantize_network
 from model.fp8 import E4M3
 from model.memory import distill_plan
-from model.sizes import Network
+from model.sizes import TransformerSize
 from scripts.bench.fake_ranks import count_shards
 from trainer.cli import parse
 from trainer.command import train
@@ -44,7 +44,7 @@ def linears(network: torch.nn.Module) -> list[str]:
 def test_a_rounded_network_is_near_what_it_was(dtype):
     """A number is rounded by 2^-4 of itself at most, and by about 2.6% on average, in weights and inputs alike."""
     network = build(attention_head_dim=32, text_dim=32, num_layers=4)[1].to(dtype).requires_grad_(False)
-    said, errors = round_and_compare(network)
+    said, errors = quantize_and_compare(network)
     assert said == "float8: 16 linears in 2 of 4 blocks"
     assert list(errors) == list(TIMES) and all(1e-3 < error < 0.06 for error in errors.values()), errors
     kinds = {type(block.ffn.net[2]) is FrozenFp8Linear for block in (network.blocks[0], network.blocks[-1])}
@@ -95,7 +95,7 @@ def test_what_follows_stays_in_bfloat16(monkeypatch):
     forward = torch.nn.RMSNorm.forward
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: forward(self, x).float())
     network = build(attention_head_dim=32, text_dim=32, num_layers=4)[1].bfloat16().requires_grad_(False)
-    in_float8(network)
+    quantize_network(network)
     seen = []
     for block in network.blocks:
         block.register_forward_hook(lambda block, args, out: seen.append(out.dtype))
@@ -107,7 +107,7 @@ def test_what_follows_stays_in_bfloat16(monkeypatch):
 
 def test_bytes_are_those_of_the_plan():
     """A sum over five layers on the meta device, whole and of one of two ranks; the plan has norms in float32."""
-    sizes = Network(dim=1536, ffn=8960, layers=5)
+    sizes = TransformerSize(dim=1536, ffn=8960, layers=5)
 
     def planned(*overrides: str) -> tuple[Config, float]:
         config = load_config("configs/train_wan2.1_t2v_1.3b.yaml", overrides)
@@ -116,7 +116,7 @@ def test_bytes_are_those_of_the_plan():
     config, teacher = planned(FP8)
     with torch.device("meta"):
         network = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=5).bfloat16()
-    in_float8(network)
+    quantize_network(network)
     assert sum(p.nbytes for p in network.parameters()) == pytest.approx(teacher, rel=0.02)
     assert count_shards(config.training, {"teacher": "1.3B/5"}, 2)["teacher"] == pytest.approx(teacher / 2, rel=0.02)
     assert planned()[1] > 1.3 * teacher

@@ -10,8 +10,8 @@ from small_wan import build, by_chunk, inputs, sizes, stream_cache
 from configs.errors import UserError
 from configs.schema import InferenceConfig
 from model.codec import WanCodec
-from model.fast.int8 import Int8Linear, convert
-from model.fast.offload import BlockStream, HostTextEncoder, SmallSteps
+from model.fast.int8 import Int8Linear, quantize_linears
+from model.fast.offload import BlockOffload, OffloadedTextEncoder, SlicedDecodeCodec
 from model.fast.student import FastPlan
 from pipeline import DiagonalPipeline
 from pipeline.cli import LOW_MEMORY, parse
@@ -23,7 +23,7 @@ PROMPTS = ["a red circle moves right", "a blue square"]
 def test_text_encoder_on_the_host(tiny_text_encoder, stream):
     from conftest import random_text_encoder
 
-    hosted = HostTextEncoder(random_text_encoder(), "cpu", stream=stream)
+    hosted = OffloadedTextEncoder(random_text_encoder(), "cpu", stream=stream)
     for _ in range(2):
         assert torch.equal(hosted(PROMPTS), tiny_text_encoder(PROMPTS))
     assert hosted.dim == tiny_text_encoder.dim
@@ -32,7 +32,7 @@ def test_text_encoder_on_the_host(tiny_text_encoder, stream):
 def test_weights_come_back_when_encoding_fails(monkeypatch):
     from conftest import random_text_encoder
 
-    hosted = HostTextEncoder(random_text_encoder(), "cpu", stream=False)
+    hosted = OffloadedTextEncoder(random_text_encoder(), "cpu", stream=False)
 
     def fail(*_):
         for parameter in hosted.encoder.parameters():
@@ -50,7 +50,7 @@ def test_weights_come_back_when_encoding_fails(monkeypatch):
 def test_decoder_in_small_steps(tiny_vae, frames):
     latents = torch.randn(2, 6, 16, 4, 6)
     codec = WanCodec(tiny_vae)
-    small = SmallSteps(codec, frames)
+    small = SlicedDecodeCodec(codec, frames)
     torch.testing.assert_close(small.decode(latents), codec.decode(latents), rtol=0, atol=1e-5)
     stream, twin = small.stream(), codec.stream()
     for part in latents.split(3, dim=1):
@@ -72,7 +72,7 @@ class TestBlocksOnTheHost:
         x, t, text = inputs(geo, 10)
         expected = by_chunk(model, stream_cache(model, geo), geo, x, t, model.text_kv(text))
         before = copy.deepcopy(model.state_dict())
-        stream = BlockStream(model, "cpu")
+        stream = BlockOffload(model, "cpu")
         for _ in range(2):
             assert torch.equal(by_chunk(model, stream_cache(model, geo), geo, x, t, model.text_kv(text)), expected)
         assert torch.equal(by_chunk(model, stream_cache(model, geo), geo, x, t, text), expected), "text within a block"
@@ -86,7 +86,7 @@ class TestBlocksOnTheHost:
         model, geo = build()[0], sizes(3, 1)
         x, t, text = inputs(geo, 2)
         expected = model(x, t, text)
-        stream = BlockStream(model, "cpu")
+        stream = BlockOffload(model, "cpu")
         for slot in stream._slots:
             slot.zero_()
         stream._fetch = lambda i: setattr(stream, "_ahead", (i, [torch.zeros_like(x) for x in stream._blocks[i]]))
@@ -98,7 +98,7 @@ class TestBlocksOnTheHost:
         model, geo = build()[0], sizes(3, 1)
         x, t, text = inputs(geo, 2)
         twin = copy.deepcopy(model)
-        BlockStream(model, "cpu")
+        BlockOffload(model, "cpu")
         with monkeypatch.context() as patch:
             patch.setattr(model.blocks[1].ffn, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
@@ -111,10 +111,10 @@ class TestBlocksOnTheHost:
 
     @pytest.mark.parametrize("setting", [{"precision": "fp8"}, {"compile": "blocks"}, {"cuda_graphs": "on"}])
     def test_what_does_not_go_with_it(self, monkeypatch, setting):
-        monkeypatch.setattr("model.fast.student.here", lambda _: ((9, 0), ["sdpa"]))
+        monkeypatch.setattr("model.fast.student.attention_support", lambda _: ((9, 0), ["sdpa"]))
         with pytest.raises(UserError, match=r"does not go with inference\.student=stream"):
             InferenceConfig(student="stream", **setting)
-        assert FastPlan.from_config(InferenceConfig(student="stream"), torch.device("cuda:0")).plain
+        assert FastPlan.from_config(InferenceConfig(student="stream"), torch.device("cuda:0")).is_noop
 
 
 class TestInt8:
@@ -143,11 +143,11 @@ class TestInt8:
         text = random_text_encoder().to(dtype)
         linears = sum(m.weight.nbytes for m in text.encoder.modules() if isinstance(m, torch.nn.Linear))
         before = sum(x.nbytes for x in text.encoder.state_dict().values())
-        assert convert(text.encoder.encoder, "cpu", "cpu") == 14
+        assert quantize_linears(text.encoder.encoder, "cpu", "cpu") == 14
         after = sum(x.nbytes for x in text.encoder.state_dict().values())
         share = torch.int8.itemsize / dtype.itemsize
         assert after - before == pytest.approx((share - 1) * linears, rel=0.05)
-        hosted = text if place == "keep" else HostTextEncoder(text, "cpu", stream=place == "stream")
+        hosted = text if place == "keep" else OffloadedTextEncoder(text, "cpu", stream=place == "stream")
         out, exact = hosted(PROMPTS).double(), tiny_text_encoder(PROMPTS).double()
         assert 0 < (out - exact).norm() / exact.norm() < 0.02
 
@@ -178,7 +178,7 @@ def test_text_encoder_leaves_the_gpu(stream):
 
     plain = random_text_encoder().to("cuda")
     expected = plain(PROMPTS)
-    hosted = HostTextEncoder(random_text_encoder(), "cuda", stream=stream)
+    hosted = OffloadedTextEncoder(random_text_encoder(), "cuda", stream=stream)
     del plain
     torch.cuda.empty_cache()
     for _ in range(2):
@@ -207,7 +207,7 @@ def test_blocks_come_to_the_gpu_and_go():
     del twin
     torch.cuda.empty_cache()
     held = requested()
-    stream = BlockStream(model, "cuda")
+    stream = BlockOffload(model, "cuda")
     rest = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("blocks."))
     taken = requested() - held
     assert taken <= stream.bytes + rest, f"{taken} bytes taken, for slots of {stream.bytes} and {rest} of the rest"

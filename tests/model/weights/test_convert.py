@@ -17,8 +17,8 @@ from weight_layouts import WAN_CONFIG, original, write_wan_folder
 from configs.errors import UserError
 from model.weights import export as weight_export
 from model.weights import load as weights
-from model.weights.export import Lazy, write_safetensors
-from model.weights.lora import Loras, plan_lora
+from model.weights.export import LazyTensor, write_safetensors
+from model.weights.lora import LoraAdapters, plan_lora
 from scripts.convert_checkpoint import main
 
 
@@ -106,9 +106,9 @@ def test_lora_is_merged(tmp_path, wan, student):
     convert(tmp_path / "base.pt", tmp_path / "m", *twice)
     merged = weights.load_student(tmp_path / "m")
     torch.testing.assert_close(output(merged), output(expected(wan, (values, 1.5))), rtol=0, atol=1e-5)
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(lora), 1.5)
-    loras.fold()
+    loras.merge_and_unload()
     torch.testing.assert_close(output(merged), output(student), rtol=0, atol=1e-5)
     assert merged.card["merged_lora"] == [{"file": "lora.pt"}] * 2
 
@@ -127,7 +127,7 @@ def test_precision(tmp_path, wan):
 
 
 def test_shards_are_those_of_diffusers(tmp_path, wan):
-    lazy = {n: Lazy(tuple(v.shape), v.dtype, v.detach) for n, v in wan.state_dict().items()}
+    lazy = {n: LazyTensor(tuple(v.shape), v.dtype, v.detach) for n, v in wan.state_dict().items()}
     weight_export.write("diffusers", tmp_path / "d", lazy, dict(wan.config), limit=200_000)
     assert len(list(tmp_path.glob("d/*-of-*.safetensors"))) > 3
     same(WanTransformer3DModel.from_pretrained(tmp_path / "d").state_dict(), wan.state_dict())
@@ -136,7 +136,7 @@ def test_shards_are_those_of_diffusers(tmp_path, wan):
 
 def test_file_is_byte_for_byte_that_of_the_library(tmp_path, mixed):
     save_file(mixed, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    lazy = {n: Lazy(tuple(v.shape), v.dtype, lambda v=v: v) for n, v in mixed.items()}
+    lazy = {n: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for n, v in mixed.items()}
     write_safetensors(tmp_path / "ours.safetensors", lazy)
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 

@@ -12,7 +12,7 @@ from weight_layouts import TO_WAN, foreign
 from configs.errors import UserError
 from configs.load import load_config
 from model.weights import load as weights
-from model.weights.lora import Loras, plan_lora
+from model.weights.lora import LoraAdapters, plan_lora
 from pipeline.diagonal import DiagonalPipeline
 
 
@@ -77,7 +77,7 @@ def test_layouts(tmp_path, wan, student, layout):
     values = pairs(wan)
     path, factor = write(tmp_path, layout, values)
     before = output(student)
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(path, {n: tuple(v.shape) for n, v in student.state_dict().items()}), scale=0.5)
     right = output(expected(wan, (values, 0.5 * factor)))
     assert (right - before).abs().max() > 1e-2  # the adapter does something
@@ -86,7 +86,7 @@ def test_layouts(tmp_path, wan, student, layout):
     close(output(student), right)
     loras.unmerge()
     close(output(student), right)
-    loras.scale("lora", 0.0)
+    loras.set_scale("lora", 0.0)
     close(output(student), before)
 
 
@@ -98,7 +98,7 @@ def test_layout_of_diffusers(tmp_path, wan, student):
     theirs.load_state_dict(wan.state_dict())
     theirs.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "net.0.proj"], init_lora_weights=False))
     theirs.save_lora_adapter(tmp_path)
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(tmp_path))
     close(output(student), output(theirs.eval()))
     plan = loras.plans["lora"]
@@ -109,26 +109,26 @@ def test_several(wan, student, tmp_path):
     first, second = pairs(wan, 1), {k: v for k, v in pairs(wan, 2, rank=2).items() if "blocks.1.ffn" in k}
     for name, values in (("a", first), ("b", second)):
         torch.save(longlive(values), tmp_path / f"{name}.pt")
-    loras, before = Loras(student), output(student)
+    loras, before = LoraAdapters(student), output(student)
     loras.add(plan_lora(tmp_path / "a.pt"), 0.7, "a")
     loras.add(plan_lora(tmp_path / "b.pt"), -0.4, "b")
     close(output(student), output(expected(wan, (first, 0.7), (second, -0.4))))
     loras.merge()
-    loras.scale("a", 0.1)  # while merged
+    loras.set_scale("a", 0.1)  # while merged
     right = output(expected(wan, (first, 0.1), (second, -0.4)))
     assert loras.merged
     close(output(student), right)
     loras.unmerge()
     close(output(student), right)
-    loras.scale("a", 0)
-    loras.scale("b", 0)
+    loras.set_scale("a", 0)
+    loras.set_scale("b", 0)
     close(output(student), before)
 
 
 def test_ranks_may_differ_by_layer(wan, student, tmp_path):
     values = pairs(wan) | {k: v for k, v in pairs(wan, 5, rank=2).items() if k.endswith("self_attn.v")}
     torch.save(longlive(values), tmp_path / "a.pt")
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(tmp_path / "a.pt"))
     close(output(student), output(expected(wan, (values, 1.0))))
 
@@ -136,9 +136,9 @@ def test_ranks_may_differ_by_layer(wan, student, tmp_path):
 def test_folded_model_is_a_plain_one(wan, student, tmp_path):
     values, names = pairs(wan), list(student.state_dict())
     torch.save(longlive(values), tmp_path / "a.pt")
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(tmp_path / "a.pt"))
-    loras.fold()
+    loras.merge_and_unload()
     assert list(student.state_dict()) == names and not loras.plans
     close(output(student), output(expected(wan, (values, 1.0))))
     weights.save_student(student, tmp_path / "s", {}, dtype=None)
@@ -150,9 +150,9 @@ def test_half_precision_is_rounded_once(wan, student, tmp_path):
     torch.save(longlive(values), tmp_path / "a.pt")
     student = student.to(torch.bfloat16)
     weight = student.blocks[0].attn1.to_q.weight.detach().clone()
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(tmp_path / "a.pt"), 0.7, dtype=torch.float32)
-    loras.fold()
+    loras.merge_and_unload()
     a, b = values["blocks.0.self_attn.q"]
     assert torch.equal(student.blocks[0].attn1.to_q.weight, (weight.float() + 0.7 * (b @ a)).bfloat16())
 
@@ -162,7 +162,7 @@ def test_half_precision_is_rounded_once(wan, student, tmp_path):
 def test_export_round_trip(tmp_path, wan, student, layout, suffix):
     (tmp_path / "in").mkdir()
     path, factor = write(tmp_path / "in", layout, pairs(wan))
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(path), scale=0.25)  # which is not part of the adapter
     loras.export("lora", tmp_path / f"out{suffix}")
     again = plan_lora(tmp_path / f"out{suffix}")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from weight_layouts import TO_WAN, foreign
 
 from configs.errors import UserError
-from model.weights.export import contents
+from model.weights.export import lazy_tensors
 from model.weights.load import save_student
-from model.weights.lora import Loras, plan_lora
+from model.weights.lora import LoraAdapters, plan_lora
 from model.weights.plans import plan_transformer
 
 pytestmark = [
@@ -65,16 +65,16 @@ NAMES = {
 def applied(student, path, *, scale: float = SCALE):
     """State dicts of the student without and with the adapter, in each way of having it, which must agree."""
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    kept = Loras(student)
+    kept = LoraAdapters(student)
     kept.add(plan_lora(path, shapes(student)), scale, dtype=torch.float32)
     unmerged = output(student)
     kept.merge()
     close(output(student), unmerged)
-    kept.scale("lora", 0)
+    kept.set_scale("lora", 0)
     kept.unmerge()
-    kept.scale("lora", scale)
+    kept.set_scale("lora", scale)
     close(output(student), unmerged)
-    kept.fold()
+    kept.merge_and_unload()
     close(output(student), unmerged)
     return before, student.state_dict()
 
@@ -143,10 +143,10 @@ def test_differences_alone(tmp_path, student):
 def test_differences_are_exported(tmp_path, student, extracted, suffix):
     path, added = extracted
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(path, shapes(student)), 0.0)
     loras.export("lora", tmp_path / f"out{suffix}")
-    loras.fold()
+    loras.merge_and_unload()
     expect(before, applied(student, tmp_path / f"out{suffix}", scale=1.0)[1], added)
 
 
@@ -154,7 +154,7 @@ def test_conversion_merges_differences(tmp_path, student, extracted):
     path, added = extracted
     save_student(student, tmp_path / "s", {}, dtype=None)
     plan = plan_transformer("IN", tmp_path / "s", type(student))
-    lazy = contents(plan, [(plan_lora(path, shapes(student)), SCALE)], torch.float32)
+    lazy = lazy_tensors(plan, [(plan_lora(path, shapes(student)), SCALE)], torch.float32)
     after = {name: tensor.read() for name, tensor in lazy.items()}
     expect(student.state_dict(), after, {name: SCALE * value for name, value in added.items()})
 
@@ -219,9 +219,9 @@ def test_settings_mean_what_they_mean_to_peft(tmp_path, wan, student, case, form
         del stated["lora_alpha"]
         file.write_text(json.dumps(stated))
     merged = PeftModel.from_pretrained(fresh(), tmp_path).merge_and_unload().state_dict()
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(tmp_path, shapes(student)), dtype=torch.float32)
-    loras.fold()
+    loras.merge_and_unload()
     state, compared = student.state_dict(), 0
     for name in state:
         there = foreign(name, TO_WAN) if form == "original" else name
@@ -241,9 +241,9 @@ def test_settings_in_a_header_of_diffusers(tmp_path, wan, student, case):
     theirs.add_adapter(config)
     theirs.save_lora_adapter(tmp_path)
     theirs.fuse_lora()
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     loras.add(plan_lora(tmp_path, shapes(student)), dtype=torch.float32)
-    loras.fold()
+    loras.merge_and_unload()
     for name, value in student.state_dict().items():
         key = name if name in theirs.state_dict() else ".base_layer.".join(name.rsplit(".", 1))
         torch.testing.assert_close(value, theirs.state_dict()[key], rtol=0, atol=1e-5)
@@ -310,7 +310,7 @@ def test_no_numbers_are_refused_when_read(tmp_path, wan, student, value, key):
     state[key].view(-1)[-1] = float(value)
     save_file(state, tmp_path / "a.safetensors")
     plan, before = plan_lora(tmp_path / "a.safetensors", shapes(student)), output(student)
-    loras = Loras(student)
+    loras = LoraAdapters(student)
     with pytest.raises(UserError, match=r"a\.safetensors holds values in blocks\.0.* that are no numbers"):
         loras.add(plan)
     close(output(student), before)
@@ -318,7 +318,7 @@ def test_no_numbers_are_refused_when_read(tmp_path, wan, student, value, key):
 
 def test_beyond_the_range_of_the_student(tmp_path, wan, student):
     save_file(by_pairs({k: (a, b * 1e7) for k, (a, b) in pairs(wan).items()}, str), tmp_path / "a.safetensors")
-    loras = Loras(student.half())
+    loras = LoraAdapters(student.half())
     loras.add(plan_lora(tmp_path / "a.safetensors"), dtype=torch.float32)
     with pytest.raises(UserError, match="beyond torch.float16; lower model.lora_scales"):
-        loras.fold()
+        loras.merge_and_unload()

@@ -14,8 +14,8 @@ from model.causal_wan import CausalWanModel
 from model.text import word_tokenizer
 from model.weights import load as weights
 from model.weights import names
-from model.weights.peek import peek
-from model.weights.plans import config_of, plan_text_encoder, plan_transformer, stored
+from model.weights.inspection import inspect_weights
+from model.weights.plans import plan_text_encoder, plan_transformer, transformer_config, unique_state_dict
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -51,7 +51,7 @@ def test_scaled_float8_of_a_transformer(tmp_path, form, rows, prefix):
     student = weights.load_student(path)
     for name, value in original(student).items():
         torch.testing.assert_close(value, means[name], rtol=0, atol=0)
-    assert peek("student", path).network.layers == 2
+    assert inspect_weights("student", path).network.layers == 2
 
 
 @pytest.mark.parametrize("form", ["as transformers saves it", "half", "untied", "old", "new", "Wan's names"])
@@ -74,11 +74,11 @@ def test_text_encoders_of_one_file(tmp_path, form):
     save_file(state, path)
     word_tokenizer(["a", "cat"]).save_pretrained(tmp_path)
     encoder = weights.load_text_encoder(path, tmp_path, 8)
-    got = stored(encoder.encoder)
+    got = unique_state_dict(encoder.encoder)
     assert got.keys() == means.keys()
     for name, value in means.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=0)
-    assert peek("text_encoder", path).kind.startswith("T5 text encoder")
+    assert inspect_weights("text_encoder", path).kind.startswith("T5 text encoder")
 
 
 @pytest.mark.parametrize("ema", ["ema", "model_ema"])
@@ -110,11 +110,11 @@ def test_two_names_of_one_tensor(tmp_path, wan_state):
 def test_layouts_are_those_of_the_networks(tmp_path, wan):
     wan.save_pretrained(tmp_path / "wan")
     plan = plan_transformer("model.student", tmp_path / "wan", CausalWanModel)
-    assert names.wan_layout(config_of(plan)) == plan.tensors.shapes
+    assert names.wan_shapes(transformer_config(plan)) == plan.tensors.shapes
     t5 = random_t5()
     t5.save_pretrained(tmp_path / "t5")
     plan = plan_text_encoder(tmp_path / "t5")
-    assert names.t5_layout(t5.config.to_dict()) == plan.tensors.shapes
+    assert names.t5_shapes(t5.config.to_dict()) == plan.tensors.shapes
 
 
 # Only loading tells: values are read, or torch is needed to build what the file asks for.
@@ -127,7 +127,7 @@ def test_looking_refuses_what_loading_refuses(tmp_path, case):
     role, path = CASES[case](tmp_path)
     if role in ("student", "teacher", "text_encoder"):
         with pytest.raises(UserError):
-            peek(role, path)
+            inspect_weights(role, path)
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -201,14 +201,14 @@ def test_tokenizers_that_are_refused(tmp_path, case):
     assert message in str(caught.value) and "\n" not in str(caught.value)
     if case != "more words than the encoder":
         with pytest.raises(UserError, match="model.tokenizer"):
-            peek("tokenizer", tmp_path)
+            inspect_weights("tokenizer", tmp_path)
 
 
 def test_a_tokenizer_that_needs_a_package_says_so(tmp_path, monkeypatch):
     (tmp_path / "spiece.model").write_bytes(b"\n\x0c\n\x05<unk>")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"spiece\.model alone, for which the package sentencepiece is needed"):
-        peek("tokenizer", tmp_path)
+        inspect_weights("tokenizer", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,6 @@ def test_a_tokenizer_that_needs_a_package_says_so(tmp_path, monkeypatch):
 )
 def test_cards_of_no_schedule_are_refused(tmp_path, student, schedule):
     weights.save_student(student, tmp_path / "s", {"schedule": schedule})
-    for look in (weights.load_student, lambda path: peek("student", path)):
+    for look in (weights.load_student, lambda path: inspect_weights("student", path)):
         with pytest.raises(UserError, match=r"card\.json holds a schedule that is none"):
             look(tmp_path / "s")

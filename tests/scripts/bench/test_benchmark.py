@@ -11,8 +11,8 @@ from configs.errors import UserError
 from configs.schema import ScheduleConfig, StreamConfig
 from model.codec import WanCodec
 from model.schedule import Schedule
-from model.sizes import Network
-from model.weights.random import RandomText
+from model.sizes import TransformerSize
+from model.weights.random import RandomTextEncoder
 from pipeline.stream import StreamSession
 from scripts import benchmark
 from scripts.bench import speed
@@ -27,7 +27,7 @@ SMALL = ["video.height=32", "video.width=48", "video.num_latent_frames=6", "--ra
 @pytest.fixture
 def session(tiny_geometry) -> StreamSession:
     student = random_student()
-    text = RandomText(12, student.model.config.text_dim, CPU)
+    text = RandomTextEncoder(12, student.model.config.text_dim, CPU)
     schedule = Schedule.from_config(ScheduleConfig(steps="32"), StreamConfig())
     return StreamSession(student, WanCodec(random_vae()), text, schedule, tiny_geometry)
 
@@ -128,7 +128,7 @@ def test_wrong_numbers_are_refused():
 class TestSteadiness:
     def played(self, arrivals, frames=12):
         count = len(arrivals)
-        return speed.Played(arrivals, [{}] * count, [frames - 3] + [frames] * (count - 1), [0] * count)
+        return speed.Playback(arrivals, [{}] * count, [frames - 3] + [frames] * (count - 1), [0] * count)
 
     def test_twice_as_fast_as_shown_is_never_late(self):
         found = speed.steadiness(self.played([0.2 + 0.375 * k for k in range(20)]), 16)
@@ -154,7 +154,7 @@ class TestSteadiness:
 def test_the_session_s_parts(session):
     found = speed.parts(session, repeats=1)
     assert found["decode_s"] > 0 and found["transfer_s"] >= 0
-    network = Network.from_config(session.student.model.config)
+    network = TransformerSize.from_config(session.student.model.config)
     card = speed.card(session, network, chunks=2, batch=2, repeats=1, fps=16, text_tokens=12)
     assert card["frames"] == 2 * 21
     assert card["latents"].shape[0] == 2

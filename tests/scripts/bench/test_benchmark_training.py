@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 
 from configs.errors import UserError
 from configs.load import load_config
-from model.sizes import WAN_1_3B, Network
+from model.sizes import WAN_1_3B, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
 from scripts.bench.cycle import Watch, covered, exposed, summary
@@ -27,7 +27,7 @@ from scripts.bench.cycle_tables import left_out, phase_table, saving_text
 from scripts.bench.fake_ranks import count_shards
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
 from utils import timers
-from utils.timers import Phases
+from utils.timers import PhaseTimer
 
 CPU = torch.device("cpu")
 FULL = "configs/train_wan2.1_t2v_1.3b.yaml"
@@ -92,7 +92,7 @@ def test_what_compiles_has_more_of_the_budget(tmp_path, monkeypatch):
 def test_what_is_inside_counts_for_the_inner_phase_alone(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
     monkeypatch.setattr(timers.time, "perf_counter", lambda: next(clock))
-    phases = Phases(CPU)  # 0
+    phases = PhaseTimer(CPU)  # 0
     with phases.of("outer"):  # 1
         with phases.of("inner"):  # 3
             pass  # 6
@@ -282,7 +282,7 @@ def test_sums():
 def test_a_plan_without_gpus():
     """The formulas' shares are those that the real sharding leaves on rank 0."""
     names = {"student": "1.3B/2", "teacher": "14B/2", "critic": "1.3B/2"}
-    networks = sizes_of(names, Network.from_config(transformer_sizes("tiny")))
+    networks = sizes_of(names, TransformerSize.from_config(transformer_sizes("tiny")))
     rows = plan_table(FULL, [], networks, 64, 64, 80)
     assert [row["layout"] for row in rows] == ["full:64", "hybrid:64", "sequence2:64", "sequence4:64"]
     full, hybrid, two = rows[:3]

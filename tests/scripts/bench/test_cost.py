@@ -10,7 +10,7 @@ from configs.geometry import Geometry
 from configs.schema import ScheduleConfig, StreamConfig
 from model.denoiser import Student
 from model.schedule import Schedule
-from model.sizes import WAN_1_3B, Network
+from model.sizes import WAN_1_3B, TransformerSize
 from scripts.bench.cost import clip_flops, step_cost
 
 
@@ -26,7 +26,7 @@ def test_a_step(chunks, batch):
             counter = FlopCounterMode(display=False)
             with counter, sdpa_kernel(SDPBackend.MATH):  # it knows no flops of the CPU's fused kernel
                 student.x0(latents[:, geo.chunk(k)], 500.0, kv, cache.begin(k), k * geo.chunk_frames)
-    network = Network.from_config(model.config)
+    network = TransformerSize.from_config(model.config)
     cost = step_cost(network, geo, visible=chunks, text_tokens=text.shape[1], batch=batch)
     assert cost.total_flops == counter.get_total_flops()
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from configs.geometry import Geometry
-from model.sizes import WAN_1_3B, WAN_14B, Network
+from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from scripts.bench.cycle import cost_of
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, network_pass, text_keys
 
@@ -97,4 +97,4 @@ def test_full_size():
     assert one.backward(frozen=False) == 2 * one.total > one.backward(frozen=True)
     small = network_pass(WAN_1_3B, tokens=tokens, keys=tokens, text_tokens=512)
     assert text_keys(WAN_1_3B, 512).total < 0.01 * small.total
-    assert Network(dim=64, ffn=128, layers=2).parameters > 0
+    assert TransformerSize(dim=64, ffn=128, layers=2).parameters > 0

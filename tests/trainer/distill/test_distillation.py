@@ -76,7 +76,7 @@ class TestMotionRegression:
         target = {"text_after": None, "image": None}
         x = stage._sample(plan, batch["text"], batch["noise"], None, grad=False)
         y = stage._sample_of_start(plan, batch["text"], batch["start_noise"], **target)
-        assert stage.start_schedule.rows == stage.schedule.rows and torch.equal(x, y)
+        assert stage.start_schedule.timesteps_by_chunk == stage.schedule.timesteps_by_chunk and torch.equal(x, y)
         for _ in range(2):
             stage._generator_step(0, 0)
         assert not torch.equal(stage._sample(plan, batch["text"], batch["noise"], None, grad=False), x)
@@ -84,7 +84,7 @@ class TestMotionRegression:
 
     def test_its_rows_are_fixed_whatever_the_schedule(self, tiny_assets):
         stage = distill_stage(tiny_assets, MOTION, "schedule.preset=release")
-        (row,) = stage.start_schedule.rows
+        (row,) = stage.start_schedule.timesteps_by_chunk
         assert row == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
         assert all(value.isfinite() for value in stage.update(0).values())
 

@@ -8,7 +8,7 @@ from distill_case import distill_config, distill_stage
 
 from configs.errors import UserError
 from model.cache import GraphCache
-from pipeline.rollout import DrawnNoise, rollout
+from pipeline.rollout import PrecomputedNoise, rollout
 
 
 def test_a_share_of_the_rollouts_begins_with_the_students_own_first_frame(tiny_assets):
@@ -35,10 +35,10 @@ def test_the_given_frame_is_no_work_of_the_student_and_the_rest_is(tiny_assets):
     x = stage._sample(plan, batch["text"], batch["noise"], None, grad=True, image=batch["image"])
     assert torch.equal(x[:, :1], batch["image"])
     cache = GraphCache(stage.geometry, 2)
-    noise = DrawnNoise(batch["noise"], stage.schedule)
+    noise = PrecomputedNoise(batch["noise"], stage.schedule)
     naive = rollout(
         stage.student, stage.schedule, noise, lambda _: batch["text"], cache=cache, exits=plan.exits, grad=False,
-        start=batch["image"],
+        conditioning=batch["image"],
     )  # fmt: skip
     torch.testing.assert_close(x.detach(), naive, atol=1e-5, rtol=0)
     (by_frame,) = torch.autograd.grad(x[:, 1:3].sum(), [stage.student.model.proj_out.weight], retain_graph=True)

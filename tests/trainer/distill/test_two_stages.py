@@ -12,7 +12,7 @@ from distill_case import distill_config
 
 from configs.errors import UserError
 from configs.load import CHECKOUT
-from model.weights.peek import wanted
+from model.weights.inspection import required_weights
 from model.weights.run_folders import checkpoints
 from pipeline.preflight import check_training
 from utils.video import read_video
@@ -82,6 +82,6 @@ def test_random_networks_need_no_file(tiny_assets):
     """For speed, memory and trials at full size: training.init.teacher=random:14B."""
     config = distill_config(tiny_assets, "training.init={student: random:tiny, teacher: random:tiny}")
     check_training(config, 1, None)
-    assert not {"student", "teacher"} & {role for role, _, _ in wanted(config, training=True)}
+    assert not {"student", "teacher"} & {role for role, _, _ in required_weights(config, training=True)}
     with pytest.raises(UserError, match="training.init.teacher=.*nowhere does not exist"):
         check_training(distill_config(tiny_assets, "training.init.teacher=nowhere"), 1, None)

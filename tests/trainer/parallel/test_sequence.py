@@ -146,7 +146,7 @@ def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, m
     stage = distill_stage(tiny_assets, *more, "training.distill.dfake_gen_update_ratio=1")
     gathered, group = [], Threads(1, 2, [torch.zeros(2, 12, 16, 4, 6)], threading.Barrier(1))
     handed = []
-    monkeypatch.setattr(group, "same", lambda x, owner: handed.append(len(gathered)) or torch.zeros_like(x))
+    monkeypatch.setattr(group, "broadcast", lambda x, owner: handed.append(len(gathered)) or torch.zeros_like(x))
     monkeypatch.setattr("trainer.distill.stage.gather", gathered.append)
     monkeypatch.setattr("trainer.distill.fast_rollout.gather", gathered.append)
     monkeypatch.setattr(stage, "_sample", lambda *_, grad, **__: pytest.fail("it made one") if not grad else None)

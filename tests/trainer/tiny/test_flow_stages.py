@@ -111,7 +111,7 @@ def test_timesteps_of_the_schedule(tiny_assets):
     t, before = (torch.cat([batch[name] for batch in batches]).view(-1, 4, 3) for name in ("t", "before"))
     assert (t == t[:, :, :1]).all()
     for chunk in range(4):
-        row = made.schedule.row(chunk)
+        row = made.schedule.timesteps(chunk)
         assert sorted(set(t[:, chunk, 0].tolist()), reverse=True) == pytest.approx(row)
         allowed = {(row[max(i - back, 0)], row[i]) for i in range(len(row)) for back in (0, 1 if chunk else 0)}
         seen = set(zip(before[:, chunk, 0].tolist(), t[:, chunk, 0].tolist(), strict=True))
@@ -186,7 +186,7 @@ def test_first_chunks_from_trajectories(tiny_assets):
     """Independent: Euler steps written out, and timesteps at which they must pass."""
     flow = {"first_chunk_trajectories": 5, "first_chunk_clips": 9, "ode_interval": 250.0, "guidance": 0.5}
     made = few_steps(tiny_assets, **flow, first_chunk_share=0.7)
-    row = made.schedule.row(0)
+    row = made.schedule.timesteps(0)
     x = made._noise(made.states[:, 0].float(), generator(made.config.seed, "first chunk trajectories", 0))
     assert made.states.shape == (5, 5, 3, 16, 4, 6) and torch.equal(made.states[:, 0], x.half())
     times = sorted({*row, *shift_time(torch.tensor([1000.0, 750, 500, 250]), 5.0).tolist()}, reverse=True)

@@ -9,7 +9,7 @@ from test_session import OTHER, PROMPT, Counting, make, same  # noqa: F401  (fix
 
 from model.cache import GraphCache, StreamCache
 from model.codec import WanCodec
-from model.fast.student import FastPlan, optimise
+from model.fast.student import FastPlan, optimize_student
 from model.schedule import Schedule
 from pipeline.noise import NoiseSource
 from pipeline.rollout import last_steps, rollout
@@ -51,7 +51,7 @@ def test_an_image_is_shown_at_the_level_of_the_context_in_every_step(make, tiny_
     ours = next(session.play(PROMPT, 5, 2, image)).latents
     model, text = session.student.model, session.text_encoder([PROMPT])
     noise = NoiseSource([5], tiny_geometry, "cpu", torch.float32)
-    row = session.schedule.row(0)
+    row = session.schedule.timesteps(0)
     level = {"last_step": row[-1], "clean": 0.0, "renoise": 200.0}[context]
     shown = (1 - level / 1000) * image + level / 1000 * noise.context(0)[:, :1]
     x, cache = noise.initial(0), empty_cache(model, tiny_geometry)
@@ -75,7 +75,7 @@ def test_a_clip_leaves_the_keys_that_the_policy_says(make, tiny_geometry, contex
     model, text = session.student.model, session.text_encoder([PROMPT])
     noise, cache = NoiseSource([5], tiny_geometry, "cpu", torch.float32), empty_cache(model, tiny_geometry)
     for k in range(2):
-        level = {"last_step": session.schedule.row(k)[-1], "clean": 0.0, "renoise": 200.0}[context]
+        level = {"last_step": session.schedule.timesteps(k)[-1], "clean": 0.0, "renoise": 200.0}[context]
         x = (1 - level / 1000) * clip[:, 3 * k : 3 * k + 3] + level / 1000 * noise.context(k)
         model(x, torch.tensor([level]), text, view=cache.begin(k), start_frame=3 * k)
     end = 2 * tiny_geometry.tokens_per_chunk
@@ -87,19 +87,25 @@ def test_a_clip_leaves_the_keys_that_the_policy_says(make, tiny_geometry, contex
 def test_a_training_rollout_with_an_image_is_bit_identical_to_inference(
     tiny_student, tiny_vae, tiny_text_encoder, policy
 ):
-    schedule, image = Schedule(rows=ROWS, **POLICIES[policy]), latents(GEOMETRY, 1, batch=2)
+    schedule, image = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy]), latents(GEOMETRY, 1, batch=2)
     session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, GEOMETRY)
     played = torch.cat([r.latents for r in session.play([PROMPT, OTHER], [3, 4], 5, image)], dim=1)
     text, noise = tiny_text_encoder([PROMPT, OTHER]), NoiseSource([3, 4], GEOMETRY, "cpu", torch.float32)
     cache = GraphCache(GEOMETRY, tiny_student.model.config.num_layers)
     ours = rollout(
-        tiny_student, schedule, noise, lambda chunk: text, cache=cache, exits=last_steps(schedule, 5), start=image
+        tiny_student,
+        schedule,
+        noise,
+        lambda chunk: text,
+        cache=cache,
+        exits=last_steps(schedule, 5),
+        conditioning=image,
     )
     assert torch.equal(ours, played)
     early = rollout(
         tiny_student, schedule, noise, lambda chunk: text,
         cache=GraphCache(GEOMETRY, tiny_student.model.config.num_layers),
-        exits=(0, *last_steps(schedule, 5)[1:]), start=image,
+        exits=(0, *last_steps(schedule, 5)[1:]), conditioning=image,
     )  # fmt: skip
     assert torch.equal(early[:, 3:], played[:, 3:]) and torch.equal(early[:, :1], image)
 
@@ -120,7 +126,7 @@ def test_a_snapshot_within_the_start_keeps_the_rest_of_it(make, tiny_geometry): 
     rest = list(playing)
     session.restore(here)
     assert same(rest, session.resume(4))
-    session.say(OTHER)
+    session.set_prompt(OTHER)
     assert len(list(session.resume(2))) == 2, "recaching makes given chunks' keys again, too"
 
 
@@ -139,7 +145,7 @@ def test_recaching_under_the_same_text_changes_nothing(make, tiny_geometry):  # 
     session = make()
     list(session.play(PROMPT, 0, 4, latents(tiny_geometry, 4)))
     before = session.snapshot().cache
-    session._recall.recache(session.student, session._cache, session._track.state.kv)
+    session._recache_state.recache(session.student, session._cache, session._prompt_track.state.kv)
     after = session.snapshot().cache
     assert all(torch.equal(a, b) for a, b in zip(before.keys + before.values, after.keys + after.values, strict=True))
 
@@ -155,7 +161,7 @@ def test_the_fast_student_starts_from_an_image_and_records_as_ever(make, tiny_ge
     from conftest import random_student
     from test_fast_wan import SDPA
 
-    fast = optimise(random_student(), FastPlan(kernels=SDPA))
+    fast = optimize_student(random_student(), FastPlan(kernels=SDPA))
     fast.recorder = Recorder
     image = latents(tiny_geometry, 1)
     ours, plain = (torch.cat([r.latents for r in s.play(PROMPT, 1, 9, image)], 1) for s in (make(student=fast), make()))

@@ -7,58 +7,58 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Config
-from model.sizes import RANDOM, Network
+from model.sizes import RANDOM, TransformerSize
 from model.weights import names
-from model.weights.files import Tensors, find_tokenizer, missing, resolve
-from model.weights.fitting import layout, refuse_misfit, sizes_of
+from model.weights.files import StoredTensors, find_tokenizer, missing_weights, resolve_path
+from model.weights.fitting import check_shapes, expected_shapes, infer_sizes
 from model.weights.parts import TRANSFORMERS, find_lora, find_part
 
 
 @dataclass(frozen=True)
-class Peek:
+class WeightInfo:
     """One thing of a configuration, as far as its header tells."""
 
     role: str
     path: Path
     size: int  # bytes
     kind: str
-    network: Network | None = None  # sizes, of a transformer
+    network: TransformerSize | None = None  # sizes, of a transformer
 
 
-def peek(role: str, path: str | Path, *, use_ema: bool = False, name: str | None = None) -> Peek:
+def inspect_weights(role: str, path: str | Path, *, use_ema: bool = False, name: str | None = None) -> WeightInfo:
     """Look at the weights of `role`.
 
     Raises:
         UserError: they are missing, cut short, or of another kind; `name` is the config field to speak of.
     """
-    name, path, label = name or f"model.{role}", resolve(path), role
+    name, path, label = name or f"model.{role}", resolve_path(path), role
     role = role.split(" ")[0]  # lora 0, lora 1, ...
     if not path.exists():
-        raise missing(name, path, "does not exist")
+        raise missing_weights(name, path, "does not exist")
     if role == "tokenizer":
         folder = find_tokenizer(path, name)
-        return Peek(role, folder, sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), "tokenizer")
+        return WeightInfo(role, folder, sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), "tokenizer")
     if role == "lora":
         found, tensors, _ = find_lora(path, name, values=False)
-        return Peek(label, found, tensors.size, f"{_guess(tensors)} ({found.suffix})")
+        return WeightInfo(label, found, tensors.size, f"{_guess(tensors)} ({found.suffix})")
     part, network = find_part(role, path, name, use_ema=use_ema, values=False), None
     if role in TRANSFORMERS:
-        refuse_misfit(name, part.path, part.tensors, layout(name, part.path, names.wan_layout, part.config))
-        network = sizes_of(name, part.path, network_of, part.tensors.shapes)
+        check_shapes(name, part.path, part.tensors, expected_shapes(name, part.path, names.wan_shapes, part.config))
+        network = infer_sizes(name, part.path, size_from_shapes, part.tensors.shapes)
     elif role == "text_encoder":
-        refuse_misfit(name, part.path, part.tensors, layout(name, part.path, names.t5_layout, part.config))
-    return Peek(label, part.path, part.tensors.size, f"{_guess(part.tensors)} ({part.kind})", network)
+        check_shapes(name, part.path, part.tensors, expected_shapes(name, part.path, names.t5_shapes, part.config))
+    return WeightInfo(label, part.path, part.tensors.size, f"{_guess(part.tensors)} ({part.kind})", network)
 
 
-def _guess(tensors: Tensors) -> str:
+def _guess(tensors: StoredTensors) -> str:
     return names.guess(tensors.shapes).split(" ", 1)[1]
 
 
-def network_of(shapes: names.Shapes) -> Network:
+def size_from_shapes(shapes: names.Shapes) -> TransformerSize:
     """Sizes of a Wan transformer by the shapes of its tensors, under our names."""
     dim, channels, *patch = shapes["patch_embedding.weight"]
     blocks = {key.split(".")[1] for key in shapes if key.startswith("blocks.")}
-    return Network(
+    return TransformerSize(
         dim=dim,
         ffn=shapes["blocks.0.ffn.net.0.proj.weight"][0],
         layers=len(blocks),
@@ -69,7 +69,7 @@ def network_of(shapes: names.Shapes) -> Network:
     )
 
 
-def wanted(config: Config, *, training: bool = False) -> list[tuple[str, str, str]]:
+def required_weights(config: Config, *, training: bool = False) -> list[tuple[str, str, str]]:
     """(role, path, config field) of all weights that a configuration reads."""
     model = config.model
     found = [("vae", model.vae, "model.vae")]

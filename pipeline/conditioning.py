@@ -24,7 +24,7 @@ from utils.pictures import Clip, Picture, read_clip, read_picture
 MOST_ERROR = 12  # of 255, root mean square; the tiny codec shows frames of its world 2 to 3 off, photos 24 and more
 
 
-def read_start(
+def read_conditioning(
     config: Config, image: Picture | None, video: Clip | None, num_latent_frames: int | None
 ) -> np.ndarray | None:
     """Pixels uint8 [T, H, W, 3] that a video begins with, T = 1 or 1 + 4 n; None where neither is given.
@@ -74,7 +74,7 @@ def _most_latents(config: Config) -> int:
     return asked or max(chunk, window - chunk)
 
 
-def encode_start(codec: Codec, pixels: np.ndarray, geometry: Geometry, device: torch.device) -> Tensor:
+def encode_conditioning(codec: Codec, pixels: np.ndarray, geometry: Geometry, device: torch.device) -> Tensor:
     """Float32 latents [1, F, C, h, w] of uint8 [T, H, W, 3]."""
     frames = torch.from_numpy(pixels.copy()).movedim(-1, 1)[None].to(device).float().div(127.5).sub(1)
     latents = codec.encode(frames).float()
@@ -82,7 +82,7 @@ def encode_start(codec: Codec, pixels: np.ndarray, geometry: Geometry, device: t
     return latents
 
 
-def start_warnings(
+def conditioning_warnings(
     card: Mapping[str, Any], picture: np.ndarray, latents: Tensor, codec: Codec | None = None
 ) -> list[str]:
     """Why what follows may not fit a start: its student never saw one, or its codec, if given, cannot show `picture`.
