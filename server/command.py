@@ -1,6 +1,7 @@
 """The command line of serve.py and demo.py, which differ in defaults alone."""
 
 import argparse
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils.logs import console, get_logger
 from utils.machine import gpus
 
 log = get_logger(__name__)
+LORA = re.compile(r"([A-Za-z0-9_.-]{1,60})=(.+)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace
         "--allow_origin", action="append", default=[], metavar="https://HOST",
         help="where a proxy shows the page, if it changes the Host header; may be repeated, and needs keys",
     )  # fmt: skip
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="NAME=FILE", help="a LoRA that jobs may name; may be repeated"
+    )
     flag("--jobs_folder", program.jobs_folder, "where jobs and their videos are kept", metavar="FOLDER")
     flag("--queue", jobs.queue, "jobs that may wait", int)
     flag("--queue_per_key", jobs.queue_per_key, "jobs of a key that may wait or run", int)
@@ -72,7 +77,8 @@ def run(program: Program) -> int:
     )
     if not 0 <= args.grace_seconds <= 86_400:
         raise UserError(f"--grace_seconds={args.grace_seconds:g} is out of range; give 0 to 86,400")
-    source = ModelSource(args.config_path, tuple(args.settings))
+    loras = read_loras(args.lora)
+    source = ModelSource(args.config_path, tuple(args.settings), loras)
     workers = args.workers or (max(1, len(gpus())) if source.config().device != "cpu" else 1)
     pool = WorkerPool(source, workers, live)
     store = JobStore(Path(args.jobs_folder), jobs)
@@ -83,7 +89,7 @@ def run(program: Program) -> int:
         faults.append(fault)
         server.should_exit = True
 
-    options = ServerOptions(live=live, grace_seconds=args.grace_seconds)
+    options = ServerOptions(live=live, grace_seconds=args.grace_seconds, loras=tuple(loras))
     app = create_app(pool, store, AccessPolicy(keys, is_loopback(args.host), origins), options, stop)
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **SOCKET))
     log.info(f"open {address(args.host, listener.getsockname()[1])}")
@@ -96,3 +102,13 @@ def run(program: Program) -> int:
         raise UserError("the server could not be started; what is above says why")
     return 0
 
+
+def read_loras(texts: list[str]) -> dict[str, str]:
+    """Files by the names that jobs give; UserError for what is none."""
+    found: dict[str, str] = {}
+    for text in texts:
+        match = LORA.fullmatch(text)
+        if match is None or match[1] in found:
+            raise UserError(f"--lora={text} is not of the form NAME=FILE, or its name is there already; rename it")
+        found[match[1]] = match[2]
+    return found

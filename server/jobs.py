@@ -216,7 +216,7 @@ class JobQueue:
             schedule = Schedule.from_config(ScheduleConfig(preset=request.schedule), self.pool.config.stream)
         if request.image:
             image = read_picture(self.store.path(job.id, IMAGE), request.size)
-        return JobSpec(request.prompt, request.seed, request.num_frames, schedule, image)
+        return JobSpec(request.prompt, request.seed, request.num_frames, schedule, image, request.lora)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -32,6 +32,7 @@ from pipeline.diagonal import DiagonalPipeline
 from pipeline.provenance import commit, versions
 from pipeline.snapshot import Snapshot
 from pipeline.stream import ChunkResult, StreamSession
+from server.adapters import Adapters
 from server.controls import VIDEO, Control, bounds
 from server.encoding import FragmentEncoder, jpeg, thumbnail
 from server.limits import MAX_KEPT, MAX_MESSAGE, MAX_PROMPT, MAX_SEED, MAX_TAKES, MAX_UPLOAD, Limits
@@ -56,7 +57,8 @@ def run(line: Connection, source: ModelSource, number: int, limits: Limits, pare
         return
     console(quiet=number > 0)
     try:
-        worker = WorkerProcess(line, source.load(number), limits)
+        pipe = source.load(number)
+        worker = WorkerProcess(line, pipe, limits, Adapters(pipe, source.loras))
         worker.warm_up()
     except Exception as error:
         explained = exits.explain(error)
@@ -113,7 +115,7 @@ class Stream:
     """
 
     def __init__(self, worker: "WorkerProcess", number: int):
-        self.worker, self.number = worker, number
+        self.worker, self.number, self.lora = worker, number, None
         self.pipe, self.session = worker.pipe, worker.spare_session()
         self.lane = next(worker.lanes)
         self.take = 0  # the newest
@@ -405,7 +407,7 @@ class Job:
     """A whole video, a chunk at a time."""
 
     def __init__(self, worker: "WorkerProcess", number: int, spec: JobSpec, output: Path):
-        self.worker, self.number, self.output = worker, number, output
+        self.worker, self.number, self.output, self.lora = worker, number, output, spec.lora
         self.session = worker.spare_session()
         self.begin = time.perf_counter()
         self.cancelled = False
@@ -484,8 +486,8 @@ class JobCancelled(Exception):
 class WorkerProcess:
     """The pipeline, who uses it, and whose turn it is."""
 
-    def __init__(self, line: Connection, pipe: DiagonalPipeline, limits: Limits):
-        self.line, self.pipe, self.limits = line, pipe, limits
+    def __init__(self, line: Connection, pipe: DiagonalPipeline, limits: Limits, adapters: Adapters):
+        self.line, self.pipe, self.limits, self.adapters = line, pipe, limits, adapters
         video = pipe.config.video
         self.fps, size = video.fps, (video.height, video.width)
         self.encoder = FragmentEncoder(self.fps, size)
@@ -572,6 +574,7 @@ class WorkerProcess:
         own = self.streams if isinstance(turn, Stream) else self.jobs
         own.move_to_end(turn.number)
         try:
+            self.adapters.use(turn.lora)
             more = turn.make()
         except Exception as error:
             if not isinstance(error, UserError):
@@ -629,6 +632,7 @@ class WorkerProcess:
         if number not in self.streams:
             self.streams[number] = Stream(self, number)
         stream = self.streams[number]
+        self.adapters.use(stream.lora)
         try:
             stream.act(control, arrived)
         except UserError as error:

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,6 +65,7 @@ class ModelSource:
 
     config_path: str
     overrides: tuple[str, ...] = ()
+    loras: Mapping[str, str] = field(default_factory=dict)  # files of the adapters that jobs may name
 
     def config(self) -> Config:
         return load_config(self.config_path, self.overrides)
@@ -85,6 +86,7 @@ class JobSpec:
     frames: int | None = None  # pixel frames, 1 + 4 n in whole chunks; None = as configured
     schedule: Schedule | None = None  # None = as configured
     image: Any = None  # uint8 [H, W, 3] that it begins with
+    lora: str | None = None  # name of an adapter of ModelSource
 
 
 @dataclass(frozen=True)
