@@ -24,7 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=PYTHON,
-    packages=find_packages(include=["configs*", "model*", "pipeline*", "server*", "trainer*", "utils*"]),
+    packages=find_packages(include=["client", "configs*", "model*", "pipeline*", "server*", "trainer*", "utils*"]),
     package_data={"": ["py.typed"], "server": ["static/*"], "configs": ["*.yaml", "networks/*.json"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
@@ -33,6 +33,7 @@ setup(
         # the plot of scripts/explore_schedules.py; optical flow in scripts/report.py
         "report": ["matplotlib>=3.10,<4", "opencv-python-headless>=4.14,<5.1"],
         "demo": requirements("requirements-demo.txt"),  # python demo.py
+        "client": requirements("requirements-client.txt"),  # the package client, which needs nothing else
         "dev": requirements("requirements-dev.txt"),
     },
 )

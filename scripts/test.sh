@@ -3,7 +3,7 @@
 # Sets up what is missing (first run only), then runs the linter and all tests. No GPU and no network is needed.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-set_up requirements.txt requirements-demo.txt requirements-dev.txt
+set_up requirements.txt requirements-demo.txt requirements-client.txt requirements-dev.txt
 
 cd "$ROOT"
 "$PYTHON" -m ruff check .

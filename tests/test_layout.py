@@ -11,8 +11,16 @@ from packaging.requirements import Requirement
 
 from configs.load import CHECKOUT, load_config, presets
 
+<<<<<<< HEAD
 LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server")  # a file imports its own and those to its left
 ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "serve.py", "setup.py")
+=======
+# a file imports its own layer and those to its left
+LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server", "client")
+CLIENT_PROGRAMS = ("client/record.py", "client/steer.py")  # examples, which import nothing of the rest
+ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
+REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt", "requirements-client.txt")
+>>>>>>> a6214b4 (A Python client of live streams, on httpx and websockets alone: records, steers, branches; two worker processes in tests, one of which is killed)
 # where the name on the index and the name in Python differ
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
 
@@ -74,9 +82,21 @@ def test_a_file_imports_its_own_layer_and_those_to_its_left():
     assert not wrong
 
 
+def test_the_client_stands_alone():
+    """It can be copied out of here, and used where there is no torch."""
+    alone = {"client", "httpx", "websockets", *sys.stdlib_module_names}
+    client = {file: tree for file, tree in TREES.items() if layer_of(file) == "client"}
+    assert client and not [place(f, n) for f, tree in client.items() for n, m in imported(tree) if m not in alone]
+
+
 def test_only_entry_points_and_scripts_print():
     assert not offenders(
-        lambda file, call: isinstance(call.func, ast.Name) and call.func.id == "print" and layer_of(file) != "top"
+        lambda file, call: (
+            isinstance(call.func, ast.Name)
+            and call.func.id == "print"
+            and layer_of(file) != "top"
+            and place(file) not in CLIENT_PROGRAMS
+        )
     )
 
 
@@ -100,7 +120,9 @@ def test_every_program_is_guarded_before_it_imports_what_may_be_missing_and_whil
     wrong = []
     for file, tree in TREES.items():
         last = tree.body[-1] if tree.body else ast.Pass()
-        if not ast.unparse(last).startswith("if __name__ ==") or file.name == "check_requirements.py":
+        if not ast.unparse(last).startswith("if __name__ ==") or place(file) in CLIENT_PROGRAMS:
+            continue
+        if file.name == "check_requirements.py":
             continue  # that one runs before any package is there, and imports none
         guard = next((i for i, node in enumerate(tree.body) if ast.unparse(node) == "exits.guard(__name__)"), None)
         early = [name for _, name in imported(ast.Module(tree.body[:guard], [])) if name not in sys.stdlib_module_names]
@@ -159,7 +181,7 @@ def test_pages_that_say_python_say_which():
             assert "source .venv/bin/activate\n" in blocks[: first.start()], page.name
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-demo.txt"])
+@pytest.mark.parametrize("name", REQUIREMENTS)
 def test_every_dependency_is_used_and_explained(name):
     lines = (line.partition("#")[0].strip() for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines())
     wanted = [Requirement(line).name for line in lines if line]
@@ -175,7 +197,7 @@ def test_every_dependency_is_used_and_explained(name):
 def test_every_import_is_a_stated_dependency():
     """Nothing works only because another package happens to bring it."""
     stated = {"flash_attn", "triton", "wandb", "setuptools", "packaging", "pip"}  # extras, and the installer's own
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt"):
+    for name in REQUIREMENTS:
         for line in (CHECKOUT / name).read_text(encoding="utf-8").splitlines():
             if line := line.partition("#")[0].strip():
                 package = Requirement(line).name

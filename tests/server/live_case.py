@@ -48,16 +48,9 @@ def serve(pipe, tiny_assets):
         def load(self, rank: int) -> DiagonalPipeline:
             return pipe
 
-    def spawn(worker: Worker, line) -> ThreadedWorker:
-        theirs = os.dup(line.fileno())  # which the front closes
-        arguments = (type(line)(theirs), worker.pool.source, worker.number, worker.pool.limits, os.getppid())
-        thread = ThreadedWorker(target=run_in_thread, args=arguments, daemon=True)
-        thread.start()
-        return thread
-
     def start(**limits) -> int:
         patch = pytest.MonkeyPatch()
-        patch.setattr(Worker, "_spawn", spawn)
+        patch.setattr(Worker, "_spawn", spawn_thread)
         given = Limits(**{"streams": STREAMS, "visitors": STREAMS} | limits)
         pool = WorkerPool(Source(str(tiny_assets / "tiny.yaml")), 1, given)
         start.live = live = LiveServer(pool, given)
@@ -65,8 +58,16 @@ def serve(pipe, tiny_assets):
         app.include_router(live.router())
         server = uvicorn.Server(
             uvicorn.Config(
-                app, port=0, log_config=None, log_level="error", timeout_graceful_shutdown=1, http=HTTPProtocol,
-                ws=WebSocketProtocol, ws_per_message_deflate=False, ws_max_size=MAX_MESSAGE, ws_max_queue=16,
+                app,
+                port=0,
+                log_config=None,
+                log_level="error",
+                timeout_graceful_shutdown=1,
+                http=HTTPProtocol,
+                ws=WebSocketProtocol,
+                ws_per_message_deflate=False,
+                ws_max_size=MAX_MESSAGE,
+                ws_max_queue=16,
             )  # fmt: skip
         )
 
@@ -88,6 +89,14 @@ def serve(pipe, tiny_assets):
     for server, thread in running:
         server.should_exit = True
         thread.join(20)
+
+
+def spawn_thread(worker: Worker, line) -> ThreadedWorker:
+    theirs = os.dup(line.fileno())  # which the front closes
+    arguments = (type(line)(theirs), worker.pool.source, worker.number, worker.pool.limits, os.getppid())
+    thread = ThreadedWorker(target=run_in_thread, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
 def run_in_thread(*arguments) -> None:
@@ -121,7 +130,7 @@ class Visitor:
         return message
 
     async def until(self, *kinds: str, id: int | None = None) -> dict:
-        """The next message of one of these types (video: `init`, `fragment`, `jpeg`), of a control where it has an id."""
+        """The next message of one of these types (of video: `init`, `fragment`, `jpeg`), for a control by its id."""
         while True:
             message = await self.next()
             if message.get("type", message.get("kind")) in kinds and (id is None or message.get("id") == id):

@@ -19,8 +19,7 @@ from server.player import Player
 
 QUERY = "?token=open%20sesame%20123"
 UPGRADE = (
-    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-    f"Sec-WebSocket-Key: {'A' * 22}==\r\n"
+    f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\n"
 )
 MALFORMED = ["[", "[::1", "]", "::1]", "a:b:c", "a:99999999", "\xff", "\xe4\xf6", "a b", "//", "http://", "@", "%"]
 

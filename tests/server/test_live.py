@@ -177,7 +177,7 @@ def test_nothing_is_made_far_ahead_of_what_is_shown(serve):  # noqa: F811
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 made += await me.chunks(1)
-        await me.line.send(json.dumps({"type": "shown", "take": 1, "frame": 10**9}))  # more than was sent counts as that
+        await me.line.send(json.dumps({"type": "shown", "take": 1, "frame": 10**9}))  # counts as what was sent
         made += await me.chunks(2)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):

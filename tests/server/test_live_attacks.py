@@ -18,8 +18,7 @@ from pipeline.stream import StreamSession
 from server.limits import MAX_MESSAGE
 
 UPGRADE = (
-    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-    f"Sec-WebSocket-Key: {'A' * 22}==\r\n"
+    f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\n"
 )
 
 

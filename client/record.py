@@ -1,0 +1,50 @@
+"""Record a live stream into an MP4 that plays.
+
+python -m client.record http://127.0.0.1:7860 "a red circle moves right" circle.mp4 --seconds 10
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+
+from client import LiveClient, LiveError, Recorder
+
+
+async def record(
+    url: str, prompt: str, path: str, *, seconds: float | None = None, seed: int = 0, key: str | None = None
+) -> int:
+    """Record until the video's length is reached; the number of frames. The file is whole whenever it ends."""
+    async with LiveClient(url, key) as live:
+        with Recorder(path) as recorder:
+            await live.open(prompt, seed=seed, seconds=seconds)
+            async for chunk in live:
+                recorder.write(chunk)
+        return recorder.frames
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m client.record", description=__doc__.partition("\n")[0])
+    parser.add_argument("url", help="where the server listens: http://127.0.0.1:7860")
+    parser.add_argument("prompt")
+    parser.add_argument("path", help="the MP4 file")
+    parser.add_argument("--seconds", type=float, help="of video (default: as long as the server allows)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
+    args = parser.parse_args(argv)
+    try:
+        frames = asyncio.run(
+            record(args.url, args.prompt, args.path, seconds=args.seconds, seed=args.seed, key=args.key)
+        )
+    except (LiveError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; {args.path} holds what was made", file=sys.stderr)
+        return 130
+    print(f"{args.path}: {frames} frames")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Chunks into an MP4 that plays: the video as it was after the last branch."""
+
+import os
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from client.live import Chunk
+
+
+class Recorder:
+    """A context manager that writes fragments as they come, to a `.partial` file that plays at any time.
+
+    It gets its name when the block ends, also by an error, if it holds a chunk. A chunk that goes back (`seek`,
+    `branch`) takes the place of what was recorded from there on. ValueError for a chunk that does not go on from what
+    is in the file: a branch of a take that was replaced.
+    """
+
+    def __init__(self, path: str | PathLike):
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self.frames = 0
+        self._places: dict[int, int] = {}  # first frame of each chunk -> where in the file it begins
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "Recorder":
+        self._file = open(self.partial, "wb")  # noqa: SIM115  closed by __exit__
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self.frames:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
+
+    def write(self, chunk: Chunk) -> None:
+        """Append a chunk of fragmented MP4, or put it in the place of those that began at its frame and later."""
+        if not chunk.init:
+            raise ValueError("the chunk is JPEG; open the stream with video='fmp4' to record it")
+        if chunk.frame < self.frames:
+            if chunk.frame not in self._places:
+                raise ValueError(f"no chunk that was recorded begins at frame {chunk.frame}")
+            self._file.seek(self._places[chunk.frame])
+            self._file.truncate()
+            self._places = {frame: place for frame, place in self._places.items() if frame < chunk.frame}
+        elif chunk.frame > self.frames:
+            raise ValueError(f"the chunk begins at frame {chunk.frame}, and {self.frames} frames were recorded")
+        if not self._file.tell():
+            self._file.write(chunk.init)
+        self._places[chunk.frame] = self._file.tell()
+        self._file.write(chunk.data)
+        self._file.flush()
+        self.frames = chunk.frame + chunk.frames

@@ -1,0 +1,66 @@
+"""Steer a live stream: prompts that come in at their time, recorded as one video.
+
+python -m client.steer http://127.0.0.1:7860 story.mp4 "a red circle moves right" 4:"a blue circle moves right"
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from client import LiveClient, LiveError, Place, Recorder
+
+Cue = tuple[float, str]  # seconds of the video, prompt
+
+
+async def steer(
+    url: str, path: str, cues: Sequence[Cue], *, seconds: float, seed: int = 0, key: str | None = None
+) -> list[Place]:
+    """Play the first cue's prompt and change to each later one at its time; from where on each shows.
+
+    A prompt shows from the chunk that is made next, so it is sent as soon as the chunk before its time is there.
+    """
+    first, *later = cues
+    receipts = []
+    async with LiveClient(url, key, paced=True) as live:
+        with Recorder(path) as recorder:
+            receipts.append(await live.open(first[1], seed=seed, seconds=seconds))
+            async for chunk in live:
+                recorder.write(chunk)
+                end = (recorder.frames + live.hello["chunk_frames"]) / live.hello["fps"]
+                while later and later[0][0] < end:
+                    receipts.append(await live.set_prompt(later.pop(0)[1]))
+                await live.shown(chunk)
+        return [await receipt.applied for receipt in receipts]
+
+
+def cue(text: str) -> Cue:
+    """`4:a blue circle` is a prompt at 4 s."""
+    time, colon, prompt = text.partition(":")
+    if not colon:
+        return 0.0, text
+    return float(time), prompt
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m client.steer", description=__doc__.partition("\n")[0])
+    parser.add_argument("url", help="where the server listens: http://127.0.0.1:7860")
+    parser.add_argument("path", help="the MP4 file")
+    parser.add_argument("cues", nargs="+", type=cue, metavar="SECONDS:PROMPT", help="the first one begins the video")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of video (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
+    args = parser.parse_args(argv)
+    try:
+        places = asyncio.run(steer(args.url, args.path, args.cues, seconds=args.seconds, seed=args.seed, key=args.key))
+    except (LiveError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for (_, prompt), place in zip(args.cues, places, strict=True):
+        print(f"frame {place.frame}: {prompt}", *place.warnings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

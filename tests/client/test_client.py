@@ -1,0 +1,118 @@
+"""The Python client, against the live server over real sockets."""
+
+import asyncio
+
+import av
+import pytest
+from live_case import OTHER, PROMPT, pipe, serve  # noqa: F401  (fixtures)
+from PIL import Image
+from test_pictures import encoded, gradient
+
+from client import LiveClient, LiveError, Recorder, Refused, StreamEnded, record, steer
+
+
+@pytest.fixture(scope="module")
+def url(serve):  # noqa: F811
+    return f"http://127.0.0.1:{serve()}"
+
+
+def frames(path) -> list[float]:
+    """Times of the frames that a file shows, seconds."""
+    with av.open(str(path)) as file:
+        return [frame.time for frame in file.decode(video=0)]
+
+
+def test_a_stream_is_recorded_into_a_file_that_plays(url, tmp_path, capsys):
+    assert record.main([url, PROMPT, str(tmp_path / "x.mp4"), "--seconds", "3"]) == 0
+    assert "57 frames" in capsys.readouterr().out
+    assert frames(tmp_path / "x.mp4") == pytest.approx([i / 16 for i in range(57)])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
+
+
+def test_prompts_come_in_at_their_time(url, tmp_path, capsys):
+    cues = [PROMPT, f"2:{OTHER}"]
+    assert steer.main([url, str(tmp_path / "x.mp4"), *cues, "--seconds", "4"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"frame 0: {PROMPT}")
+    shown = int(second.split()[1].rstrip(":"))
+    assert 32 - 12 <= shown <= 32 + 24 and len(frames(tmp_path / "x.mp4")) == 69
+
+
+def test_a_branch_takes_the_place_of_what_was_recorded(url, tmp_path):
+    async def run():
+        seen = []
+        async with LiveClient(url) as live:
+            with Recorder(tmp_path / "x.mp4") as recorder:
+                await live.open(PROMPT, seconds=4)
+                branched = None
+                async for chunk in live:
+                    recorder.write(chunk)
+                    seen.append(chunk)
+                    if chunk.chunk == 3 and branched is None:
+                        branched = await live.branch(2, prompt=OTHER, seed=3)
+            place = await branched.applied
+            return seen, place, dict(live.takes)
+
+    seen, place, takes = asyncio.run(run())
+    assert (place.take, place.chunk, place.frame) == (2, 2, 21) and takes[2]["parent"] == 1
+    chunks = [(chunk.take, chunk.chunk) for chunk in seen]
+    assert chunks == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4), (2, 5)]
+    assert seen[-1].prompt == OTHER and seen[-1].thumbnail[:2] == b"\xff\xd8"
+    assert frames(tmp_path / "x.mp4") == pytest.approx([i / 16 for i in range(69)])
+
+
+def test_what_the_server_says_no_to_is_an_error(url, serve, tmp_path):  # noqa: F811
+    full = f"http://127.0.0.1:{serve(streams=1)}"
+
+    async def run():
+        async with LiveClient(url) as live:
+            with pytest.raises(LiveError, match="nothing has been opened"):
+                await live.set_seed(3)
+            with pytest.raises(LiveError, match="is unknown"):
+                await live.open(PROMPT, schedule={"preset": "none"})
+            with pytest.raises(LiveError, match=r"cannot be read.*\(422\)"):
+                await live.open(PROMPT, image=b"no picture")
+            assert (await live.describe({"steps": [2]}))["nfe"] == 4
+            receipt = await live.open(PROMPT, image=encoded(Image.fromarray(gradient(64, 64))), video="jpeg")
+            first = await anext(live)
+            assert len(first.parts) == 9 and not first.init and (await receipt.applied).take == 1
+            with pytest.raises(ValueError, match="is JPEG"), Recorder(tmp_path / "x.mp4") as recorder:
+                recorder.write(first)
+            seek = await live.seek(7)
+            with pytest.raises(LiveError, match="not kept"):
+                await seek.applied
+            await live.pause()
+            await live.resume()
+            await live.close()
+            async for _ in live:
+                pass
+        async with LiveClient(full) as one, LiveClient(full) as other:
+            await one.open(PROMPT)
+            with pytest.raises(Refused, match="are all") as refused:
+                await other.open(PROMPT)
+            assert refused.value.retry_after > 0
+
+    asyncio.run(run())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_not_there_is_a_sentence(tmp_path, capsys):
+    assert record.main(["http://127.0.0.1:9", PROMPT, str(tmp_path / "x.mp4")]) == 2
+    assert "cannot be reached" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_broken_connection_is_told(url, serve):  # noqa: F811
+    async def run():
+        async with LiveClient(url) as live:
+            receipt = await live.open(PROMPT)
+            place = await receipt.applied
+            live._socket.transport.abort()
+            with pytest.raises(StreamEnded) as ended:
+                async for _ in live:
+                    pass
+            with pytest.raises(LiveError):
+                await live.set_prompt(OTHER)
+            return ended.value.reason, place
+
+    reason, place = asyncio.run(run())
+    assert reason == "closed" and place.chunk == 0

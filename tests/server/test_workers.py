@@ -1,0 +1,200 @@
+"""Worker processes with the tiny model: streams, jobs, and one that is killed."""
+
+import asyncio
+import io
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from live_case import OTHER, PROMPT, spawn_thread
+from PIL import Image
+
+from configs.errors import UserError
+from model.schedule import Schedule
+from server.controls import Control
+from server.limits import Limits
+from server.workers import (
+    HEADROOM,
+    Costs,
+    JobFailed,
+    JobSpec,
+    ModelSource,
+    Refused,
+    Video,
+    Worker,
+    WorkerDied,
+    WorkerPool,
+    WorkerSession,
+    later_nfe,
+)  # fmt: skip
+from utils.video import read_video
+
+OPEN = Control("open", 1, prompt=PROMPT, seed=1)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def pool(runner, tiny_assets):
+    """Two processes, started once."""
+    pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml")), 2, Limits(streams=4))
+    runner.run(pool.start())
+    yield pool
+    processes = [worker._process for worker in pool.workers]
+    runner.run(pool.stop())
+    assert not any(process.is_alive() for process in processes)
+
+
+async def chunks(session: WorkerSession, count: int) -> list[Video]:
+    """The next chunks; each counts as shown at once."""
+    found = []
+    while len(found) < count:
+        item = await asyncio.wait_for(anext(session), 120)
+        if isinstance(item, Video) and item.header["kind"] == "fragment":
+            found.append(item)
+            end = item.header["frame"] + item.header["frames"]
+            session.control(Control("shown", take=item.header["take"], frame=end))
+    return found
+
+
+def test_a_worker_that_is_killed_takes_its_own_streams_alone_and_comes_back(pool, runner):
+    async def script():
+        one, other = pool.open(OPEN), pool.open(OPEN)
+        assert {one.worker, other.worker} == {0, 1}, "to the worker with the most time to spare"
+        assert [w["sessions"] for w in pool.status()] == [1, 1] and pool.status()[one.worker]["gpu_memory"] == 0
+        first = await chunks(one, 2), await chunks(other, 2)
+        assert [c.payload for c in first[0]] == [c.payload for c in first[1]], "the same on any worker"
+        job = asyncio.create_task(consume(pool, JobSpec(PROMPT, frames=9 + 12 * 200)))
+        while not pool.workers[one.worker].jobs and not pool.workers[other.worker].jobs:
+            await asyncio.sleep(0.01)
+        if pool.workers[other.worker].jobs:
+            one, other = other, one
+        os.kill(pool.status()[one.worker]["pid"], signal.SIGKILL)
+        items = [item async for item in one]
+        assert items[-1]["type"] == "ended" and items[-1]["reason"] == "worker" and one.lost
+        with pytest.raises(WorkerDied, match="exit code -9"):
+            await job
+        assert pool.status()[one.worker]["state"] == "restarting"
+        after = await chunks(other, 6)
+        assert [c.header["chunk"] for c in after] == list(range(2, 8)), "no lost frame"
+        again = pool.open(OPEN)
+        assert again.worker == other.worker, "the only one that is ready"
+        while pool.status()[one.worker]["state"] != "ready":
+            await asyncio.sleep(0.1)
+        assert pool.status()[one.worker]["restarts"] == 1
+        back = pool.open(OPEN)
+        assert back.worker == one.worker and (await chunks(back, 2))[0].payload == first[0][0].payload
+        for session in (other, again, back):
+            session.close()
+        assert [w["sessions"] for w in pool.status()] == [0, 0]
+
+    runner.run(asyncio.wait_for(script(), 300))
+
+
+async def consume(pool: WorkerPool, spec: JobSpec, path=os.devnull + ".mp4") -> list[dict]:
+    return [event async for event in pool.run_job(spec, path)]
+
+
+def test_a_job_is_made_in_the_turns_that_streams_leave(pool, runner, tmp_path):
+    async def script():
+        sessions = [pool.open(OPEN), pool.open(OPEN)]
+        made = asyncio.gather(*(chunks(session, 6) for session in sessions))
+        schedule = replace(pool.schedule, timesteps_by_chunk=((1000.0,),))
+        spec = JobSpec(OTHER, seed=3, frames=33, schedule=schedule, image=np.zeros((32, 48, 3), np.uint8))
+        events = await consume(pool, spec, tmp_path / "x.mp4")
+        await made
+        for session in sessions:
+            session.close()
+        return events
+
+    *progress, done = runner.run(asyncio.wait_for(script(), 300))
+    assert [(e["chunk"], e["chunks"]) for e in progress] == [(1, 3), (2, 3), (3, 3)]
+    assert done["type"] == "done" and done["frames"] == 33 and "not trained to begin" in done["warnings"][0]
+    assert Image.open(io.BytesIO(done["thumbnail"])).width == 480 and len(read_video(tmp_path / "x.mp4")) == 33
+    assert os.listdir(tmp_path) == ["x.mp4"]
+
+
+def test_a_job_that_is_cancelled_or_cannot_be_leaves_no_file(pool, runner, tmp_path):
+    async def script():
+        events = pool.run_job(JobSpec(PROMPT, frames=9 + 12 * 1000), tmp_path / "x.mp4")
+        assert (await anext(events))["chunk"] == 1
+        await events.aclose()
+        with pytest.raises(JobFailed, match="whole number of chunks"):
+            await consume(pool, JobSpec(PROMPT, frames=13), tmp_path / "x.mp4")
+        with pytest.raises(JobFailed, match="cannot"):
+            await consume(pool, JobSpec(PROMPT, frames=9), "/proc/none/x.mp4")
+        await consume(pool, JobSpec(PROMPT, frames=9), tmp_path / "y.mp4")
+
+    runner.run(asyncio.wait_for(script(), 300))
+    assert os.listdir(tmp_path) == ["y.mp4"]
+
+
+def test_what_cannot_be_loaded_is_a_sentence(runner, tiny_assets, monkeypatch):
+    monkeypatch.setattr(Worker, "_spawn", spawn_thread)
+    pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml"), ("model.student=none",)), 1)
+    with pytest.raises(UserError, match="none"):
+        runner.run(pool.start())
+    assert not pool.workers[0]._process.is_alive()
+    with pytest.raises(UserError, match="--workers=0"):
+        WorkerPool(ModelSource("configs/tiny.yaml"), 0)
+
+
+def test_streams_are_let_in_as_long_as_they_can_be_kept(tiny_assets):
+    """By what a chunk costs: cheaper schedules, more streams; a schedule that would be too much is refused."""
+    pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml")), 1)
+    with pytest.raises(Refused, match="being loaded"):
+        pool.open(OPEN)
+    worker: Worker = pool.workers[0]
+    nfe = later_nfe(pool.schedule)
+    worker.state, worker.about = "ready", {"most_streams": 100}
+    worker.costs = Costs(evaluation=0.2 / (nfe + 1), decode=1.0, frames=12, fps=16)  # 0.2 s a chunk of 0.75 s
+    worker.send = lambda *message: None
+    assert worker.capacity == int(HEADROOM * 0.75 / 0.2) == 3
+    sessions = [pool.open(OPEN) for _ in range(3)]
+    with pytest.raises(Refused, match="3 streams take 80%.*this one would take 27%"):
+        pool.open(OPEN)
+    dear = replace(pool.schedule, timesteps_by_chunk=(tuple(range(900, 0, -70)),))
+    with pytest.raises(Refused):
+        sessions[0].control(Control("set_schedule", 2, schedule=dear))
+    assert worker.load == pytest.approx(0.8), "nothing has changed"
+    sessions[0].close()
+    pool.open(OPEN)
+    cheap = Schedule(timesteps_by_chunk=((1000.0,),))
+    for session in list(worker.sessions.values()):
+        session.control(Control("set_schedule", 2, schedule=cheap))
+    assert worker.load == pytest.approx(0.8 * 2 / (nfe + 1))
+    for session in list(worker.sessions.values()):
+        session.close()
+    alone = pool.open(replace(OPEN, schedule=dear))
+    assert worker.load > HEADROOM, "a stream alone is let in, however slow"
+    alone.close()
+    for _ in range(200):
+        worker.costs.learn(0.05, nfe)
+    assert worker.capacity >= 12, "the machine was faster than at the start"
+
+
+def test_deaths_are_answered_ever_later(tiny_assets, monkeypatch):
+    delays = []
+
+    async def script():
+        monkeypatch.setattr(
+            asyncio.get_running_loop(), "call_later", lambda delay, call: delays.append(delay), raising=False
+        )
+        pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml")), 1)
+        worker = pool.workers[0]
+        worker._process = type("Process", (), {"exitcode": -9})()
+        worker.state, worker._since = "ready", time.monotonic()
+        for _ in range(9):
+            worker._ended()
+        worker.state, worker._since = "ready", time.monotonic() - 3600
+        worker._ended()
+
+    asyncio.run(script())
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60, 1]
