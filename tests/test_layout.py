@@ -11,16 +11,11 @@ from packaging.requirements import Requirement
 
 from configs.load import CHECKOUT, load_config, presets
 
-<<<<<<< HEAD
-LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server")  # a file imports its own and those to its left
-ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "serve.py", "setup.py")
-=======
 # a file imports its own layer and those to its left
 LAYERS = ("configs", "utils", "model", "pipeline", "trainer", "server", "client")
 CLIENT_PROGRAMS = ("client/record.py", "client/steer.py")  # examples, which import nothing of the rest
-ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "setup.py")
+ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "serve.py", "setup.py")
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt", "requirements-client.txt")
->>>>>>> a6214b4 (A Python client of live streams, on httpx and websockets alone: records, steers, branches; two worker processes in tests, one of which is killed)
 # where the name on the index and the name in Python differ
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
 

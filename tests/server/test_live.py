@@ -37,7 +37,7 @@ def test_a_video_is_played_as_one_file_of_fragments(port, pipe):  # noqa: F811
         (k, pixel_frames(3 * k), 9 if k == 0 else 12) for k in range(5)
     ]
     assert ended["reason"] == "length" and made[0]["steps"] == len(pipe.schedule.timesteps(0))
-    asked = pipe(PROMPT, seed=1, num_frames=57).frames
+    asked = np.concatenate(list(pipe.stream(PROMPT, seed=1, num_frames=57)))
     encoder = FragmentEncoder(hello["fps"], (32, 48))
     assert init["parts"][0] == encoder.init
     for c in made:

@@ -46,7 +46,7 @@ def test_a_video_begins_with_the_picture_that_was_uploaded(port, pipe):  # noqa:
 
     refused, answer, begun, plain, take, again = visit(port, script)
     assert "no picture was uploaded" in refused["message"] and answer == (204, "")
-    made = pipe(PROMPT, seed=1, num_frames=9, image=RED).frames[0].astype(int)
+    made = next(pipe.stream(PROMPT, seed=1, num_frames=9, image=RED))[0].astype(int)
     shown = np.asarray(Image.open(io.BytesIO(begun[0]["parts"][0]))).astype(int)
     assert np.abs(shown - made).mean() < 4, "JPEG apart, the first frame is what the API makes of the picture"
     assert plain[0]["parts"] != begun[0]["parts"] == again[0]["parts"] and plain[0]["take"] == 2
