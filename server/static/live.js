@@ -1,0 +1,72 @@
+// One stream over the live protocol, version 1 (docs/streaming.md): controls out, messages and video in.
+export const folder = location.pathname.replace(/[^/]*$/, ""); // a proxy may show the page below a path
+const RETRY = 1013, RETRY_MS = 1000; // close code of a server that is not ready or full
+
+export class LiveStream {
+  // on: {hello, take, applied, ended, schedule, refused, error}, each called with a message; video(header, parts), where
+  // parts are Uint8Arrays; waiting(reason): the server is not ready, another attempt follows; closed(reason)
+  constructor(on) {
+    this.on = on;
+    this.number = 0;
+    this.take = null; // the newest
+    this.waiting = new Map(); // id -> control that has no receipt yet
+    this.connect();
+  }
+
+  connect() {
+    this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${folder}v1/live`);
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.heard(JSON.parse(data)) : this.got(data));
+    this.socket.onclose = ({ code, reason }) => {
+      if (code !== RETRY || this.session) return this.on.closed?.(reason);
+      this.on.waiting?.(reason);
+      this.retry = setTimeout(() => this.connect(), RETRY_MS);
+    };
+  }
+
+  get open() { return this.socket.readyState === WebSocket.OPEN; }
+
+  // Sends a control and returns its id; null where the connection is closed. `fields` without a value are left out.
+  send(type, fields = {}) {
+    if (!this.open) return null;
+    const id = ++this.number;
+    this.waiting.set(id, { type, ...fields });
+    this.socket.send(JSON.stringify({ type, id, ...fields }));
+    return id;
+  }
+
+  shown(frame) {
+    if (this.open && this.take !== null) this.socket.send(JSON.stringify({ type: "shown", take: this.take, frame }));
+  }
+
+  heard(message) {
+    if (message.type === "hello") this.session = message.session;
+    if (message.type === "take") this.take = message.take;
+    const control = this.waiting.get(message.id);
+    if (["applied", "schedule", "refused", "error"].includes(message.type)) this.waiting.delete(message.id);
+    this.on[message.type]?.(message, control);
+  }
+
+  got(data) {
+    const size = new DataView(data).getUint32(0, true);
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, size)));
+    if (header.take !== this.take) return; // of a take that was left
+    let at = 4 + size;
+    const parts = header.sizes.map((n) => new Uint8Array(data, (at += n) - n, n));
+    this.on.video(header, parts);
+  }
+
+  // Throws an Error with a sentence where the picture is not taken.
+  async upload(file) {
+    const answer = await fetch(`${folder}v1/live/${this.session}/image`, { method: "POST", body: file });
+    if (answer.ok) return;
+    const { error, detail } = await answer.json().catch(() => ({}));
+    throw new Error(error?.message || detail || `The picture was not taken (${answer.status}).`);
+  }
+
+  close() {
+    clearTimeout(this.retry);
+    this.on = { video() {} };
+    this.socket.close(1000);
+  }
+}

@@ -1,0 +1,228 @@
+"""The page in a real browser without a window: played, steered, compared, by keyboard, on a phone, in the dark.
+
+Skipped where Playwright or a system Chromium is missing. DIAGONAL_SCREENSHOTS=FOLDER keeps pictures to look at.
+"""
+
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+
+import av
+import pytest
+from api_case import ALICE, KEYS, Running
+from PIL import Image
+
+from server.access import Keys
+from server.limits import Limits
+from server.workers import ModelSource, WorkerPool
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One worker with the tiny model, which takes four streams however slow the machine is."""
+    pool = WorkerPool(ModelSource("configs/tiny.yaml"), limits=Limits(streams=4))
+    with Running(tmp_path_factory.mktemp("jobs"), pool, keys=Keys({})) as running:
+        yield running
+
+
+@pytest.fixture
+def open_page(browser, request):
+    """`open_page(url, **of new_page) -> page` with what went wrong in it in `page.problems`."""
+    pages = []
+
+    def start(url: str, script: str = "", **options):
+        page = browser.new_page(**options)
+        page.problems = []
+        page.on("console", lambda m: page.problems.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        if script:
+            page.add_init_script(script)
+        page.goto(url)
+        pages.append(page)
+        return page
+
+    yield start
+    folder = os.environ.get("DIAGONAL_SCREENSHOTS")
+    for number, page in enumerate(pages):
+        if folder:
+            page.screenshot(path=Path(folder) / f"{request.node.name}{number}.png", full_page=True)
+        page.close()
+
+
+@pytest.fixture
+def visit(open_page, server):
+    """`visit(**of new_page) -> page` that is connected."""
+
+    def start(**options):
+        page = open_page(server.url + options.pop("anchor", ""), **options)
+        wait(page, "document.querySelector('.table')?.textContent.includes('total')")
+        return page
+
+    return start
+
+
+def wait(page, condition: str, seconds: float = 120) -> None:
+    """Until `condition` is true in the page. Playwright's own wait would need `eval`, which the page forbids."""
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, f"{condition}: {page.inner_text('#status')}"
+        page.wait_for_timeout(30)
+
+
+def wait_status(page, text: str) -> None:
+    wait(page, f"document.querySelector('#status').textContent.includes({text!r})")
+
+
+def wait_tiles(page, count: int, where: str = ".strip") -> None:
+    wait(page, f"document.querySelectorAll('{where} li').length >= {count}")
+
+
+def test_a_visit_by_mouse(visit):
+    page = visit(viewport=DESKTOP)
+    assert page.is_hidden(".numbers"), "figures come with the first video"
+    page.fill("#prompt", "a red circle moves right")
+    page.click("#play")
+    wait_status(page, "Playing: a red circle")
+    assert page.inner_text(".nfe") == "17" and float(page.inner_text(".latency")) < 30_000
+    wait_tiles(page, 3)
+    page.fill("#prompt", "a blue square moves up")
+    page.click("#change")
+    wait_status(page, "The new prompt shows from")
+    wait(page, "document.querySelector('.screen').dataset.prompt === 'a blue square moves up'")
+
+    page.fill("#prompt", "a green triangle moves left")
+    page.click(".strip li:nth-child(3) button")
+    wait_status(page, "Playing: a green triangle")
+    wait_tiles(page, 2, ".strip section:nth-child(2)")
+    branch = page.inner_text(".strip section:nth-child(2) p")
+    assert "Take 2, from 1.3 s of take 1 on: “a green triangle moves left”, seed 0" in branch
+
+    page.click("#pause")
+    assert page.inner_text("#pause") == "Resume"
+    page.wait_for_timeout(300)
+    at = page.evaluate("document.querySelector('video').currentTime")
+    page.wait_for_timeout(400)
+    assert page.evaluate("document.querySelector('video').currentTime") == at
+    page.click("#pause")
+    wait(page, f"document.querySelector('video').currentTime > {at}")
+
+    chunks = len(page.query_selector_all(".strip section:nth-child(2) li"))
+    with page.expect_download() as download:
+        page.click(".strip section:nth-child(2) .mp4")
+    assert download.value.suggested_filename == "a-green-triangle-moves-left-seed0-take2.mp4"
+    with av.open(str(download.value.path())) as file:
+        frames = sum(1 for _ in file.decode(video=0))
+    assert frames % 12 == 9 and frames >= 9 + 12 * (1 + chunks), "what the branch shares is in its file"
+    assert not page.problems, page.problems
+
+
+def test_a_visit_by_keyboard_on_a_phone_in_the_dark(visit):
+    page = visit(viewport=PHONE, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing sticks out"
+    play = page.locator("#play").bounding_box()
+    assert play["y"] + play["height"] <= 740, "prompt and Play are on the first screen"
+    assert play["height"] == page.locator("#change").bounding_box()["height"], "each button's name is one line"
+    page.focus("#prompt")
+    page.keyboard.press("Shift+Enter")
+    assert page.input_value("#prompt").endswith("\n") and page.query_selector(".strip li") is None
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a green triangle moves left")
+    page.keyboard.press("Enter")
+    wait_tiles(page, 2)
+    label = "document.querySelector('.screen').getAttribute('aria-label')"
+    wait(page, f"{label} === 'Video of: a green triangle moves left'")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Space")
+    assert page.inner_text("#pause") == "Resume"
+    page.focus(".slider input")
+    before = page.inner_text(".cost")
+    page.keyboard.press("ArrowLeft")
+    wait(page, f"document.querySelector('.cost').textContent !== {before!r}")
+    box = page.locator(".picture").bounding_box()
+    assert -1 <= box["y"] <= 740 - box["height"], "the picture stays in sight while the form is used"
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, input, select, textarea')]"
+        ".filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length"
+    )
+    assert unnamed == 0, "every control has a name"
+    assert not page.problems, page.problems
+
+
+def test_two_schedules_side_by_side_and_the_link_that_restores_them(visit):
+    page = visit(viewport=DESKTOP)
+    page.fill("#prompt", "a blue square moves up")
+    page.fill("#seed", "5")
+    page.click("#compare")
+    wait(page, "document.querySelectorAll('.screen').length === 2")
+    page.click("#play")
+    for pane in (1, 2):
+        wait_tiles(page, 2, f".pane:nth-child({pane})")
+    assert [output.inner_text() for output in page.query_selector_all(".nfe")] == ["17", "35"]
+    page.click("#share")
+    wait_status(page, "link is")
+    anchor = page.evaluate("location.hash")
+    page.click("#compare")
+    assert len(page.query_selector_all(".pane")) == 1
+    other = visit(viewport=PHONE, anchor="/" + anchor)
+    assert other.input_value("#prompt") == "a blue square moves up" and other.input_value("#seed") == "5"
+    wait(other, "document.querySelectorAll('.table').length === 2")
+    wait(other, "document.querySelectorAll('.table')[1].textContent.includes('35 NFE')")
+    assert not page.problems + other.problems, page.problems + other.problems
+
+
+def test_without_media_source_extensions_frames_are_pictures(visit):
+    page = visit(viewport=DESKTOP, script="delete window.MediaSource; delete window.ManagedMediaSource;")
+    page.click("#play")
+    wait_tiles(page, 4)
+    wait(page, "document.querySelector('canvas').dataset.prompt !== undefined")
+    lit = "document.querySelector('canvas').getContext('2d').getImageData(5, 5, 1, 1).data[0]"
+    assert page.evaluate(lit) > 50 and page.query_selector(".mp4") is None
+    assert not page.problems, page.problems
+
+
+def test_a_picture_to_begin_with_and_words_that_the_model_does_not_know(visit):
+    page, red = visit(viewport=DESKTOP), io.BytesIO()
+    Image.new("RGB", (300, 200), (200, 30, 30)).save(red, "png")
+    assert "not trained" not in page.inner_text("#image-hint")
+    page.set_input_files("#image", {"name": "x.txt", "mimeType": "image/png", "buffer": b"no picture"})
+    wait_status(page, "cannot be read")
+    assert page.is_hidden("#preview")
+    page.problems.clear()  # the browser reports the refusal, too
+    page.set_input_files("#image", {"name": "red.png", "mimeType": "image/png", "buffer": red.getvalue()})
+    wait_status(page, "begins with this picture")
+    page.fill("#prompt", "a panda moves right")
+    page.click("#play")
+    wait_tiles(page, 1)
+    assert "panda" in page.inner_text(".warnings")
+    page.click("#no-image")
+    assert page.is_hidden("#preview") and "without" in page.inner_text("#status")
+    assert not page.problems, page.problems
+
+
+def test_a_server_with_keys_asks_for_one_and_a_page_waits_for_the_model(open_page, tmp_path):
+    with Running(tmp_path, keys=KEYS) as running:
+        page = open_page(running.url, viewport=DESKTOP)
+        page.wait_for_selector("#access[open]")
+        page.fill("#key", "a-wrong-key-0123456789")
+        page.keyboard.press("Enter")
+        wait(page, "document.querySelector('#key-status').textContent.includes('not known')")
+        page.fill("#key", ALICE)
+        with page.expect_navigation():
+            page.keyboard.press("Enter")
+        wait_status(page, "being loaded")
+        assert ALICE not in page.url
