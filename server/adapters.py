@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Config
 from model.denoiser import Student
-from model.fast.student import FastPlan, optimise
+from model.fast.student import FastPlan, optimize_student
 from model.weights.load import load_student
 from pipeline.diagonal import DiagonalPipeline, load_loras
 
@@ -61,8 +61,8 @@ def _student(config: Config, file: str, device: torch.device, dtype: torch.dtype
     model = load_student(names.student, device, dtype, use_ema=names.use_ema)
     load_loras(model, names)
     plan = FastPlan.from_config(places, device)
-    if not plan.plain:
-        optimise(Student(model), plan)
+    if not plan.is_noop:
+        optimize_student(Student(model), plan)
     return model
 
 
