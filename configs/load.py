@@ -53,7 +53,10 @@ IDLE = {  # as stored by default
     "inference.fused_gelu": "true",
     "inference.fused_norms": "true",
 }
-MOVED = {("inference", "cpu_threads"): "cpu_threads"}  # from a section to the top
+MOVED = {  # old key -> new key
+    "inference.cpu_threads": "cpu_threads",
+    "training.flow.own_share": "training.flow.self_rollout_ratio",
+}
 PIPELINE = "pipeline.json"  # settings of a folder with all weights, which are in these places
 FOLDER_OF = {name: name for name in ("vae", "text_encoder", "tokenizer")}
 FOLDER_OF |= {"student": "transformer", "tiny_decoder": "tiny_decoder.safetensors"}
@@ -66,8 +69,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     UserError for anything unknown, mistyped or out of range.
     """
-    files = [as_meant(_check(_moved(layer), Config, "")) for layer in _layers(Path(path), ())]
-    given = [as_meant(_check(_moved(_override(text)), Config, "")) for text in overrides]
+    files = [as_meant(_check(moved(layer), Config, "")) for layer in _layers(Path(path), ())]
+    given = [as_meant(_check(moved(_override(text)), Config, "")) for text in overrides]
     layers = [*files, *given]
     _check_context([[layer] for layer in files] + [given])
     try:
@@ -214,10 +217,7 @@ def _override(text: str) -> dict:
         raise UserError(f"override={shown(text)} is not of the form key.sub=value; try video.fps=16")
     if names == ["base"]:
         raise UserError(f"override={shown(text)} cannot change the base of a file; pass --config_path {shown(value)}")
-    values = _parse(value, f"override={shown(text)}")
-    for name in reversed(names):
-        values = {name: values}
-    return values
+    return _nested(".".join(names), _parse(value, f"override={shown(text)}"))
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -228,14 +228,37 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
-def _moved(values: dict) -> dict:
-    """`values` with the settings that have another place by now in that place."""
-    for (section, key), now in MOVED.items():
-        inner = values[section] if section in values else None
+def moved(values: dict) -> dict:
+    """`values` with renamed settings under their new names, and a warning for each; a new name that is there wins."""
+    for old, new in MOVED.items():
+        *sections, key = old.split(".")
+        inner: Any = values
+        for name in sections:
+            inner = inner[name] if isinstance(inner, dict) and name in inner else None
         if isinstance(inner, dict) and key in inner:
-            log.warning("%s.%s is called %s by now", section, key, now)
-            values = {now: inner[key]} | values | {section: {k: v for k, v in inner.items() if k != key}}
+            log.warning("%s is called %s by now", old, new)
+            values = _merged(_nested(new, inner[key]), _without(values, [*sections, key]))
     return values
+
+
+def _nested(key: str, value: Any) -> dict:
+    """`a.b` and a value as {"a": {"b": value}}."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _without(values: dict, path: list[str]) -> dict:
+    name, *rest = path
+    if rest:
+        return values | {name: _without(values[name], rest)}
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _merged(values: dict, over: dict) -> dict:
+    """`values` with those of `over` on top, section by section."""
+    both = [key for key in values.keys() & over.keys() if isinstance(values[key], dict) and isinstance(over[key], dict)]
+    return values | over | {key: _merged(values[key], over[key]) for key in both}
 
 
 def _check(values: dict, section: type, prefix: str) -> dict:
@@ -323,11 +346,8 @@ def _describe(error: Exception, layers: list[dict]) -> str:
     """One sentence naming field, value and expected type of the first value that OmegaConf refuses by itself."""
     fields = _fields(Config, "")
     for name, value in (leaf for layer in layers for leaf in _leaves(layer, fields, "")):
-        alone = value
-        for key in reversed(name.split(".")):
-            alone = {key: alone}
         try:
-            OmegaConf.to_container(OmegaConf.merge(_writable_schema(), alone), resolve=True)
+            OmegaConf.to_container(OmegaConf.merge(_writable_schema(), _nested(name, value)), resolve=True)
         except REFUSED:
             return f"{name}={shown(value)} has the wrong type; it must be {_type_name(fields[name])}"
     return f"the configuration cannot be built: {str(error).splitlines()[0]}; see configs/schema.py"

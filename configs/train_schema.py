@@ -32,7 +32,7 @@ class FlowConfig:
     crop: int = number(6, 2, 1024)  # latent cells: side of that square, even
     crop_batch: int = number(160, 1, 1_000_000)  # clips in a micro-batch of such a step
     # few_steps: share of clips whose chunks, but for the first, are the student's own
-    own_share: float = number(0.5, 0, 1)
+    self_rollout_ratio: float = number(0.5, 0, 1)
     switched_share: float = number(0.0, 0, 1)  # few_steps: share of clips whose prompt changes on the way
     switched_clips: int = number(2048, 1, 10_000_000)  # such clips made ahead
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none

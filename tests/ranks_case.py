@@ -72,7 +72,7 @@ def make_happen(stage, event: Event, out: Path) -> None:
             os.kill(os.getpid(), parts[event.what])
         logs = critic(plan, batches, between)
         if stage.current == event.step and event.what == "nan":
-            grads = [local(p.grad) for p in stage.players["critic"].parameters]
+            grads = [local(p.grad) for p in stage.train_states["critic"].parameters]
             next(g for g in grads if g.numel()).view(-1)[0] = float("nan")
         return logs
 

@@ -19,7 +19,7 @@ from model.denoiser import ScoreModel, Student
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
 from pipeline.rollout import PrecomputedNoise, rollout
-from trainer.parallel.apply import average_gradients, mesh_of, shard, whole
+from trainer.parallel.apply import average_gradients, full_tensor, mesh_of, shard
 from trainer.parallel.sequence import sequence_group, share_tokens
 from utils.distributed import Ranks, process_group
 
@@ -36,7 +36,7 @@ def outcome(network: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     (out * weights).mean().backward()
     parameters = dict(network.named_parameters())
     average_gradients(parameters.values())
-    gradients = {name: whole(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+    gradients = {name: full_tensor(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
     return {"output": out.detach()} | gradients
 
 

@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from model.fp8 import check_fp8
 from pipeline.preflight import check_room, check_training
-from trainer.checkpoint.resume import check_export, check_resumable, check_starts, export_folder
+from trainer.checkpoint.resume import check_export, check_init_finished, check_resumable, export_folder
 from trainer.checkpoint.save import folders
 from trainer.loop import at_end, make_sinks, run
 from trainer.registry import build_stage
@@ -40,7 +40,7 @@ def train(args: Namespace) -> bool:
     torch.backends.cudnn.benchmark = True  # shapes never change within a stage
     set_threads(config.cpu_threads, training=True)
     check_resumable(config, logdir)
-    check_starts(config)
+    check_init_finished(config)
     if not args.no_save:
         check_export(config, logdir)
         if at_end(config, logdir):

@@ -26,7 +26,7 @@ from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
-from trainer.parallel.control_group import ControlGroup, noticing_loss
+from trainer.parallel.control_group import ControlGroup, explain_lost_rank
 from trainer.stage import Stage
 from utils.curves import write_curves
 from utils.files import exclusive_use, is_disk_full, write_json_atomic
@@ -38,8 +38,8 @@ log = get_logger(__name__)
 METRICS, CURVES, END = "metrics.jsonl", "curves.png", "end.json"  # in the run's folder
 
 
-class _Stop:
-    """Turns SIGTERM, Ctrl-C and a closed terminal into a request, honoured after the micro-batch in flight."""
+class _StopRequest:
+    """Turns SIGTERM, Ctrl-C and a closed terminal into a request to stop after the current micro-batch."""
 
     def __enter__(self):
         self.asked = False
@@ -52,34 +52,34 @@ class _Stop:
 
     def _ask(self, number: int, *_):
         self.asked = True
-        if number == signal.SIGHUP:  # the terminal has gone, and whatever is written to it would fail
-            nowhere = os.open(os.devnull, os.O_WRONLY)
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
+            devnull = os.open(os.devnull, os.O_WRONLY)
             for descriptor in self.terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+                os.dup2(devnull, descriptor)
+            os.close(devnull)
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
 
-_Step = tuple[dict[str, Tensor], int, dict[str, Any]]  # what a step logs, its number, what it was given
+_Step = tuple[dict[str, Tensor], int, dict[str, Any]]  # logged values of a step, its number, its inputs
 
 
 class NonFiniteLoss(RuntimeError):
     """A logged value is NaN or infinite."""
 
 
-class _Abandoned(Exception):
-    """A signal came in the middle of a step, whose unfinished part is to be thrown away."""
+class _StepAborted(Exception):
+    """A signal came in the middle of a step, which is discarded."""
 
 
-class _Watch:
-    """Whether the values of each step are finite, asked without a wait: on a GPU the answer comes one step late."""
+class _FiniteCheck:
+    """Checks that the values of each step are finite, without a host sync: on a GPU the result is one step late."""
 
     def __init__(self):
         self.pending: deque[tuple[Tensor, torch.cuda.Event | None, _Step]] = deque()
-        self.judged: _Step | None = None  # the newest step whose answer was looked at, the same on all ranks
+        self.checked: _Step | None = None  # the newest step whose result was read, the same on all ranks
 
     def put(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
         fine = torch.stack([value.detach().float() for value in values.values()]).isfinite().all()
@@ -91,9 +91,9 @@ class _Watch:
         self.pending.append((answer, event, (values, step, batch)))
 
     def bad(self, *, drain: bool = False) -> bool:
-        """Whether `judged` is a step with a value that is not finite. drain: look at all steps, and wait for them."""
+        """Whether the step in `checked` has a non-finite value. drain: check all pending steps, and wait for them."""
         while self.pending and (drain or len(self.pending) > 1 or self.pending[0][1] is None):
-            answer, event, self.judged = self.pending.popleft()
+            answer, event, self.checked = self.pending.popleft()
             if event is not None:
                 event.synchronize()
             if not bool(answer):
@@ -102,20 +102,21 @@ class _Watch:
 
 
 def history(logdir: Path) -> list[dict]:
-    """What earlier processes of this run have logged of its steps."""
+    """Rows that earlier processes of this run have logged."""
     path = logdir / METRICS
     return [row for row in read_jsonl(path) if "seconds_per_step" in row] if path.exists() else []
 
 
 def save_checkpoint(stage: Stage, logdir: Path, step: int, control: ControlGroup) -> None:
-    """Of a sharded stage each rank writes its parts; else the first one writes what all hold."""
+    """A sharded stage is written by all ranks, each its own shards; otherwise the first rank writes everything."""
     manifest = {"stage": stage.name, "config": to_dict(stage.config)}
-    kept, players = stage.state_dict(), stage.players
+    stage_state, train_states = stage.state_dict(), stage.train_states
     if stage.sharded:
-        state = partial(sharded_checkpoint.write, players=players, kept=kept, control=control)
+        state = partial(sharded_checkpoint.write, train_states=train_states, stage_state=stage_state, control=control)
     else:
-        first = stage.ranks.first  # the others hold the same
-        state = {name: player.state_dict() for name, player in players.items()} | {"stage": kept} if first else {}
+        state = {}
+        if stage.ranks.first:  # the others hold the same
+            state = {name: value.state_dict() for name, value in train_states.items()} | {"stage": stage_state}
     checkpoint.save(logdir, step, state, manifest, stage.config.training.max_checkpoints, control)
     if stage.export_often and (stage.sharded or stage.ranks.first):
         stage.export(logdir / EXPORT, step)
@@ -124,7 +125,7 @@ def save_checkpoint(stage: Stage, logdir: Path, step: int, control: ControlGroup
 
 
 def show_curves(logdir: Path, name: str) -> None:
-    """Draw what the run has logged into its curves.png."""
+    """Plot the metrics of a run into its curves.png."""
     path = logdir / METRICS
     if path.exists():
         write_curves(logdir / CURVES, read_jsonl(path), f"{name}: {logdir.resolve().name}")
@@ -133,31 +134,31 @@ def show_curves(logdir: Path, name: str) -> None:
 def _resume(stage: Stage, logdir: Path, control: ControlGroup) -> int:
     if control.rank == 0:
         checkpoint.clear_leftovers(logdir)
-    found = checkpoint.newest(logdir, stage.name, control)
+    newest = checkpoint.newest(logdir, stage.name, control)
     if control.rank == 0:
         for damaged in checkpoint.folders(logdir):
-            beyond = found is None or checkpoint.step_of(damaged) > checkpoint.step_of(found[0])
+            beyond = newest is None or checkpoint.step_of(damaged) > checkpoint.step_of(newest[0])
             if beyond and (damaged / MANIFEST).exists():
                 checkpoint.set_aside(damaged)
     control.wait()
-    if found is None:
+    if newest is None:
         return 0
-    folder, manifest = found
+    folder, manifest = newest
     if manifest["step"] > stage.config.training.steps:
         log.warning(
             "training.steps=%d is below step %d, which %s has reached: there is nothing left to train",
             stage.config.training.steps, manifest["step"], logdir,
         )  # fmt: skip
     check_changes(manifest["config"] if "config" in manifest else {}, stage.config, logdir)
-    kept = checkpoint.restore(folder, stage.players, control)
-    if kept:
-        stage.load_state_dict(kept)
+    stage_state = checkpoint.restore(folder, stage.train_states, control)
+    if stage_state:
+        stage.load_state_dict(stage_state)
     log.info("resuming %s at step %d of %d", logdir, manifest["step"], stage.config.training.steps)
     return manifest["step"]
 
 
-class _Journal:
-    """What a run says of itself: sinks, progress bar of a terminal, warnings; silent on ranks but the first."""
+class _RunReporter:
+    """Reports the progress of a run: metric sinks, progress bar, warnings. Silent on all ranks but the first."""
 
     def __init__(self, stage: Stage, logdir: Path, start: int, sinks: Sequence[Sink]):
         self.stage, self.logdir, self.sinks = stage, logdir, sinks
@@ -168,7 +169,7 @@ class _Journal:
         self.clock, self.since = time.perf_counter(), start
 
     def log(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
-        """Read the values of a step, the one host sync; refuse NaN and infinity, keeping `batch`; write; warn."""
+        """Read the values of a step (the only host sync), write them and warn. NaN and infinity raise."""
         averaged = mean_over_ranks(values)
         row = dict(zip(averaged, torch.stack([v.float() for v in averaged.values()]).tolist(), strict=True))
         now = time.perf_counter()
@@ -190,14 +191,14 @@ class _Journal:
 
     def stop_at(self, bad: list[str], step: int, batch: dict[str, Any]) -> NoReturn:
         kept = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
-        given = f"what this step was given is in {kept}"
+        given = f"the inputs of this step are in {kept}"
         try:
             torch.save({"step": step, **batch}, kept)
         except (OSError, RuntimeError) as error:
             if not is_disk_full(error):
                 raise
             kept.unlink(missing_ok=True)
-            given = f"the disk has no room for what this step was given ({kept})"
+            given = f"the disk has no room for the inputs of this step ({kept})"
         raise NonFiniteLoss(
             f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and {given}: lower the "
             "learning rate (training.optimizer.lr) and resume"
@@ -205,7 +206,7 @@ class _Journal:
 
 
 def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: float, width: int = 79) -> str:
-    """A step as a line of at most `width` columns: as many values as have room, losses first; the time that is left."""
+    """One line of at most `width` columns on a step: losses first, as many values as fit, and the remaining time."""
     left = timedelta(seconds=round(seconds * max(0, steps - step)))
     start, end = f"step {step}/{steps}", f"  {seconds:.2f} s a step, {left} left"
     rank = {"loss": 0, "norm": 1}
@@ -218,8 +219,8 @@ def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: floa
 
 
 @contextmanager
-def _saying_no_room(logdir: Path) -> Iterator[None]:
-    """Turns the error of any library for a disk that is full into one sentence. Checkpoints have their own."""
+def _explain_full_disk(logdir: Path) -> Iterator[None]:
+    """Turns any library's error for a full disk into one sentence. Checkpoints have their own."""
     try:
         yield
     except UserError:
@@ -228,16 +229,16 @@ def _saying_no_room(logdir: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise UserError(
-            f"--logdir {logdir}: the disk is full ({str(error).splitlines()[0]}); the checkpoints that are there are "
-            f"whole: make room, and start the same command again"
+            f"--logdir {logdir}: the disk is full ({str(error).splitlines()[0]}); existing checkpoints are "
+            f"intact: make room, and start the same command again"
         ) from error
 
 
-def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal, control: ControlGroup) -> None:
+def _validate(stage: Stage, step: int, logdir: Path, reporter: _RunReporter, control: ControlGroup) -> None:
     if stage.sharded or stage.ranks.first:
         figures = stage.validate(step, logdir / "validation")
         if figures and stage.ranks.first:
-            journal.write(step, **{f"validation_{name}": value for name, value in figures.items()})
+            reporter.write(step, **{f"validation_{name}": value for name, value in figures.items()})
             log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     control.wait()
 
@@ -245,26 +246,26 @@ def _validate(stage: Stage, step: int, logdir: Path, journal: _Journal, control:
 def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | None = None, *, save: bool = True) -> bool:
     """Train until `training.steps` or a signal. Returns whether the end was reached.
 
-    sinks: makes the metric sinks, given the step that the run starts from; None = as the configuration says.
+    sinks: makes the metric sinks, given the first step of the run; None = those of the configuration.
     save: write checkpoints and exports.
     """
     control = ControlGroup(stage.config.training.timeout_s)
     logdir.mkdir(parents=True, exist_ok=True)
     resume = f"start the same command again: {logdir} resumes from its newest checkpoint"
-    with exclusive_use(logdir, "--logdir") if control.rank == 0 else nullcontext(), noticing_loss(resume), \
-            _saying_no_room(logdir):  # fmt: skip
+    with exclusive_use(logdir, "--logdir") if control.rank == 0 else nullcontext(), explain_lost_rank(resume), \
+            _explain_full_disk(logdir):  # fmt: skip
         start = _resume(stage, logdir, control)
         stage.begin(start, logdir)
         make = sinks or make_sinks(stage.config, logdir)
         made = make(start) if stage.ranks.first else []
-        with _Stop() as stop, ExitStack() as stack:
+        with _StopRequest() as stop, ExitStack() as stack:
             stack.callback(gc.unfreeze)
-            journal = _Journal(stage, logdir, start, [stack.enter_context(sink) for sink in made])
-            if not _steps(stage, logdir, journal, stop, control, save):
+            reporter = _RunReporter(stage, logdir, start, [stack.enter_context(sink) for sink in made])
+            if not _steps(stage, logdir, reporter, stop, control, save):
                 return False
             reached = max(start, stage.config.training.steps)
             if stage.config.training.validation_clips:
-                _validate(stage, reached, logdir, journal, control)
+                _validate(stage, reached, logdir, reporter, control)
                 if save and stage.ranks.first:
                     show_curves(logdir, stage.name)
         if save:
@@ -277,7 +278,7 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
 def make_sinks(
     config: Config, logdir: Path, *, wandb: bool = True, wandb_dir: str | None = None
 ) -> Callable[[int], list[Sink]]:
-    """JSON lines always, and what `training.loggers` names; `wandb` False leaves that one out whatever it says."""
+    """JSON lines, and the loggers of `training.loggers`. wandb: False leaves that one out."""
 
     def make(start: int) -> list[Sink]:
         sinks: list[Sink] = [JsonlSink(logdir / METRICS, resume_step=start)]
@@ -292,7 +293,7 @@ def make_sinks(
 
 
 def at_end(config: Config, logdir: Path) -> bool:
-    """Whether the run in `logdir` has been trained, validated and exported as far as `config` says."""
+    """Whether the run in `logdir` has been trained, validated and exported to the last step of `config`."""
     try:
         steps = json.loads((logdir / END).read_text(encoding="utf-8"))["steps"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -300,59 +301,62 @@ def at_end(config: Config, logdir: Path) -> bool:
     return steps == config.training.steps and export_folder(config, logdir).is_dir()
 
 
-def keep_garbage_small() -> None:
-    """Have Python look for garbage among what is made from now on alone: networks, libraries and what the compiler has
-    made stay, and to go through them all takes the host long, at a time of its own choosing on each rank."""
+def freeze_garbage() -> None:
+    """Exclude existing objects from garbage collection: scanning networks, libraries and compiled code takes long, and
+    happens at a different time on each rank."""
     gc.collect()
     gc.freeze()
 
 
-def _steps(stage: Stage, logdir: Path, journal: _Journal, stop: _Stop, control: ControlGroup, save: bool) -> bool:
-    """All steps that are left; whether none is."""
-    t, watch = stage.config.training, _Watch()
+def _steps(
+    stage: Stage, logdir: Path, reporter: _RunReporter, stop: _StopRequest, control: ControlGroup, save: bool
+) -> bool:
+    """Run all remaining steps. Returns False if a signal stopped the run before the last one."""
+    t, finite = stage.config.training, _FiniteCheck()
 
     def between() -> None:
         if control.any(stop.asked):
-            raise _Abandoned
+            raise _StepAborted
 
     stage.between, first = between, True
-    for step in journal.bar:
+    for step in reporter.bar:
         try:
             values = stage.update(step)
-        except _Abandoned:
-            _leave(stage, logdir, step, journal, watch, control, save)
+        except _StepAborted:
+            _stop_within_step(stage, logdir, step, reporter, finite, control, save)
             return False
         if first:
-            keep_garbage_small()
+            freeze_garbage()
         done, first = step + 1, False
-        watch.put(values, done, stage.last_batch())
-        stopping, failing = control.each(stop.asked, watch.bad())
+        finite.put(values, done, stage.last_batch())
+        stopping, failing = control.each(stop.asked, finite.bad())
         if failing:
-            journal.log(*watch.judged)
+            reporter.log(*finite.checked)
         saving = stopping or done == t.steps or (t.checkpoint_every and done % t.checkpoint_every == 0)
-        if saving or done % t.log_every == 0:  # nothing is saved that was not looked at
-            journal.log(values, done, stage.last_batch())
+        if saving or done % t.log_every == 0:  # nothing is saved unchecked
+            reporter.log(values, done, stage.last_batch())
         if saving and save:
             save_checkpoint(stage, logdir, done, control)
         if stopping:
             log.info("stopped by a signal after step %d; the same command resumes", done)
             return False
         if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
-            _validate(stage, done, logdir, journal, control)
+            _validate(stage, done, logdir, reporter, control)
     return True
 
 
-def _leave(
-    stage: Stage, logdir: Path, step: int, journal: _Journal, watch: _Watch, control: ControlGroup, save: bool
-) -> None:
-    """Save what is whole when a signal has come in the middle of step `step` (from 0)."""
-    if control.any(watch.bad(drain=True)):
-        journal.log(*watch.judged)
+def _stop_within_step(
+    stage: Stage, logdir: Path, step: int, reporter: _RunReporter, finite: _FiniteCheck, control: ControlGroup,
+    save: bool,
+) -> None:  # fmt: skip
+    """Save the state before step `step` (from 0), which a signal has interrupted."""
+    if control.any(finite.bad(drain=True)):
+        reporter.log(*finite.checked)
     if not all(bool(value.isfinite().all()) for value in sharded_checkpoint.flat(stage.state_dict()).values()):
-        journal.stop_at(["what the first half of the step has logged is"], step + 1, stage.last_batch())
+        reporter.stop_at(["values of the first half of the step are"], step + 1, stage.last_batch())
     if save:
         save_checkpoint(stage, logdir, step, control)
-    log.info("stopped by a signal in step %d, which will be done again; the same command resumes", step + 1)
+    log.info("stopped by a signal in step %d, which will be repeated; the same command resumes", step + 1)
 
 
 def _export(stage: Stage, logdir: Path, step: int, control: ControlGroup) -> None:

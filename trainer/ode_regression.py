@@ -26,7 +26,7 @@ from trainer.pairs import open_pairs
 from trainer.prompt_bank import PromptBank
 from trainer.stage import Supervised
 from trainer.tiny.world import TinyWorld
-from trainer.validation import causal_clips, judge
+from trainer.validation import causal_clips, evaluate_clips
 from utils.distributed import Ranks
 from utils.seeds import generator
 
@@ -101,7 +101,7 @@ class ODERegression(Supervised):
         world = TinyWorld(self.config.video.height, self.config.video.width)
         said = world.prompts(self.config.seed + 1, self.config.training.validation_clips)
         frames = causal_clips(self.averaged, self.codec, self.encoder, said, self.schedule, self.config)
-        return judge(said, frames, folder / f"{self.name}_{step:06d}.png")
+        return evaluate_clips(said, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:
         save_student(self.averaged, folder, {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()})

@@ -46,13 +46,13 @@ def prompt_groups(config: Config) -> list[list[str]]:
     return [prompts, pairs, [d.negative_prompt], [""], validation_prompts(config, prompts)]
 
 
-def text_source(config: Config, where: ParallelPlan) -> TextEncoder | EncodedText:
+def text_source(config: Config, parallel: ParallelPlan) -> TextEncoder | EncodedText:
     """The frozen text encoder, sharded if all is; with `training.distill.encoded_prompts` what it has made ahead."""
     path = config.training.distill.encoded_prompts
     if path is None:
-        sharded = where.mesh is not None
-        return sharded_text_encoder(config, where) if sharded else frozen_text_encoder(config, where.device)
-    encoded = EncodedText(path, config.model, where.device)
+        sharded = parallel.mesh is not None
+        return sharded_text_encoder(config, parallel) if sharded else frozen_text_encoder(config, parallel.device)
+    encoded = EncodedText(path, config.model, parallel.device)
     encoded.require(prompt for group in prompt_groups(config) for prompt in group)
     return encoded
 

@@ -1,4 +1,4 @@
-"""What a stage of training is, and the common part of those with one module and one loss."""
+"""The interface of a training stage, and the base class of stages with one module and one loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 def accumulation(training: TrainingConfig, ranks: Ranks) -> int:
-    """Micro-batches that each rank takes a step, so that all ranks together see `training.global_batch` samples."""
+    """Micro-batches per rank and step, so that all ranks together process `training.global_batch` samples."""
     at_once = training.micro_batch * ranks.world
     parts, rest = divmod(training.global_batch, at_once)
     if rest or not parts:
@@ -37,38 +37,34 @@ def accumulation(training: TrainingConfig, ranks: Ranks) -> int:
 
 
 class Stage(ABC):
-    """One kind of training; trainer/loop.py drives it. Everything drawn is a function of (seed, name, step, rank)."""
+    """One kind of training, driven by trainer/loop.py. Random draws are functions of (seed, name, step, rank)."""
 
     name: ClassVar[str]
-    export_often: ClassVar[bool] = False  # with every checkpoint, into <logdir>/export, and not only at the end
+    train_states: dict[str, TrainState]  # what is trained and saved, by name
+    export_often: ClassVar[bool] = False  # to <logdir>/export with every checkpoint, not only at the end
     sharded: bool = False  # every rank is needed for `validate` and `export`
-    between: Callable[[], None] = staticmethod(lambda: None)  # called where an update can be given up; may raise
+    between: Callable[[], None] = staticmethod(lambda: None)  # called before each micro-batch; may abort the update
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         self.config, self.device, self.ranks = config, device, ranks
 
-    @property
-    @abstractmethod
-    def players(self) -> dict[str, TrainState]:
-        """What is trained and saved, by name."""
-
     @abstractmethod
     def update(self, step: int) -> dict[str, Tensor]:
-        """Step `step` (from 0) of every player whose turn it is. Returns what is logged, as scalars on the device."""
+        """Step `step` (from 0) of every train state that is due. Returns logged values, as scalars on the device."""
 
     def begin(self, step: int, logdir: Path) -> None:  # noqa: B027  most stages have nothing to do
-        """Called once, when weights are loaded and step `step` comes next: what has to be looked at first."""
+        """Called once before step `step`, when weights are loaded: checks before training."""
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
         """Warnings, each a sentence with a remedy, about the newest of the logged `rows`."""
         return []
 
     def last_batch(self) -> dict[str, Any]:
-        """What the newest update was given, to be kept when it ended in NaN."""
+        """Inputs of the newest update, which are saved if it ended in NaN."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be kept besides the players."""
+        """What a checkpoint holds besides the train states."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  likewise
@@ -93,17 +89,18 @@ class Supervised(Stage):
             raise UserError(f"training.sharding={t.sharding} is for stage distill; use none for stage {t.stage}")
         self.micro_batches = accumulation(t, ranks)
         self.module = module.to(device).train()
-        self.player = TrainState(self.module, t)
-        if t.compile:  # after the average was copied: it is compiled by nobody
+        self.train_state = TrainState(self.module, t)
+        self.train_states = {"module": self.train_state}
+        if t.compile:  # after the EMA was copied, which stays uncompiled
             self.module.compile_repeated_blocks(fullgraph=True, options=TRAINING_OPTIONS)
         dtype = pick_dtype(t.precision, device)
         self.backward = Backward(
-            lambda plan, **batch: self.loss(**batch), self.player.parameters,
+            lambda plan, **batch: self.loss(**batch), self.train_state.parameters,
             autocast=dtype, device=device, graphed=t.cuda_graphs,
         )  # fmt: skip
 
     def plan(self, step: int) -> Hashable:
-        """Which of its kinds of batch a step takes: batches of one kind have one shape."""
+        """Which kind of batch a step takes. Batches of one kind have one shape."""
         return ()
 
     @abstractmethod
@@ -115,13 +112,9 @@ class Supervised(Stage):
         """{"loss": the mean that is differentiated, other names: logged}."""
 
     @property
-    def players(self) -> dict[str, TrainState]:
-        return {"module": self.player}
-
-    @property
     def averaged(self) -> nn.Module:
-        return self.player.average.module
+        return self.train_state.average.module
 
     def update(self, step: int) -> dict[str, Tensor]:
         logs = self.backward.run(self.plan(step), [self.batch(step, micro) for micro in range(self.micro_batches)])
-        return logs | {"gradient_norm": self.player.step(step)}
+        return logs | {"gradient_norm": self.train_state.step(step)}

@@ -60,7 +60,7 @@ def causal_clips(
     return frames.movedim(-1, 2).float() / 127.5 - 1
 
 
-def judge(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
+def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
     """Share of clips in which each attribute is what the caption says; a contact sheet of the first eight."""
     rows = frames[:8, :: max(1, frames.shape[1] // 9)]
     pixels = ((rows.flatten(0, 1).permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -129,7 +129,7 @@ class Validator:
             if write:
                 write_side_by_side(frames[: self.shown], theirs, folder / f"{name}.mp4", self.config.video.fps)
         if self.scored and write:
-            return judge(self.prompts, frames, folder / f"{name}.png")
+            return evaluate_clips(self.prompts, frames, folder / f"{name}.png")
         return {}
 
     def _teacher_frames(self, teacher: ScoreModel) -> Tensor:

@@ -24,7 +24,7 @@ from scripts.bench.host_peak import HostPeak
 from scripts.bench.roofline import machine_of, matrix_rate
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distill.stage import Distill
-from trainer.loop import keep_garbage_small, save_checkpoint
+from trainer.loop import freeze_garbage, save_checkpoint
 from trainer.parallel.apply import mean_over_ranks, module_state
 from trainer.parallel.control_group import ControlGroup
 from utils.distributed import Ranks
@@ -66,8 +66,8 @@ class Watch:
         wrap(stage.prompts, "batch", self._name(TEXT))
         wrap(stage, "_sample", self._name(ROLLOUT))
         wrap(stage, "_sample_of_start", self._name(ROLLOUT))
-        if stage.turns is not None:
-            wrap(stage.turns, "take", self._name(ROLLOUT))
+        if stage.rollout_sharing is not None:
+            wrap(stage.rollout_sharing, "take", self._name(ROLLOUT))
         wrap(stage.student, "x0", lambda: self._name(STUDENT if graph() else ROLLOUT)())
         wrap(stage.teacher, "v", self._name(TEACHER))
         wrap(stage.critic, "v", lambda: self._name(CRITIC if graph() else SCORE)())
@@ -75,8 +75,8 @@ class Watch:
         for family in (stage.generator_backward, stage.critic_backward):
             wrap(family, "loss", self._name(LOSSES))
             wrap(family, "once", self._name(BACKWARD))
-        for player in stage.players.values():
-            wrap(player, "step", self._name(OPTIMISER))
+        for train_state in stage.train_states.values():
+            wrap(train_state, "step", self._name(OPTIMISER))
         inner = stage._generator_step
 
         def generator_step(*args):
@@ -193,13 +193,13 @@ def measure(
         "machine": machine_of(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
         "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
         "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
-        "turns": stage.turns is not None,
+        "turns": stage.rollout_sharing is not None,
         "teacher_errors": {f"{t:.0f}": error for t, error in stage.teacher_errors.items()},
     }  # fmt: skip
     warm = time.perf_counter()
     watch.run(lambda: stage.update(0))
     found["warm_up_s"] = time.perf_counter() - warm
-    keep_garbage_small()  # as the loop does
+    freeze_garbage()  # as the loop does
     watch.phases.peaks.clear()
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
     for step in range(ratio, 2 * ratio + 1):
@@ -237,7 +237,7 @@ def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, st
     share = stage.micro_batches / stage.config.training.sequence_parallel
     out = {}
     for name in dict.fromkeys(phase for one in spans for phase in one):
-        middle = mean if name in (ROLLOUT, INPUTS, TEXT) and stage.turns is not None else median
+        middle = mean if name in (ROLLOUT, INPUTS, TEXT) and stage.rollout_sharing is not None else median
         out[name] = {"s": middle([one.get(name, 0.0) for one in spans])}
         if name in price:
             out[name]["flops"] = price[name] * share
@@ -267,7 +267,7 @@ def check(config: Config, device: torch.device, ranks: Ranks, out: Path) -> None
     stage = Distill(config, device, ranks)
 
     def weights() -> dict[str, torch.Tensor]:
-        states = {name: module_state(player.module) for name, player in stage.players.items()}
+        states = {name: module_state(train_state.module) for name, train_state in stage.train_states.items()}
         return {f"{name}.{key}": x.detach().float().cpu().clone() for name, s in states.items() for key, x in s.items()}
 
     before, logs = weights(), []

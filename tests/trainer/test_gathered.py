@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from model.weights.load import load_student
 from trainer.checkpoint.sharded import read_state, write
 from trainer.distill.stage import Distill
-from trainer.parallel.apply import drop_gathered, gather, mean_over_ranks, optimized, optimizer_state, whole
+from trainer.parallel.apply import full_tensor, mean_over_ranks, optimized, optimizer_state, reshard, unshard
 from trainer.parallel.control_group import ControlGroup
 
 pytestmark = SEVERAL_RANKS
@@ -60,9 +60,9 @@ def networks(stage: Distill) -> dict[str, nn.Module]:
 def values(stage: Distill) -> dict[str, Tensor]:
     """Every parameter of what is trained and of the average; sharded ones are gathered from their parts."""
     for network in networks(stage).values():
-        drop_gathered(network)
+        reshard(network)
     named = {role: network.named_parameters() for role, network in networks(stage).items()}
-    return {f"{role} {name}": whole(p.detach()).clone() for role, some in named.items() for name, p in some}
+    return {f"{role} {name}": full_tensor(p.detach()).clone() for role, some in named.items() for name, p in some}
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -97,24 +97,24 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
         assert counts == [2 * once, 0, 0, once, 0, 0], "once for the first update, and once after each step"
         assert made.count(CYCLE - 1) == stage.micro_batches, "keys of a text once a rollout"
         held = {f"student {name}": p.detach().clone() for name, p in student.named_parameters()}
-        player = stage.players["generator"]
-        assert [p for _, p in optimized(student, player.optimizer)] == player.parameters
-        gather(student)
-        named = optimizer_state(student, player.optimizer)
-        assert not ranks.first or len(named["state"]) == len(player.parameters)
-        gather(student)
+        train_state = stage.train_states["generator"]
+        assert [p for _, p in optimized(student, train_state.optimizer)] == train_state.parameters
+        unshard(student)
+        named = optimizer_state(student, train_state.optimizer)
+        assert not ranks.first or len(named["state"]) == len(train_state.parameters)
+        unshard(student)
         control = ControlGroup()
         if ranks.first:
             Path(out, "shards").mkdir()
         control.wait()
-        write(Path(out, "shards"), stage.players, stage.state_dict(), control)
+        write(Path(out, "shards"), stage.train_states, stage.state_dict(), control)
         stage.export(Path(out, "export"), 2 * CYCLE)
         parts = values(stage)
         assert all(torch.equal(value, parts[name]) for name, value in held.items()), "weights of before the step"
         assert_close(parts, expected[-1][1])
         saved = read_state(Path(out, "shards"))
-        for role, player, part in (("student", "generator", "module"), ("average", "generator", "average")):
-            for name, value in saved[player][part].items():
+        for role, name_of_state, part in (("student", "generator", "module"), ("average", "generator", "average")):
+            for name, value in saved[name_of_state][part].items():
                 assert torch.equal(value, parts[f"{role} {name}"]), f"{role} {name}"
         if ranks.first:
             alone.export(Path(out, "alone"), 2 * CYCLE)

@@ -213,7 +213,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_found_before_a_network_is_ma
 
 def test_a_folder_with_another_programs_config_is_refused(config_file, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("mine: 1\n")
-    with pytest.raises(UserError, match="--logdir .* holds a config.yaml that is of no run"):
+    with pytest.raises(UserError, match="--logdir .* holds a config.yaml that no run has written"):
         train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
 

@@ -42,7 +42,7 @@ def tensors(state, prefix=""):
 
 
 def assert_same_state(one, other):
-    a, b = tensors(one.players["module"].state_dict()), tensors(other.players["module"].state_dict())
+    a, b = tensors(one.train_states["module"].state_dict()), tensors(other.train_states["module"].state_dict())
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name

@@ -1,11 +1,11 @@
 """Checkpoints of a run: whole or not there, verified when read.
 
     <logdir>/checkpoint_000200/manifest.json  stage, step, schedule, config and the SHA-256 of each file
-                              /state.pt       tensors of every player (weights, average, optimiser); of a run that is
-                              /shards/...     sharded, in its place: each rank's own parts (sharded_checkpoint.py)
+                              /state.pt       tensors of every train state (weights, EMA, optimizer)
+                              /shards/...     of a sharded run instead: the shards of each rank (sharded.py)
 
-A checkpoint is written aside and renamed. One that does not verify is skipped, with a warning, for the one before.
-Either form can be read by any number of ranks, sharded or not.
+A checkpoint is written to a temporary folder and renamed. One that does not verify is skipped, with a warning, for the
+one before. Either form can be read by any number of ranks, sharded or not.
 """
 
 import json
@@ -37,16 +37,16 @@ OURS = OwnedFolder(MANIFEST, re.compile(rf"{re.escape(MANIFEST)}|{re.escape(STAT
 
 
 class SaveFailed(UserError):
-    """The disk did not take a checkpoint."""
+    """A checkpoint could not be written."""
 
 
 def folders(logdir: Path) -> list[Path]:
-    """Checkpoints under `logdir`, whole or not, those of fewer steps first."""
+    """Checkpoints under `logdir`, complete or not, in order of their steps."""
     return [p for p in run_folders.checkpoints(logdir) if re.fullmatch(f"{PREFIX}[0-9]+", p.name)]
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step in a checkpoint's name."""
     return int(folder.name.removeprefix(PREFIX))
 
 
@@ -58,11 +58,11 @@ def save(
     keep: int,
     control: ControlGroup | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove older whole ones, so that `keep` are left. All ranks take part and
-    fail together.
+    """Write the checkpoint of `step`, then remove older complete ones so that `keep` are left. All ranks call
+    this and fail together.
 
-    state: what the first rank writes; or a function by which each rank writes its parts into an empty folder.
-    Raises SaveFailed, with the checkpoints that were there before left alone.
+    state: written by the first rank; or a function with which each rank writes its shards into an empty folder.
+    Raises SaveFailed, and leaves earlier checkpoints untouched.
     """
     control = control or ControlGroup()
     first, final = control.rank == 0, logdir / f"{PREFIX}{step:06d}"
@@ -88,7 +88,7 @@ def save(
         last = [p.name for p in folders(logdir) if step_of(p) < step and run_folders.is_complete(p)]
         raise SaveFailed(
             f"--logdir {logdir}: the checkpoint of step {step} could not be written ({reason}); "
-            f"{f'{last[-1]} is whole' if last else 'there is none before it'}; make room, and start the same command "
+            f"{f'{last[-1]} is intact' if last else 'there is none before it'}; make room, and start the same command "
             f"again"
         ) from error
     finally:
@@ -100,7 +100,7 @@ def save(
 
 
 def _prune(logdir: Path, step: int, keep: int) -> None:
-    """Remove whole checkpoints of before `step`, but for the newest `keep - 1`. What is not whole does not count."""
+    """Remove complete checkpoints before `step` but for the newest `keep - 1`. Incomplete ones do not count."""
     older = [p for p in folders(logdir) if step_of(p) < step and run_folders.is_complete(p)]
     for folder in older[: max(0, len(older) - (keep - 1))]:
         if not folder.is_symlink() and not OURS.foreign_entries(folder):
@@ -109,7 +109,7 @@ def _prune(logdir: Path, step: int, keep: int) -> None:
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """torch.save without a CRC-32 of each tensor, which takes long and is not needed: the manifest has SHA-256."""
+    """torch.save without a CRC-32 of each tensor, which is slow and not needed: the manifest has SHA-256 hashes."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -124,14 +124,14 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write(state: dict[str, Any], path: Path) -> str:
-    """The SHA-256 of what was written."""
+    """Write `state` and return its SHA-256."""
     with HashedFile(path) as file:
         torch.save(state, file)
         return file.hexdigest()
 
 
 def _hashes(aside: Path, control: ControlGroup) -> dict[str, str]:
-    """The SHA-256 of each part, of which each rank reads its share."""
+    """The SHA-256 of each file; ranks share the reading."""
     names = sorted(file.relative_to(aside).as_posix() for file in (aside / SHARDS).iterdir())
     own = control.run_on_all("saving", lambda: {n: sha256_of(aside / n) for n in names[control.rank :: control.world]})
     return {name: value for part in control.gather(own) for name, value in part.items()}
@@ -152,16 +152,16 @@ def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give what is no whole checkpoint another name, under which it is in nobody's way."""
+    """Rename a folder that is not a complete checkpoint."""
     names = (folder.with_name(f"damaged_{folder.name}{f'_{i}' * bool(i)}") for i in count())
     other = next(name for name in names if not os.path.lexists(name))
     os.rename(folder, other)
-    log.warning("%s is no whole checkpoint and is called %s from now on", folder, other.name)
+    log.warning("%s is not a complete checkpoint and has been renamed to %s", folder, other.name)
     return other
 
 
 def verified(folder: Path, control: ControlGroup | None = None) -> dict[str, Any] | None:
-    """The manifest of `folder`, or None (with a warning) if the checkpoint is not whole. Ranks share the reading."""
+    """The manifest of `folder`, or None (with a warning) if the checkpoint is damaged. Ranks share the reading."""
     control = control or ControlGroup()
     manifest, reason = None, None
     try:
@@ -183,9 +183,9 @@ def verified(folder: Path, control: ControlGroup | None = None) -> dict[str, Any
 
 
 def newest(logdir: Path, stage: str, control: ControlGroup | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, manifest) of the newest whole checkpoint under `logdir`, or None. Refuses another stage's folder."""
+    """(folder, manifest) of the newest intact checkpoint under `logdir`, or None. Refuses another stage's folder."""
     control = control or ControlGroup()
-    names = control.gather([folder.name for folder in folders(logdir)])[0]  # all go by what the first one sees
+    names = control.gather([folder.name for folder in folders(logdir)])[0]  # as the first rank sees them
     for folder in (logdir / name for name in reversed(names)):
         manifest = verified(folder, control)
         if manifest is None:
@@ -199,29 +199,29 @@ def newest(logdir: Path, stage: str, control: ControlGroup | None = None) -> tup
     return None
 
 
-def restore(folder: Path, players: dict[str, TrainState], control: ControlGroup | None = None) -> dict[str, Any]:
-    """Read the players' state into them, each rank what it holds of it; returns what the stage kept besides."""
+def restore(folder: Path, train_states: dict[str, TrainState], control: ControlGroup | None = None) -> dict[str, Any]:
+    """Load train states, on each rank its own part; returns the stage's own state."""
     if (folder / SHARDS).exists():
-        return sharded_checkpoint.read(folder / SHARDS, players, control or ControlGroup())
+        return sharded_checkpoint.read(folder / SHARDS, train_states, control or ControlGroup())
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
-    for name, player in players.items():
-        player.load_state_dict(state[name])
+    for name, train_state in train_states.items():
+        train_state.load_state_dict(state[name])
     return state["stage"] if "stage" in state else {}
 
 
 def latest(logdir: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(state, manifest) of the newest whole checkpoint, its tensors whole and on the CPU; for one process."""
-    found = newest(logdir, stage)
-    if found is None:
+    """(state, manifest) of the newest intact checkpoint, with full tensors on the CPU; for one process."""
+    checkpoint = newest(logdir, stage)
+    if checkpoint is None:
         return None
-    folder, manifest = found
+    folder, manifest = checkpoint
     if (folder / SHARDS).exists():
         return sharded_checkpoint.read_state(folder / SHARDS), manifest
     return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True), manifest
 
 
 def clear_leftovers(logdir: Path) -> None:
-    """Remove what a process that was killed while it saved has left; the caller has `exclusive_use` of the folder."""
+    """Remove what a process that was killed while saving has left; the caller has `exclusive_use` of the folder."""
     for folder in logdir.glob(f"{ASIDE}{PREFIX}*{BEFORE}"):
         final = logdir / folder.name.removeprefix(ASIDE).removesuffix(BEFORE)
         if not os.path.lexists(final):  # killed between the two renames

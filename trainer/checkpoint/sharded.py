@@ -1,8 +1,8 @@
-"""What a sharded run's checkpoint holds: each rank writes its own parts, and any number of ranks reads them back.
+"""Sharded checkpoints: each rank writes its own shards, and any number of ranks can read them.
 
-Names: `<player>.module.<name>`, `<player>.average.<name>`, `<player>.optimizer.<parameter>.<entry>`, `stage.<...>`.
-Nothing is gathered: a rank needs no more memory than the tensor that it is just writing. Tensors that several ranks
-hold the same (between the groups of hybrid sharding, counters) are written once.
+Names: `<state>.module.<name>`, `<state>.average.<name>`, `<state>.optimizer.<parameter>.<entry>`, `stage.<...>`, where
+`<state>` names a `TrainState`. Nothing is gathered: a rank needs no more memory than the tensor that it is writing.
+Replicated tensors (of hybrid sharding, counters) are written once.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from trainer.parallel.apply import load_optimizer_state, optimized
 from trainer.parallel.control_group import ControlGroup
 
 STAGE = "stage"
-WRITERS = 1  # threads of a rank; of more, torch (2.11 to 2.13) loses the error of each but the first: a full disk
+WRITERS = 1  # threads of a rank; with more, torch (2.11 to 2.13) drops all errors but the first thread's (full disk)
 
 
 class ShardError(OSError):
@@ -30,29 +30,32 @@ class ShardError(OSError):
 
 
 def _plain(error: CheckpointException) -> ShardError:
-    """torch's exception, which holds all ranks' tracebacks and is none that programs expect, as one sentence."""
+    """torch's exception, which holds the tracebacks of all ranks, as one sentence."""
     rank, (cause, _) = next(iter(error.failures.items()))
     return ShardError(f"rank {rank}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}")
 
 
-def player_tensors(name: str, player: TrainState) -> dict[str, Tensor]:
-    """Weights and averages of a player, by their names in a checkpoint; the tensors themselves, not copies."""
-    found = {f"{name}.module.{key}": value for key, value in player.module.state_dict().items()}
-    if player.average is not None:
-        found |= {f"{name}.average.{key}": value for key, value in player.average.module.state_dict().items()}
-    return found
+def train_state_tensors(name: str, train_state: TrainState) -> dict[str, Tensor]:
+    """Weights and EMA of a train state by their names in a checkpoint; the tensors themselves, not copies."""
+    tensors = {f"{name}.module.{key}": value for key, value in train_state.module.state_dict().items()}
+    if train_state.average is not None:
+        average = train_state.average.module.state_dict()
+        tensors |= {f"{name}.average.{key}": value for key, value in average.items()}
+    return tensors
 
 
-def write(folder: Path, players: dict[str, TrainState], kept: dict[str, Any], control: ControlGroup) -> None:
-    """Write the players and what the stage keeps besides (nested dictionaries of tensors) into an empty folder."""
-    tensors = {f"{STAGE}.{name}": value for name, value in flat(kept).items()}
-    for name, player in players.items():
-        tensors |= player_tensors(name, player)
-        for parameter, p in optimized(player.module, player.optimizer):
-            entries = player.optimizer.state[p] if p in player.optimizer.state else {}
+def write(
+    folder: Path, train_states: dict[str, TrainState], stage_state: dict[str, Any], control: ControlGroup
+) -> None:
+    """Write train states and the stage's own state (nested dictionaries of tensors) into an empty folder."""
+    tensors = {f"{STAGE}.{name}": value for name, value in flat(stage_state).items()}
+    for name, train_state in train_states.items():
+        tensors |= train_state_tensors(name, train_state)
+        for parameter, p in optimized(train_state.module, train_state.optimizer):
+            entries = train_state.optimizer.state[p] if p in train_state.optimizer.state else {}
             tensors |= {f"{name}.optimizer.{parameter}.{key}": value for key, value in entries.items()}
-    odd = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    assert not odd, f"{odd[:3]} are no tensors"
+    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    assert not wrong, f"{wrong[:3]} are not tensors"
     try:
         writer = FileSystemWriter(folder, thread_count=WRITERS)
         with warnings.catch_warnings():
@@ -62,13 +65,13 @@ def write(folder: Path, players: dict[str, TrainState], kept: dict[str, Any], co
         raise _plain(error) from error
 
 
-def read(folder: Path, players: dict[str, TrainState], control: ControlGroup) -> dict[str, Any]:
-    """Read the players' state into them, whatever number of ranks wrote it; return what the stage kept."""
+def read(folder: Path, train_states: dict[str, TrainState], control: ControlGroup) -> dict[str, Any]:
+    """Load train states, whatever number of ranks wrote them; return the stage's own state."""
     shapes = sharded_shapes(folder)
     tensors = {name: torch.zeros(*shapes[name][:1], dtype=shapes[name][1]) for name in _of(shapes, STAGE)}
-    optimizers = {name: _entries(name, player, shapes) for name, player in players.items()}
-    for name, player in players.items():
-        tensors |= player_tensors(name, player)
+    optimizers = {name: _entries(name, train_state, shapes) for name, train_state in train_states.items()}
+    for name, train_state in train_states.items():
+        tensors |= train_state_tensors(name, train_state)
         for parameter, entries in optimizers[name].items():
             tensors |= {f"{name}.optimizer.{parameter}.{key}": value for key, value in entries.items()}
     lost = sorted(tensors.keys() - shapes.keys())
@@ -84,36 +87,36 @@ def read(folder: Path, players: dict[str, TrainState], control: ControlGroup) ->
             dcp.load(tensors, storage_reader=reader, process_group=control.group, no_dist=alone)
     except CheckpointException as error:
         raise _plain(error) from error
-    for name, player in players.items():
-        load_optimizer_state(player.module, player.optimizer, optimizers[name])
+    for name, train_state in train_states.items():
+        load_optimizer_state(train_state.module, train_state.optimizer, optimizers[name])
     return _nested({name.removeprefix(f"{STAGE}."): tensors[name] for name in _of(shapes, STAGE)})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """All of it, put together on the CPU: {player: {"module": ..., "average": ..., "optimizer": ...}, "stage": ...}."""
+    """The full state on the CPU: {name: {"module": ..., "average": ..., "optimizer": ...}, "stage": ...}."""
     state: dict[str, Any] = {}
-    kept = {}
+    stage_state = {}
     for name, value in read_whole(folder, sharded_shapes(folder)).items():
-        player, part, key = (*name.split(".", 2), "")[:3]
-        if player == STAGE:
-            kept[name.removeprefix(f"{STAGE}.")] = value
+        owner, part, key = (*name.split(".", 2), "")[:3]
+        if owner == STAGE:
+            stage_state[name.removeprefix(f"{STAGE}.")] = value
         else:
-            state.setdefault(player, {}).setdefault(part, {})[key] = value
-    return state | {STAGE: _nested(kept)}
+            state.setdefault(owner, {}).setdefault(part, {})[key] = value
+    return state | {STAGE: _nested(stage_state)}
 
 
-def _entries(name: str, player: TrainState, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
-    """Zeros for a player's optimiser, whose state does not exist before its first step: {parameter: {entry: ...}}."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _entries(name: str, train_state: TrainState, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
+    """Zeros for an optimizer whose state does not exist before its first step: {parameter: {entry: tensor}}."""
+    entries: dict[str, dict[str, Tensor]] = {}
     known = _of(shapes, f"{name}.optimizer")
-    for parameter, p in optimized(player.module, player.optimizer):
+    for parameter, p in optimized(train_state.module, train_state.optimizer):
         start = f"{name}.optimizer.{parameter}."
         for key in (key.removeprefix(start) for key in known if key.startswith(start)):
             shape, dtype = shapes[start + key]
             same = shape == tuple(p.shape)
             zeros = torch.zeros_like(p, dtype=dtype, requires_grad=False) if same else torch.zeros(shape, dtype=dtype)
-            found.setdefault(parameter, {})[key] = zeros
-    return found
+            entries.setdefault(parameter, {})[key] = zeros
+    return entries
 
 
 def _of(shapes: Shapes, prefix: str) -> list[str]:
@@ -122,10 +125,10 @@ def _of(shapes: Shapes, prefix: str) -> list[str]:
 
 def flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """The tensors of nested dictionaries, by dotted names."""
-    found = {}
+    tensors = {}
     for key, value in state.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        tensors |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return tensors
 
 
 def _nested(flat: dict[str, Tensor]) -> dict[str, Any]:

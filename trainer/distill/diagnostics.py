@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIGNS = frozenset({"motion", "contrast", "seam", "critic_gap"})
+STATISTICS = frozenset({"motion", "contrast", "seam", "critic_gap"})
 BASELINE_ROWS = 3  # the first logged rows, before training has changed much
 RECENT_ROWS = 3  # the newest, so that one odd batch warns of nothing
 
 
 @torch.no_grad()
-def vital_signs(x: Tensor, real_x0: Tensor, fake_x0: Tensor, chunk_frames: int) -> dict[str, Tensor]:
+def sample_statistics(x: Tensor, real_x0: Tensor, fake_x0: Tensor, chunk_frames: int) -> dict[str, Tensor]:
     """Scalars about samples x [B, F, C, H, W], the teacher's r and the critic's f of their noised copies.
 
     motion       mean |x_i+1 - x_i| over neighbouring latent frames
@@ -72,12 +72,12 @@ CHECKS = (
 
 def warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
     """What is wrong with the newest rows compared with the first, as sentences; each once, when it begins."""
-    now = _unwell(rows)
-    before = _unwell(rows[:-1])
+    now = _problems(rows)
+    before = _problems(rows[:-1])
     return [sentence for name, sentence in now.items() if name not in before]
 
 
-def _unwell(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def _problems(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
     found = {}
     for check in CHECKS:
         values = [row[check.name] for row in rows if isinstance(row.get(check.name), float)]

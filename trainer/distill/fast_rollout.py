@@ -19,10 +19,10 @@ from model.causal_wan import CausalWanModel
 from model.denoiser import Student
 from model.fast.student import FastPlan, FastStudent, optimize_student
 from model.weights.load import HALF, stored_dtype
-from trainer.parallel.apply import drop_gathered, gather
+from trainer.parallel.apply import reshard, unshard
 
 
-class FastTwin:
+class FastRollout:
     """A copy of the student, a cache, and the graphs of both; whole on every rank.
 
     chunks: of the longest rollout.
@@ -61,10 +61,10 @@ class FastTwin:
     def refresh(self, student: CausalWanModel) -> None:
         """Take in the weights of `student` if it has changed; where it is sharded, on all ranks together."""
         if self.stale:
-            gather(student)
+            unshard(student)
             now = dict(student.named_parameters())
             torch._foreach_copy_(list(self._places.values()), [now[name] for name in self._places])
-            drop_gathered(student)
+            reshard(student)
             self.stale = False
 
 

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         return hash((self.exits, self.first_grad, self.switch, str(self.frames), self.image))
 
 
-class Planner:
+class RolloutPlanner:
     """Draws plans: functions of (seed, name, step)."""
 
     def __init__(self, config: Config, schedule: Schedule, geometry: Geometry):
@@ -89,7 +89,7 @@ class Planner:
         return exit_steps(self.schedule, chunks, share)
 
 
-def window_of(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
+def loss_window(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
     """The last `frames` latents of x [B, F, C, H, W] as a clip of its own; x itself if it is no longer.
 
     reencode: replace the first of them by the latent of the last pixel frame that it decodes to, without a graph.

@@ -17,10 +17,10 @@ from model.fast.fp8_teacher import quantize_and_compare, quantize_network
 from model.sequence import SequenceGroup
 from model.weights.plans import WeightPlan
 from trainer.distill.motion_head import MotionHead
+from trainer.initial_network import initial_network
 from trainer.optim.train_state import EMA, TrainState
 from trainer.parallel.apply import ParallelPlan, parallelize
 from trainer.parallel.sharded_weights import copy_parts, empty, fill_parts, init_plan
-from trainer.start_network import start_network
 from utils.device import pick_dtype
 from utils.logs import get_logger
 from utils.seeds import generator, stable_hash
@@ -28,75 +28,75 @@ from utils.seeds import generator, stable_hash
 log = get_logger(__name__)
 
 FLOAT = torch.float32  # of what is trained, and of its average
-ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
-def frozen_teacher(config: Config, where: ParallelPlan) -> tuple[WanTransformer3DModel, dict[float, float]]:
+def frozen_teacher(config: Config, parallel: ParallelPlan) -> tuple[WanTransformer3DModel, dict[float, float]]:
     """The teacher, in the precision of activations; with `training.distill.teacher_fp8` its large linears in float8.
 
     And how far off that makes its v, by timestep, where it is whole at first; one that is read in parts never is.
     """
-    dtype = pick_dtype(config.training.precision, where.device)
-    plan = init_plan(config, "teacher", where, dtype)
-    teacher = start_network(config, "teacher", where.device, dtype) if plan is None else empty(plan, dtype)
+    dtype = pick_dtype(config.training.precision, parallel.device)
+    plan = init_plan(config, "teacher", parallel, dtype)
+    teacher = initial_network(config, "teacher", parallel.device, dtype) if plan is None else empty(plan, dtype)
     errors: dict[float, float] = {}
     if config.training.distill.teacher_fp8 and plan is not None:
         log.info("teacher in %s", quantize_network(teacher))
     elif config.training.distill.teacher_fp8:
-        said, errors = quantize_and_compare(teacher.to(where.device))
+        said, errors = quantize_and_compare(teacher.to(parallel.device))
         log.info("teacher in %s; v off by %s", said, ", ".join(f"{e:.1%} at t={t:.0f}" for t, e in errors.items()))
-    teacher = parallelize(teacher.eval().requires_grad_(False), where, role="teacher")
-    return (teacher if plan is None else fill_parts(teacher, plan, where.device, dtype)), errors
+    teacher = parallelize(teacher.eval().requires_grad_(False), parallel, role="teacher")
+    return (teacher if plan is None else fill_parts(teacher, plan, parallel.device, dtype)), errors
 
 
-def student_state(config: Config, where: ParallelPlan) -> TrainState:
+def student_state(config: Config, parallel: ParallelPlan) -> TrainState:
     """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
     t, rank = config.training, config.training.distill.lora.student_rank
     if t.sequence_student == "whole":
-        where = replace(where, sequence=SequenceGroup())
-    plan = init_plan(config, "student", where, causal=True)
-    student = start_network(config, "student", where.device, causal=True) if plan is None else empty(plan, FLOAT)
+        parallel = replace(parallel, sequence=SequenceGroup())
+    plan = init_plan(config, "student", parallel, causal=True)
+    student = initial_network(config, "student", parallel.device, causal=True) if plan is None else empty(plan, FLOAT)
     _prepare(student, config, rank)
     replica = copy.deepcopy(student).requires_grad_(False)  # before sharding, which forbids copies
-    replica = parallelize(replica, where, streams=True)
-    student = _trained(student, "student", config, where, plan)
+    replica = parallelize(replica, parallel, streams=True)
+    student = _trained(student, "student", config, parallel, plan)
     if plan is not None:
-        copy_parts(replica, student, where.device)
+        copy_parts(replica, student, parallel.device)
     return TrainState(student, t, steps=t.distill.generator_updates(t.steps), replica=replica)
 
 
-def critic_state(config: Config, where: ParallelPlan) -> TrainState:
+def critic_state(config: Config, parallel: ParallelPlan) -> TrainState:
     """The critic with its optimiser; it starts from the teacher unless `training.init` names its own weights."""
     t = config.training
     name = "critic" if "critic" in t.init else "teacher"
-    plan = init_plan(config, name, where)
-    critic = start_network(config, name, where.device) if plan is None else empty(plan, FLOAT)
+    plan = init_plan(config, name, parallel)
+    critic = initial_network(config, name, parallel.device) if plan is None else empty(plan, FLOAT)
     _prepare(critic, config, t.distill.lora.critic_rank)
-    critic = _trained(critic, "critic", config, where, plan)
+    critic = _trained(critic, "critic", config, parallel, plan)
     return TrainState(critic, t, optimizer=t.distill.critic_optimizer, averaged=False)
 
 
-def frozen_start(config: Config, where: ParallelPlan) -> CausalWanModel:
+def frozen_initial_student(config: Config, parallel: ParallelPlan) -> CausalWanModel:
     """The student that training starts from, frozen, in the precision of activations; a resumed run reads it again."""
     if config.training.sequence_student == "whole":
-        where = replace(where, sequence=SequenceGroup())
-    dtype = pick_dtype(config.training.precision, where.device)
-    plan = init_plan(config, "student", where, dtype, causal=True)
-    start = start_network(config, "student", where.device, dtype, causal=True) if plan is None else empty(plan, dtype)
-    start = parallelize(start.eval().requires_grad_(False), where, role="student")
-    return start if plan is None else fill_parts(start, plan, where.device, dtype)
+        parallel = replace(parallel, sequence=SequenceGroup())
+    dtype, device = pick_dtype(config.training.precision, parallel.device), parallel.device
+    plan = init_plan(config, "student", parallel, dtype, causal=True)
+    start = initial_network(config, "student", device, dtype, causal=True) if plan is None else empty(plan, dtype)
+    start = parallelize(start.eval().requires_grad_(False), parallel, role="student")
+    return start if plan is None else fill_parts(start, plan, device, dtype)
 
 
-def motion_head_player(config: Config, channels: int, device: torch.device) -> TrainState:
+def motion_head_state(config: Config, channels: int, device: torch.device) -> TrainState:
     """The head of the motion regression with its optimiser; its average is the target's head."""
     t, r = config.training, config.training.distill.motion_regression
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_hash(config.seed, "motion head"))
         head = MotionHead(r, channels).to(device)
     knobs = replace(t.distill.critic_optimizer, lr=r.lr, betas=[0.9, 0.999], muon_lr=0.0)
-    player = TrainState(head, t, optimizer=knobs, averaged=False)
-    player.average = EMA(head, r.decay, start_step=0)
-    return player
+    train_state = TrainState(head, t, optimizer=knobs, averaged=False)
+    train_state.average = EMA(head, r.decay, start_step=0)
+    return train_state
 
 
 def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
@@ -104,7 +104,7 @@ def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
     lora = config.training.distill.lora
     if rank:
         network.requires_grad_(False)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.alpha or rank, target_modules=ADAPTED))
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=lora.alpha or rank, target_modules=LORA_TARGETS))
         draw = _adapter(config)
         with torch.no_grad():
             for name, p in network.named_parameters():
@@ -129,10 +129,10 @@ def _adapter(config: Config) -> Callable[[str, Tensor], Tensor]:
 
 
 def _trained(
-    network: WanTransformer3DModel, role: str, config: Config, where: ParallelPlan, plan: WeightPlan | None
+    network: WanTransformer3DModel, role: str, config: Config, parallel: ParallelPlan, plan: WeightPlan | None
 ) -> WanTransformer3DModel:
-    network = parallelize(network, where, dtype=pick_dtype(config.training.precision, where.device), role=role)
-    return network if plan is None else fill_parts(network, plan, where.device, FLOAT, rest=_adapter(config))
+    network = parallelize(network, parallel, dtype=pick_dtype(config.training.precision, parallel.device), role=role)
+    return network if plan is None else fill_parts(network, plan, parallel.device, FLOAT, rest=_adapter(config))
 
 
 def merged(student: CausalWanModel, state: dict[str, Tensor] | None = None) -> CausalWanModel:

@@ -16,7 +16,7 @@ from configs.train_schema import TrainingConfig
 from model.sequence import SequenceGroup
 
 
-def in_turns(t: TrainingConfig) -> bool:
+def shares_rollouts(t: TrainingConfig) -> bool:
     """Whether a rank that shares samples can make a rollout without the others: it has the student or its fast twin
     whole, and prompts are encoded ahead (a sharded text encoder works on all ranks together).
     """

@@ -1,16 +1,16 @@
 """Stage `distill`: diagonal distillation (arXiv 2603.09488), distribution matching along the diagonal schedule.
 
-    a step      = one critic update; every `dfake_gen_update_ratio`-th step begins with an update of the generator, from
-                  step `critic_warmup` on
+    a step      one critic update; every `dfake_gen_update_ratio`-th step begins with an update of the generator, from
+                step `critic_warmup` on
     generator   x = rollout of the student, with a graph at the drawn step of each chunk
                 lambda_spatial L + L_reg + gamma (lambda_flow L_F + L_reg^F)         trainer/distill/losses.py
     critic      flow matching on x, rolled out without a graph
     scores      at x_t = (1 - sigma) x + sigma eps: f = critic's x0, r = teacher's with cond + s (cond - uncond)
 
-No data but prompts. All that is drawn is a function of (seed, name, step, part), where `part` numbers the micro-batches
-of a step over all ranks, so that N ranks see what one rank with N times the accumulation sees. Ranks that share a
-sample's tokens (training.sequence_parallel) draw the same and compute the same losses; where they can, they make
-rollouts for the critic in turns (trainer/distill/rollout_sharing.py).
+The only data are prompts. Random draws are functions of (seed, name, step, part), where `part` numbers the
+micro-batches of a step over all ranks, so N ranks see the same samples as one rank with N times the accumulation. Ranks
+of a sequence group (training.sequence_parallel) draw the same and compute the same losses. Where possible, they make
+the critic's rollouts in turns (trainer/distill/rollout_sharing.py).
 """
 
 from collections.abc import Iterator
@@ -37,23 +37,22 @@ from pipeline.rollout import PrecomputedNoise, last_steps, rollout
 from pipeline.switch import embeddings_after_switch
 from trainer.backward import Backward
 from trainer.build import frozen_codec
-from trainer.distill.diagnostics import SIGNS, vital_signs, warnings
-from trainer.distill.fast_rollout import FastTwin
+from trainer.distill.diagnostics import STATISTICS, sample_statistics, warnings
+from trainer.distill.fast_rollout import FastRollout
 from trainer.distill.gradient_check import GradientCheck, gradient_check
-from trainer.distill.long_tuning import Plan, Planner, window_of
+from trainer.distill.long_tuning import Plan, RolloutPlanner, loss_window
 from trainer.distill.losses import GeneratorInputs, critic_loss, generator_terms, term_settings
 from trainer.distill.networks import (
     critic_state,
-    frozen_start,
+    frozen_initial_student,
     frozen_teacher,
     merged,
-    motion_head_player,
+    motion_head_state,
     student_state,
 )
-from trainer.distill.rollout_sharing import RolloutSharing, in_turns
-from trainer.optim.train_state import TrainState
+from trainer.distill.rollout_sharing import RolloutSharing, shares_rollouts
 from trainer.pairs import Pairs, open_pairs
-from trainer.parallel.apply import ParallelPlan, gather, mean_over_ranks, mesh_of
+from trainer.parallel.apply import ParallelPlan, mean_over_ranks, mesh_of, unshard
 from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.stage import Stage, accumulation
@@ -66,11 +65,11 @@ from utils.seeds import generator
 
 log = get_logger(__name__)
 
-SIGN_UPDATES = 10  # generator updates that a logged vital sign is averaged over
+SMOOTHING_UPDATES = 10  # generator updates over which logged sample statistics are averaged
 
 
 class Distill(Stage):
-    """Generator and critic in turns, against a frozen teacher."""
+    """Updates of generator and critic, against a frozen teacher."""
 
     name = "distill"
     export_often = True
@@ -86,77 +85,76 @@ class Distill(Stage):
         check_tokens(t, self.geometry, config.video.num_latent_frames)
         self.sequence = sequence_group(t.sequence_parallel, ranks, device)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
-        self.planner = Planner(config, self.schedule, self.geometry)
-        place, self.dtype = ParallelPlan(t, device, self.mesh, self.sequence), pick_dtype(t.precision, device)
-        log.info("attention of networks in training: %s", place.kernel(self.dtype))
-        looks = t.validation_clips or self.planner.longest > self.planner.window
-        self.codec = frozen_codec(config, device) if looks else None  # the loss itself needs latents only
-        self.encoder = text_source(config, place)
+        self.planner = RolloutPlanner(config, self.schedule, self.geometry)
+        parallel, self.dtype = ParallelPlan(t, device, self.mesh, self.sequence), pick_dtype(t.precision, device)
+        log.info("attention of networks in training: %s", parallel.kernel(self.dtype))
+        decodes = t.validation_clips or self.planner.longest > self.planner.window
+        self.codec = frozen_codec(config, device) if decodes else None  # the loss itself needs latents only
+        self.encoder = text_source(config, parallel)
         self.prompts = PromptBank(training_prompts(config), self.encoder, ahead=self.settings.encode_ahead)
         self.null = self.encoder([self.settings.negative_prompt])
         self.pairs, self.pair_prompts = self._open_pairs()
 
-        teacher, self.teacher_errors = frozen_teacher(config, place)
+        teacher, self.teacher_errors = frozen_teacher(config, parallel)
         self.teacher = ScoreModel(teacher)
-        student, critic = (make(config, place) for make in (student_state, critic_state))
-        self._players = {"generator": student, "critic": critic}
-        self.student = Student(self._players["generator"].module)
+        student, critic = (make(config, parallel) for make in (student_state, critic_state))
+        self.train_states = {"generator": student, "critic": critic}
+        self.student = Student(self.train_states["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
-        self.critic = ScoreModel(self._players["critic"].module)
+        self.critic = ScoreModel(self.train_states["critic"].module)
         self.geometry = self.geometry.for_network(self.student.model.config)
-        self.start: Student | None = None  # what training starts from, where motion is regressed on what it makes
+        self.initial_student: Student | None = None  # frozen, for the motion regression
         if self.settings.regresses_motion:
-            self.start = Student(frozen_start(config, place))
-            even = self.settings.motion_regression.timesteps
-            row = tuple(warp(t / TIME, config.schedule.shift) for t in even)
-            self.start_schedule = replace(self.schedule, timesteps_by_chunk=(row,))
-            self._players["motion_head"] = motion_head_player(config, self.geometry.latent_channels, device)
+            self.initial_student = Student(frozen_initial_student(config, parallel))
+            unwarped = self.settings.motion_regression.timesteps
+            timesteps = tuple(warp(t / TIME, config.schedule.shift) for t in unwarped)
+            self.initial_schedule = replace(self.schedule, timesteps_by_chunk=(timesteps,))
+            self.train_states["motion_head"] = motion_head_state(config, self.geometry.latent_channels, device)
 
-        self.fast = self._fast_twin()
+        self.fast_rollout = self._make_fast_rollout()
         shape = self.geometry.latent_shape(t.micro_batch, config.video.num_latent_frames)
-        self.turns = RolloutSharing(self.sequence, self.micro_batches, shape, device) if in_turns(t) else None
+        shared = shares_rollouts(t)
+        self.rollout_sharing = RolloutSharing(self.sequence, self.micro_batches, shape, device) if shared else None
         self.generator_logs: dict[str, Tensor] = {}
-        self.generator_done = -1  # the newest step whose generator update was made
-        self.newest: dict[str, Any] = {}
-        generator_parameters = [p for name, x in self._players.items() if name != "critic" for p in x.parameters]
-        self.generator_backward = self._family(self._generator_loss, generator_parameters)
-        self.critic_backward = self._family(self._critic_loss, self._players["critic"].parameters)
+        self.generator_done = -1  # the newest step whose generator update is done
+        self.last_inputs: dict[str, Any] = {}
+        generator_parameters = [p for name, x in self.train_states.items() if name != "critic" for p in x.parameters]
+        self.generator_backward = self._backward(self._generator_loss, generator_parameters)
+        self.critic_backward = self._backward(self._critic_loss, self.train_states["critic"].parameters)
         self.validator = Validator(config, self.encoder, self.codec, self.geometry, self.schedule, self.prompts.prompts)
 
     def _open_pairs(self) -> tuple[Pairs | None, PromptBank | None]:
-        """The teacher's pairs for the regression terms, if there are any, and the embeddings of their prompts."""
+        """The teacher's trajectories for the regression terms, if any, and the embeddings of their prompts."""
         d = self.settings
         if d.pairs is None:
             return None, None
         if d.long.max_frames:
-            raise UserError(f"training.distill.pairs={d.pairs} are clips of one length; set long.max_frames=0 beside")
+            raise UserError(
+                f"training.distill.pairs={d.pairs} are clips of one length; set training.distill.long.max_frames=0"
+            )
         pairs = open_pairs("training.distill.pairs", d.pairs)
         return pairs, PromptBank(pairs.prompts, self.encoder, ahead=d.encode_ahead)
 
-    def _fast_twin(self) -> FastTwin | None:
+    def _make_fast_rollout(self) -> FastRollout | None:
         sizes = (self.geometry, self.device, self.dtype, self.planner.longest)
-        return FastTwin(self.student.model, self.config, *sizes) if self.settings.fast_rollout else None
+        return FastRollout(self.student.model, self.config, *sizes) if self.settings.fast_rollout else None
 
-    def _family(self, loss, parameters) -> Backward:
-        graphed = self.config.training.cuda_graphs and self.sequence.size == 1  # not with messages within a pass
+    def _backward(self, loss, parameters) -> Backward:
+        graphed = self.config.training.cuda_graphs and self.sequence.size == 1  # no collectives inside a graph
         return Backward(loss, parameters, autocast=self.dtype, device=self.device, graphed=graphed)
 
     @property
-    def players(self) -> dict[str, TrainState]:
-        return self._players
-
-    @property
     def averaged(self) -> CausalWanModel:
-        return self._players["generator"].average.module
+        return self.train_states["generator"].average.module
 
-    # --- what is drawn ------------------------------------------------------------------------------------------------
+    # --- inputs -------------------------------------------------------------------------------------------------------
 
-    def _draw(self, who: str, step: int, micro: int, plan: Plan, *, image: bool = True) -> dict[str, Tensor]:
-        """Inputs of one micro-batch of `who` at a step. image: that of a rollout which begins with one, too."""
+    def _draw(self, role: str, step: int, micro: int, plan: Plan, *, image: bool = True) -> dict[str, Tensor]:
+        """Inputs of one micro-batch of `role` at a step. image: with a first frame where the plan asks for one."""
         t, d = self.config.training, self.settings
         part = micro * self.data.world + self.data.rank
-        rng = generator(self.config.seed, "distill", who, step, part, device=self.device)
-        host = generator(self.config.seed, "distill prompts", who, step, part)
+        rng = generator(self.config.seed, "distill", role, step, part, device=self.device)
+        host = generator(self.config.seed, "distill prompts", role, step, part)
         size = t.micro_batch
         index = torch.randint(len(self.prompts), (2, size), generator=host)
         batch = {"text": self.prompts.batch(index[0])}
@@ -166,38 +164,38 @@ class Distill(Stage):
         batch["noise"] = torch.randn(shape, generator=rng, device=self.device)
         window = self.geometry.latent_shape(size, self.config.video.num_latent_frames)
         batch["eps"] = torch.randn(window, generator=rng, device=self.device)
-        even = 1000 * torch.rand(size, generator=rng, device=self.device)
-        batch["t"] = shift_time(even, d.shift).clamp(d.min_timestep, d.max_timestep)
-        if self.pairs is not None and who == "generator":
+        unwarped = 1000 * torch.rand(size, generator=rng, device=self.device)
+        batch["t"] = shift_time(unwarped, d.shift).clamp(d.min_timestep, d.max_timestep)
+        if self.pairs is not None and role == "generator":
             index = torch.randint(len(self.pairs), (size,), generator=host)
             states = self.pairs.read(index.tolist()).to(self.device).float()
             PrecomputedNoise(batch["noise"], self.schedule).start_from(states[:, 0])
             batch |= {"text": self.pair_prompts.batch(index), "target": states[:, -1]}
-        if self.start is not None and who == "generator":
-            batch["start_noise"] = self._start_noise(batch["noise"], step, part)
+        if self.initial_student is not None and role == "generator":
+            batch["initial_noise"] = self._initial_student_noise(batch["noise"], step, part)
         if plan.image and image:
             target = batch.get("target")
-            batch["image"] = self._own_image(batch["text"], rng) if target is None else target[:, :1]
+            batch["image"] = self._generated_image(batch["text"], rng) if target is None else target[:, :1]
         return batch
 
-    def _start_noise(self, drawn: Tensor, step: int, part: int) -> Tensor:
-        """Noise of the frozen start's rollout: the student's, and more for the steps that a row of it lacks."""
-        ours = PrecomputedNoise(drawn, self.schedule)
-        chunks = len(ours.starts) - 1
-        shape = PrecomputedNoise.shape(len(drawn), chunks, self.start_schedule, self.geometry)
+    def _initial_student_noise(self, drawn: Tensor, step: int, part: int) -> Tensor:
+        """Noise of the initial student's rollout: the student's own, and more for the steps that its schedule lacks."""
+        own = PrecomputedNoise(drawn, self.schedule)
+        chunks = len(own.starts) - 1
+        shape = PrecomputedNoise.shape(len(drawn), chunks, self.initial_schedule, self.geometry)
         rng = generator(self.config.seed, "distill start noise", step, part, device=self.device)
-        theirs = PrecomputedNoise(torch.randn(shape, generator=rng, device=self.device), self.start_schedule)
+        initial = PrecomputedNoise(torch.randn(shape, generator=rng, device=self.device), self.initial_schedule)
         for chunk in range(chunks):
-            steps = min(len(self.schedule.timesteps(chunk)), len(self.start_schedule.timesteps(chunk)))
-            a, b = ours.starts[chunk], theirs.starts[chunk]
-            theirs.drawn[:, b : b + steps] = drawn[:, a : a + steps]
-        return theirs.drawn
+            steps = min(len(self.schedule.timesteps(chunk)), len(self.initial_schedule.timesteps(chunk)))
+            a, b = own.starts[chunk], initial.starts[chunk]
+            initial.drawn[:, b : b + steps] = drawn[:, a : a + steps]
+        return initial.drawn
 
     @torch.no_grad()
-    def _own_image(self, text: Tensor, rng: torch.Generator) -> Tensor:
-        """A first frame [B, 1, C, H, W] for each text: the student's own, of a chunk made as inference makes it.
+    def _generated_image(self, text: Tensor, rng: torch.Generator) -> Tensor:
+        """A first frame [B, 1, C, H, W] for each text, generated by the student as in inference.
 
-        Latent frame 0 is that of a single picture, so that no data and no encoder are needed.
+        Latent frame 0 encodes a single image, so neither data nor a VAE encoder is needed.
         """
         shape = PrecomputedNoise.shape(len(text), 1, self.schedule, self.geometry)
         noise = PrecomputedNoise(torch.randn(shape, generator=rng, device=self.device), self.schedule)
@@ -207,17 +205,17 @@ class Distill(Stage):
             x = rollout(self.student, self.schedule, noise, lambda _: text, cache=cache, exits=exits, grad=False)
         return x[:, :1]
 
-    def _batches(self, who: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
-        plan = self.planner.draw(who, step)
-        image = who == "generator" or self.turns is None  # else whoever makes the rollout makes it
-        batches = [self._draw(who, step, micro, plan, image=image) for micro in range(self.micro_batches)]
-        self.newest[who] = {"plan": str(plan), "batches": batches}
+    def _batches(self, role: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
+        plan = self.planner.draw(role, step)
+        image = role == "generator" or self.rollout_sharing is None  # else made by the rank that makes the rollout
+        batches = [self._draw(role, step, micro, plan, image=image) for micro in range(self.micro_batches)]
+        self.last_inputs[role] = {"plan": str(plan), "batches": batches}
         return plan, batches
 
     # --- the losses ---------------------------------------------------------------------------------------------------
 
     def _texts(self, plan: Plan, text: Tensor, text_after: Tensor | None) -> list[Tensor]:
-        """Embedding of each chunk; where the prompt changes, as inference changes it."""
+        """Text embedding of each chunk. A change of prompt is handled as in inference."""
         before, stream = len(plan.exits) if plan.switch is None else plan.switch, self.config.stream
         after = islice(
             embeddings_after_switch(text, text_after, stream.switch, stream.switch_chunks), len(plan.exits) - before
@@ -225,42 +223,44 @@ class Distill(Stage):
         return [text] * before + list(after)
 
     @contextmanager
-    def _roller(self, student: Student, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
-        """Who makes a rollout of `student`, and an empty cache."""
-        if grad or self.fast is None or student is not self.student:
+    def _rollout_student(self, student: Student, grad: bool) -> Iterator[tuple[Student, GraphCache | StreamCache]]:
+        """The form of `student` that makes a rollout, and an empty cache."""
+        if grad or self.fast_rollout is None or student is not self.student:
             yield student, GraphCache(self.geometry, student.model.config.num_layers)
         else:
-            with self.fast.ready(self.student.model) as ready:
+            with self.fast_rollout.ready(self.student.model) as ready:
                 yield ready
 
     def _sample(
         self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, *, grad: bool,
         image: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The window [B, F, C, H, W] of a rollout that the loss looks at. image: its first frame, where it is given."""
+        """The loss window [B, F, C, H, W] of a rollout. image: its first frame, if given."""
         return self._window(self.student, self.schedule, plan.exits, plan, text, noise, text_after, grad, image)
 
     @torch.no_grad()
-    def _sample_of_start(
+    def _initial_student_sample(
         self, plan: Plan, text: Tensor, noise: Tensor, text_after: Tensor | None, image: Tensor | None
     ) -> Tensor:
-        """The same of the student that training starts from, each chunk walked to the end of its fixed steps."""
-        exits = last_steps(self.start_schedule, len(plan.exits))
-        return self._window(self.start, self.start_schedule, exits, plan, text, noise, text_after, False, image)
+        """The same of the initial student, with every chunk denoised to its last step."""
+        student, schedule = self.initial_student, self.initial_schedule
+        exits = last_steps(schedule, len(plan.exits))
+        return self._window(student, schedule, exits, plan, text, noise, text_after, False, image)
 
     def _window(
         self, student: Student, schedule: Schedule, exits: tuple[int, ...], plan: Plan, text: Tensor, noise: Tensor,
         text_after: Tensor | None, grad: bool, image: Tensor | None,
     ) -> Tensor:  # fmt: skip
         d, trained = self.settings, student is self.student
-        how, texts = self.config.stream.switch, self._texts(plan, text, text_after)
-        with self._roller(student, grad) as (student, cache):
-            # text keys once a text; else blocks make theirs: FSDP is to see the graph, and gathers a frozen one by pass
+        switch, texts = self.config.stream.switch, self._texts(plan, text, text_after)
+        with self._rollout_student(student, grad) as (student, cache):
+            # Text keys are computed once per text. Under FSDP blocks compute them: it must see the graph, and it
+            # gathers a frozen network pass by pass
             if not (self.sharded and (grad or not trained)):
-                gather(student.model)
+                unshard(student.model)
                 with torch.set_grad_enabled(grad):
-                    made = {key: student.model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
-                texts = [made[id(x)] for x in texts]
+                    text_kv = {key: student.model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
+                texts = [text_kv[id(x)] for x in texts]
             x = rollout(
                 student,
                 schedule,
@@ -273,16 +273,16 @@ class Distill(Stage):
                 context_grad=d.context_grad,
                 context=d.rollout_context,
                 context_noise=d.context_noise,
-                recache_at=plan.switch if how in RECACHES else None,
-                keep_sink=how == "recache_window",
+                recache_at=plan.switch if switch in RECACHES else None,
+                keep_sink=switch == "recache_window",
                 conditioning=image,
             )
         long, frames = d.long, self.config.video.num_latent_frames
-        return window_of(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
+        return loss_window(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
 
     @torch.no_grad()
     def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher's and critic's x0 of a noised copy of x."""
+        """x0 of teacher and critic, predicted from a noised copy of x."""
         d, null = self.settings, self.null.expand_as(text)
         x_t = add_noise(self.sequence.broadcast(x.detach()), eps, t)
         if d.guidance:
@@ -295,20 +295,20 @@ class Distill(Stage):
 
     def _generator_terms(
         self, plan: Plan, text: Tensor, noise: Tensor, eps: Tensor, t: Tensor, text_after: Tensor | None = None,
-        target: Tensor | None = None, image: Tensor | None = None, start_noise: Tensor | None = None,
+        target: Tensor | None = None, image: Tensor | None = None, initial_noise: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Every term with its weight, and what is logged."""
         x = self._sample(plan, text, noise, text_after, grad=True, image=image)
         real, fake = self._scores(x, text if text_after is None else text_after, t, eps)
-        given = {"target": target}
-        if start_noise is not None:
-            head = self._players["motion_head"]
-            initial = self._sample_of_start(plan, text, start_noise, text_after, image)
-            given |= {"initial": initial, "head": head.module, "head_average": head.average.module}
+        optional = {"target": target}
+        if initial_noise is not None:
+            head = self.train_states["motion_head"]
+            initial = self._initial_student_sample(plan, text, initial_noise, text_after, image)
+            optional |= {"initial": initial, "head": head.module, "head_average": head.average.module}
         with torch.autocast(self.device.type, enabled=False):
-            inputs = GeneratorInputs(x=x, real=real, fake=fake, frames=plan.frames, **given)
+            inputs = GeneratorInputs(x=x, real=real, fake=fake, frames=plan.frames, **optional)
             terms, logs = generator_terms(inputs, self.settings)
-        return terms, vital_signs(x, real, fake, self.geometry.chunk_frames) | logs
+        return terms, sample_statistics(x, real, fake, self.geometry.chunk_frames) | logs
 
     def _generator_loss(self, plan: Plan, **batch: Tensor) -> dict[str, Tensor]:
         terms, logs = self._generator_terms(plan, **batch)
@@ -321,25 +321,25 @@ class Distill(Stage):
         image: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         with torch.no_grad():
-            if self.turns is None:
+            if self.rollout_sharing is None:
                 x = self.sequence.broadcast(self._sample(plan, text, noise, text_after, grad=False, image=image))
             else:
                 self._gather_student()
-                x = self.turns.take(self._critic_sample)
+                x = self.rollout_sharing.take(self._critic_sample)
             x_t = add_noise(x, eps, t)
         v = self.critic.v(x_t, t, text if text_after is None else text_after)
         loss, _ = critic_loss(v, v_target(x, eps), frames=plan.frames)
         return {"loss": loss}
 
     def _gather_student(self) -> None:
-        """On all ranks: of those that take turns some make no rollout."""
-        if self.fast is not None:
-            self.fast.refresh(self.student.model)
-        if self.fast is None or self.config.training.image_start:  # it makes the images
-            gather(self.student.model)
+        """On all ranks, since some of those that share rollouts make none."""
+        if self.fast_rollout is not None:
+            self.fast_rollout.refresh(self.student.model)
+        if self.fast_rollout is None or self.config.training.image_start:  # which makes the images
+            unshard(self.student.model)
 
     def _critic_sample(self, step: int, micro: int) -> Tensor:
-        """What the critic learns from in a micro-batch of a step, made by this rank alone."""
+        """The critic's sample in a micro-batch of a step, made by this rank alone."""
         plan = self.planner.draw("critic", step)
         batch = self._draw("critic", step, micro, plan)
         text, after, image = batch["text"], batch.get("text_after"), batch.get("image")
@@ -349,37 +349,37 @@ class Distill(Stage):
 
     def update(self, step: int) -> dict[str, Tensor]:
         d = self.settings
-        if d.updates_generator(step) and self.generator_done < step:  # or a signal came after it
+        if d.updates_generator(step) and self.generator_done < step:  # unless a signal interrupted the step after it
             self.generator_logs = self._generator_step(step, d.generator_updates(step))
             self.generator_done = step
         plan, batches = self._batches("critic", step)
-        if self.turns is not None:
-            self.turns.begin(step, *d.same_student(step, self.config.training.steps))
+        if self.rollout_sharing is not None:
+            self.rollout_sharing.begin(step, *d.same_student(step, self.config.training.steps))
         logs = self.critic_backward.run(plan, batches, self.between)
-        norm = self._players["critic"].step(step)
+        norm = self.train_states["critic"].step(step)
         return self.generator_logs | {"critic_loss": logs["loss"], "critic_grad_norm": norm}
 
     def _generator_step(self, step: int, count: int) -> dict[str, Tensor]:
         plan, batches = self._batches("generator", step)
         logs = self.generator_backward.run(plan, batches, self.between)
         del logs["loss"]
-        for name in SIGNS & self.generator_logs.keys():  # they depend on the exit, which is another each time
-            logs[name] = torch.lerp(self.generator_logs[name], logs[name], 1 / SIGN_UPDATES)
-        logs["generator_grad_norm"] = self._players["generator"].step(count)
-        if self.fast is not None:
-            self.fast.stale = True
-        if "motion_head" in self._players:
-            logs["motion_head_grad_norm"] = self._players["motion_head"].step(count)
+        for name in STATISTICS & self.generator_logs.keys():  # smoothed: they depend on the exit step, which changes
+            logs[name] = torch.lerp(self.generator_logs[name], logs[name], 1 / SMOOTHING_UPDATES)
+        logs["generator_grad_norm"] = self.train_states["generator"].step(count)
+        if self.fast_rollout is not None:
+            self.fast_rollout.stale = True
+        if "motion_head" in self.train_states:
+            logs["motion_head_grad_norm"] = self.train_states["motion_head"].step(count)
         return logs
 
     def begin(self, step: int, logdir: Path) -> None:
-        """Audit the terms' gradients before the first step."""
+        """Check the gradients of the loss terms before the first step."""
         if step > 0:
             return
-        audit = self.check_gradients()
-        log.info("gradients of the loss terms on the student:\n%s", audit.table())
+        check = self.check_gradients()
+        log.info("gradients of the loss terms on the student:\n%s", check.table())
         if self.ranks.first:
-            write_json_atomic(logdir / "audit.json", audit.figures())
+            write_json_atomic(logdir / "audit.json", check.figures())
 
     def check_gradients(self) -> GradientCheck:
         """Gradient of each term on the student, for the batch of step 0."""
@@ -393,18 +393,18 @@ class Distill(Stage):
 
         if self.settings.flow.gradient_cut and self.settings.flow.weight:
             log.warning("training.distill.flow.gradient_cut=true: the flow loss is logged and trains nothing")
-        audit = gradient_check(terms, self._players["generator"].parameters, settings=term_settings(self.settings))
-        self.generator_backward.clear()  # a term may reach the motion head, too
-        return audit
+        check = gradient_check(terms, self.train_states["generator"].parameters, settings=term_settings(self.settings))
+        self.generator_backward.clear()  # a term may have reached the motion head
+        return check
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
         return warnings(rows)
 
     def last_batch(self) -> dict[str, Any]:
-        return self.newest
+        return self.last_inputs
 
     def state_dict(self) -> dict[str, Any]:
-        logs = mean_over_ranks(self.generator_logs)  # so that any number of ranks goes on with the same
+        logs = mean_over_ranks(self.generator_logs)  # equal for any number of ranks on resume
         return {
             "generator_logs": {name: value.cpu() for name, value in logs.items()},
             "generator_done": torch.tensor(self.generator_done),
@@ -432,7 +432,7 @@ class Distill(Stage):
             "size": [self.config.video.height, self.config.video.width],
             "trained_image_start": self.config.training.image_start > 0,
         }
-        state = self._players["generator"].averaged_state() if self.sharded else None
+        state = self.train_states["generator"].averaged_state() if self.sharded else None
         if self.ranks.first:
             student = merged(self.averaged, state)
             save_student(student, folder, card, state=state if student is self.averaged else None)

@@ -26,7 +26,7 @@ class AdamWWithoutMomentum(torch.optim.AdamW):
                 state.pop("exp_avg", None)
 
 
-def kind_of(betas: tuple[float, ...]) -> type[torch.optim.AdamW]:
+def adamw_class(betas: tuple[float, ...]) -> type[torch.optim.AdamW]:
     """The AdamW for such betas."""
     return torch.optim.AdamW if betas[0] else AdamWWithoutMomentum
 

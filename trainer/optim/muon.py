@@ -30,7 +30,7 @@ def hidden_matrices(module: nn.Module) -> Iterator[Tensor]:
             yield part.weight
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
+def orthogonalized(matrices: Tensor) -> Tensor:
     """[N, O, I] -> bfloat16 [N, O, I]: each matrix with its singular values near 1, by a Newton-Schulz iteration."""
     a, b, c = QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
@@ -80,13 +80,13 @@ class MuonAdamW(torch.optim.AdamW):
         gradients, momentum = [p.grad for p in moved], [self.state[p]["momentum_buffer"] for p in moved]
         torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momentum, MOMENTUM)  # Nesterov's
-        update = orthogonalised(torch.stack([x.flatten(1) for x in ahead])).to(moved[0].dtype)
+        update = orthogonalized(torch.stack([x.flatten(1) for x in ahead])).to(moved[0].dtype)
         torch._foreach_mul_(moved, 1 - lr * weight_decay)
         scale = 0.2 * math.sqrt(max(shape))
         torch._foreach_add_(moved, [x.view_as(p) for x, p in zip(update, moved, strict=True)], alpha=-lr * scale)
 
 
-def grouped(module: nn.Module, knobs: OptimizerConfig) -> list[dict]:
+def parameter_groups(module: nn.Module, knobs: OptimizerConfig) -> list[dict]:
     """Parameter groups: matrices, vectors (without weight decay) and, if `muon_lr` is set, what Muon moves."""
     hidden = {id(p) for p in hidden_matrices(module)} if knobs.muon_lr else set()
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from configs.optimizer_schema import OptimizerConfig
 from configs.train_schema import TrainingConfig
-from trainer.optim.adam import kind_of
-from trainer.optim.muon import MuonAdamW, grouped
+from trainer.optim.adam import adamw_class
+from trainer.optim.muon import MuonAdamW, parameter_groups
 from trainer.parallel.apply import (
     average_gradients,
-    drop_gathered,
+    full_tensor,
     load_module_state,
     load_optimizer_state,
     module_state,
     optimizer_state,
-    whole,
+    reshard,
 )
 
 
@@ -43,7 +43,7 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the parameters that optimiser step `step` (from 0) produced."""
-        drop_gathered(self.module)
+        reshard(self.module)
         weight = 1.0 if step < self.start_step else 1.0 - self.decay
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
 
@@ -71,9 +71,9 @@ class TrainState:
         self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
         device = next(module.parameters()).device
         o = self.knobs
-        kind = MuonAdamW if o.muon_lr else kind_of(tuple(o.betas))
+        kind = MuonAdamW if o.muon_lr else adamw_class(tuple(o.betas))
         self.optimizer = kind(
-            grouped(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
+            parameter_groups(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
             fused=device.type == "cuda",
         )  # fmt: skip
         self.average = EMA(module, config.ema_decay, config.ema_start_step, replica) if averaged else None
@@ -84,9 +84,9 @@ class TrainState:
 
     def step(self, step: int) -> Tensor:
         """Average gradients over ranks, clip them, take optimiser step `step`, update the average. Returns the norm."""
-        drop_gathered(self.module)  # or the next pass would use the weights of before
+        reshard(self.module)  # or the next pass would use the weights of before
         average_gradients(self.parameters)
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("lr_share", 1.0) * learning_rate(self.knobs, step, self.steps)
         self.optimizer.step()

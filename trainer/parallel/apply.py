@@ -1,10 +1,10 @@
-"""Several ranks: models changed from outside, gradients made equal, state told and taken in parts.
+"""Parallelism applied to models from outside, averaging of gradients, and state of sharded modules.
 
     none     each rank holds everything; gradients are averaged after the backward pass
-    full     FSDP2: each rank holds a part of every block, of its gradients and of its optimiser's state
-    hybrid   the same inside groups of ranks (a machine), with a copy in each group (HSDP): [replicate, shard]
+    full     FSDP2: each rank holds a shard of every block, of its gradients and of its optimizer state
+    hybrid   FSDP2 inside groups of ranks (a machine), replicated between groups (HSDP): [replicate, shard]
 
-In each case a step of N ranks is the step of one rank that has seen all their samples.
+In each case a step of N ranks equals the step of one rank on all their samples.
 """
 
 import os
@@ -34,11 +34,11 @@ from trainer.optim.adam import dropped_state
 from trainer.parallel.sequence import share_tokens
 
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-FLOAT32_PARTS = ("condition_embedder.time_embedder",)  # of a trained network; half a digit there is another timestep
+FLOAT32_PARTS = ("condition_embedder.time_embedder",)  # of a trained network: half precision would change the timestep
 
 
 def mesh_of(training: TrainingConfig, device: torch.device) -> DeviceMesh | None:
-    """The ranks as `training.sharding` arranges them; None = each holds everything."""
+    """The device mesh of `training.sharding`; None = each rank holds everything."""
     if training.sharding == "none":
         return None
     if not dist.is_initialized():
@@ -59,7 +59,7 @@ def mesh_of(training: TrainingConfig, device: torch.device) -> DeviceMesh | None
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Where the networks of a run go. mesh: None = each rank holds everything."""
+    """How the networks of a run are placed. mesh: None = each rank holds everything."""
 
     training: TrainingConfig
     device: torch.device
@@ -73,64 +73,66 @@ class ParallelPlan:
 
 def parallelize(
     network: nn.Module,
-    where: ParallelPlan,
+    parallel: ParallelPlan,
     *,
     dtype: torch.dtype | None = None,
     role: str | None = None,
     streams: bool = False,
 ) -> nn.Module:
-    """Apply to a network, in this order, what its own code does not know of. Returns it, on the device.
+    """Apply parallelism and related transforms to a network, in this order. Returns it, on the device.
 
-    1. the group that shares tokens (trainer/parallel/sequence.py), in the network that a loss calls; a student's may be
-       one rank
-    2. `training.attention`: the kernel, by what its activations are: those of an average are float32, cuDNN's never
-    3. `training.checkpointing`: the backward pass of a trained network computes each block again; where a block sees
-       whole clips, self-attention not (model/checkpointing.py)
-    4. `training.compile`: of a network that a loss calls, what comes before self-attention in a block and what comes
-       behind. Attention stays as it is: a student's sees more keys chunk by chunk, checkpointing keeps what it returns
-    5. the mesh: it is sharded, a unit for each block and one for the rest; weights may be on the meta device still. A
-       trained student stays gathered from its first pass after a step to its next step (`drop_gathered`): it is called
-       chunk by chunk, in all updates of the critic too, and changes only then
+    1. sequence parallelism (trainer/parallel/sequence.py), of a network that a loss calls; a student's group may be one
+       rank
+    2. `training.attention`: the kernel, chosen by the dtype of activations: those of an EMA are float32, which cuDNN
+       does not take
+    3. `training.checkpointing`: blocks of a trained network are recomputed in the backward pass; self-attention over
+       whole clips is not (model/checkpointing.py)
+    4. `training.compile`: the parts of a block before and after self-attention, of a network that a loss calls.
+       Attention stays uncompiled: a student's number of keys grows chunk by chunk
+    5. FSDP2 on the mesh: one unit for each block and one for the rest; weights may still be on the meta device. A
+       trained student stays unsharded from its first pass after an optimizer step to the next step (`reshard`), since
+       it is called chunk by chunk, also in all updates of the critic
 
-    dtype: that trained weights are gathered and used in, under autocast; None = their own, for a frozen network.
-    role: what a sentence about the network calls it; None = it never shares tokens.
-    streams: the student of an inference session, whose `text_kv` is called from outside. (Inside a block's forward,
-    where training calls it, the weights are there already and gathering them again would drop them too soon.)
+    dtype: dtype in which trained weights are gathered and used, under autocast; None = their own (frozen networks).
+    role: name of the network in messages; None = it takes no part in sequence parallelism.
+    streams: the student of an inference session, whose `text_kv` is called from outside. (Training calls it inside a
+    block's forward, where weights are unsharded already and a second unshard would free them too soon.)
     """
-    training, wan, causal = where.training, *(isinstance(network, x) for x in (WanTransformer3DModel, CausalWanModel))
+    training = parallel.training
+    wan, causal = (isinstance(network, kind) for kind in (WanTransformer3DModel, CausalWanModel))
     trained = any(p.requires_grad for p in network.parameters())
     if role is not None:
-        share_tokens(network, where.sequence, role)
+        share_tokens(network, parallel.sequence, role)
     if wan:
-        choose_attention(network, where, dtype or network.patch_embedding.weight.dtype)
+        choose_attention(network, parallel, dtype or network.patch_embedding.weight.dtype)
     if training.checkpointing and wan and trained:
         network.enable_gradient_checkpointing(full_checkpoint if causal else selective_checkpoint)
     if training.compile and role is not None:
         compile_blocks(network)
-    if where.mesh is None:
-        return network.to(where.device)
-    shard(network, where.mesh, dtype, stays_gathered=causal and trained)
+    if parallel.mesh is None:
+        return network.to(parallel.device)
+    shard(network, parallel.mesh, dtype, stays_gathered=causal and trained)
     for part in (network, *network.blocks) if streams else ():
         register_fsdp_forward_method(part, "text_kv")
     return network
 
 
-def choose_attention(network: WanTransformer3DModel, where: ParallelPlan, dtype: torch.dtype) -> None:
-    """Have `network`, whose activations are `dtype`, use the kernel of the run; `auto` leaves to torch what it can."""
-    kernel = where.kernel(dtype)
-    if where.training.attention != "auto" or kernel != "sdpa":
+def choose_attention(network: WanTransformer3DModel, parallel: ParallelPlan, dtype: torch.dtype) -> None:
+    """Set the attention kernel of `network`, whose activations are `dtype`; `auto` leaves it to torch if possible."""
+    kernel = parallel.kernel(dtype)
+    if parallel.training.attention != "auto" or kernel != "sdpa":
         set_attention(network, kernel)
 
 
 def shard(
     network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, *, stays_gathered: bool = False
 ) -> None:
-    """Gradients are reduced and kept in float32, as are weights and optimiser; inputs are not cast, for timesteps are
-    float32. FSDP moves what is not on the meta device unit by unit, so that no device holds a network whole.
+    """Shard with FSDP2. Gradients, weights and optimizer state are float32; inputs are not cast, since timesteps are
+    float32. Units are moved to the device one by one, so that no device holds the full network.
 
-    stays_gathered: what a pass has gathered is there for all later ones, until `drop_gathered`.
+    stays_gathered: weights stay unsharded after a pass, until `reshard`.
     """
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # changed in place by nobody
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     half = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -145,34 +147,34 @@ def shard(
         network.set_reshard_after_backward(False)
 
 
-def gather(network: nn.Module) -> None:
-    """Have the weights of a sharded network, one that stays gathered, at hand for what is no pass of it."""
+def unshard(network: nn.Module) -> None:
+    """Gather the weights of a sharded network for use outside its forward pass."""
     for part in filter(is_sharded, network.modules()) if is_sharded(network) else ():
         part.unshard()
 
 
-def drop_gathered(network: nn.Module) -> None:
-    """Free what passes have gathered of a sharded network: its parameters are its parts, which may change, and the next
-    pass gathers them. FSDP itself never frees the root unit of a network after a pass without a graph."""
+def reshard(network: nn.Module) -> None:
+    """Free the gathered weights of a sharded network, before its shards change. FSDP itself never frees the root unit
+    after a pass without a graph."""
     for part in filter(is_sharded, network.modules()) if is_sharded(network) else ():
         part.reshard()
 
 
-# --- tensors in parts -------------------------------------------------------------------------------------------------
+# --- sharded tensors --------------------------------------------------------------------------------------------------
 
 
-def whole(x: Tensor) -> Tensor:
-    """`x` on every rank in full, if it was sharded."""
+def full_tensor(x: Tensor) -> Tensor:
+    """The full tensor on every rank, if `x` is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of `x`."""
+    """This rank's shard of `x`."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def part_of(x: Tensor, like: Tensor) -> Tensor:
-    """`x`, the same on all ranks, sharded as `like` is, and this rank's part copied; `x` itself if `like` is whole."""
+def shard_of(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, equal on all ranks, sharded like `like`, its shard copied; `x` itself if `like` is not sharded."""
     if not isinstance(like, DTensor) or isinstance(x, DTensor):
         return x
     part = distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
@@ -182,7 +184,7 @@ def part_of(x: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """The mean over ranks of gradients that each rank holds whole; sharded ones are averaged already."""
+    """Average unsharded gradients over ranks; FSDP has averaged sharded ones."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
@@ -195,7 +197,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def sum_over_shards(x: Tensor, like: Tensor) -> Tensor:
-    """The sum of a number that each rank computed from its own part of what is sharded as `like` is."""
+    """Sum over ranks of a number that each computed from its own shard of tensors like `like`."""
     if isinstance(like, DTensor):
         for dim, placement in enumerate(like.placements):
             if placement.is_shard():
@@ -220,13 +222,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict; of a sharded module whole tensors on the CPU, and nothing on ranks other than the first."""
+    """The state dict; of a sharded module full tensors on the CPU of the first rank, and nothing on other ranks."""
     return get_model_state_dict(module, options=GATHER) if is_sharded(module) else module.state_dict()
 
 
 @torch.no_grad()
 def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Take in whole tensors or parts like the module's own."""
+    """Load full tensors, or shards like the module's own."""
     if not is_sharded(module):
         module.load_state_dict(state)
         return
@@ -234,35 +236,35 @@ def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     if own.keys() != state.keys():
         raise ValueError(f"{sorted(own.keys() ^ state.keys())[:3]} are not in both the module and its state")
     for name, target in own.items():
-        local(target).copy_(local(part_of(state[name], target)))
+        local(target).copy_(local(shard_of(state[name], target)))
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state dict; of a sharded module by parameter's name, gathered like `module_state`."""
+    """The optimizer's state dict; of a sharded module by parameter names, gathered like `module_state`."""
     if is_sharded(module):
-        drop_gathered(module)
+        reshard(module)
         return get_optimizer_state_dict(module, optimizer, options=GATHER)
     return optimizer.state_dict()
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take in a state dict, by index or by parameter's name, or {name: {entry: tensor}}; whole tensors or parts.
+    """Load a state dict by parameter index or name, or {name: {entry: tensor}}; full tensors or shards.
 
-    Learning rates and the like stay the optimiser's: they are the configuration's.
+    Hyper-parameters such as learning rates stay as configured.
     """
-    held, entries = state["state"] if "param_groups" in state else state, {}
+    saved, entries = state["state"] if "param_groups" in state else state, {}
     for i, (name, p) in enumerate(optimized(module, optimizer)):
-        found = held.get(i) or held.get(name)
-        if found:
-            kept = {key: v for key, v in found.items() if key not in dropped_state(optimizer)}
-            entries[i] = {key: part_of(v, p) if v.shape == p.shape else v for key, v in kept.items()}
+        state_of_p = saved.get(i) or saved.get(name)
+        if state_of_p:
+            kept = {key: v for key, v in state_of_p.items() if key not in dropped_state(optimizer)}
+            entries[i] = {key: shard_of(v, p) if v.shape == p.shape else v for key, v in kept.items()}
             if "exp_avg_sq" in kept and not dropped_state(optimizer):
                 entries[i].setdefault("exp_avg", torch.zeros_like(p))  # saved with a beta_1 of 0
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Name and parameter, in the optimiser's order."""
-    drop_gathered(module)
+    """Names and parameters, in the optimizer's order."""
+    reshard(module)
     names = {p: name for name, p in module.named_parameters()}
     return ((names[p], p) for group in optimizer.param_groups for p in group["params"])

@@ -21,7 +21,7 @@ from utils.logs import get_logger
 log = get_logger(__name__)
 
 T = TypeVar("T")
-SIGNS_OF_LOSS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "NCCL")
+LOST_RANK_MESSAGES = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "NCCL")
 
 
 class LostRank(UserError):
@@ -82,21 +82,21 @@ class ControlGroup:
         return result
 
 
-def is_loss(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether an exception says that another rank has gone."""
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_RANK_MESSAGES)
 
 
 @contextmanager
-def noticing_loss(resume: str) -> Iterator[None]:
+def explain_lost_rank(resume: str) -> Iterator[None]:
     """Turns the error of a collective whose other end has gone into one sentence; `resume` says how to go on."""
     try:
         yield
     except RuntimeError as error:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        if not several or not is_loss(error):
+        if not several or not is_lost_rank(error):
             raise
         reason = str(error).splitlines()[0][:120]
         log.debug("collective failed", exc_info=error)

@@ -21,24 +21,24 @@ from model.text import TextEncoder
 from model.weights.load import iter_tensors, load_tokenizer, stored_dtype
 from model.weights.plans import WeightPlan, plan_text_encoder, plan_transformer
 from model.weights.random import transformer_plan
-from trainer.parallel.apply import ParallelPlan, local, parallelize, part_of
+from trainer.parallel.apply import ParallelPlan, local, parallelize, shard_of
 from utils.device import pick_dtype
 from utils.seeds import stable_hash
 
 
 def init_plan(
-    config: Config, name: str, where: ParallelPlan, dtype: torch.dtype = torch.float32, *, causal: bool = False
+    config: Config, name: str, parallel: ParallelPlan, dtype: torch.dtype = torch.float32, *, causal: bool = False
 ) -> WeightPlan | None:
     """What `training.init.<name>` names, if it can be read in parts and is to be.
 
     None where nothing is sharded, for a fresh network of a config.json, and for a name that is not there.
     """
     source = config.training.init.get(name)
-    if where.mesh is None or source is None or Path(source).suffix == ".json":
+    if parallel.mesh is None or source is None or Path(source).suffix == ".json":
         return None
     if source.startswith(RANDOM):
         seed = stable_hash(config.seed, "random", name)
-        return transformer_plan(source.removeprefix(RANDOM), where.device, dtype, causal=causal, seed=seed)
+        return transformer_plan(source.removeprefix(RANDOM), parallel.device, dtype, causal=causal, seed=seed)
     cls = CausalWanModel if causal else WanTransformer3DModel
     return plan_transformer(f"training.init.{name}", source, cls, "critic" if name == "critic" else "student")
 
@@ -93,15 +93,15 @@ def copy_parts(network: nn.Module, source: nn.Module, device: torch.device) -> n
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    part = part_of(value, like)
+    part = shard_of(value, like)
     assert isinstance(part, DTensor) and part.shape == like.shape and local(part).shape == local(like).shape
     return nn.Parameter(part, requires_grad=like.requires_grad)
 
 
-def sharded_text_encoder(config: Config, where: ParallelPlan) -> TextEncoder:
+def sharded_text_encoder(config: Config, parallel: ParallelPlan) -> TextEncoder:
     """The text encoder that conditions, in the precision of activations, without gradients."""
-    m, dtype = config.model, pick_dtype(config.training.precision, where.device)
+    m, dtype = config.model, pick_dtype(config.training.precision, parallel.device)
     plan = plan_text_encoder(m.text_encoder)
-    encoder = parallelize(empty(plan, dtype).requires_grad_(False), where)
-    fill_parts(encoder, plan, where.device, dtype)
+    encoder = parallelize(empty(plan, dtype).requires_grad_(False), parallel)
+    fill_parts(encoder, plan, parallel.device, dtype)
     return TextEncoder(encoder, load_tokenizer(m.tokenizer, encoder.config.vocab_size), m.text_tokens)

@@ -31,11 +31,11 @@ from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 
-TOGETHER = 128  # first chunks that a teacher makes at once
+TEACHER_BATCH = 128  # first chunks that a teacher makes at once
 
 
 class FewSteps(TeacherForcing):
-    """Of the clips of `training.flow.own_share`, every chunk but the first is the student's own."""
+    """Of the clips of `training.flow.self_rollout_ratio`, every chunk but the first is the student's own."""
 
     name = "few_steps"
 
@@ -59,8 +59,8 @@ class FewSteps(TeacherForcing):
         grid = trajectory_grid([row], c.training.flow.ode_interval, c.schedule.shift)
         texts = self.first_chunks.text[:clips]
         dtype, parts = pick_dtype(c.training.precision, self.device), []
-        for i in tqdm(range(0, len(texts), TOGETHER), desc="first chunks of the teacher", leave=False):
-            text = texts[i : i + TOGETHER]
+        for i in tqdm(range(0, len(texts), TEACHER_BATCH), desc="first chunks of the teacher", leave=False):
+            text = texts[i : i + TEACHER_BATCH]
             like = self.first_chunks.latents[: len(text), : self.geometry.chunk_frames].float()
             x = self._noise(like, generator(c.seed, "first chunk trajectories", i, device=self.device))
             none = like[:, :0], x.new_zeros(len(x), 0)
@@ -95,7 +95,7 @@ class FewSteps(TeacherForcing):
         x0, text, late = self._with_changes(*self._clips(step, micro, rng), rng)
         drawn = self._steps((len(x0), self.chunks), rng)
         t, before = (level.repeat_interleave(self.geometry.chunk_frames, dim=1) for level in drawn)
-        own = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.flow.own_share
+        own = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.flow.self_rollout_ratio
         own = own & late & (torch.arange(x0.shape[1], device=self.device) >= self.geometry.chunk_frames)
         before = torch.where(own, before, t)
         past, past_t, _ = self._context(x0, rng)

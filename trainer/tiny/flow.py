@@ -22,12 +22,12 @@ from trainer.build import causal_student, frozen_codec, frozen_text_encoder, sco
 from trainer.stage import Supervised
 from trainer.tiny.data import LatentBank, SwitchedBank, draw
 from trainer.tiny.world import TinyWorld
-from trainer.validation import caption_gaps, causal_clips, judge, teacher_clips
+from trainer.validation import caption_gaps, causal_clips, evaluate_clips, teacher_clips
 from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 
-PAST_WEIGHT = 0.5  # of the loss of a noisy past, beside that of the chunks
+CONTEXT_LOSS_WEIGHT = 0.5  # of the loss of a noisy past, beside that of the chunks
 
 Bank = TypeVar("Bank", LatentBank, SwitchedBank)
 WHOLE, FIRST, CROPPED = "whole clips", "first chunks", "first chunks about the subject"  # kinds of steps
@@ -123,7 +123,7 @@ class Pretrain(FlowStage):
         prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
         frames = teacher_clips(score, self.codec, self.text, prompts, self.geometry, self.config)
         gaps = caption_gaps(score, self.bank, self.text, self.config.seed)
-        return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png") | gaps
+        return evaluate_clips(prompts, frames, folder / f"{self.name}_{step:06d}.png") | gaps
 
     def export(self, folder: Path, step: int) -> None:
         save_network(self.averaged, folder, card={"stage": self.name, "step": step})
@@ -206,7 +206,7 @@ class TeacherForcing(FlowStage):
         error = (v.float() - target).square().mean((2, 3, 4))
         loss = (error * counts).sum() / counts.sum()
         return {
-            "loss": loss + PAST_WEIGHT * past_loss,
+            "loss": loss + CONTEXT_LOSS_WEIGHT * past_loss,
             "chunk_loss": loss, "past_loss": past_loss,
         }  # fmt: skip
 
@@ -215,7 +215,7 @@ class TeacherForcing(FlowStage):
         """Attributes of clips generated along `schedule`, as inference does it."""
         prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
         frames = causal_clips(self.averaged, self.codec, self.text, prompts, self.schedule, self.config)
-        return judge(prompts, frames, folder / f"{self.name}_{step:06d}.png")
+        return evaluate_clips(prompts, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:
         card = {

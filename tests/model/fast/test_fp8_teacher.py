@@ -19,7 +19,7 @@ from scripts.bench.fake_ranks import count_shards
 from trainer.cli import parse
 from trainer.command import train
 from trainer.distill.networks import critic_state, frozen_teacher
-from trainer.parallel.apply import ParallelPlan, local, mesh_of, whole
+from trainer.parallel.apply import ParallelPlan, full_tensor, local, mesh_of
 
 CPU = torch.device("cpu")
 FP8 = "training.distill.teacher_fp8=true"
@@ -68,7 +68,7 @@ def compare(assets: str) -> bool:
                 held, p = held.view(torch.uint8), p.view(torch.uint8)
                 assert torch.equal(held, p.chunk(ranks.world)[ranks.rank]), name
             else:
-                assert torch.equal(whole(ours[name]), p), name
+                assert torch.equal(full_tensor(ours[name]), p), name
         x, t, text = torch.randn(1, 16, 3, 4, 6), torch.tensor([500.0]), torch.randn(1, 12, alone.config.text_dim)
         x, text = x.bfloat16(), text.bfloat16()
         with torch.no_grad():

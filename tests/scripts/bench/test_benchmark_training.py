@@ -117,7 +117,7 @@ def test_watching_changes_no_number_and_misses_no_time(tiny_assets, monkeypatch)
         assert 0 < seconds <= spent <= seconds + 4, "a few readings are made outside"
         assert bool(found["generator"]) == (step == 0) and found["critic"]["critic forward with grad"] > 0
     for name in ("generator", "critic"):
-        a, b = (one.players[name].module.state_dict() for one in (plain, watched))
+        a, b = (one.train_states[name].module.state_dict() for one in (plain, watched))
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -247,10 +247,10 @@ def test_projection_by_hand():
     assert project(measured(), 128, **one | {"sequence": 2})["accumulated"] == 1
     # in turns each of two made 3 of 5 rollouts, of 1 s; of the 5 x 16 for 8 GPUs it makes half
     critic = {"backward": {"s": 4.0}, "rollout without grad": {"s": 0.6}}
-    turns = measured(turns=True, updates=measured()["updates"] | {"critic": critic})
-    assert project(turns, 8, **one | {"sequence": 2})["critic_s"] == pytest.approx(16 * (4.0 + 0.5))
+    rollout_sharing = measured(rollout_sharing=True, updates=measured()["updates"] | {"critic": critic})
+    assert project(rollout_sharing, 8, **one | {"sequence": 2})["critic_s"] == pytest.approx(16 * (4.0 + 0.5))
     between = 4 / 8 * 2 * 15 / 16 / 50
-    assert project(turns, 128, **one | {"sequence": 2})["critic_s"] == pytest.approx(4.0 + 0.6 + between)
+    assert project(rollout_sharing, 128, **one | {"sequence": 2})["critic_s"] == pytest.approx(4.0 + 0.6 + between)
 
 
 def test_communication_that_nothing_hides():

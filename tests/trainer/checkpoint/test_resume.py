@@ -19,7 +19,7 @@ from model.weights.safe_pickle import dry_run
 from model.weights.sharded_files import open_sharded
 from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
-from trainer.checkpoint.resume import check_changes, check_starts
+from trainer.checkpoint.resume import check_changes, check_init_finished
 from trainer.loop import at_end
 from trainer.optim.train_state import TrainState
 from trainer.parallel.control_group import ControlGroup
@@ -27,7 +27,7 @@ from trainer.parallel.control_group import ControlGroup
 CONFIG = load_config("configs/train_tiny_text.yaml", ["training.ema_start_step=1"])
 
 
-def player(seed: int, updates: int) -> TrainState:
+def train_state(seed: int, updates: int) -> TrainState:
     torch.manual_seed(seed)
     made = TrainState(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), CONFIG.training)
     for step in range(updates):
@@ -47,7 +47,7 @@ def equal(one: TrainState, other: TrainState) -> bool:
 
 def test_parts_written_and_read_by_one_process(tmp_path):
     """Weights, average, moments and counters; the next step is the same, too."""
-    before, after = player(0, 3), player(1, 0)
+    before, after = train_state(0, 3), train_state(1, 0)
     kept = {"logs": {"loss": torch.tensor(2.5)}, "done": torch.tensor(7)}
     sharded_checkpoint.write(tmp_path / "shards", {"generator": before}, kept, ControlGroup())
     found = checkpoint.restore(tmp_path, {"generator": after})
@@ -64,7 +64,7 @@ def test_parts_written_and_read_by_one_process(tmp_path):
 
 def test_sums_are_left_to_the_manifest(tmp_path):
     """torch.save's own take long. What has them is still checked, and other files keep theirs."""
-    folder, state = tmp_path / "run", {"text": {"module": player(0, 1).module.state_dict()}}
+    folder, state = tmp_path / "run", {"text": {"module": train_state(0, 1).module.state_dict()}}
     file = checkpoint.save(folder, 1, state, {"stage": "text"}, keep=1) / "state.pt"
     torch.save(state, tmp_path / "other.pt")
     sums = []
@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(checkpoint.SaveFailed, match="step 2.*No space left.*checkpoint_000001 is whole.*make room"):
+    with pytest.raises(checkpoint.SaveFailed, match="step 2.*No space left.*checkpoint_000001 is intact.*make room"):
         checkpoint.save(tmp_path, 2, {"x": torch.zeros(1)}, {"stage": "text"}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_000001"]
 
@@ -172,7 +172,7 @@ def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, c
     manifest = {"stage": "distill", "config": to_dict(distill_config(tiny_assets))}
 
     def write(folder):
-        sharded_checkpoint.write(folder, stage.players, stage.state_dict(), ControlGroup())
+        sharded_checkpoint.write(folder, stage.train_states, stage.state_dict(), ControlGroup())
 
     folder = checkpoint.save(tmp_path / "run", 4, write, manifest, keep=2)
     assert checkpoint.verified(folder)["files"]
@@ -191,7 +191,7 @@ def test_a_start_from_a_run_that_is_not_at_its_end_is_refused(tmp_path):
     """Whether its export or only a checkpoint is there; weights of others say nothing of steps."""
 
     def start_from(path, *more):
-        check_starts(load_config("configs/train_tiny_distill.yaml", [f"training.init.student={path}", *more]))
+        check_init_finished(load_config("configs/train_tiny_distill.yaml", [f"training.init.student={path}", *more]))
 
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run / "export", other, tmp_path / "half" / "checkpoint_000400"):
@@ -203,7 +203,7 @@ def test_a_start_from_a_run_that_is_not_at_its_end_is_refused(tmp_path):
     (half / "state.pt").write_bytes(b"")
     (half / "manifest.json").write_text('{"step": 400, "files": {}, "config": {"training": {"steps": 1000}}}')
     for path in (run, run / "export", tmp_path / "half", half):
-        with pytest.raises(UserError, match=r"training.init.student=.* is at step 400 of 1000; let that run reach"):
+        with pytest.raises(UserError, match=r"training.init.student=.* is at step 400 of 1000; finish that run"):
             start_from(path)
         start_from(path, "training.accept_unfinished=true")
     for path in (other, tmp_path / "nothing"):

@@ -10,7 +10,7 @@ from configs.errors import UserError
 from model.weights.load import load_student
 from trainer.distill.diagnostics import warnings
 from trainer.distill.gradient_check import gradient_check
-from trainer.distill.long_tuning import window_of
+from trainer.distill.long_tuning import loss_window
 from trainer.loop import NonFiniteLoss, run
 from trainer.prompt_bank import training_prompts
 from trainer.registry import build_stage
@@ -32,7 +32,7 @@ def tensors(state, prefix=""):
 
 
 def states(stage) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in tensors({n: p.state_dict() for n, p in stage.players.items()}).items()}
+    return {k: v.clone() for k, v in tensors({n: p.state_dict() for n, p in stage.train_states.items()}).items()}
 
 
 def student_gradient(stage, step: int = 0) -> list[torch.Tensor]:
@@ -57,14 +57,14 @@ class TestMotionRegression:
         stage.begin(0, tmp_path)
         figures = json.loads((tmp_path / "audit.json").read_text())
         assert figures["audit_norm_motion_regression"] > 0
-        assert all(p.grad is None for player in stage.players.values() for p in player.parameters)
-        before, start = states(stage), [p.clone() for p in stage.start.model.parameters()]
+        assert all(p.grad is None for train_state in stage.train_states.values() for p in train_state.parameters)
+        before, start = states(stage), [p.clone() for p in stage.initial_student.model.parameters()]
         logs = stage.update(0)
         after = states(stage)
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert {"/motion_head/module/net.0.weight", "/motion_head/average/net.0.weight"} <= moved
         assert logs["generator_motion_regression"] > 0 and logs["motion_head_grad_norm"] > 0
-        assert all(torch.equal(a, b) for a, b in zip(start, stage.start.model.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(start, stage.initial_student.model.parameters(), strict=True))
         average, module = "/motion_head/average/net.0.weight", "/motion_head/module/net.0.weight"
         torch.testing.assert_close(after[average], torch.lerp(before[average], after[module], 0.05))
 
@@ -75,16 +75,16 @@ class TestMotionRegression:
         plan, (batch,) = stage._batches("generator", 0)
         target = {"text_after": None, "image": None}
         x = stage._sample(plan, batch["text"], batch["noise"], None, grad=False)
-        y = stage._sample_of_start(plan, batch["text"], batch["start_noise"], **target)
-        assert stage.start_schedule.timesteps_by_chunk == stage.schedule.timesteps_by_chunk and torch.equal(x, y)
+        y = stage._initial_student_sample(plan, batch["text"], batch["initial_noise"], **target)
+        assert stage.initial_schedule.timesteps_by_chunk == stage.schedule.timesteps_by_chunk and torch.equal(x, y)
         for _ in range(2):
             stage._generator_step(0, 0)
         assert not torch.equal(stage._sample(plan, batch["text"], batch["noise"], None, grad=False), x)
-        assert torch.equal(stage._sample_of_start(plan, batch["text"], batch["start_noise"], **target), y)
+        assert torch.equal(stage._initial_student_sample(plan, batch["text"], batch["initial_noise"], **target), y)
 
     def test_its_rows_are_fixed_whatever_the_schedule(self, tiny_assets):
         stage = distill_stage(tiny_assets, MOTION, "schedule.preset=release")
-        (row,) = stage.start_schedule.timesteps_by_chunk
+        (row,) = stage.initial_schedule.timesteps_by_chunk
         assert row == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
         assert all(value.isfinite() for value in stage.update(0).values())
 
@@ -289,8 +289,8 @@ class TestLong:
         x = stage._sample(plan, batch["text"], batch["noise"], batch["text_after"], grad=True)
         assert x.shape[1] == 12 and stage.generator_backward.run(plan, [batch])["loss"].isfinite()
         past = torch.randn(1, 15, 16, 4, 6)
-        whole, part = (window_of(past, 9, stage.codec, reencode=True, decode_frames=n) for n in (0, 2))
-        assert torch.equal(whole, window_of(past, 9, stage.codec, reencode=True, decode_frames=7))
+        whole, part = (loss_window(past, 9, stage.codec, reencode=True, decode_frames=n) for n in (0, 2))
+        assert torch.equal(whole, loss_window(past, 9, stage.codec, reencode=True, decode_frames=7))
         assert not torch.equal(whole[:, 0], part[:, 0]) and torch.equal(whole[:, 1:], part[:, 1:])
 
     def test_the_window_is_a_clip_and_its_first_chunk_has_no_gradient(self, tiny_assets):

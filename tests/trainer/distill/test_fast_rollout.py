@@ -46,38 +46,38 @@ def test_they_are_the_students(tiny_assets, overrides):
 def test_replayed_graphs_see_new_weights_and_texts(tiny_assets):
     """With what stands in for CUDA graphs: each is recorded once for all updates, and still they are the student's."""
     plain, fast = (distill_stage(tiny_assets, *more) for more in ((), (FAST,)))
-    fast.fast.student.recorder = FakeRecorder
+    fast.fast_rollout.student.recorder = FakeRecorder
     graphs = []
     for step in range(3):
         for stage in (plain, fast):
             stage._generator_step(step, step)
         torch.testing.assert_close(samples(fast, step), samples(plain, step), rtol=0, atol=5e-5)
-        graphs.append(fast.fast.student.graphs)
+        graphs.append(fast.fast_rollout.student.graphs)
     assert graphs[0] > 0 and graphs[1] == graphs[2]
 
 
 def test_autocast_is_for_the_student_alone(tiny_assets):
     """The twin computes in the type of its weights, within an update too, and the student has its autocast back."""
     stage = distill_stage(tiny_assets, FAST, "training.precision=bfloat16")
-    step, seen = stage.fast.student.step, []
+    step, seen = stage.fast_rollout.student.step, []
 
     def watched(*inputs):
         seen.append(torch.is_autocast_enabled("cpu"))
         return step(*inputs)
 
-    stage.fast.student.step = watched
+    stage.fast_rollout.student.step = watched
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         samples(stage, 0)
         assert torch.is_autocast_enabled("cpu")
     assert seen and not any(seen)
-    assert stage.fast.student.model.blocks[0].attn1.to_qkv.weight.dtype == torch.bfloat16
+    assert stage.fast_rollout.student.model.blocks[0].attn1.to_qkv.weight.dtype == torch.bfloat16
 
 
 def test_the_twin_has_no_gradient_and_no_other_weights(tiny_assets):
     stage = distill_stage(tiny_assets, FAST)
     samples(stage, 0)
-    trained = {id(p) for player in stage.players.values() for p in player.parameters}
-    replica = list(stage.fast.student.model.parameters())
+    trained = {id(p) for train_state in stage.train_states.values() for p in train_state.parameters}
+    replica = list(stage.fast_rollout.student.model.parameters())
     assert not any(p.requires_grad or id(p) in trained for p in replica)
     assert sum(p.numel() for p in replica) == sum(p.numel() for p in stage.student.model.parameters())
 

@@ -11,15 +11,16 @@ from torch import nn
 from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.train_schema import TrainingConfig
-from trainer.optim.muon import MuonAdamW, grouped, hidden_matrices
+from trainer.optim.muon import MuonAdamW, hidden_matrices, parameter_groups
 
-KNOBS = OptimizerConfig(lr=1e-2, muon_lr=3e-2, weight_decay=0.1)
+OPTIMIZER = OptimizerConfig(lr=1e-2, muon_lr=3e-2, weight_decay=0.1)
 
 
 def optimiser(module: nn.Module) -> MuonAdamW:
-    made = MuonAdamW(grouped(module, KNOBS), lr=KNOBS.lr, betas=(0.9, 0.99), weight_decay=KNOBS.weight_decay)
+    o = OPTIMIZER
+    made = MuonAdamW(parameter_groups(module, o), lr=o.lr, betas=(0.9, 0.99), weight_decay=o.weight_decay)
     for group in made.param_groups:
-        group["lr"] = KNOBS.lr * group.get("lr_share", 1.0)
+        group["lr"] = OPTIMIZER.lr * group.get("lr_share", 1.0)
     return made
 
 
@@ -90,4 +91,4 @@ def test_first_and_last_layers_stay_with_adamw():
 
 def test_sharded_matrices_are_refused():
     with pytest.raises(UserError, match="training.sharding=full.*muon_lr"):
-        TrainingConfig(stage="distill", sharding="full", optimizer=KNOBS)
+        TrainingConfig(stage="distill", sharding="full", optimizer=OPTIMIZER)

@@ -52,9 +52,9 @@ def state(out: Path) -> dict[str, torch.Tensor]:
     found, manifest = checkpoint.latest(out, "distill")
     assert manifest["step"] == STEPS
     flat = {}
-    for player in ("generator", "critic"):
+    for name in ("generator", "critic"):
         for part in ("module", "average"):
-            flat |= {f"{player}.{part}.{k}": v for k, v in found[player].get(part, {}).items()}
+            flat |= {f"{name}.{part}.{k}": v for k, v in found[name].get(part, {}).items()}
     return flat
 
 
@@ -135,7 +135,7 @@ def test_nan_on_one_rank_stops_all_and_keeps_what_they_were_given(tiny_assets, t
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_assets, alone, tmp_path):
     outcomes = run_ranks(tiny_assets, tmp_path, 2, *SHARDED, event=Event("full disk", step=2, rank=1))
     assert [o.ended for o in outcomes] == ["SaveFailed"] * 2, outcomes
-    assert all("checkpoint_000002 is whole" in o.said and "make room" in o.said for o in outcomes), outcomes
+    assert all("checkpoint_000002 is intact" in o.said and "make room" in o.said for o in outcomes), outcomes
     assert not list(tmp_path.glob(".partial-*"))
     finish(tiny_assets, tmp_path, alone)
 

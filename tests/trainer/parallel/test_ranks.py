@@ -56,10 +56,10 @@ def alone(tiny_assets, tmp_path_factory):
 def assert_same(alone: Path, out: Path) -> None:
     torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(alone)), rtol=1e-4, atol=1e-6)
     ours, theirs = weights(out), weights(alone)
-    for player in theirs:
-        assert ours[player].keys() == theirs[player].keys()
-        for name, value in theirs[player].items():
-            torch.testing.assert_close(ours[player][name], value, rtol=1e-3, atol=2e-5, msg=f"{player} {name}")
+    for role in theirs:
+        assert ours[role].keys() == theirs[role].keys()
+        for name, value in theirs[role].items():
+            torch.testing.assert_close(ours[role][name], value, rtol=1e-3, atol=2e-5, msg=f"{role} {name}")
 
 
 @pytest.mark.parametrize("sharding, more", [("none", ()), ("full", ()), ("full", (FAST,))])

@@ -20,7 +20,7 @@ from configs.train_schema import TrainingConfig
 from model.memory import distill_plan
 from model.sequence import SequenceGroup
 from pipeline.preflight import Report, _batch
-from trainer.distill.rollout_sharing import RolloutSharing, in_turns
+from trainer.distill.rollout_sharing import RolloutSharing, shares_rollouts
 from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group, share_tokens
 from utils.distributed import Ranks
 
@@ -116,15 +116,15 @@ def test_turns_make_each_sample_once_and_none_of_another_student(size, micro_bat
     made, makers, slot, barrier = [], {}, [torch.empty(1)], threading.Barrier(size)
 
     def rank(number: int, first: int, last: int) -> None:
-        turns = RolloutSharing(Threads(number, size, slot, barrier), micro_batches, (1,), torch.device("cpu"))
+        rollout_sharing = RolloutSharing(Threads(number, size, slot, barrier), micro_batches, (1,), torch.device("cpu"))
 
         def make(step: int, micro: int) -> torch.Tensor:
             made.append((now, number, (step, micro)))
             return torch.tensor([100.0 * step + micro])
 
         for now in range(first, last):
-            turns.begin(now, *settings.same_student(now, steps))
-            taken = [float(turns.take(make)) for _ in range(micro_batches)]
+            rollout_sharing.begin(now, *settings.same_student(now, steps))
+            taken = [float(rollout_sharing.take(make)) for _ in range(micro_batches)]
             assert taken == [100.0 * now + micro for micro in range(micro_batches)]
 
     for first, last in ((0, 11), (4, 11)):
@@ -151,10 +151,10 @@ def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, m
     monkeypatch.setattr("trainer.distill.fast_rollout.gather", gathered.append)
     monkeypatch.setattr(stage, "_sample", lambda *_, grad, **__: pytest.fail("it made one") if not grad else None)
     monkeypatch.setattr(stage, "_generator_step", lambda step, count: {})
-    stage.turns = RolloutSharing(group, 1, (2, 12, 16, 4, 6), CPU)
+    stage.rollout_sharing = RolloutSharing(group, 1, (2, 12, 16, 4, 6), CPU)
     for step in range(2):
-        if stage.fast is not None:
-            stage.fast.stale = True
+        if stage.fast_rollout is not None:
+            stage.fast_rollout.stale = True
         logs = stage.update(step)
         assert logs["critic_loss"] > 0 and gathered == [stage.student.model] * (step + 1)
     assert handed == [1, 2], "gathered before it waits for what another makes"
@@ -180,4 +180,4 @@ def test_ranks_score_what_the_first_has(tiny_assets):
     (("training.sequence_parallel=2", "training.sequence_student=shared", "training.distill.fast_rollout=true"), True),
 ])  # fmt: skip
 def test_ranks_take_turns_where_none_needs_another(tiny_assets, settings, wanted):
-    assert in_turns(distill_config(tiny_assets, *settings).training) is wanted
+    assert shares_rollouts(distill_config(tiny_assets, *settings).training) is wanted

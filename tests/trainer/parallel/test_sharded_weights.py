@@ -7,7 +7,7 @@ from ranks_case import group, on_ranks, run_ranks
 
 from configs.schema import Config
 from trainer.distill.networks import critic_state, frozen_teacher, student_state
-from trainer.parallel.apply import ParallelPlan, local, mesh_of, whole
+from trainer.parallel.apply import ParallelPlan, full_tensor, local, mesh_of
 from trainer.prompt_bank import text_source
 from utils.logs import read_jsonl
 
@@ -34,7 +34,7 @@ def compare(assets: str, sharding: str, lora: tuple[str, ...]) -> bool:
             theirs, ours = dict(network.named_parameters()), dict(parts[role].named_parameters())
             assert theirs.keys() == ours.keys(), role
             for name, p in theirs.items():
-                full, held = whole(ours[name].detach()), local(ours[name])
+                full, held = full_tensor(ours[name].detach()), local(ours[name])
                 assert torch.equal(full, p), f"{role} {name}"
                 assert ours[name].requires_grad == p.requires_grad, f"{role} {name}"
                 rows = -(-p.shape[0] // ranks.world)

@@ -101,12 +101,12 @@ def test_a_given_first_frame_is_shown_as_the_context_shows_it_and_not_graded(tin
 
 
 def few_steps(tiny_assets, **flow) -> FewSteps:
-    flow = {"context_timesteps": [357.142857], "own_share": 0.0} | flow
+    flow = {"context_timesteps": [357.142857], "self_rollout_ratio": 0.0} | flow
     return FewSteps(flow_config(tiny_assets, "few_steps", **flow), CPU, Ranks())
 
 
 def test_timesteps_of_the_schedule(tiny_assets):
-    made = few_steps(tiny_assets, own_share=0.5)
+    made = few_steps(tiny_assets, self_rollout_ratio=0.5)
     batches = [made.batch(step, 0) for step in range(40)]
     t, before = (torch.cat([batch[name] for batch in batches]).view(-1, 4, 3) for name in ("t", "before"))
     assert (t == t[:, :, :1]).all()
@@ -120,7 +120,7 @@ def test_timesteps_of_the_schedule(tiny_assets):
 
 def test_after_a_change_of_prompt_the_loss_begins(tiny_assets):
     """Chunks before the change are real and do not count, in either loss; those of other clips all do."""
-    made = few_steps(tiny_assets, own_share=1.0, switched_share=0.5, switched_clips=5)
+    made = few_steps(tiny_assets, self_rollout_ratio=1.0, switched_share=0.5, switched_clips=5)
     assert set(made.switched.switch.tolist()) <= {3, 6, 9}
     seen = set()
     for step in range(20):
@@ -146,7 +146,7 @@ def test_after_a_change_of_prompt_the_loss_begins(tiny_assets):
 
 def test_chunks_of_ones_own(tiny_assets):
     """Independent: chunk after chunk through the bidirectional network, which a chunk with its past alone is."""
-    made = few_steps(tiny_assets, own_share=1.0)
+    made = few_steps(tiny_assets, self_rollout_ratio=1.0)
     batch = next(b for b in map(lambda step: made.batch(step, 0), range(50)) if (b["t"][:, 6] < 900).all())
     own = made._own(**batch)
     for name, given in (("past", "past"), ("x_t", "first")):

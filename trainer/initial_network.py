@@ -10,7 +10,7 @@ from trainer.build import causal_student, score_network
 from utils.seeds import stable_hash
 
 
-def start_network(
+def initial_network(
     config: Config, name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, causal: bool = False
 ) -> WanTransformer3DModel:
     """What `training.init.<name>` names. `random:14B` is made on `device`, for speed and memory, and needs no file."""
