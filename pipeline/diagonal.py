@@ -73,8 +73,7 @@ class Request:
     seeds: list[int]
     lengths: list[int]  # chunks
     schedule: Schedule
-    image: Picture | None
-    video: Clip | None
+    conditioning: np.ndarray | None  # uint8 [T, H, W, 3] that all of them begin with
 
 
 class DiagonalPipeline:
@@ -197,6 +196,18 @@ class DiagonalPipeline:
     def schedule(self, schedule: Any) -> None:
         self._schedule = self.session.schedule = as_schedule(schedule, self.config)
         warn_of_schedule(self.schedule, self.card)
+
+    @property
+    def scheduler(self) -> None:
+        """There is none: a student has been trained for its steps, which `schedule` holds."""
+        raise AttributeError("a pipeline of this kind has no scheduler; use pipe.schedule")
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        raise UserError(
+            f"scheduler={type(scheduler).__name__} has no effect: a student makes the steps that it was trained for; "
+            f'set pipe.schedule = "4322222", a preset, or timesteps'
+        )
 
     @property
     def device(self) -> torch.device:
@@ -386,8 +397,8 @@ class DiagonalPipeline:
             rows = as_schedule(schedule, self.config)
             warn_of_schedule(rows, self.card)
         seeds = as_seeds(seed, generator, len(prompts), samples, self.config.seed)
-        videos = [text for text in prompts for _ in range(samples)]
-        return Request(config, videos, seeds, lengths, rows, image, video)
+        pixels = read_conditioning(config, image, video, min(lengths) * self.geometry.chunk_frames)
+        return Request(config, [text for text in prompts for _ in range(samples)], seeds, lengths, rows, pixels)
 
     def _session(self, config: Config) -> StreamSession:
         """One of the size that `config` has; the last one of another size than the pipeline's is kept for the next."""
@@ -400,10 +411,8 @@ class DiagonalPipeline:
 
     def _results(self, asked: Request, *, decode: bool = True) -> Iterator[ChunkResult]:
         """Chunks as they arrive."""
-        session, chunk = self._session(asked.config), self.geometry.chunk_frames
-        pixels = read_conditioning(asked.config, asked.image, asked.video, min(asked.lengths) * chunk)
-        self.conditioning_warnings = []
-        conditioning = None if pixels is None else self.encode(pixels)
+        session, self.conditioning_warnings = self._session(asked.config), []
+        conditioning = None if asked.conditioning is None else self.encode(asked.conditioning)
         self._warn(asked.prompts, size_warnings(asked.config, self.card) if asked.config != self.config else [])
         session.schedule = asked.schedule
         yield from self._arrived(session.play(asked.prompts, asked.seeds, asked.lengths, conditioning, decode=decode))

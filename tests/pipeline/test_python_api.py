@@ -105,9 +105,16 @@ def test_what_is_wrong_is_said_in_a_sentence(pipe, arguments, words):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
 
 
-def test_a_stream_refuses_when_it_is_asked_for_not_when_it_is_read(pipe):
-    with pytest.raises(UserError, match="seed=x"):
-        pipe.stream(PROMPT, seed="x")
+@pytest.mark.parametrize("wrong", [{"seed": "x"}, {"image": "none.png"}, {"video": np.zeros((3, 8, 8, 3), np.uint8)}])
+def test_a_stream_refuses_when_it_is_asked_for_not_when_it_is_read(pipe, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        pipe.stream(PROMPT, **wrong)
+
+
+def test_a_scheduler_of_diffusers_is_not_taken_in_silence(pipe):
+    with pytest.raises(UserError, match="scheduler=object has no effect.*pipe.schedule"):
+        pipe.scheduler = object()
+    assert not hasattr(pipe, "scheduler")
 
 
 def test_seeds(pipe, tiny_assets):
@@ -143,6 +150,9 @@ def test_sizes(pipe, tiny_assets):
     assert np.array_equal(wide, frames(configured, PROMPT)) and np.array_equal(frames(pipe, PROMPT), before)
     assert next(pipe.stream(PROMPT, width=64)).shape == (9, 32, 64, 3)
     assert (pipe.geometry.height, pipe.config.video.width) == (32, 48), "of this call alone"
+    picture = np.full((48, 64, 3), 200, np.uint8)
+    begun = frames(pipe, PROMPT, image=picture, height=48, width=64)
+    assert np.array_equal(begun, frames(configured, PROMPT, image=picture)) and not np.array_equal(begun, wide)
 
 
 @pytest.mark.parametrize(
