@@ -25,6 +25,11 @@ def main() -> int:
     from utils.seeds import resolve_seed
 
     given, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
+    degree = given.inference.sequence_parallel
+    if ranks.world > 1:
+        if ranks.rank % degree:
+            return 0  # its GPU is for a process that the first of its group starts
+        ranks = ranks.groups(degree, "inference.sequence_parallel")
     config = replace(given, seed=resolve_seed(given.seed, ranks))
     if config.seed != given.seed and ranks.first:
         print(f"seed={given.seed}: drawn was {config.seed}, --seed {config.seed} makes the same", file=sys.stderr)

@@ -145,6 +145,8 @@ class InferenceConfig:
     cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
     fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
     fp8_attention: bool = True  # precision=fp8: keys and values in float8, too, where a kernel takes them (fa3)
+    # GPUs that share each chunk's tokens (pipeline/sequence_parallel.py): one stream is faster, as many prompts are not
+    sequence_parallel: int = number(1, 1, 64)
     overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
     student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time
@@ -162,7 +164,9 @@ class InferenceConfig:
         one_of(("auto", "on", "off"), "inference", self, "cuda_graphs")
         one_of(("row", "tensor"), "inference", self, "fp8_scaling")
         one_of(ATTENTION, "inference", self, "attention")
-        for key, value in (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on")):
+        fast = (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on"))
+        shared = (("sequence_parallel", self.sequence_parallel),) if self.sequence_parallel > 1 else ()
+        for key, value in (*fast, *shared):
             if self.student == "stream" and vars(self)[key] == value:
                 raise UserError(
                     f"inference.{key}={value} needs the student on the GPU for good, so it does not go with "
@@ -189,6 +193,11 @@ class Config:
 
     def __post_init__(self):
         check_bounds("", self)
+        if self.inference.sequence_parallel > 1 and self.model.lora and not self.model.lora_merge:
+            raise UserError(
+                f"inference.sequence_parallel={self.inference.sequence_parallel} needs adapters that are merged, so it "
+                "does not go with model.lora_merge=false; leave one of them out"
+            )
         f, c = self.video.num_latent_frames, self.stream.chunk_frames
         if f % c:
             raise UserError(

@@ -21,7 +21,7 @@ A StreamCache may hold float8 (e4m3): keys are normalised and values of their si
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -146,13 +146,13 @@ class StreamCache(_Cursor):
                 slots[:, i] = content
 
     @torch.no_grad()
-    def map_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
-        """Put `change` of the keys of slot `position` in their place, in every layer."""
+    def shift_keys(self, position: int, frames: int, shift: Callable[[Tensor, int], Tensor]) -> None:
+        """Put shift(keys, frames) in place of the keys of slot `position`, in every layer."""
         tokens = self.geometry.tokens_per_chunk
         for buffer in self._keys:
             own = buffer[:, position * tokens : (position + 1) * tokens]
             wide = own.bfloat16() if own.dtype is E4M3 else own
-            own.copy_(cast_for_cache(change(wide), own.dtype))
+            own.copy_(cast_for_cache(shift(wide, frames), own.dtype))
 
     def snapshot(self, device: torch.device | str | None = None) -> "CacheState":
         """A copy of what is filled, on `device` (None: where it is)."""
@@ -192,6 +192,7 @@ class CacheState:
     filled: frozenset[int]
     keys: list[Tensor]
     values: list[Tensor]
+    shared: Any = None  # of several ranks: whose, and the name of the others' parts (pipeline/sequence_parallel.py)
 
     @property
     def bytes(self) -> int:
@@ -286,11 +287,11 @@ class GraphCache(_Cursor):
             k, v = (x.detach() + (y - y.detach()) for x, y in zip(slots[own], with_graph, strict=True))
             slots[own] = (k, v)
 
-    def map_keys(self, position: int, change: Callable[[Tensor], Tensor]) -> None:
-        """Put `change` of the keys of slot `position` in their place, in every layer, with its graph."""
+    def shift_keys(self, position: int, frames: int, shift: Callable[[Tensor, int], Tensor]) -> None:
+        """Put shift(keys, frames) in place of the keys of slot `position`, in every layer, with its graph."""
         for slots in self._slots:
             k, v = slots[position]
-            slots[position] = (change(k), v)
+            slots[position] = (shift(k, frames), v)
 
     def detach(self) -> None:
         """Cut the graph of what is stored: later chunks send no gradient into earlier ones (context_grad: false)."""

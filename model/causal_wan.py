@@ -39,7 +39,7 @@ class CausalWanModel(WanTransformer3DModel):
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
     _cp_plan = None  # the base's plan splits tokens, which would tear frames from their modulation
-    sequence: SequenceGroup | None = None  # ranks that share the tokens; set by trainer/parallel/sequence.py
+    sequence: SequenceGroup | None = None  # ranks that share the tokens
 
     @functools.wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):
@@ -85,8 +85,8 @@ class CausalWanModel(WanTransformer3DModel):
         if isinstance(text, Tensor):
             text = [self._embed_text(text)] * len(self.blocks)
         if self.sequence is not None:
-            assert modulation.shape[1] == 1, "one timestep a sample: a rank's tokens need not end with a frame"
             x, *rotary_emb = (self.sequence.split(y) for y in (x, *rotary_emb))
+            temb, modulation = (self.sequence.split_frames(y, height * width) for y in (temb, modulation))
 
         for i, block in enumerate(self.blocks):
             past = None if view is None else view.layer(i)
@@ -104,6 +104,11 @@ class CausalWanModel(WanTransformer3DModel):
         if self.sequence is not None:
             x = self.sequence.gather(x)
         return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=ph, q=pw)
+
+    def share_tokens(self, group: SequenceGroup) -> None:
+        """Share the tokens out over `group` in passes from now on; a rank's cache holds its share of the heads."""
+        for part in (self, *self.blocks):
+            part.sequence = group
 
     def text_kv(self, text: Tensor) -> TextKV:
         """Cross-attention keys and values of every layer for a raw embedding [B, text tokens, text_dim]."""

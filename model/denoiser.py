@@ -4,11 +4,14 @@ Latents [B, F, C, H, W]. t is a float, or a tensor [B] (the student's also [B, F
 the dtype of x_t; the networks compute in the dtype of their weights, and v -> x0 is float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from model.cache import View
+from configs.geometry import Geometry
+from model.cache import StreamCache, View
 from model.causal_wan import CausalWanModel, Mask, TextKV
 from model.flow import x0_from_v
 
@@ -17,9 +20,25 @@ class Student:
     """The causal few-step generator."""
 
     cache_dtype: torch.dtype | None = None  # of a stream's keys and values; None = that of the network
+    check: Callable[[], None] | None = None  # raises UserError where another rank's part of the work is lost
 
     def __init__(self, model: CausalWanModel):
         self.model = model
+
+    def text_kv(self, text: Tensor) -> TextKV:
+        """What steps take for a raw embedding [B, text tokens, text_dim]."""
+        return self.model.text_kv(text)
+
+    def new_cache(
+        self, geometry: Geometry, batch: int, max_chunks: int | None = None, dtype: torch.dtype | None = None
+    ) -> StreamCache:
+        """An empty cache for `batch` streams of this network. dtype: by default as the network computes."""
+        config, weight, ranks = self.model.config, self.model.patch_embedding.weight, self.model.sequence
+        heads = config.num_attention_heads // (1 if ranks is None else ranks.size)
+        return StreamCache(
+            config.num_layers, batch, heads, config.attention_head_dim, geometry,
+            device=weight.device, dtype=dtype or self.cache_dtype or weight.dtype, max_chunks=max_chunks,
+        )  # fmt: skip
 
     def v(
         self,

@@ -95,6 +95,11 @@ def step_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> int:
     return tokens * itemsize * (2 * network.ffn + 5 * network.dim)
 
 
+def exchange_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> int:
+    """What ranks that share tokens hold of a block's queries, keys and values on their way; `tokens` of one rank."""
+    return 2 * 3 * tokens * network.dim * itemsize
+
+
 def decode_bytes(config: Config, batch: int = 1) -> tuple[int, int]:
     """What the decoder carries between chunks, and what decoding a chunk takes besides."""
     pixels = batch * config.video.height * config.video.width
@@ -137,12 +142,14 @@ def inference_plan(
 ) -> MemoryPlan:
     """Memory of `inference.py` in bfloat16: encoding the first prompt, a denoising step, decoding a chunk.
 
-    With precision=fp8 keys and values are reckoned as with FlashAttention-3, in float8 too.
+    With precision=fp8 keys and values are reckoned as with FlashAttention-3, in float8 too. With sequence_parallel it
+    is that of the first GPU; the others have student, cache and step alone.
     """
     geometry = geometry_for(config, student)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
     weights = student.inference_bytes if config.inference.student == "keep" else student.offloaded_bytes
-    fp8 = config.inference.precision == "fp8"
+    fp8, ranks = config.inference.precision == "fp8", config.inference.sequence_parallel
+    cache = cache_bytes(student, geometry, chunks, batch, 1 if fp8 and config.inference.fp8_attention else 2)
     always = {
         "student": student.fp8_bytes if fp8 else weights,
         "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
@@ -152,12 +159,13 @@ def inference_plan(
     keep = {"text encoder": text_weights} if config.inference.text_encoder == "keep" else {}
     encoding = {"text encoder": encoder, "activations": T5_SCORES * batch * config.model.text_tokens**2}
     playing = {
-        "KV cache": cache_bytes(student, geometry, chunks, batch, 1 if fp8 and config.inference.fp8_attention else 2),
+        "KV cache": cache // ranks,
         "text keys": text_bytes(student, config.model.text_tokens, batch),
     }
     if fast(config.inference.cuda_graphs, config):  # which read a copy of the text's keys
         playing["CUDA graphs"] = playing["text keys"] + CUBLAS_WORKSPACE
-    step = step_bytes(student, batch * geometry.tokens_per_chunk)
+    tokens = batch * geometry.tokens_per_chunk // ranks
+    step = step_bytes(student, tokens) + (0 if ranks == 1 else exchange_bytes(student, tokens))
     decode, fragmentation = decode_phase(config, batch)
     carried = {"decoder state": decode["decoder state"]}
     return MemoryPlan(

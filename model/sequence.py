@@ -8,12 +8,15 @@ backward pass is that of the *sum* of the n equal losses, so that the mean of a 
 the gradient of one: the mean that data parallelism takes anyway, and nothing that averages has to know of the group.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from configs.errors import UserError
 
 
 class SequenceGroup:
@@ -40,6 +43,18 @@ class SequenceGroup:
             return x
         assert x.shape[1] % self.size == 0, f"{x.shape[1]} tokens on {self.size} ranks"
         return x.chunk(self.size, dim=1)[self.rank].clone(memory_format=torch.contiguous_format)  # not all of x is kept
+
+    def split_frames(self, x: Tensor, tokens: int) -> Tensor:
+        """Values a frame [B, F, ...] as this rank's tokens need them: [B, pieces, ...], of pieces of equal length.
+
+        tokens: of a frame. A rank's tokens need not end with a frame, but each of its pieces lies in one. F = 1: as is.
+        """
+        if not self._on or x.shape[1] == 1:
+            return x
+        own = x.shape[1] * tokens // self.size
+        piece = math.gcd(own, tokens)
+        first = self.rank * own
+        return torch.stack([x[:, at // tokens] for at in range(first, first + own, piece)], dim=1)
 
     def gather(self, x: Tensor) -> Tensor:
         """All tokens [B, L, ...], on every rank, from each one's [B, L / n, ...]."""
@@ -71,6 +86,41 @@ class SequenceGroup:
             return x
         out = _Exchange.apply(x.unflatten(1, (self.size, -1)).movedim(1, 0), self.group)
         return out.permute(1, 2, 0, 3, 4).flatten(2, 3)  # heads of rank 0 first
+
+    def heads_into(self, q: Tensor, k: Tensor, v: Tensor, k_slot: Tensor, v_slot: Tensor) -> Tensor:
+        """`to_heads` without a gradient: keys and values go into slots [B, L, heads / n, head_dim]; returns queries."""
+        parts = [_words(x).unflatten(2, (self.size, -1)) for x in (q, k, v)]
+        batch, tokens, _, heads, words = parts[0].shape
+        sent = parts[0].new_empty(self.size, 3, batch, tokens, heads, words)
+        for i, part in enumerate(parts):
+            sent[:, i].copy_(part.movedim(2, 0))
+        came = self._swap(sent)
+        for slot, part in ((k_slot, came[:, 1]), (v_slot, came[:, 2])):
+            _words(slot).unflatten(1, (self.size, -1)).copy_(part.movedim(0, 1))
+        return came[:, 0].movedim(0, 1).flatten(1, 2).view(q.dtype)
+
+    def tokens_from(self, x: Tensor) -> Tensor:
+        """`to_tokens` without a gradient."""
+        came = self._swap(_words(x).unflatten(1, (self.size, -1)).movedim(1, 0).contiguous())
+        return came.permute(1, 2, 0, 3, 4).flatten(2, 3).view(x.dtype)
+
+    def _swap(self, sent: Tensor) -> Tensor:
+        came = torch.empty_like(sent)
+        dist.all_to_all_single(came, sent, group=self.group)
+        return came
+
+
+def _words(x: Tensor) -> Tensor:
+    """x in words of eight bytes: what moves numbers of any type fast, and can send them."""
+    return x.view(torch.int64)
+
+
+def check_shares(setting: str, degree: int, count: int, what: str) -> None:
+    """Refuse `setting`=degree where it does not divide `count` things, which `what` names."""
+    if count % degree:
+        *some, last = [str(i) for i in range(1, min(count, 16) + 1) if count % i == 0]
+        use = f"{', '.join(some)} or {last}" if some else last
+        raise UserError(f"{setting}={degree} does not divide the {count} {what}; use {use}")
 
 
 class _Exchange(torch.autograd.Function):

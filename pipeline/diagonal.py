@@ -44,6 +44,7 @@ from pipeline.arguments import as_lengths, as_prompts, as_seeds, refuse, whole
 from pipeline.async_decoder import prefetch
 from pipeline.conditioning import conditioning_warnings, encode_conditioning, read_conditioning
 from pipeline.pretrained import save_folder, settings_of
+from pipeline.sequence_parallel import ParallelStudent, SequenceRanks, check_tokens, rank_devices
 from pipeline.story import Story, play_story
 from pipeline.stream import ChunkResult, StreamSession
 from pipeline.video import OUTPUT_TYPES, DiagonalPipelineOutput, Video
@@ -84,7 +85,7 @@ class DiagonalPipeline:
         self.session = StreamSession.from_config(config, student, codec, text_encoder)
         self.geometry, self._schedule = self.session.geometry, self.session.schedule
         self.card: Mapping[str, Any] = {}  # what is known of the student's training
-        self.loras = LoraAdapters(student.model)  # adapters that are not merged for good
+        self._loras = LoraAdapters(student.model)
         self.conditioning_warnings: list[str] = []  # of the picture or clip that was encoded last
         self._resized: StreamSession | None = None  # of the last call that asked for another size
         self._progress_bar: dict[str, Any] = {}
@@ -123,7 +124,7 @@ class DiagonalPipeline:
     ) -> "DiagonalPipeline":
         """A pipeline of what the configuration names; `overrides` as on the command line: "schedule.steps=5432222".
 
-        local_rank: the GPU to use where there are several.
+        local_rank: the GPU to use where there are several, or the group of as many as share a stream.
         Sets torch's number of CPU threads (`cpu_threads`). Raises UserError where a file is missing or does not fit,
         or a setting is wrong.
         """
@@ -131,7 +132,7 @@ class DiagonalPipeline:
             config = load_config(config, overrides)
         elif overrides:
             raise ValueError("overrides go with a path; use dataclasses.replace on a Config")
-        device = pick_device(config.device, local_rank)
+        device = pick_device(config.device, local_rank * config.inference.sequence_parallel)
         set_threads(config.cpu_threads)
         dtype = pick_dtype(config.inference.precision, device)
         FastPlan.from_config(config.inference, device)  # refuses what cannot be before anything is loaded
@@ -143,7 +144,7 @@ class DiagonalPipeline:
         )
         codec = load_codec(names, device, dtype)
         pipe = cls.from_parts(config, student, codec, text, device)
-        pipe.loras, pipe.card = loras, student.card
+        pipe._loras, pipe.card = loras, student.card
         warn_of_schedule(pipe.schedule, student.card)
         for text in size_warnings(config, student.card):
             log.warning(text)
@@ -161,7 +162,20 @@ class DiagonalPipeline:
             BlockOffload(student, device)
         if places.decode_frames:
             codec = SlicedDecodeCodec(codec, places.decode_frames)
-        return cls(config, *apply_fast_plan(Student(student), codec, plan), place_text(text, places, device))
+        return cls(config, *build_student(config, student, codec, plan, device), place_text(text, places, device))
+
+    @property
+    def loras(self) -> LoraAdapters:
+        """Adapters that are not merged for good. UserError where several GPUs share a stream: all hold merged ones."""
+        size = self.config.inference.sequence_parallel
+        if size > 1:
+            raise UserError(f"inference.sequence_parallel={size} keeps adapters as they are; name them in model.lora")
+        return self._loras
+
+    def close(self) -> None:
+        """End the other processes where several GPUs share a stream; they end with this one, too."""
+        if isinstance(self.session.student, ParallelStudent):
+            self.session.student.close()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write all that the pipeline is made of to a new or empty folder, which `from_pretrained` reads.
@@ -259,6 +273,11 @@ class DiagonalPipeline:
 
     def _place(self, config: Config) -> None:
         """Become the pipeline that `config` asks for, with the weights that there are."""
+        if config.inference.sequence_parallel > 1:
+            raise UserError(
+                f"inference.sequence_parallel={config.inference.sequence_parallel} keeps networks where they are; "
+                "load the pipeline with device and precision as settings"
+            )
         device, places, parts = pick_device(config.device), config.inference, self.components
         dtype, words = pick_dtype(places.precision, device), self.session.text_encoder
         FastPlan.from_config(places, device)
@@ -271,7 +290,7 @@ class DiagonalPipeline:
             codec = TinyDecoderCodec(cast_to_best_dtype(decoder, dtype))
         text = TextEncoder(encoder, words.tokenizer, words.text_tokens)
         self.config, self.session = config, self.from_parts(config, student, codec, text, device).session
-        self._resized, self.loras = None, LoraAdapters(self.session.student.model)
+        self._resized, self._loras = None, LoraAdapters(self.session.student.model)
 
     # --- videos -------------------------------------------------------------------------------------------------------
 
@@ -531,6 +550,20 @@ def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     if config.codec == "taehv":
         return TinyDecoderCodec(cast_to_best_dtype(load_tiny_decoder(config.tiny_decoder, device), dtype))
     return WanCodec(load_vae(config.vae, device, dtype))
+
+
+def build_student(
+    config: Config, model: CausalWanModel, codec: Codec, plan: FastPlan, device: torch.device
+) -> tuple[Student, Codec]:
+    """Student and codec as `plan` wants them, changed in place; on as many GPUs as share a stream."""
+    size, attention = config.inference.sequence_parallel, config.inference.attention
+    if size == 1:
+        return apply_fast_plan(Student(model), codec, plan)
+    check_tokens(size, Geometry.from_config(config).for_network(model.config))
+    devices = rank_devices(device, size)
+    ranks = SequenceRanks(model, devices, None if plan.is_noop else plan, None if attention == "auto" else attention)
+    student, codec = apply_fast_plan(Student(model), codec, plan)
+    return ParallelStudent(student, ranks), codec
 
 
 def apply_fast_plan(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:

@@ -23,6 +23,7 @@ from pipeline.conditioning import read_conditioning
 from pipeline.live import partial_name
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
+from pipeline.sequence_parallel import check_tokens, rank_devices
 from pipeline.story import Story, planned_stories
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
@@ -177,8 +178,11 @@ def make_plan(
     folder = Path(config.inference.output_folder).expanduser()
     if output is None:
         check_writable(folder, "inference.output_folder")
-    device = pick_device(config.device, ranks.local_rank)
+    degree = config.inference.sequence_parallel
+    device = pick_device(config.device, ranks.local_rank * degree)
     FastPlan.from_config(config.inference, device)
+    check_tokens(degree, Geometry.from_config(config))
+    rank_devices(device, degree)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))
     check_inference(config, gpu_memory(device))

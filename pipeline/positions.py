@@ -34,4 +34,4 @@ def sink_offset(geometry: Geometry, chunk: int) -> int:
 
 def shift_slot(model: CausalWanModel, cache: StreamCache | GraphCache, position: int, frames: int) -> None:
     """Make the keys in slot `position` those of `frames` latent frames later."""
-    cache.map_keys(position, lambda keys: model.shift_keys(keys, frames))
+    cache.shift_keys(position, frames, model.shift_keys)

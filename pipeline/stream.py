@@ -14,7 +14,7 @@ Legend: B streams run as one batch; f latent frames a chunk; latents `[B, f, C, 
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -66,10 +66,13 @@ class ChunkResult:
     active: tuple[bool, ...]  # streams that last up to here; what the others' rows hold is for nobody
     finite: Tensor  # bool [2, B], on the host: whether the latents, and the pixels, are
     dtype: torch.dtype  # that the student computes in
+    check: Callable[[], None] | None = None  # the student's
 
     def wait(self) -> "ChunkResult":
         """Until the frames are there. Raises NonFiniteChunk where they are made of NaN or infinity."""
-        self.timer.wait()
+        self.timer.wait(self.check)
+        if self.check is not None:
+            self.check()
         for maker, rows in zip(FIX_OF, self.finite.tolist(), strict=True):
             if not all(good for good, active in zip(rows, self.active, strict=True) if active):
                 raise NonFiniteChunk(self._blame(maker))
@@ -132,7 +135,7 @@ class StreamSession:
         self._conditioning: Tensor | None = None  # what is given of the stream, until it is played
         self._playing: object | None = None  # stands for the newest play()
         self._cancelled = threading.Event()
-        self._prompt_track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.model.text_kv)
+        self._prompt_track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.text_kv)
 
     @classmethod
     def from_config(
@@ -296,17 +299,7 @@ class StreamSession:
         if same and (bounded or (num_chunks or 0) <= self._cache.capacity):
             self._cache.reset()
             return
-        config = self.student.model.config
-        self._cache = StreamCache(
-            config.num_layers,
-            batch,
-            config.num_attention_heads,
-            config.attention_head_dim,
-            self.geometry,
-            device=self.device,
-            dtype=self.student.cache_dtype or self.dtype,
-            max_chunks=num_chunks,
-        )
+        self._cache = self.student.new_cache(self.geometry, batch, num_chunks)
         self._cache_batch = batch
 
     @torch.no_grad()
@@ -342,7 +335,9 @@ class StreamSession:
         if self._conditioning is not None and self._conditioning.shape[1] <= self.chunk * self.geometry.chunk_frames:
             self._conditioning = None
         prompts = self._prompt_track.state.prompts
-        return ChunkResult(chunk, latents, frames, timer, prompts, active, finite, self.dtype)
+        return ChunkResult(
+            chunk, latents, frames, timer, prompts, active, finite, self.dtype, self.student.check
+        )
 
     def _checked(self, conditioning: Tensor, batch: int) -> Tensor:
         """Latents that the streams begin with, as [batch, g, C, h, w] on the device."""

@@ -91,14 +91,12 @@ class CausalTrajectoryMaker(TrajectoryMaker):
 
     @torch.no_grad()
     def make(self, indices: Sequence[int]) -> Tensor:
-        network = self.teacher.model.config
         text = torch.cat(self._text(indices)[: 2 if self.guidance else 1])  # each branch has keys of its own
         streams = len(text)
-        sizes = (network.num_layers, streams, network.num_attention_heads, network.attention_head_dim)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.teacher.model.text_kv(text)
             dtype = text[0][1].dtype
-            cache = StreamCache(*sizes, self.geometry, device=self.device, dtype=dtype, max_chunks=self.chunks)
+            cache = self.teacher.new_cache(self.geometry, streams, self.chunks, dtype)
             noise = enumerate(self._noise(indices))
             return torch.cat([self._chunk(k, x, text, cache) for k, x in noise], dim=2)
 

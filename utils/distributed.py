@@ -40,6 +40,18 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def groups(self, degree: int, setting: str) -> "Ranks":
+        """Position of this one's group among groups of `degree` neighbours, who share samples.
+
+        UserError where `setting`=degree leaves ranks over.
+        """
+        if self.world % degree:
+            raise UserError(
+                f"{setting}={degree} does not divide {self.world} rank{'s' * (self.world != 1)}; "
+                f"start a multiple of {degree} with torchrun --nproc_per_node, or lower it"
+            )
+        return Ranks(self.rank // degree, self.world // degree, self.local_rank // degree)
+
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's items, round robin: over all ranks each item exactly once."""
         return list(items[self.rank :: self.world])

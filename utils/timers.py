@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+POLL_S = 0.0005  # between two looks at whether a GPU is done
+
 
 class SpanTimer:
     """Named spans of time, one after another: each `mark` ends the span that began at the mark before it.
@@ -25,8 +27,11 @@ class SpanTimer:
         self._names.append(name)
         self._marks.append(self._now())
 
-    def wait(self) -> None:
-        """Until everything before the last mark has happened."""
+    def wait(self, check: Callable[[], None] | None = None) -> None:
+        """Until everything before the last mark has happened. check: called meanwhile; may raise."""
+        while self._cuda and check is not None and not self._marks[-1].query():
+            check()
+            time.sleep(POLL_S)
         if self._cuda:
             self._marks[-1].synchronize()
 

@@ -171,12 +171,16 @@ def patchify(model: CausalWanModel, latents: Tensor) -> Tensor:
     return functional.linear(cells, conv.weight.flatten(1), conv.bias)
 
 
-def output_head(model: CausalWanModel, x: Tensor, temb: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Tokens [B, L, D] -> x0 [B, F, C, H, W]."""
+def output_head(model: CausalWanModel, x: Tensor, temb: Tensor) -> Tensor:
+    """Tokens [B, L, D] -> their v [B, L, p q C]."""
+    shift, scale = (model.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
+    return model.proj_out(_modulate(model.norm_out(x.float()), shift, scale).type_as(x))
+
+
+def unpatchify_to_x0(model: CausalWanModel, y: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """v of all tokens [B, L, p q C] -> x0 [B, F, C, H, W]."""
     _, p, q = model.config.patch_size
     frames, height, width = x_t.shape[1], x_t.shape[3] // p, x_t.shape[4] // q
-    shift, scale = (model.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
-    y = model.proj_out(_modulate(model.norm_out(x.float()), shift, scale).type_as(x))
     v = rearrange(y, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=height, w=width, p=p, q=q)
     return x0_from_v(x_t, v, t)
 
@@ -188,25 +192,42 @@ class FastStep:
         self.model, self.plan = model, plan
         self.fused = plan.fused_norms and fused_wan.fits(model)
         own = (fused_wan.pre_attention, fused_wan.cross_attention_query, fused_wan.feed_forward)
-        is_noop = (pre_attention, cross_attention_query, feed_forward)
-        parts = (patchify, output_head, fused_wan.adaln_modulations, *(own if self.fused else is_noop))
+        plain = (pre_attention, cross_attention_query, feed_forward)
+        ends = (patchify, output_head, unpatchify_to_x0, fused_wan.adaln_modulations)
+        parts = (*ends, *(own if self.fused else plain))
         if plan.compile:
             parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in parts)
-        self._patches, self._head, self._adaln_tables, self._pre_attention, self._query, self._feed_forward = parts
+        self._patches, self._head, self._to_x0, self._adaln_tables, *blocks = parts
+        self._pre_attention, self._query, self._feed_forward = blocks
 
     def __call__(self, x_t: Tensor, t: Tensor, rotary_emb: RotaryEmb, text: TextKV, layers: Sequence[StreamLayer]):
-        model, kernels = self.model, self.plan.kernels
+        model, kernels, group = self.model, self.plan.kernels, self.model.sequence
         x = self._patches(model, x_t)
+        if group is not None:
+            x = group.split(x)
         temb, modulation = model._embed_time(t, x.dtype)
         modulations = self._adaln_tables(model, modulation) if self.fused else [modulation] * len(layers)
         for block, table, past, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
             own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
-            q = self._pre_attention(block, x, table, rotary_emb, past.keys[:, own], past.values[:, own])
-            x, q = self._query(
-                block, x, table, attend(kernels.self_attention, q, past.keys[:, seen], past.values[:, seen])
-            )
+            q = self._project(block, x, table, rotary_emb, past.keys[:, own], past.values[:, own])
+            attended = attend(kernels.self_attention, q, past.keys[:, seen], past.values[:, seen])
+            if group is not None:
+                attended = group.tokens_from(attended)
+            x, q = self._query(block, x, table, attended)
             x = self._feed_forward(block, x, table, attend(kernels.cross_attention, q, k, v), self.plan.fused_gelu)
-        return self._head(model, x, temb, x_t, t)
+        y = self._head(model, x, temb)
+        return self._to_x0(model, y if group is None else group.gather(y), x_t, t)
+
+    def _project(
+        self, block: CausalWanBlock, x: Tensor, table: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
+    ) -> Tensor:
+        """`pre_attention`; where ranks share the tokens, of all tokens and this rank's heads."""
+        group = self.model.sequence
+        if group is None:
+            return self._pre_attention(block, x, table, rotary_emb, k_slot, v_slot)
+        k, v = (k_slot.new_empty(*x.shape[:2], block.attn1.heads, k_slot.shape[3]) for _ in range(2))
+        q = self._pre_attention(block, x, table, rotary_emb, k, v)
+        return group.heads_into(q, k, v, k_slot, v_slot)
 
 
 # --- the student ------------------------------------------------------------------------------------------------------
@@ -260,12 +281,17 @@ class FastStudent(Student):
         _, p, q = self.model.config.patch_size
         height, width = x_t.shape[3] // p, x_t.shape[4] // q
         if frame_ids is not None:
-            return self.model.rope(frame_ids, height, width)
+            return self._own(self.model.rope(frame_ids, height, width))
         key = (start_frame, x_t.shape[1], height, width, x_t.device)
         if self._rotation is None or self._rotation[0] != key:
             ids = torch.arange(start_frame, start_frame + x_t.shape[1], device=x_t.device)
-            self._rotation = (key, self.model.rope(ids, height, width))
+            self._rotation = (key, self._own(self.model.rope(ids, height, width)))
         return self._rotation[1]
+
+    def _own(self, rotary_emb: RotaryEmb) -> RotaryEmb:
+        """That of this rank's tokens."""
+        group = self.model.sequence
+        return rotary_emb if group is None else tuple(group.split(part) for part in rotary_emb)
 
 
 class CUDAGraphCache:

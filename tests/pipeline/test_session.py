@@ -13,6 +13,7 @@ from configs.schema import ScheduleConfig, StreamConfig
 from model.cache import StreamCache
 from model.causal_wan import FrameRotary, _rotate
 from model.codec import WanCodec
+from model.denoiser import Student
 from model.schedule import Schedule
 from pipeline.stream import StreamSession
 
@@ -200,13 +201,12 @@ def test_a_bad_prompt_is_refused_and_the_stream_goes_on(make, bad):
     assert same(first + list(playing), make().play(PROMPT, 2, 3))
 
 
-class Counting:
+class Counting(Student):
     """A student that cancels its session during pass number `at`."""
 
-    cache_dtype = None
-
-    def __init__(self, student, at: int):
-        self.student, self.model, self.at, self.calls, self.session = student, student.model, at, 0, None
+    def __init__(self, student: Student, at: int):
+        super().__init__(student.model)
+        self.student, self.at, self.calls, self.session = student, at, 0, None
 
     def x0(self, *args):
         self.calls += 1

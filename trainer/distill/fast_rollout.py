@@ -43,9 +43,7 @@ class FastRollout:
         plan = FastPlan.from_config(how, device)
         self.student: FastStudent = optimize_student(Student(model), plan)
         model.requires_grad_(False)  # what has been fused, too
-        c = model.config
-        sizes = (c.num_layers, config.training.micro_batch, c.num_attention_heads, c.attention_head_dim)
-        self.cache = StreamCache(*sizes, geometry, device=device, dtype=dtype, max_chunks=chunks)
+        self.cache = self.student.new_cache(geometry, config.training.micro_batch, chunks, dtype)
         self.stale = True  # the student has changed since its weights were copied
         self._places = dict(_places(model))
 
