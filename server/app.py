@@ -49,11 +49,11 @@ def create_app(
     store: JobStore,
     policy: AccessPolicy,
     options: ServerOptions,
-    on_fault: Callable[[BaseException], None] = lambda error: None,
+    on_start: Callable[[BaseException | None], None] = lambda fault: None,
 ) -> FastAPI:
     """The application. pool: not started yet; it and the store are closed when the server ends.
 
-    on_fault: called where the workers cannot be started; the program should end then.
+    on_start: called once the workers are warm, or with what has prevented it.
     """
     metrics = Metrics()
     queue = JobQueue(store, pool, metrics)
@@ -65,7 +65,7 @@ def create_app(
         nonlocal stopping
         await queue.start()
         starting = asyncio.create_task(pool.start())  # /health answers meanwhile
-        starting.add_done_callback(lambda task: task.cancelled() or task.exception() and on_fault(task.exception()))
+        starting.add_done_callback(lambda task: task.cancelled() or on_start(task.exception()))
         try:
             yield
         finally:

@@ -85,14 +85,18 @@ def run(program: Program) -> int:
     listener = bound_socket(args.host, args.port)
     faults: list[BaseException] = []
 
-    def stop(fault: BaseException) -> None:
-        faults.append(fault)
-        server.should_exit = True
+    def started(fault: BaseException | None) -> None:
+        if fault is None:
+            log.info(f"open {place}")
+        else:
+            faults.append(fault)
+            server.should_exit = True
 
     options = ServerOptions(live=live, grace_seconds=args.grace_seconds, loras=tuple(loras))
-    app = create_app(pool, store, AccessPolicy(keys, is_loopback(args.host), origins), options, stop)
+    app = create_app(pool, store, AccessPolicy(keys, is_loopback(args.host), origins), options, started)
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **SOCKET))
-    log.info(f"open {address(args.host, listener.getsockname()[1])}")
+    place = address(args.host, listener.getsockname()[1])
+    log.info(f"{place} answers; the model is being loaded")
     # uvicorn ends well on SIGTERM, and then raises it once more for whoever handled it before
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     server.run([listener])

@@ -16,7 +16,7 @@ CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # the changel
 PROGRAMS = {
     "inference.sh": ("pipeline/cli.py", "configs/tiny.yaml"),
     "training.sh": ("trainer/cli.py", "configs/train_tiny.yaml"),
-    "demo.sh": ("demo.py", "configs/tiny.yaml"),
+    "demo.sh": ("server/command.py", "configs/tiny.yaml"),
     "serve.sh": ("server/command.py", "configs/tiny.yaml"),
     "scripts/ablate_tiny.sh": ("scripts/ablate_tiny.py", "configs/train_tiny_ablation.yaml"),
     "scripts/encode_prompts.py": ("scripts/encode_prompts.py", "configs/train_tiny.yaml"),
@@ -103,7 +103,8 @@ def test_commands_can_be_pasted(page):
         assert not [flag for flag in flags if f'"{flag}"' not in text], program
         if "--config_path" in words:
             config = words[words.index("--config_path") + 1].replace("$n", "1")
-        overrides = [word for word in words if OVERRIDE.match(word) and not word.startswith("none")]
+        named = {words[i + 1] for i, word in enumerate(words) if word == "--lora"}  # NAME=FILE
+        overrides = [w for w in words if OVERRIDE.match(w) and not w.startswith("none") and w not in named]
         if not config.isupper():
             load_config(config, overrides)
 

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from configs.load import CHECKOUT
 
 SCRIPTS = sorted([*CHECKOUT.glob("*.sh"), *(CHECKOUT / "scripts").glob("*.sh"), CHECKOUT / ".ci" / "run"])
-COPIED = ("inference.sh", "training.sh", "demo.sh", "setup.py", "scripts/setup.sh", "scripts/check_requirements.py")
+COPIED = ("inference.sh", "training.sh", "demo.sh", "serve.sh", "setup.py", "scripts/setup.sh",
+          "scripts/check_requirements.py")  # fmt: skip
 STAND_IN = """
 import json, os, sys
 print(json.dumps([sys.prefix, os.getcwd(), os.path.basename(sys.argv[0]), *sys.argv[1:]]))
@@ -30,7 +31,7 @@ def checkout(tmp_path) -> Path:
     (root / "scripts").mkdir(parents=True)
     for name in COPIED:
         shutil.copy(CHECKOUT / name, root / name)
-    for name in ("inference.py", "train.py", "demo.py"):
+    for name in ("inference.py", "train.py", "demo.py", "serve.py"):
         (root / name).write_text(STAND_IN)
     for name in ("requirements.txt", "requirements-demo.txt"):
         (root / name).write_text("# nothing\n")

@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.load import CHECKOUT
 from utils import exits
 
-PROGRAMS = [CHECKOUT / name for name in ("inference.py", "train.py", "demo.py")]
+PROGRAMS = [CHECKOUT / name for name in ("inference.py", "train.py", "serve.py", "demo.py")]
 PROGRAMS += sorted(p for p in (CHECKOUT / "scripts").glob("*.py") if "exits.run" in p.read_text(encoding="utf-8"))
 
 
