@@ -6,21 +6,19 @@
     long       a stream of --minutes (of video): memory and chunk time flat, each frame in the file exactly once, seams,
                drift of saturation over --drift_frames latent frames
     switches   tiny world: --switches streams whose prompt changes its colour; in how many the colour is seen, and when
-    demo       --plays presses of Play at the demo's server: milliseconds until the first frame has arrived
+    demo       --plays streams, one after the other, at a server: milliseconds until the first frame has arrived
+    sessions   for each number of --sessions: so many clients at a server with --workers, once at the video's rate
+               (paced), which frames are late; once as fast as they come (saturating), how many a second
 
 Random weights serve for speed and memory; what they show means nothing.
 """
 
 import argparse
 import asyncio
-import json
 import math
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,13 +30,9 @@ exits.guard(__name__)
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from model.denoiser import Student  # noqa: E402
-from model.fast.student import FastPlan  # noqa: E402
-from model.weights.random import RandomTextEncoder, random_codec, random_student  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, apply_fast_plan  # noqa: E402
-from scripts.bench.live import lines, switches, watch_stream  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline  # noqa: E402
+from scripts.bench.live import lines, random_pipeline, switches, watch_stream  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
-from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 
@@ -53,95 +47,64 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--switches", type=int, default=64, help="changes of prompt (default: %(default)s)")
     parser.add_argument("--switch_chunk", type=int, default=4, metavar="K", help="the first under the new prompt")
     parser.add_argument("--batch", type=int, default=8, help="streams at once, of --switches (default: %(default)s)")
-    parser.add_argument("--plays", type=int, default=5, help="presses of Play at the demo; 0 = none")
+    parser.add_argument("--plays", type=int, default=5, help="streams opened at a server; 0 = none")
+    parser.add_argument("--sessions", type=int, nargs="+", default=[], metavar="N", help="clients at once")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each of them (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
     parser.add_argument("--random_weights", choices=("tiny", "1.3B", "14B"), metavar="SIZE", help="tiny, 1.3B, 14B")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--video", type=Path, metavar="FILE", help="keep the long stream's file")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
-    for name, least in (("minutes", 0), ("drift_frames", 1), ("switches", 0), ("switch_chunk", 1), ("batch", 1)):
+    zero, one = ("minutes", "switches"), ("drift_frames", "switch_chunk", "batch", "seconds", "workers")
+    for name, least in (*((name, 0) for name in zero), *((name, 1) for name in one)):
         if vars(args)[name] < least:
             raise UserError(f"--{name}={vars(args)[name]} is less than {least}; give {least} or more")
     return args
 
 
-def pipeline(config: Config, size: str | None) -> DiagonalPipeline:
-    """What the configuration names, or random weights of a size."""
-    if size is None:
-        return DiagonalPipeline.from_config(config)
-    device = pick_device(config.device)
-    dtype, plan = pick_dtype(config.inference.precision, device), FastPlan.from_config(config.inference, device)
-    student = Student(random_student(size, device, dtype))
-    text = RandomTextEncoder(config.model.text_tokens, student.model.config.text_dim, device)
-    return DiagonalPipeline(config, *apply_fast_plan(student, random_codec(config, size, device, dtype), plan), text)
+def played(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """What streams of one pipeline show."""
+    video, size = config.video, args.random_weights
+    pipe = random_pipeline(config, size) if size else DiagonalPipeline.from_config(config)
+    found: dict[str, Any] = {"device": str(pipe.session.device)}
+    if args.minutes:
+        frames = max(args.minutes * 60 * video.fps, 1)
+        chunks = math.ceil((frames + 3) / 4 / config.stream.chunk_frames)
+        with tempfile.TemporaryDirectory() as folder:
+            path = args.video or Path(folder) / "long.mp4"
+            found["long"] = watch_stream(pipe.session, PROMPT, chunks, video.fps, path, args.drift_frames)
+    if args.switches:
+        world = TinyWorld(video.height, video.width)
+        found["switches"] = switches(pipe.session, world, args.switches, args.switch_chunk, args.batch)
+    return found
 
 
-def demo(pipe: DiagonalPipeline, plays: int) -> dict[str, Any]:
-    """Milliseconds from Play to the first frame, at a server in this process, over its own socket."""
+def served(args: argparse.Namespace) -> dict[str, Any]:
+    """What clients of a server see."""
     try:
-        import uvicorn
-        from websockets.asyncio.client import connect
-
-        from server.demo_app import SOCKET, bound_socket, make_app
+        from scripts.bench import sessions
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; see requirements-demo.txt, or --plays 0") from error
-    listener = bound_socket("127.0.0.1", 0)
-    options = {"log_level": "error", "timeout_graceful_shutdown": 2, **SOCKET}
-    server = uvicorn.Server(uvicorn.Config(make_app(pipe, warm=True), **options))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-
-    async def visit() -> list[float]:
-        waits = []
-        async with connect(f"ws://127.0.0.1:{listener.getsockname()[1]}/stream", max_size=None) as line:
-            hello = json.loads(await line.recv())
-            for seed in range(plays):
-                begin = time.perf_counter()
-                message = {"type": "play", "prompt": PROMPT, "seed": seed, "steps": hello["steps"], "seconds": 1}
-                await line.send(json.dumps(message))
-                while isinstance(await line.recv(), str):
-                    pass
-                waits.append(1000 * (time.perf_counter() - begin))
-                await line.send('{"type": "stop"}')
-                await _until_stopped(line)
-        return waits
-
-    try:
-        while not server.started:
-            time.sleep(0.02)
-        waits = asyncio.run(visit())
-    finally:
-        server.should_exit = True
-        thread.join(10)
-    return {"plays": plays, "first_frame_ms": median(waits), "slowest_ms": max(waits)}
-
-
-async def _until_stopped(line) -> None:
-    while True:
-        message = await line.recv()
-        if isinstance(message, str) and json.loads(message)["type"] == "stopped":
-            return
+    source = sessions.BenchSource(args.config_path, tuple(args.settings), args.random_weights)
+    most, found = math.ceil(max(args.sessions, default=1) / args.workers), {}
+    with sessions.live_server(source, args.workers, most) as (url, pool):
+        if args.plays:
+            found["demo"] = asyncio.run(sessions.first_frames(url, args.plays))
+        if args.sessions:
+            found["sessions"] = sessions.sessions(url, pool, args.sessions, args.seconds)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console()
     config = load_config(args.config_path, args.settings)
-    set_threads(config.cpu_threads)
-    pipe, video = pipeline(config, args.random_weights), config.video
     figures: dict[str, Any] = {"weights": f"random, {args.random_weights}" if args.random_weights else "as configured"}
-    figures["device"] = str(pipe.session.device)
-    if args.minutes:
-        frames = max(args.minutes * 60 * video.fps, 1)
-        chunks = math.ceil((frames + 3) / 4 / config.stream.chunk_frames)
-        with tempfile.TemporaryDirectory() as folder:
-            path = args.video or Path(folder) / "long.mp4"
-            figures["long"] = watch_stream(pipe.session, PROMPT, chunks, video.fps, path, args.drift_frames)
-    if args.switches:
-        world = TinyWorld(video.height, video.width)
-        figures["switches"] = switches(pipe.session, world, args.switches, args.switch_chunk, args.batch)
-    if args.plays:
-        figures["demo"] = demo(pipe, args.plays)
+    if args.minutes or args.switches:
+        figures |= played(args, config)
+    if args.plays or args.sessions:
+        figures |= served(args)
     print("\n".join(lines(figures)))
     if args.json:
         write_json_atomic(args.json, figures)

@@ -1,12 +1,12 @@
 """Ways to lay a distillation out on GPUs: written as text, turned into settings, planned from formulas, projected.
 
-    KIND:GPUS[,OPTION=VALUE...]      full:2    hybrid:4    sequence:2    sequence2:4    none:1,teacher=1.3B,card=140
+KIND:GPUS[,OPTION=VALUE...]      full:2    hybrid:4    sequence:2    sequence2:4    none:1,teacher=1.3B,card=140
 
-    none       each GPU holds everything                       full       sharded over all of them (FSDP2)
-    hybrid     sharded within a machine, copied between        sequenceN  full, and N GPUs share a sample's tokens (all,
-                                                                          without N)
-    options    student, teacher, critic: sizes; accumulate: micro-batches; card: GB that the allocator is capped at;
-               any setting, such as training.distill.lora.student_rank=64
+none       each GPU holds everything                       full       sharded over all of them (FSDP2)
+hybrid     sharded within a machine, copied between        sequenceN  full, and N GPUs share a sample's tokens (all,
+                                                                      without N)
+options    student, teacher, critic: sizes; accumulate: micro-batches; card: GB that the allocator is capped at;
+           any setting, such as training.distill.lora.student_rank=64
 """
 
 import math

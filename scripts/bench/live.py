@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames
+from configs.schema import Config
+from model.denoiser import Student
+from model.fast.student import FastPlan
+from model.weights.random import RandomTextEncoder, random_codec, random_student
 from pipeline.async_decoder import prefetch
+from pipeline.diagonal import DiagonalPipeline, apply_fast_plan
 from pipeline.stream import ChunkResult, StreamSession
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.measures import measure
 from trainer.tiny.world import TinyScene, TinyWorld, caption
 from utils.clip_measures import as_clip, frame_distances, quarters, seam_ratio, unit_frames
+from utils.device import pick_device, pick_dtype, set_threads
 from utils.video_live import LiveWriter
 
 BITS = 16
@@ -59,6 +65,16 @@ def read_numbers(path: Path) -> list[int]:
             blocks = image[:height, : BITS * width].reshape(height, BITS, width).mean((0, 2)) > 127
             numbers.append(int(sum(int(bit) << i for i, bit in enumerate(blocks))))
     return numbers
+
+
+def random_pipeline(config: Config, size: str, rank: int = 0) -> DiagonalPipeline:
+    """Random weights of a size: tiny, 1.3B, 14B."""
+    set_threads(config.cpu_threads)
+    device = pick_device(config.device, rank)
+    dtype, plan = pick_dtype(config.inference.precision, device), FastPlan.from_config(config.inference, device)
+    student = Student(random_student(size, device, dtype))
+    text = RandomTextEncoder(config.model.text_tokens, student.model.config.text_dim, device)
+    return DiagonalPipeline(config, *apply_fast_plan(student, random_codec(config, size, device, dtype), plan), text)
 
 
 @dataclass
