@@ -86,7 +86,7 @@ def served(args: argparse.Namespace) -> dict[str, Any]:
         from scripts.bench import sessions
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; see requirements-demo.txt, or --plays 0") from error
-    source = sessions.BenchSource(args.config_path, tuple(args.settings), args.random_weights)
+    source = sessions.BenchSource(args.config_path, tuple(args.settings), size=args.random_weights)
     most, found = math.ceil(max(args.sessions, default=1) / args.workers), {}
     with sessions.live_server(source, args.workers, most) as (url, pool):
         if args.plays:
