@@ -1,9 +1,9 @@
-"""Which attention kernel runs where, and one call for all of them.
+"""Selection of attention kernels, and one call for all of them.
 
     q  [B, Lq, heads, head_dim]     k, v  [B, Lk, heads, head_dim]     ->  [B, Lq, heads, head_dim]
 
-A stream has two kinds of attention: to the past (thousands to tens of thousands of keys) and to the text (512 keys).
-On Hopper FlashAttention-3 is the fastest for the first and cuDNN for the second, by measurement; `auto` goes by that.
+Self-attention reads thousands to tens of thousands of keys, cross-attention the 512 of the text. As measured on Hopper,
+FlashAttention-3 is fastest for the first and cuDNN for the second; `auto` chooses accordingly.
 """
 
 import importlib
@@ -22,19 +22,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from configs.errors import UserError
 from utils import machine
 
-# module -> the name that its operators are under: built from source, wheel `fa3-fwd`
+# module -> namespace of its operators: FlashAttention-3 built from source, wheel `fa3-fwd`
 FA3 = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
-FA3_HEAD, FA3_TILE = 128, 128  # queries that one of its thread blocks takes, of heads of that size
-LEAST_GAIN = 0.1  # of the time, for two calls in place of one
-DIFFUSERS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # its names for them
+FA3_HEAD, FA3_TILE = 128, 128  # queries of a thread block's tile, for heads of that size
+LEAST_GAIN = 0.1  # share of the time that two calls must save over one
+DIFFUSERS = {"sdpa": "native", "cudnn": "_native_cudnn", "fa2": "flash", "fa3": "_flash_3"}  # in diffusers
 BACKENDS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 AMPERE, HOPPER = (8, 0), (9, 0)
-HALF = (torch.bfloat16, torch.float16)  # what cuDNN computes in
+HALF = (torch.bfloat16, torch.float16)  # dtypes that cuDNN attention supports
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernel of each kind of attention, and why these."""
+    """The kernels of self- and cross-attention, and the reason for the choice."""
 
     self_attention: str  # of self-attention, whose keys are the visible chunks
     cross_attention: str
@@ -78,7 +78,7 @@ def _auto(capability: tuple[int, int] | None, installed: Collection[str]) -> Ker
 def pick_training_kernel(name: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> str:
     """The kernel, sdpa or cudnn, of networks in training for `training.attention`=name and activations of `dtype`.
 
-    capability: as in `pick_kernels`. What computes in float32 is left to torch, for cuDNN has no such kernel.
+    capability: as in `pick_kernels`. Networks in float32 use sdpa, since cuDNN has no float32 kernel.
     Raises UserError for a kernel that the device cannot run.
     """
     if name == "cudnn" and (capability is None or capability < AMPERE):
@@ -91,9 +91,9 @@ def pick_training_kernel(name: str, capability: tuple[int, int] | None, dtype: t
 
 
 def set_attention(network: WanTransformer3DModel, kernel: str) -> None:
-    """Have all attention of `network` use `kernel`, a key of DIFFUSERS, where its own code calls diffusers' dispatcher.
+    """Set the attention kernel of `network`, a key of DIFFUSERS, for all calls of diffusers' dispatcher.
 
-    Not by `set_attention_backend`, which makes it the kernel of every network that has none as well.
+    diffusers' `set_attention_backend` is not used because it also changes the default of all other networks.
     """
     for block in network.blocks:
         for attn in (block.attn1, block.attn2):
@@ -111,10 +111,10 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v by the kernel of that name. Of float8 (e4m3) the result is bfloat16."""
+    """softmax(q k^T / sqrt(head_dim)) v, computed by `kernel`. For float8 (e4m3) inputs the result is bfloat16."""
     if kernel == "fa3":
         return _flash3(q, k, v)
-    if q.dtype is torch.float8_e4m3fn:  # which only fa3 multiplies
+    if q.dtype is torch.float8_e4m3fn:  # only fa3 supports it
         q, k, v = (x.bfloat16() for x in (q, k, v))
     if kernel == "fa2":
         return _fa2()(q, k, v)
@@ -128,11 +128,12 @@ def attend(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @cache
 def full_waves(queries: int, heads: int, processors: int) -> tuple[int, int]:
-    """How to share `queries` of so many heads (of all streams) among a GPU's processors: (first call's queries, n).
+    """Split of a FlashAttention-3 call against wave quantization: (queries of the first call, n).
 
-    A processor takes a tile of queries of one head at a time, and all wait for the last. What would leave many of them
-    idle is kept for a second call, in which each tile's keys are cut in n; n = 1: one call is as good. (480x832, 12
-    heads, 132 processors: 444 tiles are 3.4 waves, paid as 4; in two calls as 3.5.)
+    queries: per head. heads: of all streams together. processors: streaming multiprocessors of the GPU. Each processor
+    works on one tile of queries of one head at a time, so a last wave that is not full leaves some of them idle. Its
+    queries go to a second call instead, in which the keys are split into n parts; n = 1: a single call is as good.
+    (480x832, 12 heads, 132 processors: 444 tiles are 3.4 waves, which cost 4; in two calls they cost 3.5.)
     """
     tiles = -(-queries // FA3_TILE)
     full, once = tiles * heads // processors * processors // heads, -(-tiles * heads // processors)
@@ -144,7 +145,7 @@ def full_waves(queries: int, heads: int, processors: int) -> tuple[int, int]:
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-3, in full waves of the GPU's processors where nothing needs a gradient."""
+    """FlashAttention-3, split as by `full_waves` where no gradient is needed."""
     first, n = q.shape[1], 1
     if q.shape[3] == FA3_HEAD and _fa3_forward() and not torch.is_grad_enabled():
         first, n = full_waves(q.shape[1], q.shape[0] * q.shape[2], _processors(q.device))
@@ -163,7 +164,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Some builds of FlashAttention-3 give the softmax's normaliser as well."""
+    """Some builds of FlashAttention-3 also return the log-sum-exp of the softmax."""
     return out if isinstance(out, Tensor) else out[0]
 
 
@@ -174,7 +175,7 @@ def _fa3() -> Callable[..., Tensor]:
 
 @cache
 def _fa3_forward() -> Callable[..., list[Tensor]] | None:
-    """The operator beneath it, which writes where it is told to; None where a build has it by another name."""
+    """The operator underneath, which takes an output tensor; None where a build does not have it."""
     importlib.import_module(_fa3_module())
     operators = getattr(torch.ops, FA3[_fa3_module()])
     return operators.fwd if hasattr(operators, "fwd") else None

@@ -1,4 +1,4 @@
-"""Blocks in two parts, before self-attention and behind it: compiled, or with self-attention shared out over ranks."""
+"""Transformer blocks split before and after self-attention, to be compiled or for sequence parallelism."""
 
 from types import MethodType
 from typing import Any
@@ -11,20 +11,19 @@ from utils.compiling import TRAINING_OPTIONS, compile_function
 
 
 class BidirectionalBlock(CausalWanBlock):
-    """A block of diffusers' bidirectional network: its numbers and its arguments, in parts that can be compiled, and
-    whose tokens can be shared out."""
+    """A block of diffusers' bidirectional network with its arguments and results, but split around self-attention."""
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """temb [B, 6, D]; rotary_emb has each angle twice."""
+        """x [B, L, D] -> x. temb [B, 6, D]; rotary_emb as diffusers has it, with each angle twice."""
         cos, sin = rotary_emb
         rotary_emb = cos[..., 0::2], sin[..., 1::2]
         return super().forward(hidden_states, temb.unsqueeze(1), rotary_emb, encoder_hidden_states)[0]
 
 
 def split_blocks(network: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Have the blocks of a bidirectional network be `BidirectionalBlock`s, in place; a student's are what they were."""
+    """Make the blocks of a bidirectional network `BidirectionalBlock`s, in place; a student is left unchanged."""
     for block in network.blocks:
         if not isinstance(block, CausalWanBlock):
             block.__class__ = BidirectionalBlock
@@ -32,10 +31,10 @@ def split_blocks(network: WanTransformer3DModel) -> WanTransformer3DModel:
 
 
 def compile_blocks(network: WanTransformer3DModel, **options: Any) -> None:
-    """Compile both parts, once for all blocks. options: of torch.compile; by default those that gradients need.
+    """Compile both parts, once for all blocks. options: of torch.compile; default TRAINING_OPTIONS.
 
-    Self-attention stays as it is: a student's sees more keys chunk by chunk. A student has about ten kinds of pass:
-    with a graph or without, with adapters, from a given image, with the text or keys of it.
+    Self-attention is not compiled, because the student's has more keys with every chunk. A student needs about ten
+    variants: with and without gradients, with adapters, with conditioning frames, with text embeddings or their keys.
     """
     for name in ("pre_attention", "post_attention"):
         shared = compile_function(

@@ -1,22 +1,23 @@
-"""The chunk KV cache: what a chunk sees of the past, for streaming and for training.
+"""The chunk KV cache, for streaming and for training.
 
     slots     [ sink ........ | ring ................. ]     one slot = the tokens of one chunk
     chunks    [ 0 .. sink - 1 | the newest, any order  ]     sink + ring = geometry.window_chunks slots
 
-    filling   chunk k < window: slot k, and slots 0..k are visible
-    rolling   chunk k >= window: it overwrites the oldest ring slot, and every slot is visible
-    rewriting each denoising step of chunk k, and its context pass, writes slot(k) again
+    filling    chunk k < window: written to slot k; slots 0..k are visible
+    rolling    chunk k >= window: overwrites the oldest ring slot; all slots are visible
+    rewriting  each denoising step of chunk k, and its context pass, writes slot(k) again
 
-Keys are stored after rotary embedding with absolute frame indices, so attention does not care about their order and
-nothing is ever moved. What is visible is always a prefix of the slots, itself included. `window_chunks` = 0 never
-evicts. All indices are Python integers: reading one never waits for the GPU.
+Keys are stored after rotary embedding with absolute frame indices. Attention therefore does not depend on their order,
+and nothing is moved. The visible slots are always a prefix that includes the chunk's own slot. `window_chunks` = 0
+never evicts. All indices are Python integers: reading one never waits for the GPU.
 
-    view = cache.begin(chunk)               # chunk is the newest one again, or the next; a gap is refused
-    k, v = view.put(layer, k, v)            # [B, tokens, heads, head_dim] -> all that is visible, in slot order
+    view = cache.begin(chunk)               # chunk is the newest one again, or the next; gaps raise
+    k, v = view.put(layer, k, v)            # [B, tokens, heads, head_dim] -> all visible keys and values, in slot order
 
-`StreamCache` writes in place and is for inference. `GraphCache` is its twin for training: it writes nothing in place
-and keeps the graph, so that what a forward read stays as it was until its backward has run, recomputation included.
-A StreamCache may hold float8 (e4m3): keys are normalised and values of their size, so neither needs a scale.
+`StreamCache` writes in place and is for inference. `GraphCache` is the equivalent for training: it writes nothing in
+place and keeps the autograd graph, so that the tensors that a forward pass read are unchanged until its backward pass
+has run, recomputation included. A StreamCache may hold float8 (e4m3): keys are normalized and values have a similar
+size, so neither needs a scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,19 +36,19 @@ INITIAL_CAPACITY = 8  # chunks that an unbounded StreamCache makes room for at f
 
 
 def cast_for_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a cache of `dtype` can take it: what is too large for float8 is clamped, which not every torch does."""
+    """x for a cache of `dtype`: float8 values are clamped to the range first, which not every version of torch does."""
     return x.clamp(-LARGEST, LARGEST).to(E4M3) if dtype is E4M3 else x
 
 
 class LayerView(Protocol):
-    """One layer of a View; attention calls it, and holds nothing else of the cache."""
+    """One layer of a View: all that attention knows of the cache."""
 
     def put(self, k: Tensor, v: Tensor) -> tuple[KV, KV | None]:
-        """What is visible, and what must be handed to `View.keep` (None where it is written already)."""
+        """The visible keys and values, and what must be passed to `View.keep` (None if it is already written)."""
 
 
 class View(Protocol):
-    """What one forward of one chunk reads and writes."""
+    """The part of a cache that a forward pass of one chunk reads and writes."""
 
     def layer(self, index: int) -> LayerView: ...
 
@@ -66,12 +67,12 @@ def slot(geometry: Geometry, chunk: int) -> int:
 
 
 def visible_slots(geometry: Geometry, chunk: int) -> int:
-    """Slots that `chunk` sees, its own included: the first so many."""
+    """Number of slots that `chunk` attends to, its own included; they are the first ones."""
     return min(chunk + 1, geometry.window_chunks) if geometry.window_chunks else chunk + 1
 
 
 class _Cursor:
-    """Which chunk is the newest, and that the one before it was written whole."""
+    """Keeps track of the newest chunk and checks that the chunk before it was written in all layers."""
 
     def __init__(self, geometry: Geometry, layers: int):
         self.geometry = geometry
@@ -80,7 +81,7 @@ class _Cursor:
         self.filled: set[int] = set()  # layers that the newest chunk has written
 
     def advance(self, chunk: int) -> None:
-        """Make `chunk` the newest: the same again, or the next one."""
+        """Make `chunk` the newest one; it must be the current newest or the next."""
         assert chunk in (max(self.last, 0), self.last + 1), f"chunk {chunk} cannot follow chunk {self.last}"
         if chunk > self.last:
             done = self.last < 0 or len(self.filled) == self.layers
@@ -89,10 +90,10 @@ class _Cursor:
 
 
 class StreamCache(_Cursor):
-    """A ring of chunk slots, written in place; no copies, no growth unless the window is unbounded.
+    """A ring of chunk slots that is written in place. Memory is constant unless the window is unbounded.
 
-    Keys and values of a layer: [batch, slots x tokens_per_chunk, heads, head_dim]. An unbounded window doubles its
-    room as it fills; `max_chunks` says beforehand how much it will need.
+    Keys and values of a layer: [batch, slots x tokens_per_chunk, heads, head_dim]. With an unbounded window the
+    buffers double when they are full; `max_chunks` allocates enough for that many chunks at once.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class StreamCache(_Cursor):
         self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
 
     def begin(self, chunk: int) -> "StreamView":
-        """View for one or more forwards of `chunk`; makes room for it."""
+        """View for one or more forward passes of `chunk`; enlarges the buffers if necessary."""
         self.advance(chunk)
         end = visible_slots(self.geometry, chunk) * self.geometry.tokens_per_chunk
         if end > self._keys[0].shape[1]:
@@ -124,10 +125,10 @@ class StreamCache(_Cursor):
         return StreamView(self, start, end)
 
     def detach(self) -> None:
-        """Nothing: it holds no graph."""
+        """Does nothing, since there is no graph."""
 
     def reset(self) -> None:
-        """Forget everything; the room stays."""
+        """Empty the cache; the buffers stay allocated."""
         self.last, self.filled = -1, set()
 
     def rewrite(self, position: int) -> "StreamView":
@@ -180,7 +181,7 @@ class StreamCache(_Cursor):
 
     @property
     def bytes(self) -> int:
-        """Bytes held, whatever is filled."""
+        """Bytes of the buffers, filled or not."""
         return sum(x.nbytes for x in self._keys + self._values)
 
 
@@ -200,14 +201,14 @@ class CacheState:
 
 
 class StreamView:
-    """Writes tokens [start, start + tokens_per_chunk), sees [0, end)."""
+    """View that writes tokens [start, start + tokens_per_chunk) and reads [0, end)."""
 
     def __init__(self, cache: StreamCache, start: int, end: int):
         self._cache, self._start, self._end = cache, start, end
         self._chunk = cache.last
 
     def layer(self, index: int) -> "StreamLayer":
-        """Layer `index`, which the caller is about to write."""
+        """Layer `index`, which counts as written from now on."""
         cache = self._cache
         assert self._chunk == cache.last, f"view of chunk {self._chunk}, but the cache is at chunk {cache.last}"
         cache.filled.add(index)
@@ -216,7 +217,7 @@ class StreamView:
         )
 
     def keep(self, index: int, kv: KV) -> None:
-        """Nothing: `put` has written it."""
+        """Does nothing: `put` has written it."""
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> KV:
         """Write this chunk's keys and values of a layer, and return all that is visible, in slot order."""
@@ -225,7 +226,7 @@ class StreamView:
 
 @dataclass(frozen=True, eq=False)
 class StreamLayer:
-    """Buffers of one layer and where to write, so that a compiled block depends on no layer's number."""
+    """Buffers of one layer and the place to write to, so that compiled blocks do not depend on the layer's index."""
 
     keys: Tensor
     values: Tensor
@@ -243,9 +244,10 @@ class StreamLayer:
 
 
 class GraphCache(_Cursor):
-    """The functional twin of StreamCache: chunk tensors with their graph, joined afresh by each forward.
+    """The functional equivalent of StreamCache: keeps each chunk's tensors with their graph and concatenates them anew
+    in each forward pass.
 
-    What is visible comes in the same slot order, so that both give bit-identical results.
+    Keys have the same slot order as in StreamCache, so that both give bit-identical results.
     """
 
     def __init__(self, geometry: Geometry, layers: int):
@@ -253,7 +255,7 @@ class GraphCache(_Cursor):
         self._slots: list[dict[int, KV]] = [{} for _ in range(layers)]
 
     def begin(self, chunk: int) -> "GraphView":
-        """A fresh view for one forward of `chunk`; what it reads of other chunks is fixed here."""
+        """A new view for one forward pass of `chunk`; what it reads of other chunks is fixed here."""
         self.advance(chunk)
         own, end = slot(self.geometry, chunk), visible_slots(self.geometry, chunk)
         return self._view(own, end)
@@ -309,7 +311,7 @@ class GraphCache(_Cursor):
 
 
 class GraphView:
-    """Past tensors by layer, frozen when the view was made."""
+    """Other chunks' tensors by layer, as they were when the view was made."""
 
     def __init__(self, cache: GraphCache, past: list["GraphLayer"], own: int):
         self._cache, self._past, self._own = cache, past, own
@@ -335,14 +337,14 @@ class GraphView:
 
 @dataclass(frozen=True, eq=False)
 class GraphLayer:
-    """Other chunks' tensors in the slots before and after this chunk's own. Changes nothing, so it can be replayed."""
+    """Other chunks' tensors in the slots before and after this chunk's own. Has no side effects, so it can be rerun."""
 
     before: tuple[KV, ...]
     after: tuple[KV, ...]
     tokens: int
 
     def put(self, k: Tensor, v: Tensor) -> tuple[KV, KV]:
-        """What is visible, joined; and (k, v), to be stored outside of any recomputed region."""
+        """The visible keys and values, concatenated; and (k, v), to be stored outside of any checkpointed region."""
         assert k.shape[1] == self.tokens, f"{k.shape[1]} tokens for a slot of {self.tokens}"
         keys = torch.cat([*(p[0] for p in self.before), k, *(p[0] for p in self.after)], dim=1)
         values = torch.cat([*(p[1] for p in self.before), v, *(p[1] for p in self.after)], dim=1)
@@ -350,12 +352,12 @@ class GraphLayer:
 
 
 def _around(slots: dict[int, KV], own: int, end: int, tokens: int) -> GraphLayer:
-    """The visible slots but `own`."""
+    """The visible slots other than `own`."""
     return GraphLayer(tuple(slots[i] for i in range(own)), tuple(slots[i] for i in range(own + 1, end)), tokens)
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """x with twice the room along tokens."""
+    """x in a buffer of twice its length along tokens."""
     wide = x.new_empty(x.shape[0], 2 * x.shape[1], *x.shape[2:])
     wide[:, : x.shape[1]] = x
     return wide

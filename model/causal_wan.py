@@ -1,15 +1,15 @@
-"""The causal student: what differs from diffusers' Wan transformer.
+"""The causal student, as a subclass of diffusers' Wan transformer.
 
     latents   [B, F, C, H, W]     tokens  [B, L, D], L = F x tokens_per_frame, frame-major, then rows, then columns
     timestep  [B] or [B, F]       modulation  [B, 1 or F, 6, D], applied to tokens seen as [B, 1 or F, tokens, D]
 
-Parameters, their names and the config are those of `WanTransformer3DModel`, and so `from_pretrained`, LoRA and the
-choice of attention backend are too. What is added: a timestep for each latent frame, rotary positions that start at
-any frame, self-attention that reads and writes a chunk cache (model/cache.py) or takes a mask over the whole sequence,
-and text keys that are computed once a prompt.
+Parameters, their names and the config are those of `WanTransformer3DModel`, so `from_pretrained`, LoRA and attention
+backends work as in diffusers. Added are: a timestep for each latent frame, rotary positions that start at any frame,
+self-attention that reads and writes a chunk cache (model/cache.py) or takes a mask over the whole sequence, and keys
+and values of the text that are computed once per prompt.
 
-Numerics are diffusers': layer norms, modulation and rotation in float32 whatever the weights, time embedding from
-float32 timesteps. A wrapper that casts a module's inputs must leave `timestep` alone.
+Numerics are those of diffusers: layer norms, modulation and rotation in float32 whatever the dtype of the weights, and
+the time embedding from float32 timesteps. A wrapper that casts a module's inputs must not cast `timestep`.
 """
 
 import functools
@@ -38,7 +38,7 @@ class CausalWanModel(WanTransformer3DModel):
 
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
-    _cp_plan = None  # the base's plan splits tokens, which would tear frames from their modulation
+    _cp_plan = None  # the base class's plan splits tokens, which would separate frames from their modulation
     sequence: SequenceGroup | None = None  # ranks that share the tokens
 
     @functools.wraps(WanTransformer3DModel.__init__)
@@ -51,7 +51,7 @@ class CausalWanModel(WanTransformer3DModel):
             )
         assert self.config.patch_size[0] == 1, "a token must lie in one latent frame"
         for block in self.blocks:
-            block.__class__ = CausalWanBlock  # same parameters, another forward
+            block.__class__ = CausalWanBlock  # the same parameters with another forward
         self.rope = FrameRotary(self.config.attention_head_dim)
 
     def forward(
@@ -65,12 +65,12 @@ class CausalWanModel(WanTransformer3DModel):
         mask: Mask | None = None,
         frame_ids: Tensor | None = None,
     ) -> Tensor:
-        """v of [B, F, C, H, W] latents at timestep [B] or [B, F] in 0..1000; same shape, dtype of the weights.
+        """Predict v for latents [B, F, C, H, W] at timestep [B] or [B, F] in 0..1000: same shape, dtype of the weights.
 
-        text: raw embedding [B, text tokens, text_dim], or what `text_kv` made of it.
-        view: the latents are one chunk, whose past is read from the cache and whose keys are written to it.
-        mask: without a view, who attends to whom over the whole sequence; None = all to all.
-        frame_ids: [F] integers on the latents' device, the rotary index of each frame; default from start_frame on.
+        text: embedding [B, text tokens, text_dim], or the result of `text_kv`.
+        view: the latents are one chunk; earlier chunks are read from the cache, and this one's keys are written to it.
+        mask: without a view, the attention mask over the whole sequence; None = all to all.
+        frame_ids: [F] integers on the latents' device, the rotary index of each frame; default: from start_frame on.
         """
         assert view is None or mask is None, "a chunk sees its cache; a mask is for whole sequences"
         frames, (_, ph, pw) = latents.shape[1], self.config.patch_size
@@ -96,7 +96,7 @@ class CausalWanModel(WanTransformer3DModel):
             else:
                 x, kept = block(*args)
             if kept is not None:
-                view.keep(i, kept)  # here, and not in the block, which may be run again by the backward pass
+                view.keep(i, kept)  # not in the block, which checkpointing may run again in the backward pass
 
         shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
         x = _modulate(self.norm_out(x.float()), shift, scale).type_as(x)
@@ -111,13 +111,13 @@ class CausalWanModel(WanTransformer3DModel):
             part.sequence = group
 
     def text_kv(self, text: Tensor) -> TextKV:
-        """Cross-attention keys and values of every layer for a raw embedding [B, text tokens, text_dim]."""
+        """Cross-attention keys and values of every layer for an embedding [B, text tokens, text_dim]."""
         text = self._embed_text(text)
         return [block.text_kv(text) for block in self.blocks]
 
     def shift_keys(self, keys: Tensor, frames: int) -> Tensor:
-        """Self-attention keys [B, L, heads, head_dim], rotated already, of the same tokens `frames` later."""
-        later = torch.full((1,), frames, device=keys.device)  # filled there: no wait
+        """Rotated self-attention keys [B, L, heads, head_dim] for positions that are `frames` latent frames later."""
+        later = torch.full((1,), frames, device=keys.device)  # filled on the device: no synchronization
         return _rotate(keys, self.rope(later, 1, 1)).type_as(keys)
 
     def _embed_text(self, text: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class CausalWanModel(WanTransformer3DModel):
 
 
 class CausalWanBlock(WanTransformerBlock):
-    """Self-attention over the visible chunks, cross-attention to the text, feed-forward."""
+    """Self-attention to the visible chunks, cross-attention to the text, feed-forward."""
 
     sequence: SequenceGroup | None = None  # as the model's
 
@@ -151,9 +151,9 @@ class CausalWanBlock(WanTransformerBlock):
         past: LayerView | None = None,
         mask: Mask | None = None,
     ) -> tuple[Tensor, KV | None]:
-        """x [B, L, D] -> x, and the chunk's keys and values where the cache wants to be handed them.
+        """x [B, L, D] -> x, and the chunk's keys and values if the cache does not store them itself (`View.keep`).
 
-        modulation [B, 1 or F, 6, D]; text embedded [B, text tokens, D], or its keys and values.
+        modulation [B, 1 or F, 6, D]; text: embedded [B, text tokens, D], or its keys and values.
         """
         attn_output, kept = self._self_attention(*self.pre_attention(x, modulation, rotary_emb), past, mask)
         return self.post_attention(x, attn_output, modulation, text), kept
@@ -174,15 +174,15 @@ class CausalWanBlock(WanTransformerBlock):
         return project(self.attn1, self.attention_input(x, modulation), rotary_emb)
 
     def post_attention(self, x: Tensor, attn_output: Tensor, modulation: Tensor, text: Tensor | KV) -> Tensor:
-        """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x behind the feed-forward."""
+        """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x after the feed-forward."""
         k, v = self.text_kv(text) if isinstance(text, Tensor) else text
         x, q = self.cross_attention_query(x, attn_output, modulation)
         x = self.add_cross_attention(x, attend(self.attn2, q.type_as(v), k, v, None))
-        del q, k, v  # not in memory beside the feed-forward's hidden layer
+        del q, k, v  # frees their memory before the feed-forward
         return self.feed_forward(x, modulation)
 
     def attention_input(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [B, L, D], normed and modulated, as the projections of self-attention read it."""
+        """x [B, L, D], normalized and modulated: the input of self-attention's projections."""
         shift, scale = self.adaln(modulation)[:2]
         return _modulate(self.norm1(x.float()), shift, scale).type_as(x)
 
@@ -198,7 +198,7 @@ class CausalWanBlock(WanTransformerBlock):
         return x + self.attn2.to_out[0](attn_output.flatten(2, 3))
 
     def feed_forward(self, x: Tensor, modulation: Tensor, ffn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """x -> x with the feed-forward added. ffn: in place of the block's."""
+        """x -> x with the feed-forward added. ffn: replaces that of the block."""
         shift, scale, gate = self.adaln(modulation)[3:]
         y = _modulate(self.norm3(x.float()), shift, scale).type_as(x)
         return (x.float() + _gate((ffn or self.ffn)(y).float(), gate)).type_as(x)
@@ -215,10 +215,10 @@ class CausalWanBlock(WanTransformerBlock):
 
 
 class FrameRotary(nn.Module):
-    """Rotary angles for any latent frame index, also past the 1,024 positions of the base's table.
+    """Rotary embedding for any latent frame index, beyond the 1,024 positions of the base class's table too.
 
-    A head's channel pairs are split between frame, row and column (44/42/42 of 128), theta 10000, angles in float64.
-    Holds no tensor: a buffer would be rounded by `model.to(torch.bfloat16)`.
+    A head's channel pairs are split between frame, row and column (44/42/42 of 128); theta 10000, angles in float64.
+    It has no buffers, since `model.to(torch.bfloat16)` would round them.
     """
 
     def __init__(self, head_dim: int, theta: float = 10000.0):
@@ -249,12 +249,12 @@ def chunk_causal_mask(
     teacher_forcing: bool = False,
     kind: str = "dense",
 ) -> Mask:
-    """Who attends to whom when a whole clip of `frames` latent frames is one sequence.
+    """The attention mask for a clip of `frames` latent frames as one sequence.
 
-    Chunk b sees `geometry.visible_chunks(b)`. With teacher forcing the sequence is [context ; noisy], 2 x frames with
-    the same frame_ids twice: context chunk b sees context chunks as above, noisy chunk b sees the same context chunks
-    but b, and its own noisy chunk. kind "dense": bool [L, L]; "flex": a BlockMask, for sequences whose L x L would
-    not fit.
+    Chunk b attends to `geometry.visible_chunks(b)`. With teacher forcing the sequence is [context ; noisy]: 2 x frames
+    with the same frame_ids twice. Context chunk b attends to context chunks as above; noisy chunk b to the same context
+    chunks except b, and to itself. kind "dense": bool [L, L]; "flex": a BlockMask, for sequences for which L x L does
+    not fit into memory.
     """
     n, tokens = geometry.num_chunks(frames), geometry.tokens_per_chunk
     seen = torch.zeros(n, n, dtype=torch.bool)
@@ -287,7 +287,7 @@ def _gate(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, rotary_emb: RotaryEmb) -> Tensor:
-    """Turn neighbouring channel pairs of x [B, L, heads, head_dim], in float32."""
+    """Rotate neighbouring channel pairs of x [B, L, heads, head_dim] in float32."""
     cos, sin = rotary_emb
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
@@ -300,20 +300,20 @@ def project(attn: WanAttention, x: Tensor, rotary_emb: RotaryEmb) -> tuple[Tenso
     else:
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    return _rotate(q, rotary_emb).type_as(v), _rotate(k, rotary_emb).type_as(v), v  # autocast norms in float32
+    return _rotate(q, rotary_emb).type_as(v), _rotate(k, rotary_emb).type_as(v), v  # autocast runs the norms in float32
 
 
 def attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
-    """Attention by the backend that was chosen for the model; [B, L, heads, head_dim]."""
+    """Attention [B, L, heads, head_dim] by the backend that is set on the module."""
     if isinstance(mask, BlockMask):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
     if mask is not None:
-        return dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others refuse a mask
+        return dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others take no mask
     return dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
 
 
 @functools.cache
 def _flex(compiled: bool):
-    """Flex attention, which computes all L x L scores unless it is compiled."""
+    """Flex attention; it materializes all L x L scores unless it is compiled."""
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

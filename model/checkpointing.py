@@ -1,12 +1,11 @@
-"""Activation checkpointing: the backward pass computes a block again, whole or but for its self-attention.
+"""Activation checkpointing of transformer blocks, with or without saving the result of self-attention.
 
-    checkpointed   blocks over whole clips. Over 32,760 tokens self-attention is two thirds of the operations of a 1.3B
-                   block, and its result is no larger than the block's input. So what torch's fused kernels return, the
-                   result and a logsumexp for each head, is kept. All else is computed again: attention to the text,
-                   whose result takes as much room and one operation in a hundred, and the messages of ranks that share
-                   tokens.
-    recomputed     blocks over a chunk at a time. To choose what is kept, Python looks at every operation, forward and
-                   again, and the kernels of a chunk are too short to hide that.
+    selective_checkpoint   for blocks over whole clips. At 32,760 tokens self-attention is two thirds of the FLOPs of a
+                           1.3B block, and its result is no larger than the block's input. Therefore the outputs of
+                           torch's fused attention kernels (the result and a log-sum-exp per head) are saved. All else
+                           is recomputed, cross-attention and the communication of sequence parallelism included.
+    full_checkpoint        for blocks over one chunk at a time. Selecting what to save makes Python inspect every
+                           operation, in forward and recomputation, and the kernels of a chunk are too short to hide it.
 """
 
 from functools import partial
@@ -20,22 +19,22 @@ NAMES = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_att
 KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in NAMES]
 
 
-# For diffusers' `enable_gradient_checkpointing`. The state of random numbers is left alone: a block draws none, and of
-# a GPU it cannot be read while a CUDA graph is captured.
+# For diffusers' `enable_gradient_checkpointing`. The state of the random generator is not saved: a block draws no
+# numbers, and on a GPU the state cannot be read during the capture of a CUDA graph.
 _again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def full_checkpoint(block: nn.Module, *args: Any) -> Any:
-    """block(*args), of which the backward pass has the arguments alone."""
+    """block(*args), saving only its arguments for the backward pass."""
     return _again(block, *args)
 
 
 def selective_checkpoint(block: nn.Module, *args: Any) -> Any:
-    """block(*args), of which the backward pass also has what self-attention's kernel returned."""
+    """block(*args), saving its arguments and the outputs of self-attention's kernel for the backward pass."""
     return _again(block, *args, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what a kernel returns where there are as many keys as queries: tokens, not text."""
+    """Save the outputs of attention kernels with at least as many keys as queries: self-, not cross-attention."""
     kept = op in KERNELS and args[1].shape[2] >= args[0].shape[2]
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,15 +1,16 @@
-"""Between pixels and latents: one small interface, and the Wan VAE behind it.
+"""Encoding and decoding of video: the interface `Codec`, and the Wan VAE.
 
     pixels   [B, T, 3, H, W]      float in [-1, 1], T = 1 + 4 (F - 1)
     latents  [B, F, C, H/8, W/8]  normalised: (posterior mean - latents_mean) / latents_std
 
-The Wan VAE is causal in time: a frame depends on what came before it only. Each of its 3-D convolutions needs the last
-two frames of its own input, which diffusers passes through a list (`feat_cache`). Here that list belongs to whoever
-decodes and not to the module, so that any number of streams can share one VAE, and its tensors are never written in
-place, so that gradients flow and a snapshot of a stream is a shallow copy.
+The Wan VAE is causal in time: a frame depends only on earlier frames. Each of its 3-D convolutions needs the last two
+frames of its input, which diffusers passes in a list (`feat_cache`). Here each stream owns such a list, not the module,
+so that any number of streams can share one VAE. Its tensors are never written in place, so that gradients flow and a
+snapshot of a stream is a shallow copy.
 
-The first latent frame takes its own call (it becomes 1 pixel frame and not 4). All later frames may share calls: a
-call with n frames gives what n calls with one frame give (tests/model/test_codec.py), and takes n times the memory.
+The first latent frame is decoded by itself, since it becomes 1 pixel frame instead of 4. Later frames may be decoded
+together: a call with n frames gives the same result as n calls with one frame (tests/model/test_codec.py), and takes n
+times the memory.
 """
 
 from collections.abc import Iterator
@@ -23,26 +24,26 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import TEMPORAL_STRIDE, latent_frames
 
-# Latent cells x base channels that one call of encoder or decoder may hold: on a GPU 3 latent frames of 480x832 at base
-# 96; on a CPU what stays in its cache.
+# Latent positions x base channels of one call of encoder or decoder: on a GPU 3 latent frames of 480x832 with 96 base
+# channels; on a CPU what fits into its cache.
 WORK_PER_CALL = {"cuda": 2_000_000, "cpu": 10_000}
 
 
 class DecoderStream(Protocol):
-    """One stream of latents that becomes pixels chunk by chunk."""
+    """Decodes the latents of one stream chunk by chunk."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """The next latents [B, f, C, h, w] -> pixels: 1 + 4 (f - 1) frames from the first call, 4 f later."""
 
     def snapshot(self) -> Any:
-        """All that the stream carries; stays valid while the stream goes on."""
+        """The state of the stream; it stays valid when the stream continues."""
 
     def restore(self, snapshot: Any) -> None:
         """Go back to where `snapshot` was taken."""
 
 
 class Codec(Protocol):
-    """What the pipeline and the trainer know of a codec."""
+    """The interface of codecs that the pipeline and the trainer use."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] in [-1, 1] -> latents [B, F, C, h, w]."""
@@ -55,7 +56,7 @@ class Codec(Protocol):
 
 
 class Posterior(NamedTuple):
-    """Diagonal Gaussian over un-normalised latents, both [B, F, C, h, w]."""
+    """Diagonal Gaussian over unnormalized latents; mean and log variance [B, F, C, h, w]."""
 
     mean: Tensor
     logvar: Tensor
@@ -73,8 +74,8 @@ class Posterior(NamedTuple):
 class _FastCausalConv3d(WanCausalConv3d):
     """The same convolution, 5 times as fast for one clip on a CPU.
 
-    There torch's own choice is a fallback kernel (`slow_conv3d`) unless the batch or the clip is large; this asks for
-    oneDNN. No gradient is defined for that call, so training goes the ordinary way.
+    Unless the batch or the clip is large, torch uses a fallback kernel (`slow_conv3d`) there; this class calls oneDNN.
+    That call has no gradient, so training uses the base class's.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,7 +90,7 @@ class _FastCausalConv3d(WanCausalConv3d):
 
 
 class _FastNorm(WanRMS_norm):
-    """The same norm x / |x| over channels, up to rounding, without the slow reduction that torch uses on a CPU."""
+    """The same norm x / |x| over channels, up to rounding, without torch's slow reduction on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu:
@@ -104,9 +105,10 @@ def _slots(module: torch.nn.Module) -> int:
 
 
 class WanCodec:
-    """The Wan 2.1 VAE. Weights, device and dtype are the VAE's; its statistics are kept in float32.
+    """The Wan 2.1 VAE. Weights, device and dtype are those of `vae`; latent statistics are float32.
 
-    `encode`, `decode` and `stream` build no graph; `posterior` and `decode_latents` do, for training the codec.
+    `encode`, `decode` and `stream` build no autograd graph; `posterior` and `decode_latents` do, for training.
+    Raises UserError for a Wan 2.2 VAE.
     """
 
     def __init__(self, vae: AutoencoderKLWan):
@@ -138,7 +140,7 @@ class WanCodec:
         return self.vae.config.z_dim
 
     def normalize(self, z: Tensor) -> Tensor:
-        """What the VAE speaks -> what the transformer speaks, in float32."""
+        """Latents of the VAE [B, F, C, h, w] -> latents of the transformer, float32."""
         return (z.float() - self._mean) / self._std
 
     def denormalize(self, latents: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ class WanCodec:
         return WanDecoderStream(self)
 
     def posterior(self, pixels: Tensor) -> Posterior:
-        """[B, T, 3, H, W] -> mean and log variance [B, F, C, h, w] of un-normalised latents, with a graph."""
+        """[B, T, 3, H, W] -> mean and log variance [B, F, C, h, w] of unnormalized latents, with a graph."""
         latent_frames(pixels.shape[1])  # refuses T that is not 1 + 4 n
         x = pixels.to(self.vae.dtype).transpose(1, 2)
         cache: list[Any] = [None] * self._encoder_slots
@@ -172,11 +174,11 @@ class WanCodec:
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode_latents(self, z: Tensor) -> Tensor:
-        """Un-normalised z [B, F, C, h, w] -> pixels [B, T, 3, H, W], not clamped, with a graph."""
+        """Unnormalized z [B, F, C, h, w] -> pixels [B, T, 3, H, W], not clamped, with a graph."""
         return self._decode(z, [None] * self._decoder_slots, first=True)
 
     def _decode(self, z: Tensor, cache: list[Any], first: bool) -> Tensor:
-        """Decode the next frames of a clip; `cache` is read and refilled."""
+        """Decode the next frames of a clip; reads and updates `cache`."""
         x = self.vae.post_quant_conv(z.to(self.vae.dtype).transpose(1, 2))
         cells = x.shape[0] * x.shape[3] * x.shape[4] * (self.vae.config.decoder_base_dim or self.vae.config.base_dim)
         parts = [
@@ -187,9 +189,9 @@ class WanCodec:
 
 
 def _calls(frames: int, stride: int, cells: int, device: str, first: bool = True) -> Iterator[slice]:
-    """Cut `frames` into calls: the clip's first frame alone, then as many groups of `stride` as the budget holds.
+    """Split `frames` into calls: the clip's first frame alone, then as many groups of `stride` as WORK_PER_CALL allows.
 
-    A function of shapes and kind of device alone, so that a clip is always cut the same way.
+    Depends only on shapes and the type of device, so that a clip is always split the same way.
     """
     start = 0
     if first:
@@ -201,7 +203,7 @@ def _calls(frames: int, stride: int, cells: int, device: str, first: bool = True
 
 
 class WanDecoderStream:
-    """Decoder state of one clip: the trailing frames of every convolution's input."""
+    """Decoder of one clip. Its state is the last frames of every convolution's input."""
 
     def __init__(self, codec: WanCodec):
         self._codec = codec
@@ -216,7 +218,7 @@ class WanDecoderStream:
         return pixels.float().clamp_(-1, 1)
 
     def snapshot(self) -> tuple[list[Any], int]:
-        """State so far. Shares tensors with the stream, which never writes them in place."""
+        """The current state. It shares tensors with the stream, which never writes them in place."""
         return list(self._cache), self._frames
 
     def restore(self, snapshot: tuple[list[Any], int]) -> None:

@@ -1,7 +1,7 @@
-"""Student, teacher and critic as functions from a noisy sample to x0.
+"""Student, teacher and critic as functions that predict v or x0 of a noisy sample.
 
-Latents [B, F, C, H, W]. t is a float, or a tensor [B] (the student's also [B, F]), in 0..1000. What is returned has
-the dtype of x_t; the networks compute in the dtype of their weights, and v -> x0 is float32.
+Latents [B, F, C, H, W]. t in 0..1000 is a float or a tensor [B]; for the student also [B, F]. Results have the dtype of
+x_t. The networks compute in the dtype of their weights, and v -> x0 in float32.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from model.flow import x0_from_v
 class Student:
     """The causal few-step generator."""
 
-    cache_dtype: torch.dtype | None = None  # of a stream's keys and values; None = that of the network
+    cache_dtype: torch.dtype | None = None  # of a stream's keys and values; None = the network's
     check: Callable[[], None] | None = None  # raises UserError where another rank's part of the work is lost
 
     def __init__(self, model: CausalWanModel):
@@ -93,9 +93,11 @@ class ScoreModel:
         return x0_from_v(x_t, self.v(x_t, t, text), t)
 
     def guided_x0(self, x_t: Tensor, t: float | Tensor, text: Tensor, null_text: Tensor, scale: float) -> Tensor:
-        """cond + scale (cond - uncond), both from one batched forward. null_text: [B or 1, text tokens, text_dim].
+        """x0 of v = cond + scale (cond - uncond), in one batched forward pass.
 
-        Scale 0 is no guidance; the usual weight w of uncond + w (cond - uncond) is scale + 1.
+        null_text: [B or 1, text tokens, text_dim].
+
+        Scale 0 is no guidance; diffusers' guidance_scale w, in uncond + w (cond - uncond), is scale + 1.
         """
         t = as_timestep(t, x_t)
         both = torch.cat([text, null_text.expand_as(text)])
@@ -104,7 +106,7 @@ class ScoreModel:
 
 
 def as_timestep(t: float | Tensor, x: Tensor) -> Tensor:
-    """t as a float32 tensor on x's device, [B] if it was a number; filling one needs no wait for the device."""
+    """t as a float32 tensor on x's device, [B] if it was a number. Does not synchronize with the device."""
     if isinstance(t, Tensor):
         assert t.dtype not in (torch.bfloat16, torch.float16), f"timesteps in {t.dtype} are other timesteps"
         return t.to(device=x.device, dtype=torch.float32)

@@ -1,11 +1,10 @@
-"""Prompts encoded ahead of time: what a folder of them holds, and whether it is whole. Needs no torch.
+"""The folder format of precomputed prompt embeddings, and its checks. Needs no torch.
 
-    manifest.json                 what this file describes; written last, so a folder without it is not finished
+    manifest.json                 a `Manifest`; written last, so a folder without it is not finished
     prompts.json                  the prompts, in the order of their embeddings
-    text_00000.safetensors ...    of some hundred prompts each: `text` [rows, dim], `ends` [prompts + 1], so that prompt
-                                  i of the file has rows ends[i] to ends[i + 1], and `sums` [prompts], the CRC-32 of
-                                  prompt and rows; the zeros after a prompt's end, which are most of [text_tokens,
-                                  dim], are left out
+    text_00000.safetensors ...    some hundred prompts each: `text` [rows, dim] without padding, `ends` [prompts + 1]:
+                                  prompt i of the file has rows ends[i] to ends[i + 1]; `sums` [prompts]: the CRC-32 of
+                                  prompt and rows
 """
 
 import hashlib
@@ -20,14 +19,14 @@ from model.weights.files import read_json, resolve_path
 from utils.files import parse_json, write_json_atomic
 
 MANIFEST, PROMPTS = "manifest.json", "prompts.json"
-MAX_PROMPTS = 1 << 29  # bytes of prompts.json; of the 250,000 of VidProM 200 MB
+MAX_PROMPTS = 1 << 29  # bytes of prompts.json; the 250,000 prompts of VidProM take 200 MB
 FIELD = "training.distill.encoded_prompts"
 REBUILD = "make it again with scripts/encode_prompts.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What was encoded, by what, into which files."""
+    """What was encoded, with which encoder, into which files."""
 
     text_tokens: int
     dim: int
@@ -61,7 +60,7 @@ def file_name(index: int) -> str:
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
-    """SHA-256 of the prompts in their order."""
+    """SHA-256 of the list of prompts; depends on their order."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
@@ -69,7 +68,7 @@ def read_manifest(path: str | Path, *, text_tokens: int) -> tuple[Path, Manifest
     """The folder and its manifest.
 
     Raises:
-        UserError: it is missing, not finished, cut short, or was made for another number of text tokens.
+        UserError: the folder is missing, unfinished, truncated, or was made for another number of text tokens.
     """
     folder = resolve_path(path)
     if not folder.is_dir():

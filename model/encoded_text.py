@@ -1,8 +1,8 @@
-"""Prompts encoded ahead of time, written and read: a training run on them needs no text encoder.
+"""Writing and reading of precomputed prompt embeddings, with which training needs no text encoder.
 
-Layout: model/encoded_manifest.py. Any number of processes can write one folder: each takes its share of the files, a
-file appears when it is whole, one that is there and belongs to the job is left alone, and whoever finds all of them
-there writes the manifest.
+File format: model/encoded_manifest.py. Any number of processes can write one folder: each writes its share of the
+files, atomically, and skips those that an earlier run of the same job has written. The process that finds all files
+complete writes the manifest.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ from model.weights.plans import plan_text_encoder
 from utils.device import DTYPES
 from utils.files import atomic_path, sampled_hash, sha256_of, write_json_atomic
 
-BATCH = 64  # prompts encoded at once, as a run that encodes them itself does, so that the bits are the same
+BATCH = 64  # prompts per call of the encoder; the same as in training, so that embeddings are bit-identical
 BATCHES = 4  # in a file
 Encode = Callable[[Sequence[str]], list[Tensor]]  # embeddings [rows of each prompt, dim]
 
 
 def encoder_hash(model: ModelConfig) -> str:
-    """Of the files that `model.text_encoder` and `model.tokenizer` name; weights by samples of their bytes."""
+    """Hash of the files of `model.text_encoder` (samples of their bytes) and `model.tokenizer`."""
     hashes = [sampled_hash(file) for file in sorted(plan_text_encoder(model.text_encoder).tensors.files)]
     folder = find_tokenizer(model.tokenizer)
     hashes += [sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -50,7 +50,7 @@ def encoder_hash(model: ModelConfig) -> str:
 
 
 def unpadded_embeddings(encoder: TextEncoder, prompts: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
-    """Embeddings on the CPU without the zeros after each prompt's end."""
+    """Embeddings [tokens of the prompt, dim] of each prompt, on the CPU."""
     _, mask = encoder.tokenize(prompts)
     text, lengths = encoder(prompts).to(dtype).cpu(), mask.sum(1).tolist()
     return [row[:length].clone() for row, length in zip(text, lengths, strict=True)]
@@ -72,7 +72,7 @@ def _check(ends: Tensor, sums: Tensor) -> str:
 
 
 class EncodingJob:
-    """Groups of prompts on their way into a folder; a group is cut into batches by itself.
+    """Encodes groups of prompts into a folder. Batches do not cross the borders of groups.
 
     Args:
         about: the manifest's `encoder`, `encoder_path`, `prompts_file`, `prompts_file_sha256`.
@@ -93,12 +93,12 @@ class EncodingJob:
         self.facts = {"text_tokens": text_tokens, "dim": dim, "dtype": dtype} | about
 
     def key(self, index: int) -> str:
-        """What a file must have been made of to belong to this job."""
+        """Hash of the prompts, sizes and encoder from which file `index` is made."""
         made_of = [self.facts[name] for name in ("text_tokens", "dim", "dtype", "encoder")]
         return hashlib.sha256(json.dumps([made_of, self.files[index]]).encode()).hexdigest()
 
     def done(self, index: int) -> bool:
-        """Whether the file is there, whole, and of this job."""
+        """Whether the file exists, is complete, and belongs to this job."""
         path = self.folder / file_name(index)
         if not path.is_file():
             return False
@@ -123,7 +123,7 @@ class EncodingJob:
             save_file(tensors, path, metadata={"key": self.key(index)})
 
     def finish(self) -> bool:
-        """Write the manifest if every file is there; whether it is."""
+        """Write the manifest if all files are complete; returns whether they are."""
         if self.pending():
             return False
         write_json_atomic(self.folder / PROMPTS, self.prompts)

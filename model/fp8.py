@@ -1,9 +1,9 @@
-"""Linear layers in float8: weights kept in e4m3, inputs cast as they come, sums in float32, results in bfloat16.
+"""Linear layers in float8: weights in e4m3, inputs quantized on the fly, accumulation in float32, outputs in bfloat16.
 
     y = (x / s_x) (w / s_w)^T  s_x s_w + b      s = amax / 448, so that the largest number is the format's largest
 
-scaling "row": s_x for each row of x (token), s_w for each row of w (output), which keeps one outlier from costing the
-others their digits; a row's amax lies in the kernel that made the row. "tensor": one number for each.
+scaling "row": s_x per row of x (token), s_w per row of w (output channel), so that an outlier only affects its row; the
+kernel that computes a row also computes its amax. "tensor": one scale per tensor.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from configs.errors import UserError
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 TINY = 1e-12  # amax of a row of zeros
-ADA = (8, 9)  # first compute capability with float8 matrix units
-ALIGNMENT = 16  # that _scaled_mm wants of both sizes of a weight
+ADA = (8, 9)  # lowest compute capability with float8 matrix products
+ALIGNMENT = 16  # _scaled_mm needs both sizes of a weight to be multiples of this
 LINEARS = ("attn1.to_qkv", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
-LINEARS += ("attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")  # text keys are made once a prompt
-UNQUANTIZED_BLOCKS = (0, -1)  # blocks whose linears stay: next to the latents rounding costs most
+LINEARS += ("attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")  # the text's keys: once per prompt
+UNQUANTIZED_BLOCKS = (0, -1)  # first and last block: quantization costs most accuracy there
 
 
 def check_fp8(
     device: torch.device, setting: str = "inference.precision=fp8", instead: str = "inference.precision=auto"
 ) -> None:
-    """Refuse a device whose matrix units have no float8."""
+    """Raise a UserError about `setting` if the device has no float8 matrix products. instead: what to set."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < ADA:
         raise UserError(
             f"{setting} needs a GPU of compute capability 8.9 or later (Ada, Hopper) and device={device} is none; "
@@ -35,10 +35,10 @@ def check_fp8(
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer's replacement for inference; holds half the bytes. scale: [out_features, 1], or [] by tensor.
+    """Replacement of a linear layer for inference, with half the memory. scale: [out_features, 1], or [] by tensor.
 
-    Results have the type of the layer's weights, whatever the inputs have: under autocast norms come in float32 from
-    torch 2.12 on, which must not become the type of all that follows.
+    Results have the dtype of the layer's original weights, whatever that of the inputs: since torch 2.12 autocast
+    returns float32 from norms, which must not become the dtype of everything after them.
     """
 
     def __init__(self, linear: nn.Linear, scaling: str = "row"):
@@ -57,11 +57,11 @@ class Fp8Linear(nn.Module):
         return self.matmul(value, scale).view(*x.shape[:-1], self.out_features).to(self.dtype)
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of inputs [N, K] as `quantize` gives them."""
+        """`quantize` of inputs [N, K]."""
         return quantize(rows, self.scaling)
 
     def matmul(self, value: Tensor, scale: Tensor) -> Tensor:
-        """Rows of e4m3 [N, K] with their scale, as `quantize` gives them -> [N, out_features], bfloat16."""
+        """Quantized inputs [N, K] and their scale, as `quantize` returns them -> [N, out_features], bfloat16."""
         return torch._scaled_mm(
             value, self.weight.t(), scale, self.scale.t(), bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
@@ -79,7 +79,7 @@ def quantize(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
 
 
 def quantize_block(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
-    """Replace the large linears of a transformer block by `kind`; the names of those replaced."""
+    """Replace the large linear layers of a transformer block by `kind`; returns their names."""
     done = []
     for name in LINEARS:
         parent, _, leaf = name.rpartition(".")
@@ -99,7 +99,7 @@ def quantize_blocks(
     keep: Sequence[int] = UNQUANTIZED_BLOCKS,
     kind: type[Fp8Linear] = Fp8Linear,
 ) -> str:
-    """`quantize_block` all blocks but those of `keep`; what was done, in words."""
+    """Apply `quantize_block` to all blocks except those at indices `keep`; returns a summary for the log."""
     kept = {i % len(blocks) for i in keep}
     names = [quantize_block(block, scaling, kind) for i, block in enumerate(blocks) if i not in kept]
     return f"float8: {sum(map(len, names))} linears in {len(names)} of {len(blocks)} blocks"

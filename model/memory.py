@@ -4,11 +4,11 @@ Bytes are those of tensors that live at once on one GPU. Added to them: CONTEXT,
 and SLACK, which the allocator loses between blocks. tests/model/test_memory.py holds the formulas to a count of every
 storage that a run on the meta device makes and to peaks measured on an H100; `scripts/measure_memory.py` measures.
 
-T tokens, D width, F feed-forward width, b bytes a number, 2 for bfloat16. A block at work in inference: its input and
-the feed-forward's hidden layer before and after GELU, and copies of width D (norms in float32). In training each block
-keeps its input and, over whole clips, the result of its self-attention (model/checkpointing.py); while one is
-recomputed, all that its backward pass will read is there as well: 25 T D and 2 T F, of which 12 T D are float32: what
-three norms read, two of them made, and the feed-forward's result before its gate.
+T tokens, D width, F width of the feed-forward, itemsize bytes per element (2 for bfloat16). In inference a block holds
+its input, the feed-forward's hidden layer before and after GELU, and copies of width D (norms in float32). In training
+each block saves its input and, over whole clips, the result of self-attention (model/checkpointing.py). While a block
+is recomputed, everything that its backward pass reads is in memory too: 25 T D and 2 T F elements. 12 T D of them are
+float32: the inputs of three norms, the outputs of two, and the feed-forward's result before its gate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 GIB = 1 << 30
 CONTEXT = 0.6 * GIB  # CUDA context and kernels
 CUBLAS_WORKSPACE = 32 << 20  # that torch allocates for matrix products, and again for those in CUDA graphs (Hopper)
-ALLOCATOR_OVERHEAD = 1.05  # bytes that the allocator holds, to bytes in use
+ALLOCATOR_OVERHEAD = 1.05  # bytes that the allocator reserves / bytes in use
 GPU_SIZES_GIB = (12, 16, 24, 40, 80)  # GiB on the box
 USABLE = 0.95  # of them; a desktop, ECC and other programs take theirs
 WAN_PIXEL = (4729, 5394)  # VAE of base 96: bytes a pixel of video held between calls, and for each latent frame of one
@@ -37,7 +37,7 @@ VAE_WEIGHTS, TINY_WEIGHTS = 253_785_062, 19_700_000  # in bfloat16
 
 @dataclass(frozen=True)
 class Phase:
-    """Something that happens while other phases do not, and the bytes that are there then."""
+    """A phase of a program, and the bytes that are in use during it, by part."""
 
     name: str
     parts: Mapping[str, float]
@@ -45,13 +45,13 @@ class Phase:
 
     @property
     def total(self) -> float:
-        """With what driver and allocator add."""
+        """Bytes in total, including the overhead of driver and allocator."""
         return ALLOCATOR_OVERHEAD * sum(self.parts.values()) + self.fragmentation + CONTEXT
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a configuration takes on one GPU, phase by phase."""
+    """Memory that a configuration needs on one GPU, by phase."""
 
     phases: tuple[Phase, ...]
 
@@ -60,7 +60,7 @@ class MemoryPlan:
         return max(self.phases, key=lambda phase: phase.total)
 
     def fits(self, gib: float) -> bool:
-        """Whether a card of so many GiB is large enough."""
+        """Whether a GPU with `gib` GiB is large enough."""
         return self.peak.total <= gib * GIB * USABLE
 
     def table(self) -> str:
@@ -80,18 +80,18 @@ class MemoryPlan:
 
 
 def cache_bytes(network: TransformerSize, geometry: Geometry, chunks: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Keys and values of every chunk that the window holds, in every layer."""
+    """Bytes of the KV cache: keys and values of all chunks in the window, in all layers."""
     slots = geometry.window_chunks or chunks
     return 2 * network.layers * batch * slots * geometry.tokens_per_chunk * network.dim * itemsize
 
 
 def text_bytes(network: TransformerSize, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Keys and values of the prompt, in every layer."""
+    """Bytes of the prompt's keys and values in all layers."""
     return 2 * network.layers * batch * tokens * network.dim * itemsize
 
 
 def step_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> int:
-    """Activations of one forward pass without a graph, over `tokens` of all samples together: in the feed-forward."""
+    """Peak bytes of activations in a forward pass without gradients (in the feed-forward); `tokens` of all samples."""
     return tokens * itemsize * (2 * network.ffn + 5 * network.dim)
 
 
@@ -101,7 +101,7 @@ def exchange_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> 
 
 
 def decode_bytes(config: Config, batch: int = 1) -> tuple[int, int]:
-    """What the decoder carries between chunks, and what decoding a chunk takes besides."""
+    """Bytes of the decoder's state between chunks, and additional bytes while a chunk is decoded."""
     pixels = batch * config.video.height * config.video.width
     if config.model.codec == "taehv":
         held, each = TINY_PIXEL
@@ -113,7 +113,7 @@ def decode_bytes(config: Config, batch: int = 1) -> tuple[int, int]:
 
 
 def decode_phase(config: Config, batch: int = 1) -> tuple[dict[str, int], float]:
-    """Parts of the plan while a chunk is decoded, and what the allocator loses by it."""
+    """Parts of the plan while a chunk is decoded, and bytes that are lost to fragmentation."""
     held, work = decode_bytes(config, batch)
     if config.model.codec != "taehv":
         return {"decoder state": held, "activations": work}, WAN_HOLES * (held + work)
@@ -123,12 +123,12 @@ def decode_phase(config: Config, batch: int = 1) -> tuple[dict[str, int], float]
 
 
 def fast(setting: str, config: Config) -> bool:
-    """Whether `inference.compile` or `cuda_graphs` comes to be on a GPU (model/fast/student.py)."""
+    """Whether `inference.compile` or `cuda_graphs` (the value `setting`) is active on a GPU (model/fast/student.py)."""
     return setting != "off" and config.inference.student == "keep"
 
 
 def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, int]:
-    """Weights of the text encoder as they are held, and as much of them as is on the GPU while it works."""
+    """Bytes of the text encoder's weights, and how many of them are on the GPU while it runs."""
     block = T5_BLOCK
     if config.inference.text_int8 and weights > T5_EMBEDDING:  # all but the token embedding is in linears
         weights, block = (weights + T5_EMBEDDING) // 2, block // 2
@@ -140,10 +140,10 @@ def text_encoder_bytes(config: Config, weights: int = T5_WEIGHTS) -> tuple[int, 
 def inference_plan(
     config: Config, student: TransformerSize = WAN_1_3B, batch: int = 1, *, text_weights: int = T5_WEIGHTS
 ) -> MemoryPlan:
-    """Memory of `inference.py` in bfloat16: encoding the first prompt, a denoising step, decoding a chunk.
+    """Memory of `inference.py` in bfloat16. Phases: encoding the prompt, a denoising step, decoding a chunk.
 
-    With precision=fp8 keys and values are reckoned as with FlashAttention-3, in float8 too. With sequence_parallel it
-    is that of the first GPU; the others have student, cache and step alone.
+    With precision=fp8 the KV cache is assumed to be float8, as it is with FlashAttention-3. With sequence_parallel the
+    plan is that of the first GPU; the others hold only student, cache and step.
     """
     geometry = geometry_for(config, student)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
@@ -183,9 +183,9 @@ def inference_plan(
 def graph_bytes(
     network: TransformerSize, tokens: int, checkpointing: bool, itemsize: int = 2, *, attention: bool = True
 ) -> int:
-    """Activations of a forward pass with a graph and of its backward pass, `tokens` of all samples together.
+    """Peak bytes of activations in a forward pass with gradients and its backward pass; `tokens` of all samples.
 
-    attention: checkpointing keeps the result of self-attention.
+    attention: checkpointing saves the result of self-attention.
     """
     d, f = network.dim, network.ffn
     block = tokens * (25 * d + 2 * f) * itemsize
@@ -197,29 +197,29 @@ def graph_bytes(
 
 
 def attention_bytes(network: TransformerSize, tokens: int, itemsize: int = 2) -> int:
-    """What checkpointing keeps of a block's self-attention: the result, and a float32 a token for each head of 128."""
+    """Bytes that checkpointing saves of a block's self-attention: the result, and a float32 per token and head."""
     return tokens * (network.dim * itemsize + network.dim // 32)
 
 
 def held_graph_bytes(network: TransformerSize, tokens: int, itemsize: int = 2, *, attention: bool = True) -> int:
-    """What a checkpointed graph holds between its forward and its backward pass."""
+    """Bytes that a checkpointed graph holds between its forward and its backward pass."""
     block = tokens * network.dim * itemsize + (attention_bytes(network, tokens, itemsize) if attention else 0)
     return tokens * 21 * network.dim * itemsize // 4 + network.layers * block
 
 
 def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
-    """Of a trained parameter: float32 weight and gradient, AdamW's moments (one where beta_1 is 0), and an average."""
+    """Bytes per trained parameter: float32 weight and gradient, AdamW's moments (one if beta_1 is 0), and the EMA."""
     return 4 * (2 + (2 if betas[0] else 1) + averaged)
 
 
 def geometry_for(config: Config, network: TransformerSize) -> Geometry:
-    """Sizes of the stream that `network` makes."""
+    """The geometry of streams that `network` generates."""
     return Geometry.from_config(config, latent_channels=network.channels, patch=network.patch)
 
 
 def rollout_student_bytes(config: Config, student: TransformerSize) -> int:
-    """The copy that makes the critic's rollouts: weights, keys and values, and what its graphs keep: activations, and
-    the text's keys and values once more."""
+    """Bytes of the inference copy of the student that makes the critic's rollouts (training.distill.fast_rollout):
+    weights, KV cache, activations, and the text's keys and values twice, since its CUDA graphs hold a copy."""
     geometry, batch = geometry_for(config, student), config.training.micro_batch
     chunks = geometry.num_chunks(max(config.video.num_latent_frames, config.training.distill.long.max_frames))
     work = step_bytes(student, batch * geometry.tokens_per_chunk)
@@ -235,10 +235,10 @@ def distill_plan(
     *,
     gpus: int = 1,
 ) -> MemoryPlan:
-    """Memory of stage `distill` on one of `gpus`: float32 weights, gradients and AdamW, an average, bfloat16 compute.
+    """Memory of stage `distill` on one of `gpus`: float32 weights, gradients, AdamW and EMA, compute in bfloat16.
 
-    Sharded (training.sharding) each GPU holds its share, two blocks whole while they are at work, and the student whole
-    in bfloat16 (trainer/parallel/apply.py); hybrid without shard_ranks is reckoned with machines of eight.
+    With training.sharding each GPU holds its shard, two gathered blocks at a time, and the gathered student in bfloat16
+    (trainer/parallel/apply.py). hybrid without shard_ranks assumes machines with eight GPUs.
     """
     t, geometry, critic = config.training, geometry_for(config, student), critic or student
     shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]

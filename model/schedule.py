@@ -1,12 +1,12 @@
-"""The diagonal schedule: the timesteps of each chunk and what is left of a chunk for later ones, as a value.
+"""The diagonal schedule: the timesteps and the context mode of each chunk.
 
-Un-warped timesteps run evenly from `first` to `last`; the shift warps them (100 -> 357.1, 550 -> 859.4 at shift 5).
-Steps fall from chunk to chunk, and the last row repeats for all later chunks (Diagonal Distillation, arXiv 2603.09488).
-Context policies, and the noise level at which a chunk's keys end up:
+Before the shift, timesteps are evenly spaced from `first` to `last`; the shift warps them (100 -> 357.1, 550 -> 859.4
+at shift 5). Later chunks have fewer steps, and the last row holds for all chunks after it (Diagonal Distillation, arXiv
+2603.09488). The context mode says which keys and values of a chunk stay in the cache for later chunks:
 
     last_step   those of the last denoising step, at its timestep; no extra pass (diagonal forcing)
-    clean       an extra pass over the final x0 at t = 0 (Self-Forcing)
-    renoise     an extra pass over the final x0, re-noised to `renoise_timestep`
+    clean       those of an extra pass over the final x0 at t = 0 (Self-Forcing)
+    renoise     those of an extra pass over the final x0, noised again to `renoise_timestep`
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ from configs.geometry import Geometry
 from configs.schema import CONTEXT_OF, DATED, Config, ScheduleConfig, StreamConfig
 from model.timesteps import TIME, warp
 
-MAX_STEPS, MAX_ROWS = 1000, 1000  # of a chunk; chunks that have a row of their own
+MAX_STEPS, MAX_ROWS = 1000, 1000  # steps of a chunk; chunks with their own row of timesteps
 EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # the paper's table of schedules and its figure; they leave the context policy to stream.context
+        # the paper's table of schedules and its figure; the context mode is that of stream.context
         "paper_5432222": {"steps": "5432222", **EVEN},
         "paper_4322222": {"steps": "4322222", **EVEN},
         "paper_4222222": {"steps": "4222222", **EVEN},
         "paper_5333333": {"steps": "5333333", **EVEN},
-        # diagdistill's rows as its network is given them, already warped. Its noise level is that of the nearest of
-        # 1,000 points (933 -> .93306, 733 -> .73262, 357 -> .35714); ours is t / 1000 throughout.
+        # diagdistill's timesteps as its network receives them, after the shift. Its noise levels are those of the
+        # nearest of 1,000 points (933 -> .93306, 733 -> .73262, 357 -> .35714); here they are t / 1000.
         "release_2026_03": {  # commit 4ea418d: 357 is cut to an integer in the first two chunks only
             "timesteps": [[1000, 933, 733, 357], [1000, 933, 357], [1000, 357.142857]],
         },
@@ -53,7 +53,10 @@ class Schedule:
 
     @classmethod
     def from_config(cls, schedule: ScheduleConfig, stream: StreamConfig) -> "Schedule":
-        """The schedule that a config describes. A preset's own context policy goes before stream.context."""
+        """The schedule of a config. The context mode of a preset takes precedence over stream.context.
+
+        Raises UserError for values that are no schedule.
+        """
         schedule, default_context = _spelled_out(schedule, stream.context)
         rows = _given_rows(schedule.timesteps) if schedule.timesteps is not None else _even_rows(schedule)
         return cls(
@@ -72,27 +75,27 @@ class Schedule:
         return dict(self.context_exceptions).get(chunk, self.default_context)
 
     def context_timestep(self, chunk: int) -> float | None:
-        """Timestep of the extra pass that `chunk` makes for its context, None if it makes none."""
+        """Timestep of the extra pass that writes the context of `chunk`; None if there is no extra pass."""
         return {"last_step": None, "clean": 0.0, "renoise": self.renoise_timestep}[self.context_mode(chunk)]
 
     def kv_timestep(self, chunk: int) -> float:
-        """Timestep of the keys that later chunks see of `chunk`."""
+        """Timestep of the keys and values of `chunk` that later chunks attend to."""
         timestep = self.context_timestep(chunk)
         return self.timesteps(chunk)[-1] if timestep is None else timestep
 
     def nfe(self, num_chunks: int) -> int:
-        """Evaluations of the student for so many chunks, context passes included."""
+        """Number of evaluations of the student for `num_chunks` chunks, context passes included."""
         return sum(len(self.timesteps(k)) + (self.context_timestep(k) is not None) for k in range(num_chunks))
 
     def table(self, num_chunks: int | None = None, geometry: Geometry | None = None) -> str:
-        """The schedule as text: a line for each run of equal chunks, then the total of evaluations.
+        """The schedule as text: one line for each run of equal chunks, then the total number of evaluations.
 
-        `2+` means chunk 2 and all later ones. With a geometry, the latent frames whose keys a chunk sees, too. Without
-        `num_chunks` only what differs is shown, and no total.
+        `2+` means chunk 2 and all later ones. geometry: adds a column with the latent frames that a chunk attends to.
+        Without `num_chunks` there is no total, and chunks beyond the last that differs are not shown.
         """
         settled = max(len(self.timesteps_by_chunk), *(chunk + 2 for chunk, _ in self.context_exceptions), 1)
         shown = settled if num_chunks is None else num_chunks
-        horizon = max(settled, shown + 1)  # one more than is shown tells whether its keys still grow
+        horizon = max(settled, shown + 1)  # one more than shown, to see whether the number of keys still grows
         width = max(len(_short(t)) for row in self.timesteps_by_chunk for t in row)
         cells = [self._cells(k, geometry, width) for k in range(horizon)]
         lines = [["chunk", "steps", "timesteps", "context", "level", *(["KV frames"] if geometry else [])]]
@@ -115,7 +118,7 @@ class Schedule:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and numbers, as a JSON file holds them."""
+        """The schedule as lists, strings and numbers for JSON; `from_dict` is the inverse."""
         return {
             "rows": [list(row) for row in self.timesteps_by_chunk],
             "policy": self.default_context,
@@ -125,7 +128,7 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
-        """The inverse of `to_dict`; checked as a configuration is, since it is read from files."""
+        """The inverse of `to_dict`. Raises UserError for values that are no schedule, since they come from files."""
         if values.get("restart_every"):
             again = shown(values["restart_every"])
             raise UserError(f"restart_every={again} of a stored schedule is not played any more; remove it there")
@@ -145,13 +148,13 @@ class Schedule:
 
 
 def with_steps(config: Config, steps: Sequence[int], context: str | None = None) -> Config:
-    """`config` with `steps[k]` denoising steps in chunk k, and all else of its schedule as it was.
+    """`config` with `steps[k]` denoising steps in chunk k and an otherwise unchanged schedule.
 
-    Where the schedule counts steps, first, last, warp and shift stay, those of a preset too. Where it lists timesteps,
-    a chunk gets the row of so many steps, of several the nearest chunk's; where there is none, the timesteps of the
-    longest row, interpolated linearly between its ends, and for one step its first alone.
-    context: the policy instead of the schedule's own; exceptions stay. UserError where `steps` are no
-    counts, or no row has two steps to interpolate between.
+    If the schedule is given by numbers of steps, first, last, warp and shift are kept, also those of a preset. If it
+    lists timesteps, a chunk gets the row with that number of steps (of the nearest chunk, if there are several); if
+    there is none, the timesteps of the longest row, interpolated linearly, or for one step its first timestep.
+    context: replaces the context mode; exceptions for single chunks are kept. Raises UserError if `steps` are no
+    counts, or if no row has two steps to interpolate between.
     """
     schedule, default_context = _spelled_out(config.schedule, config.stream.context)
     if schedule.timesteps is None:
@@ -188,7 +191,7 @@ def as_schedule(given: Any, config: Config) -> Schedule:
 
 
 def _row_of(rows: Sequence[tuple[float, ...]], chunk: int, steps: int) -> tuple[float, ...]:
-    """Timesteps of a chunk that is to have so many `steps`, by what `timesteps_by_chunk` have."""
+    """Timesteps of `chunk` with `steps` steps, taken from `rows` as `with_steps` says."""
     place = min(chunk, len(rows) - 1)
     same = [k for k, row in enumerate(rows) if len(row) == steps]
     if same:
@@ -210,19 +213,19 @@ def _row_of(rows: Sequence[tuple[float, ...]], chunk: int, steps: int) -> tuple[
 
 
 def _short(t: float) -> str:
-    """One decimal, and none where it is zero."""
+    """t with one decimal, or none if it is zero."""
     return f"{t:.1f}".removesuffix(".0")
 
 
 def _spelled_out(schedule: ScheduleConfig, context: str) -> tuple[ScheduleConfig, str]:
-    """`schedule` with the fields of its preset in place of the name, and the policy that the preset fixes, if any."""
+    """`schedule` with its preset replaced by the preset's fields, and the context mode: the preset's if it has one."""
     if schedule.preset is None:
         return schedule, context
     return ScheduleConfig(**_preset(schedule)), CONTEXT_OF.get(schedule.preset, context)
 
 
 def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:
-    """Fields of the preset; refuses an unknown name, and other fields beside it."""
+    """Fields of the preset. Raises UserError for an unknown name and for other fields beside a preset."""
     name = schedule.preset
     if name not in PRESETS:
         raise UserError(f"schedule.preset={shown(name)} is unknown; use one of {', '.join([*PRESETS, *DATED])}")
@@ -238,7 +241,7 @@ def _preset(schedule: ScheduleConfig) -> Mapping[str, Any]:
 
 
 def _even_rows(schedule: ScheduleConfig) -> tuple[tuple[float, ...], ...]:
-    """Rows from a count of steps a chunk: evenly spaced, then shifted. One step is `first` alone."""
+    """Timesteps from the number of steps of each chunk: evenly spaced, then shifted. A single step is at `first`."""
     first, last = (_timestep(f"schedule.{name}", vars(schedule)[name]) for name in ("first", "last"))
     if last >= first:
         raise UserError(f"schedule.last={last:g} is not below schedule.first={first:g}; timesteps fall within a chunk")

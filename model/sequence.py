@@ -1,11 +1,11 @@
-"""Sequence parallelism: the tokens of one sample shared out over n ranks (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""Sequence parallelism: the tokens of a sample are split over n ranks (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-    outside attention   [B, L / n, heads, head_dim]   each rank has a run of tokens and all heads
-    inside attention    [B, L, heads / n, head_dim]   each rank has all tokens and a run of heads, its cache likewise
+    outside attention   [B, L / n, heads, head_dim]   each rank has a contiguous part of the tokens and all heads
+    inside attention    [B, L, heads / n, head_dim]   each rank has all tokens and some heads; so has its KV cache
 
-What goes into a network and what comes out is whole, and equal, on every rank of a group, and so is the loss. The
-backward pass is that of the *sum* of the n equal losses, so that the mean of a parameter's gradients over the ranks is
-the gradient of one: the mean that data parallelism takes anyway, and nothing that averages has to know of the group.
+Inputs and outputs of a network are complete and equal on all ranks of a group, and so is the loss. The backward pass is
+that of the *sum* of the n equal losses, so the mean of a parameter's gradients over the ranks is the gradient of one
+loss. Data parallelism takes that mean anyway, so gradient averaging does not depend on the group.
 """
 
 import math
@@ -20,7 +20,7 @@ from configs.errors import UserError
 
 
 class SequenceGroup:
-    """The ranks that share one sample's tokens, `rank` of `size`. Without a process group: this one alone."""
+    """The ranks that share the tokens of a sample; this one is `rank` of `size`. group: None = no parallelism."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
@@ -30,7 +30,7 @@ class SequenceGroup:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """For as long as the block runs, this rank computes whole sequences by itself and waits for no other."""
+        """Inside the block this rank computes whole sequences by itself, without communication."""
         before, self._on = self._on, False
         try:
             yield
@@ -42,7 +42,7 @@ class SequenceGroup:
         if not self._on:
             return x
         assert x.shape[1] % self.size == 0, f"{x.shape[1]} tokens on {self.size} ranks"
-        return x.chunk(self.size, dim=1)[self.rank].clone(memory_format=torch.contiguous_format)  # not all of x is kept
+        return x.chunk(self.size, dim=1)[self.rank].clone(memory_format=torch.contiguous_format)  # not a view
 
     def split_frames(self, x: Tensor, tokens: int) -> Tensor:
         """Values a frame [B, F, ...] as this rank's tokens need them: [B, pieces, ...], of pieces of equal length.
@@ -57,13 +57,13 @@ class SequenceGroup:
         return torch.stack([x[:, at // tokens] for at in range(first, first + own, piece)], dim=1)
 
     def gather(self, x: Tensor) -> Tensor:
-        """All tokens [B, L, ...], on every rank, from each one's [B, L / n, ...]."""
+        """All tokens [B, L, ...] on every rank, from the parts [B, L / n, ...]."""
         if not self._on:
             return x
         return _Exchange.apply(x.expand(self.size, *x.shape), self.group).movedim(0, 1).flatten(1, 2)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """x of the group's rank `source`, on every rank; of the others' only the shape and the type matter."""
+        """x of rank `source` of the group, on every rank; of the other ranks' x only shape and dtype are used."""
         if not self._on:
             return x
         own = self.rank == source
@@ -72,13 +72,13 @@ class SequenceGroup:
         return out
 
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """All tokens, own heads [B, L, heads / n, head_dim], from [B, L / n, heads, head_dim]; one message."""
+        """[B, L / n, heads, head_dim] -> all tokens of this rank's heads [B, L, heads / n, head_dim]; one message."""
         if not self._on:
             return tensors
         assert tensors[0].shape[2] % self.size == 0, f"{tensors[0].shape[2]} heads on {self.size} ranks"
         by_rank = [x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4) for x in tensors]
         out = _Exchange.apply(torch.stack(by_rank, dim=1), self.group)  # [n, tensors, B, L / n, heads / n, head_dim]
-        return tuple(x.movedim(0, 1).flatten(1, 2) for x in out.unbind(1))  # copies: a cache keeps none of the others
+        return tuple(x.movedim(0, 1).flatten(1, 2) for x in out.unbind(1))  # copies, not views
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Inverse of `to_heads`: this rank's tokens with all heads [B, L / n, heads, head_dim]."""
@@ -124,7 +124,8 @@ def check_shares(setting: str, degree: int, count: int, what: str) -> None:
 
 
 class _Exchange(torch.autograd.Function):
-    """x [n, ...]: part i goes to rank i, and part i of the result came from there. Its own transpose."""
+    """All-to-all: part i of x [n, ...] goes to rank i, and part i of the result comes from there. It is its own
+    transpose, so the backward pass is the same operation."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:

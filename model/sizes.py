@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSize:
-    """Sizes of a Wan transformer."""
+    """Sizes of a Wan transformer, and the numbers of parameters and bytes that follow from them."""
 
     dim: int
     ffn: int
@@ -19,7 +19,7 @@ class TransformerSize:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TransformerSize":
-        """From a config.json as diffusers has it."""
+        """From a config.json in diffusers' format."""
         return cls(
             dim=config["num_attention_heads"] * config["attention_head_dim"],
             ffn=config["ffn_dim"],
@@ -45,29 +45,29 @@ class TransformerSize:
 
     @property
     def fp32_parameters(self) -> int:
-        """Those that diffusers keeps in float32: norms, modulation and the time embedding."""
+        """Parameters that diffusers keeps in float32: norms, modulation and the time embedding."""
         d = self.dim
         return self.layers * (2 * d + 6 * d) + 2 * d + (self.freq_dim * d + d) + (d * d + d)
 
     @property
     def inference_bytes(self) -> int:
-        """Weights in bfloat16, but for those."""
+        """Bytes of the weights in bfloat16, with `fp32_parameters` in float32."""
         return 2 * self.parameters + 2 * self.fp32_parameters
 
     @property
     def fp8_bytes(self) -> int:
-        """The same with float8 in the linears of all blocks but the first and last; text keys' stay (model/fp8.py)."""
+        """`inference_bytes` with the linear layers of model/fp8.py in float8, in all blocks but the first and last."""
         return self.inference_bytes - (self.layers - 2) * (6 * self.dim**2 + 2 * self.dim * self.ffn)
 
     @property
     def offloaded_bytes(self) -> int:
-        """The same with the blocks on the host (model/fast/offload.py): slots for two of them, and the rest."""
+        """`inference_bytes` on the GPU when blocks are offloaded to the host, two at a time (model/fast/offload.py)."""
         return self.inference_bytes - (self.layers - 2) * (2 * self.block_parameters + 2 * 8 * self.dim)
 
 
 WAN_1_3B = TransformerSize(dim=1536, ffn=8960, layers=30)
 WAN_14B = TransformerSize(dim=5120, ffn=13824, layers=40)
-RANDOM = "random:"  # training.init.student=random:1.3B: weights of that size, drawn on the device, and no file
+RANDOM = "random:"  # training.init.student=random:1.3B: random weights of that size, without a file
 TRANSFORMER_SIZES = {"1.3B": WAN_1_3B, "14B": WAN_14B}  # by the names that command lines take
 HEAD_DIM = 128  # width of an attention head in both
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

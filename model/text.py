@@ -1,7 +1,7 @@
 """Prompts to embeddings: cleaning, tokens, UMT5, and the tiny world's word-level tokenizer.
 
 prompts  list of B strings
-text     [B, text_tokens, dim]; rows after a prompt's end are zero (the transformer attends to them all the same)
+text     [B, text_tokens, dim]; rows after a prompt's end are zero (the transformer attends to them too)
 """
 
 import html
@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
-MAX_LISTED_WORDS = 1000  # of a vocabulary that can be named
+MAX_LISTED_WORDS = 1000  # larger vocabularies are not listed in warnings
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
@@ -25,7 +25,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """UMT5 behind one call. Weights, device and dtype are the encoder's."""
+    """UMT5 and its tokenizer as one function. Weights, device and dtype are those of `encoder`."""
 
     def __init__(self, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_tokens: int):
         self.encoder = encoder
@@ -43,12 +43,12 @@ class TextEncoder:
 
     @property
     def known_words(self) -> list[str]:
-        """All words of a tokenizer of so few that they can be named; [] of one that reads any text."""
+        """All words of a tokenizer with a small vocabulary, such as the tiny world's; [] for any other."""
         words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
         return sorted(words) if len(words) <= MAX_LISTED_WORDS else []
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """What the tokenizer has no token for, so that the model does not see it: each part once, in order."""
+        """The parts of `prompt` that become unknown tokens, each once, in order."""
         if not self.tokenizer.is_fast:  # it does not say where its tokens come from
             return []
         text = clean_prompt(prompt)
@@ -57,11 +57,11 @@ class TextEncoder:
         return list(dict.fromkeys(text[a:b] for token, (a, b) in spans if token == self.tokenizer.unk_token_id))
 
     def count_tokens(self, prompt: str) -> int:
-        """Tokens of a whole prompt, those beyond `text_tokens` included."""
+        """Number of tokens of a prompt before truncation."""
         return len(self.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask [B, text_tokens] on the encoder's device; what is too long is cut, its last token being EOS."""
+        """Ids and mask [B, text_tokens] on the encoder's device. Long prompts are truncated and end with EOS."""
         batch = self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
@@ -80,16 +80,16 @@ class TextEncoder:
         return self.embed(*self.tokenize(prompts))
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """As the call, from ids and mask, and with a graph, for training the encoder."""
+        """As `__call__`, but from ids and mask [B, text_tokens], and with an autograd graph, for training."""
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden * mask.unsqueeze(-1).to(hidden.dtype)
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a word: lower-cased, punctuation dropped, EOS appended, other words `<unk>`.
+    """A word-level tokenizer: lower case, no punctuation, EOS appended, `<unk>` for words that are not in `words`.
 
-    Ids are 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the distinct `words` in the order given, so that a longer vocabulary
-    that only appends words keeps the ids of a shorter one.
+    Ids are 0 `<pad>`, 1 `</s>`, 2 `<unk>`, then the distinct `words` in the given order, so that appending words to a
+    vocabulary does not change existing ids.
     """
     vocabulary = {PAD: 0, EOS: 1, UNKNOWN: 2}
     for word in words:

@@ -2,14 +2,14 @@
 
     latents [B, F, 16, h, w], normalised, as the transformer makes them -> pixels [B, 1 + 4 (F - 1), 3, 8 h, 8 w]
 
-Every memory block sees the current frame and the one before it (zeros before the first); temporal growth makes two
-frames of one, twice. F latent frames so give 4 F pixel frames, of which the first 3 come before the clip starts and
-are dropped. Frames are processed in parallel; across calls only each memory block's last input frame is carried.
+Every memory block sees the current frame and the one before it (zeros before the first); temporal upsampling makes two
+frames of one, twice. F latent frames thus become 4 F pixel frames, of which the first 3 lie before the clip's start and
+are dropped. Frames are processed in parallel; the state between calls is the last input frame of each memory block.
 
-Precision: beside a student in half precision on a GPU it decodes in float16, whose 11 bits are 17 dB nearer to float32
-than bfloat16's 8, if activations leave room (`cast_to_best_dtype`). Should one overflow all the same, it stays infinite
-on its way through ReLUs and skips, and what is decoded is NaN, never a picture. A CPU computes in float32: without
-hardware for it, float16 takes a hundred times as long there.
+Precision: with a student in half precision on a GPU it decodes in float16, whose 11 bits of precision give 17 dB more
+than bfloat16's 8, unless activations come near its limit (`cast_to_best_dtype`). An overflow stays infinite through
+ReLUs and skip connections, and the decoded pixels are NaN. On a CPU it runs in float32, since float16 is a hundred
+times slower there without hardware support.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from utils.seeds import generator
 log = get_logger(__name__)
 
 FRAMES_TO_TRIM = 3  # pixel frames before the clip starts
-HALF_LIMIT = torch.finfo(torch.float16).max / 16  # of activations on probes; real latents have that much room above
+HALF_LIMIT = torch.finfo(torch.float16).max / 16  # of activations of probes; real latents may be 16 times as large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Clamp(nn.Module):
 
 
 class MemoryBlock(nn.Module):
-    """Residual block over [this frame ; the frame before it]. Names `conv.{0,2,4}` are those of the public file."""
+    """Residual block over the channels of this frame and the one before. `conv.{0,2,4}` are TAEHV's parameter names."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -65,7 +65,7 @@ class MemoryBlock(nn.Module):
 
 
 class TemporalUpsample(nn.Module):
-    """`stride` frames from one, by a 1x1 convolution whose output channels are cut into frames."""
+    """`stride` frames from one, by a 1x1 convolution whose output channels are split into frames."""
 
     def __init__(self, width: int, stride: int):
         super().__init__()
@@ -77,12 +77,12 @@ class TemporalUpsample(nn.Module):
         y = self.conv(x)
         if self.stride > 1 and y.is_contiguous(memory_format=torch.channels_last):
             y = y.movedim(1, -1).unflatten(-1, (self.stride, -1)).movedim(-2, 1)  # [N, stride, H, W, C]
-            return y.flatten(0, 1).movedim(-1, 1)  # the one copy that there has to be, still channels last
+            return y.flatten(0, 1).movedim(-1, 1)  # a single copy, in channels-last layout
         return y.reshape(-1, *x.shape[1:])
 
 
 class TinyDecoder(nn.Module):
-    """The decoder as one sequence, so that its keys are `decoder.N...` as in the public file."""
+    """The decoder as one nn.Sequential, so that its keys are `decoder.N...` as in TAEHV's files."""
 
     def __init__(self, config: TinyDecoderConfig | None = None):
         super().__init__()
@@ -111,7 +111,7 @@ class TinyDecoder(nn.Module):
     def forward(self, latents: Tensor, memory: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Latents [B, F, C, h, w] -> all 4 F frames [B, 4 F, 3, 8 h, 8 w] in about [0, 1], and the memory after them.
 
-        `memory` is what the call before returned; None at the start of a clip.
+        memory: the second result of the previous call; None at the start of a clip.
         """
         batch = latents.shape[0]
         x = latents.flatten(0, 1)
@@ -133,14 +133,14 @@ class TinyDecoder(nn.Module):
 
 
 def cast_to_best_dtype(decoder: TinyDecoder, dtype: torch.dtype) -> TinyDecoder:
-    """`decoder`, which is float32, cast in place to what suits a student of `dtype` on the decoder's device."""
+    """Cast `decoder`, which is float32, in place to the best dtype beside a student of `dtype` on its device."""
     if dtype == torch.float32 or decoder.device.type == "cpu":
         return decoder
     return decoder.to(best_half_dtype(decoder))
 
 
 def best_half_dtype(decoder: TinyDecoder) -> torch.dtype:
-    """float16, or bfloat16 where `decoder` (float32) comes too near to float16's end."""
+    """float16, or bfloat16 if activations of `decoder` (float32) come too near to the limit of float16."""
     largest = max_activation(decoder)
     if largest <= HALF_LIMIT:
         return torch.float16
@@ -164,7 +164,7 @@ def max_activation(decoder: TinyDecoder) -> float:
 
 
 class TinyDecoderCodec:
-    """The tiny decoder behind the codec's interface. It decodes only."""
+    """The tiny decoder as a `Codec` that can only decode."""
 
     def __init__(self, decoder: TinyDecoder):
         self.decoder = decoder
@@ -179,7 +179,7 @@ class TinyDecoderCodec:
         return self.decoder.config.latent_channels
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Refused: the layout's encoder is not part of this decoder."""
+        """Raises UserError: there is no encoder."""
         raise UserError("model.codec=taehv decodes only; set model.codec=wan to encode pixels")
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class TinyDecoderCodec:
 
 
 class TinyDecoderStream:
-    """What the memory blocks carry of one clip."""
+    """Decoder of one clip. Its state is that of the memory blocks."""
 
     def __init__(self, decoder: TinyDecoder):
         self._decoder = decoder
@@ -208,10 +208,10 @@ class TinyDecoderStream:
         if starts:
             frames = frames[:, FRAMES_TO_TRIM:]
         frames = frames.float()
-        return frames.mul(2).sub(1).clamp(-1, 1).add(frames - frames)  # what is infinite becomes NaN, not white
+        return frames.mul(2).sub(1).clamp(-1, 1).add(frames - frames)  # infinity becomes NaN, not white
 
     def snapshot(self) -> list[Tensor] | None:
-        """Memory so far; its tensors are never written in place."""
+        """The current state; its tensors are never written in place."""
         return self._memory
 
     def restore(self, snapshot: list[Tensor] | None) -> None:

@@ -92,7 +92,7 @@ def test_cudnn_is_given_half_precision_alone(tiny_assets, tmp_path, hopper, give
     settings = ["training.precision=bfloat16", f"training.checkpointing={checkpointing}"]
     settings += ["training.validation_clips=2", "training.distill.video_clips=1"]
     settings += ["training.distill.lora.student_rank=2"]
-    with caplog.at_timestep(logging.INFO):
+    with caplog.at_level(logging.INFO):
         stage = distill_stage(tiny_assets, *settings)
     assert caplog.text.count("attention of networks in training: cudnn") == 1
     for network in (stage.student.model, stage.critic.model, stage.teacher.model):

@@ -100,7 +100,7 @@ class Threads(SequenceGroup):
         super().__init__()
         self.rank, self.size, self.slot, self.barrier = rank, size, slot, barrier
 
-    def same(self, x, source=0):
+    def broadcast(self, x, source=0):
         if self.rank == source:
             self.slot[0] = x
         self.barrier.wait(300)
