@@ -1,6 +1,6 @@
 """From latents to frames in host memory, beside the denoising rather than in its way.
 
-On a GPU a chunk is decoded, made uint8 and copied to pinned memory on a stream of its own, while the next chunk is
+On a GPU a chunk is decoded, made uint8 and copied to pinned memory on a second stream, while the next chunk is
 denoised on the current one. All of it is queued; `prefetch` keeps one chunk more in the queue than is being waited for,
 so that the GPU never waits for whoever takes the frames. Whether all values are finite is found out on the device, too,
 and travels with the frames: whoever waits for them (`ChunkResult.wait`) is told.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.codec import DecoderStream
+from utils.device import side_stream
 from utils.timers import SpanTimer
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class AsyncDecoder:
     """Where and in which stream chunks are decoded. overlap: beside the current stream, which only a GPU can do."""
 
     def __init__(self, device: torch.device, overlap: bool = True):
-        self._beside = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+        self._beside = side_stream(device, "decoding") if overlap and device.type == "cuda" else None
         self.to_frames: Callable[[Tensor], Tensor] = to_frames  # may be replaced by a compiled one
 
     def decode(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:

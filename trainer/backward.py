@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.device import side_stream
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -70,7 +71,7 @@ class Backward:
     def _capture(self, plan: Hashable, scale: float, batch: dict[str, Tensor]) -> None:
         inputs = {name: value.clone() for name, value in batch.items()}
         self.clear()
-        side = torch.cuda.Stream()
+        side = side_stream(self.device, "capture")
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3 if not self.graphs else 1):  # autotuning and lazy initialisation

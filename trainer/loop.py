@@ -29,6 +29,7 @@ from trainer.parallel.apply import mean_over_ranks
 from trainer.parallel.control_group import ControlGroup, explain_lost_rank
 from trainer.stage import Stage
 from utils.curves import write_curves
+from utils.device import release_memory
 from utils.files import exclusive_use, is_disk_full, write_json_atomic
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
@@ -122,6 +123,7 @@ def save_checkpoint(stage: Stage, logdir: Path, step: int, control: ControlGroup
         stage.export(logdir / EXPORT, step)
     if stage.ranks.first:
         show_curves(logdir, stage.name)
+    release_memory()
 
 
 def show_curves(logdir: Path, name: str) -> None:
@@ -240,6 +242,7 @@ def _validate(stage: Stage, step: int, logdir: Path, reporter: _RunReporter, con
         if figures and stage.ranks.first:
             reporter.write(step, **{f"validation_{name}": value for name, value in figures.items()})
             log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    release_memory()
     control.wait()
 
 

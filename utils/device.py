@@ -1,5 +1,7 @@
 """Which device and which precision `auto` means on this machine."""
 
+import ctypes
+import functools
 import math
 import os
 import sys
@@ -51,6 +53,26 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"precision={name} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+@functools.cache
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """The one stream of this process for `use` beside the current stream of `device`, a GPU.
+
+    torch's allocator keeps what is freed for the stream that had it: with a new stream each time, each would leave its
+    memory behind.
+    """
+    return torch.cuda.Stream(device)
+
+
+def release_memory() -> None:
+    """Give back to the GPU and to the system what torch's allocator and the C library keep of freed memory.
+
+    For after a phase whose tensors have other sizes than those of the steps around it.
+    """
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def gpu_memory(device: torch.device) -> int | None:

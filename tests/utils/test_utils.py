@@ -19,8 +19,17 @@ import torch
 from conftest import ROOT
 
 from configs.errors import UserError
+from pipeline.async_decoder import AsyncDecoder
 from utils import exits
-from utils.device import available_cpus, cpu_quotas, pick_device, pick_dtype, set_threads
+from utils.device import (
+    available_cpus,
+    cpu_quotas,
+    pick_device,
+    pick_dtype,
+    release_memory,
+    set_threads,
+    side_stream,
+)
 from utils.distributed import Ranks
 from utils.files import (
     CHECKOUT,
@@ -379,6 +388,30 @@ def test_devices_and_precision():
     with pytest.raises(UserError, match="precision=fp4"):
         pick_dtype("fp4", torch.device("cpu"))
     assert 1 <= available_cpus() <= os.cpu_count()
+
+
+def test_there_is_one_side_stream_for_each_use(monkeypatch):
+    """What is freed stays with its stream: sessions, of which validation makes one each time, would leave theirs."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    gpu = torch.device("cuda", 7)
+    first, second = AsyncDecoder(gpu), AsyncDecoder(gpu)
+    assert first._beside is second._beside is side_stream(gpu, "decoding")
+    assert first._beside is not side_stream(gpu, "capture")
+    assert first._beside is not side_stream(torch.device("cuda", 6), "decoding")
+    assert AsyncDecoder(gpu, overlap=False)._beside is None
+    side_stream.cache_clear()
+
+
+def test_freed_memory_goes_back_to_the_system():
+    def used() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    for _ in range(2):  # the first time blocks come from mappings of their own, which are given back at once
+        blocks = [torch.ones(2_000_000) for _ in range(40)]
+        del blocks[:-1]  # the last one is above them in the heap, which therefore is not cut by itself
+    kept = used()
+    release_memory()
+    assert used() < kept - 250_000_000
 
 
 def test_timer_names_spans_and_adds_up(monkeypatch):
