@@ -26,7 +26,8 @@ from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.checkpoint.resume import check_changes, export_folder
 from trainer.parallel.apply import mean_over_ranks
-from trainer.parallel.control_group import ControlGroup, explain_lost_rank
+from trainer.parallel.control_group import ControlGroup
+from trainer.parallel.rank_watch import explain_lost_rank
 from trainer.stage import Stage
 from utils.curves import write_curves
 from utils.device import release_memory
@@ -151,7 +152,8 @@ def _resume(stage: Stage, logdir: Path, control: ControlGroup) -> int:
             "training.steps=%d is below step %d, which %s has reached: there is nothing left to train",
             stage.config.training.steps, manifest["step"], logdir,
         )  # fmt: skip
-    check_changes(manifest["config"] if "config" in manifest else {}, stage.config, logdir)
+    before = manifest["config"] if "config" in manifest else {}
+    check_changes(before, stage.config, logdir, warn=control.rank == 0)
     stage_state = checkpoint.restore(folder, stage.train_states, control)
     if stage_state:
         stage.load_state_dict(stage_state)
@@ -252,11 +254,12 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
     sinks: makes the metric sinks, given the first step of the run; None = those of the configuration.
     save: write checkpoints and exports.
     """
-    control = ControlGroup(stage.config.training.timeout_s)
+    timeout_s = stage.config.training.timeout_s
+    control = ControlGroup(timeout_s)
     logdir.mkdir(parents=True, exist_ok=True)
     resume = f"start the same command again: {logdir} resumes from its newest checkpoint"
-    with exclusive_use(logdir, "--logdir") if control.rank == 0 else nullcontext(), explain_lost_rank(resume), \
-            _explain_full_disk(logdir):  # fmt: skip
+    alone = exclusive_use(logdir, "--logdir") if control.rank == 0 else nullcontext()
+    with alone, explain_lost_rank(control, resume, timeout_s), _explain_full_disk(logdir):
         start = _resume(stage, logdir, control)
         stage.begin(start, logdir)
         make = sinks or make_sinks(stage.config, logdir)

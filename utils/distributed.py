@@ -13,6 +13,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 
 T = TypeVar("T")
+LATER_S = 60.0  # that NCCL waits beyond the others
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
-    """The default process group (NCCL on CUDA, else gloo) for as long as the block runs; nothing for one process."""
+    """The default process group (NCCL on CUDA, else gloo) for as long as the block runs; nothing for one process.
+
+    NCCL, which ends the process without a sentence, waits longer than `timeout_s`: what watches the ranks comes first.
+    """
     if ranks.world == 1:
         yield
         return
@@ -70,7 +74,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -
         "nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank,
         world_size=ranks.world,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=timeout_s + (LATER_S if device.type == "cuda" else 0)),
         device_id=device if device.type == "cuda" else None,
     )
     ended_well = False

@@ -119,6 +119,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+def end_now(error: UserError) -> NoReturn:
+    """End the process at once with the sentence and code of `error`, from any thread, whatever the main one waits for.
+
+    Nothing is cleaned up: what was being written stays under its temporary name.
+    """
+    code = _say(error)
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code for what was to be expected of users and machines; None for a programming error.
 

@@ -99,7 +99,7 @@ def check_resumable(config: Config, logdir: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the run may resume from the one before
         check_stage(stage, config.training.stage, logdir)
-        check_changes(before, config, logdir)
+        check_changes(before, config, logdir, warn=False)  # once, by who resumes
         return
 
 
@@ -111,7 +111,7 @@ def check_stage(before: str, now: str, logdir: Path) -> None:
         )
 
 
-def check_changes(before: dict[str, Any], config: Config, logdir: Path) -> None:
+def check_changes(before: dict[str, Any], config: Config, logdir: Path, *, warn: bool = True) -> None:
     """Refuse changes from `before`, the configuration in a checkpoint's manifest, that are not allowed; warn of others.
 
     Settings that `before` lacks are ignored.
@@ -129,7 +129,7 @@ def check_changes(before: dict[str, Any], config: Config, logdir: Path) -> None:
             f"another --logdir, or name it in training.accept_changes"
         )
     reported = ROLLOUT if config.training.distill.fast_rollout else ()
-    for key, (old, new) in changed.items():
+    for key, (old, new) in changed.items() if warn else ():
         if not _in(key, FREE) or _in(key, reported):
             log.warning(
                 "%s was %s and is %s from here on: the run is no longer that of one configuration", key, old, new

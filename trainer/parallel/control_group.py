@@ -1,14 +1,13 @@
 """What ranks say to each other on the host, so that none of them waits for its GPU: agreement, and shared failure.
 
-    team = Team(timeout_s=900)
-    stopping, failing = team.each(asked, bad)     # true on all ranks if true on one
-    team.together("saving", lambda: ...)          # fails on all ranks if it fails on one
+    control = ControlGroup(timeout_s=900)
+    stopping, failing = control.each(asked, bad)  # true on all ranks if true on one
+    control.run_on_all("saving", lambda: ...)     # fails on all ranks if it fails on one
 
-A rank that has gone is noticed here, or in a collective of a step: at once by gloo, after `timeout_s` by NCCL.
+A rank that has gone is noticed here, in a collective of a step, or by trainer/parallel/rank_watch.py.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,16 +15,9 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError
-from utils.logs import get_logger
-
-log = get_logger(__name__)
 
 T = TypeVar("T")
 LOST_RANK_MESSAGES = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "NCCL")
-
-
-class LostRank(UserError):
-    """Another process of the run has ended, or does not answer."""
 
 
 class FailedElsewhere(UserError):
@@ -33,7 +25,7 @@ class FailedElsewhere(UserError):
 
 
 class ControlGroup:
-    """All ranks of a run. One process is a team of its own."""
+    """All ranks of a run, which may be one."""
 
     def __init__(self, timeout_s: float = 900.0):
         several = dist.is_initialized() and dist.get_world_size() > 1
@@ -87,20 +79,3 @@ def is_lost_rank(error: BaseException) -> bool:
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_RANK_MESSAGES)
-
-
-@contextmanager
-def explain_lost_rank(resume: str) -> Iterator[None]:
-    """Turns the error of a collective whose other end has gone into one sentence; `resume` says how to go on."""
-    try:
-        yield
-    except RuntimeError as error:
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if not several or not is_lost_rank(error):
-            raise
-        reason = str(error).splitlines()[0][:120]
-        log.debug("collective failed", exc_info=error)
-        raise LostRank(
-            f"rank {dist.get_rank()} has lost another rank ({reason}), so the run has ended; look at that rank's last "
-            f"lines for the cause, then {resume}"
-        ) from error

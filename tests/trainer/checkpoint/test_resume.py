@@ -128,6 +128,8 @@ def test_what_may_change(change, said, tmp_path, caplog):
         check_changes(before, load_config("configs/train_tiny_text.yaml", allowed), tmp_path)
         said = "from here on"
     else:
+        check_changes(before, now, tmp_path, warn=False)
+        assert "from here on" not in caplog.text
         check_changes(before, now, tmp_path)
     assert ("from here on" in caplog.text) == (said is not None)
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_from_four_ranks_to_two_to_one_to_two(tiny_assets, alone, tmp_path):
 def test_a_killed_rank_ends_the_run_which_resumes(tiny_assets, alone, tmp_path):
     outcomes = run_ranks(tiny_assets, tmp_path, 2, *SHARDED, event=Event("kill", step=2, rank=1))
     assert outcomes[1].exit_code == -9
-    assert outcomes[0].ended == "LostRank" and "start the same command again" in outcomes[0].said, outcomes
+    assert outcomes[0].ended == "LostRank" and "rank 0 has lost rank 1" in outcomes[0].said, outcomes
+    assert "start the same command again" in outcomes[0].said, outcomes
     assert outcomes[0].exit_code != 0
     finish(tiny_assets, tmp_path, alone)
 
@@ -114,10 +116,12 @@ def test_a_killed_rank_ends_the_run_which_resumes(tiny_assets, alone, tmp_path):
 @pytest.mark.skipif(not GPUS, reason="takes long, and CPUs notice it in the same way")
 @pytest.mark.parametrize("what", ["kill", "hang"])
 def test_a_rank_that_is_gone_or_silent_under_torchrun(tiny_assets, alone, tmp_path, what):
-    """The rest end with a sentence, in what `training.timeout_s` says, and torchrun with them."""
-    quick = (*SHARDED, "training.timeout_s=30")
+    """The rest end with a sentence, at once or in what `training.timeout_s` says, and torchrun with them."""
+    quick = (*SHARDED, "training.timeout_s=20")
     (outcome,) = run_ranks(tiny_assets, tmp_path, 2, *quick, event=Event(what, step=2, rank=1), torchrun=True)
-    assert outcome.exit_code != 0 and "start the same command again" in outcome.said, outcome.said[-3000:]
+    (sentence,) = re.findall("error: rank 0 has lost rank 1 .* start the same command again.*", outcome.said)
+    print(sentence, flush=True)
+    assert outcome.exit_code != 0
     finish(tiny_assets, tmp_path, alone)
 
 
