@@ -6,9 +6,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from fastapi_swagger import patch_fastapi
 from pydantic import BaseModel, Field
 
 from server.access import COOKIE, COOKIE_SECONDS, AccessPolicy
@@ -25,7 +27,13 @@ from utils.logs import get_logger
 
 log = get_logger(__name__)
 STATIC = Path(__file__).parent / "static"
-OPEN_PATHS = ("/", "/health", "/health/live", "/openapi.json", "/favicon.ico")
+OPEN_PATHS = ("/", "/health", "/health/live", "/docs", "/openapi.json", "/favicon.ico")
+OPEN_FOLDERS = ("/static/", "/swagger/")
+# Swagger UI is started by a script within its page, which shows nothing that a visitor has sent
+DOCS_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "frame-ancestors 'none'"
+)
 ABOUT = """Videos by a streaming text-to-video model: as jobs in the shape of OpenAI's videos API, and live over a
 WebSocket (`/v1/live`, see docs/streaming.md). Where the server asks for keys: `Authorization: Bearer KEY`."""
 
@@ -75,14 +83,19 @@ def create_app(
             await pool.stop()
 
     app = FastAPI(
-        title="Diagonal Distillation", description=ABOUT, version="1", lifespan=lifespan, docs_url=None, redoc_url=None
-    )
+        title="Diagonal Distillation", description=ABOUT, version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )  # fmt: skip
+    patch_fastapi(app, redirect_from_root_to_docs=False, swagger_ui_parameters={"tryItOutEnabled": True})
     add_handlers(app)
     # the last one is the first that a request passes
     app.add_middleware(BoundedBodies, large={"/v1/videos": MAX_BODY, "/v1/live/[^/]+/image": MAX_UPLOAD})
-    app.add_middleware(Access, policy=policy, open_paths=OPEN_PATHS, open_folders=("/static/",))
-    app.add_middleware(AnswerHeaders)
-    app.include_router(videos_router(queue, Served(pool.config, options.live.max_seconds, options.loras)))
+    app.add_middleware(Access, policy=policy, open_paths=OPEN_PATHS, open_folders=OPEN_FOLDERS)
+    app.add_middleware(AnswerHeaders, content_policies={"/docs": DOCS_POLICY})
+    # for the description alone: Access has asked for the key before
+    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key, where the server asks for one."))]
+    served = Served(pool.config, options.live.max_seconds, options.loras)
+    app.include_router(videos_router(queue, served), dependencies=keyed)
     app.include_router(LiveServer(pool, options.live).router())
 
     @app.get("/health", tags=["operation"], responses={503: {"model": Health}})
@@ -109,13 +122,13 @@ def create_app(
         """200 while the process answers: for what starts it again."""
         return {"status": "alive"}
 
-    @app.get("/metrics", tags=["operation"], response_class=Response)
+    @app.get("/metrics", tags=["operation"], response_class=Response, dependencies=keyed)
     async def measured() -> Response:
         """Counters in Prometheus' text format."""
         text = metrics.text(await queue.counts(), pool.status())
         return Response(text, media_type=metrics.content_type)
 
-    @app.post("/session", tags=["operation"], status_code=204)
+    @app.post("/session", tags=["operation"], status_code=204, dependencies=keyed)
     async def session(request: Request) -> Response:
         """Exchange a key for a cookie, which a browser's WebSocket sends by itself."""
         answer = Response(status_code=204)

@@ -107,15 +107,17 @@ class BoundedBodies:
 
 
 class AnswerHeaders:
-    """Adds HEADERS to each answer that does not have its own."""
+    """Adds HEADERS to each answer that does not have its own. content_policies: of paths, where it is another one."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, content_policies: Mapping[str, str]):
+        self.app, self.content_policies = app, content_policies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                if (policy := self.content_policies.get(scope["path"])) is not None:
+                    headers["Content-Security-Policy"] = policy
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse
@@ -220,7 +220,7 @@ async def _read(request: Request) -> tuple[VideoCreate, bytes | None]:
                     if name != "input_reference":
                         raise _invalid(name[:40], "... cannot be a file; only input_reference can")
                     image = await value.read()
-                else:
+                elif value:  # an empty field of a form is one that was left out
                     values[name] = value
     else:
         sentence = f"Content-Type={kind[:60]} is not read here; send multipart/form-data or application/json"
@@ -263,34 +263,34 @@ def _invalid(param: str, rest: str, code: str = "invalid_value") -> ApiError:
 
 
 JobId = Annotated[str, Path(description="What creation gave as `id`.", examples=["video_" + 4 * "01234567"])]
-ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 429)}
-BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["prompt"],
-                "properties": {
-                    **{
-                        name: {key: value for key, value in field.items() if key != "anyOf"}
-                        | ({"type": field["anyOf"][0].get("type", "string")} if "anyOf" in field else {})
-                        for name, field in VideoCreate.model_json_schema()["properties"].items()
-                    },
-                    "input_reference": {
-                        "type": "string", "format": "binary", "description": "A JPEG, PNG or WebP picture.",
-                    },
-                },
-            }
-        },
-        "application/json": {"schema": VideoCreate.model_json_schema()},
-    },
-}  # fmt: skip
+ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 422, 429)}
+
+
+def _body_schema(served: Served) -> dict[str, Any]:
+    """Of a creation's body, which is read by hand for it comes in two forms, with values that can be sent."""
+    schema = VideoCreate.model_json_schema()
+    image = schema.pop("$defs")["ImageReference"]
+    video = served.config.video
+    examples = {
+        "prompt": "a red circle moves right", "model": served.config.name, "size": f"{video.width}x{video.height}",
+        "seconds": 5, "seed": 7, "schedule": "", "lora": "",
+    }  # fmt: skip
+    fields = {}
+    for name, field in schema["properties"].items():
+        kind = field.get("type") or field["anyOf"][0].get("type")
+        fields[name] = {"type": kind, "description": field["description"], "example": examples.get(name)}
+    file = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP picture that it begins with."}
+    form = {"type": "object", "required": ["prompt"], "properties": fields | {"input_reference": file}}
+    schema["properties"]["input_reference"] = image
+    return {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": form}, "application/json": {"schema": schema}},
+    }
 
 
 def videos_router(queue: JobQueue, served: Served) -> APIRouter:
     """The routes. `request.state.owner` says whose request it is."""
-    router = APIRouter(prefix="/v1", tags=["videos"], responses=ERRORS)
+    router = APIRouter(prefix="/v1", tags=["videos and models"], responses=ERRORS)
     uploads, decoding = _Uploads(), asyncio.Lock()  # one picture is unpacked at a time
 
     def shown(job: Job) -> VideoObject:
@@ -308,7 +308,7 @@ def videos_router(queue: JobQueue, served: Served) -> APIRouter:
             raise ApiError(404, f"there is no video {id[:50]}; give the id that creation gave", code="video_not_found")
         return await queue.get(request.state.owner, id)
 
-    @router.post("/videos", summary="Create a video", openapi_extra={"requestBody": BODY})
+    @router.post("/videos", summary="Create a video", openapi_extra={"requestBody": _body_schema(served)})
     async def create(
         request: Request,
         response: Response,
@@ -401,11 +401,11 @@ def videos_router(queue: JobQueue, served: Served) -> APIRouter:
             raise ApiError(404, "the file is gone from the server; create the video again", code="file_not_found")
         return FileResponse(path, media_type=media, filename=path.name)
 
-    @router.get("/models", summary="List models", tags=["models"])
+    @router.get("/models", summary="List models")
     async def models() -> ModelList:
         return ModelList(data=[ModelObject(id=served.config.name)])
 
-    @router.get("/models/{model}", summary="A model", tags=["models"])
+    @router.get("/models/{model}", summary="A model")
     async def model(model: str) -> ModelObject:
         if model != served.config.name:
             raise ApiError(404, f"model={model[:60]} is not served; use {served.config.name}", code="model_not_found")

@@ -282,6 +282,8 @@ def test_metrics_health_and_openapi(server, videos):
     body = api["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert set(body["multipart/form-data"]["schema"]["properties"]) == {
         "prompt", "model", "size", "seconds", "seed", "schedule", "lora", "input_reference"}  # fmt: skip
+    assert api["paths"]["/v1/videos"]["get"]["security"] and b"swagger-ui" in send(server, "GET", "/docs")[1]
+    assert len(send(server, "GET", "/swagger/swagger-ui-bundle.js", Authorization="")[1]) > 100_000
     assert [model.id for model in client(server).models.list()] == ["tiny"]
 
 
