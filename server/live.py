@@ -25,6 +25,7 @@ from utils.pictures import read_picture
 log = get_logger(__name__)
 PROTOCOL = 1
 NORMAL, NO_TEXT, POLICY, TOO_BIG, TRY_LATER = 1000, 1003, 1008, 1009, 1013  # close codes
+RATE, BURST = 200, 400  # messages a second that are read of a connection, and at once
 MAX_ERRORS = 1000  # messages without sense that are answered before the line is cut
 UPLOAD_SECONDS = 30.0  # that a picture may take to arrive
 
@@ -141,6 +142,7 @@ class Connection:
         self._sending: asyncio.Task | None = None
         self._take, self._sent = 0, 0  # the newest take, and its frames that have gone out
         self._errors = 0
+        self._next = 0.0  # when a message may be read, had none been saved up
 
     async def run(self) -> None:
         """Until the client goes (Gone, or a return), is idle for too long, or sends too much that makes no sense."""
@@ -158,7 +160,10 @@ class Connection:
                 await asyncio.wait([self._sending])
 
     async def _receive(self) -> str | None:
-        """The next text; None where the client has closed."""
+        """The next text, no sooner than RATE allows; None where the client has closed."""
+        now = asyncio.get_running_loop().time()
+        self._next = max(self._next, now - BURST / RATE) + 1 / RATE
+        await asyncio.sleep(max(0.0, self._next - now))
         seconds = self.server.limits.idle_seconds
         try:
             message = await asyncio.wait_for(self.socket.receive(), seconds)

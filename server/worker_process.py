@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,6 +46,7 @@ log = get_logger(__name__)
 LANES = 4  # a single thread would hold up a GPU
 IN_FLIGHT = 2  # chunks that are queued on a GPU: one that it makes, and one more so that it never waits
 BREAKING_OFF = ("open", "seek", "branch", "set_image")  # controls for which the chunk that is being made is for nobody
+MAX_WAITING = 64  # controls of one stream that wait for its next chunk
 THUMBNAIL = 480  # pixels across, of a finished video
 MEMORY_MARGIN = 2 * 2**30  # bytes of a GPU that are left free of streams
 
@@ -128,7 +129,10 @@ class Stream:
         self._start: Tensor | None = None  # latents that it begins with
         self._start_warnings: list[str] = []
         self._chunks: Iterator[ChunkResult] = iter(())
-        self._receipts: list[tuple[int, list[str]]] = []
+        self._asked_for: tuple[Control, float] | None = None  # the take to begin, and when it was
+        self._changes: dict[str, Control] = {}  # of the next chunk: the newest of each type
+        self._receipts: list[int] = []  # ids of what the next chunk will show
+        self._pauses: list[int] = []  # ids of pauses that are to be told
         self._asked: float | None = None
         self._room = 0.0
         self._clock = 0.0  # when frame 0 would have been shown, had the take been shown from its beginning
@@ -139,55 +143,86 @@ class Stream:
     # what the client asks for
 
     def act(self, control: Control, arrived: float) -> None:
-        """Carry out a control. UserError where it cannot be; what was playing goes on then."""
-        try:
-            self._act(control, arrived)
-        except UserError:
-            if control.type in BREAKING_OFF and self.playing:
-                self._chunks = self.session.resume()
-            raise
-        self._note_room()
-
-    def _act(self, control: Control, arrived: float) -> None:
+        """Take in a control, for the next turn: until then the newest of each kind counts, so that a client who sends
+        many has no more of the model's time than one who sends few. UserError where it cannot be done."""
         if control.type == "shown":
             if control.take == self.take:
                 self.shown = max(self.shown, min(control.frame, self.frame))
-            return
-        if control.type != "open" and not self.takes:
+        elif control.type in BREAKING_OFF:
+            self._ask_for_take(control, arrived)
+        elif not (self.playing or self._asked_for):
+            raise UserError("nothing is playing; open a video, or seek to a chunk of one that has ended")
+        elif control.type == "pause":
+            if not self.paused:
+                self.paused, self._paused_at = True, arrived
+            self._pauses.append(control.id)
+            if not self._asked_for:
+                self._tell_pauses()
+        elif control.type == "resume":
+            self._clock += arrived - self._paused_at if self.paused else 0.0
+            self.paused = False
+            self._receipts.append(control.id)
+        else:
+            if len(self._receipts) >= MAX_WAITING:
+                raise UserError(f"{MAX_WAITING} controls wait for the next chunk; wait for their receipts")
+            self._changes[control.type] = control
+            self._receipts.append(control.id)
+        self._note_room()
+
+    def _ask_for_take(self, control: Control, arrived: float) -> None:
+        """In place of one that was asked for before and has not begun."""
+        if control.type != "open" and not (self.takes or self._asked_for):
             raise UserError("nothing has been opened; send open first")
-        if control.type in ("set_prompt", "set_seed", "set_schedule", "pause", "resume") and not self.playing:
-            raise UserError("nothing is playing any more; open a video, or seek to one of its chunks")
-        match control.type:
-            case "open":
-                self._open(control, arrived)
-            case "set_image":
-                self._set_start(control.image)
-                self._begin(control.id, arrived, None, 0)
-                self._from_the_start(self._prompt, self.seed)
-                self._announce(control.id, None)
-            case "seek" | "branch":
-                self._go_back(control, arrived)
-            case "set_prompt":
-                self.switch, self._prompt = control.switch or self.session.switch, control.prompt
-                self.session.set_prompt(control.prompt, self.switch)
-                self._receipts.append((control.id, self.pipe.prompt_warnings(control.prompt)))
-            case "set_seed":
-                self.seed = control.seed
-                self.session.reseed(control.seed)
-                self._receipts.append((control.id, []))
-            case "set_schedule":
-                self.session.schedule = control.schedule
-                self._receipts.append((control.id, []))
-            case "pause":
-                if not self.paused:
-                    self.paused, self._paused_at = True, arrived
-                place = {"take": self.take, "chunk": self.session.chunk, "frame": self.frame}
-                self._say("applied", id=control.id, **place, warnings=[])
-            case "resume":
-                if self.paused:
-                    self.paused = False
-                    self._clock += time.perf_counter() - self._paused_at
-                self._receipts.append((control.id, []))
+        if control.type in ("seek", "branch"):
+            self._place(control)
+        if control.type == "set_image":
+            if self._asked_for and self._asked_for[0].type == "open":
+                control = replace(self._asked_for[0], id=control.id, image=control.image)
+        else:
+            self._changes = {}
+        self._asked_for, self._receipts, self._pauses, self.paused = (control, arrived), [], [], False
+
+    def _tell_pauses(self) -> None:
+        place = {"take": self.take, "chunk": self.session.chunk, "frame": self.frame}
+        for id in self._pauses:
+            self._say("applied", id=id, **place, warnings=[])
+        self._pauses = []
+
+    # what a turn does of it
+
+    def _begin_take(self) -> bool:
+        """Begin the take that was asked for; False where it cannot be, which is told."""
+        (control, arrived), self._asked_for = self._asked_for, None
+        begin = {"open": self._open, "set_image": self._set_image}
+        try:
+            begin.get(control.type, self._go_back)(control, arrived)
+        except UserError as error:
+            self._say("error", id=control.id, message=str(error))
+            return False
+        self._tell_pauses()
+        return True
+
+    def _change(self) -> list[tuple[int, list[str]]]:
+        """Do to the next chunk what was asked for; ids of all that it shows, with the warnings of a prompt."""
+        changes, self._changes = self._changes, {}
+        if schedule := changes.get("set_schedule"):
+            self.session.schedule = schedule.schedule
+        if seed := changes.get("set_seed"):
+            self.seed = seed.seed
+            self.session.reseed(self.seed)
+        warnings = []
+        if prompt := changes.get("set_prompt"):
+            self.switch, self._prompt = prompt.switch or self.session.switch, prompt.prompt
+            self.session.set_prompt(self._prompt, self.switch)
+            warnings = self.pipe.prompt_warnings(self._prompt)
+        return [(id, warnings if prompt and id == prompt.id else []) for id in self._receipts]
+
+    def _set_image(self, control: Control, arrived: float) -> None:
+        self._set_start(control.image)
+        self._change()
+        self._begin(control.id, arrived, None, 0)
+        self._from_the_start(self._prompt, self.seed)
+        self._announce(control.id, None)
 
     def _open(self, control: Control, arrived: float) -> None:
         self._set_start(control.image)
@@ -212,12 +247,8 @@ class Stream:
 
     def _go_back(self, control: Control, arrived: float) -> None:
         """A take from before a chunk on, as it was made or with what is given in place of that."""
-        parent = self.take if control.take is None else control.take
-        video = self.takes.get(parent, [])
-        there = next((made for made in video if made.chunk == control.chunk), None)
-        if there is None or (there.chunk and there.place not in self.snapshots):
-            raise UserError(f"chunk={control.chunk} of take {parent} is not kept; seek to one that is seekable")
-        self._begin(control.id, arrived, video, there.chunk)
+        parent, there = self._place(control)
+        self._begin(control.id, arrived, self.takes[parent], there.chunk)
         prompt, seed = control.prompt or there.prompt, there.seed if control.seed is None else control.seed
         self.session.schedule = control.schedule or there.schedule
         if there.chunk == 0:
@@ -234,13 +265,21 @@ class Stream:
         self._forget()
         self._announce(control.id, parent)
 
+    def _place(self, control: Control) -> tuple[int, Chunk]:
+        """The take and its chunk that a control names."""
+        take = self.take if control.take is None else control.take
+        there = next((made for made in self.takes.get(take, ()) if made.chunk == control.chunk), None)
+        if there is None or (there.chunk and there.place not in self.snapshots):
+            raise UserError(f"chunk={control.chunk} of take {take} is not kept; seek to one that is seekable")
+        return take, there
+
     def _begin(self, id: int, arrived: float, video: list[Chunk] | None, chunk: int) -> None:
         """A new take whose first chunk is `chunk`, on from `video`."""
         self.take += 1
         self.takes[self.take] = [made for made in video or () if made.chunk < chunk]
         self.frame = self.shown = pixel_frames(chunk * self.pipe.geometry.chunk_frames)
-        self.playing, self.paused = True, False
-        self._receipts, self._asked, self._room = [(id, [])], arrived, arrived
+        self.playing = True
+        self._receipts, self._asked, self._room = [id, *self._receipts], arrived, arrived
         self._clock = time.perf_counter() - self.frame / self.worker.fps
 
     def _announce(self, id: int, parent: int | None) -> None:
@@ -256,21 +295,24 @@ class Stream:
     @property
     def wants_chunk(self) -> bool:
         ahead = self.worker.limits.ahead_seconds * self.worker.fps
-        return self.playing and not self.paused and self.frame - self.shown <= ahead
+        return bool(self._asked_for) or (self.playing and not self.paused and self.frame - self.shown <= ahead)
 
     @property
     def hurried(self) -> bool:
         """Whether it is further than a player needs it: its client takes chunks as fast as they are made."""
         made = self.frame / self.worker.fps - (time.perf_counter() - self._clock)
-        return made > self.worker.limits.ahead_seconds
+        return made > self.worker.limits.ahead_seconds and not self._asked_for
 
     def make(self) -> bool:
         """Queue the next chunk; whether there is one, which a break-off prevents."""
         begin = time.perf_counter()
+        if self._asked_for and not (self._begin_take() and self.wants_chunk):
+            return False
+        receipts = self._change()
         if self.session.chunk and self.session.cache_bytes <= self.worker.limits.rewind_bytes // 2:
             self._keep()
         result = next(self._chunks, None)
-        if result is None:
+        if result is None:  # broken off; what was asked for of this chunk goes for it still
             self._chunks = self.session.resume()
             return False
         made = Chunk(
@@ -279,7 +321,7 @@ class Stream:
         self.takes[self.take] = [*self.takes[self.take], made]
         self._forget()
         seekable = made.chunk == 0 or made.place in self.snapshots
-        turn = Turn(begin, self._room, self._asked, seekable, tuple(self._receipts))
+        turn = Turn(begin, self._room, self._asked, seekable, tuple(receipts))
         self._receipts, self._asked = [], None
         self.frame += result.frames.shape[1]
         self.worker.waiter.submit(self._guarded, self._arrived, result, made, turn)
@@ -301,7 +343,7 @@ class Stream:
 
     def close(self) -> None:
         """Give the session to whoever comes next: its cache, and on a GPU its graphs."""
-        self.playing = False
+        self.playing, self._asked_for = False, None
         self.take = -1  # what is on its way is for nobody
         self.snapshots.clear()
         self.worker.spare.append(self.session)
@@ -631,10 +673,8 @@ class WorkerProcess:
     def _control(self, number: int, control: Control, arrived: float) -> None:
         if number not in self.streams:
             self.streams[number] = Stream(self, number)
-        stream = self.streams[number]
-        self.adapters.use(stream.lora)
         try:
-            stream.act(control, arrived)
+            self.streams[number].act(control, arrived)
         except UserError as error:
             self.send("event", number, {"type": "error", "id": control.id, "message": str(error)})
 

@@ -137,6 +137,7 @@ class WorkerSession:
     def __init__(self, worker: "Worker", number: int):
         self._worker, self.number = worker, number
         self.share = 0.0  # of the worker's time
+        self._dearest: Schedule  # since `open`
         self.lost = False  # its worker has died
         self._items: asyncio.Queue[dict | Video | None] = asyncio.Queue()  # bounded by flow control
 
@@ -151,9 +152,15 @@ class WorkerSession:
 
     def control(self, control: Control) -> None:
         """Hand on a checked control. Refused where a schedule cannot be kept at its rate; nothing has changed then."""
-        if control.schedule is not None or control.type == "open":
-            schedule = control.schedule or self._worker.pool.schedule
+        if control.type == "open":
+            schedule = self._dearest = control.schedule or self._worker.pool.schedule
+        elif control.type in ("seek", "branch"):  # to a chunk of any schedule that there was
+            schedule = control.schedule or self._dearest
+        else:
+            schedule = control.schedule
+        if schedule is not None:
             self._worker.admit(self, schedule)
+            self._dearest = max(self._dearest, schedule, key=self._worker.costs.share)
         self._worker.send("control", self.number, control)
 
     def close(self) -> None:

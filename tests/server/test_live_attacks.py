@@ -235,3 +235,31 @@ def test_cycles_of_connecting_playing_and_leaving_leave_nothing(serve):  # noqa:
     asyncio.run(cycles(25))
     after = held()
     assert all(b <= a + 1 for a, b in zip(before, after, strict=True)), "descriptors, threads, sessions"
+
+
+def test_many_controls_cost_the_model_as_much_as_one(port, monkeypatch):
+    """The newest of each kind counts at the next chunk; all get their receipts, and too many an error."""
+    said, begun, make, play = [], [], StreamSession.set_prompt, StreamSession.play
+    monkeypatch.setattr(StreamSession, "set_prompt", lambda self, *args: (said.append(args), make(self, *args))[1])
+    monkeypatch.setattr(StreamSession, "play", lambda self, *args: (begun.append(args), play(self, *args))[1])
+
+    async def script(me):
+        await me.open()
+        await me.chunks(1)
+        await me.until("applied", id=await me.send("pause"))
+        ids = [await me.send("set_prompt", prompt=f"{OTHER} {i}") for i in range(70)]
+        await me.until("error", id=ids[-1])
+        await me.send("resume")
+        errors = {m["id"] for m in me.heard if m.get("type") == "error"}
+        assert len(errors) == 6 and "64 controls wait" in me.heard[-1]["message"]
+        applied = [await me.until("applied") for _ in range(65)]
+        assert [m["id"] for m in applied[:64]] == ids[:64] and len({m["chunk"] for m in applied}) == 1
+        before = len(begun)
+        ids = [await me.send("branch", chunk=0, seed=i) for i in range(70)]
+        await me.until("take", id=ids[-1])
+        (made,) = await me.chunks(1)
+        return made, len(begun) - before
+
+    made, takes = visit(port, script)
+    assert len(said) == 1 and said[0][0] == f"{OTHER} 63"
+    assert made["seed"] == 69 and takes < 40, "those that were overtaken have not begun"
