@@ -51,7 +51,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A control that the server has understood. `await receipt.applied`: from where on it shows."""
+    """A control that the server has understood. `await receipt.applied`: from where on it shows.
+
+    Awaited in the task that reads the chunks it may wait for ever: the server makes no more while it is that far ahead.
+    """
 
     id: int
     applied: asyncio.Future[Place] = field(repr=False)
