@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from utils.logs import get_logger
 
@@ -104,6 +105,10 @@ def add_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             message = f"{request.url.path[:80]} takes no {request.method[:10]}; /openapi.json lists what it takes"
         return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return ApiError(400, "the body was broken off; send it again", code="incomplete").response()
 
     @app.exception_handler(sqlite3.Error)
     async def storage(request: Request, error: sqlite3.Error) -> JSONResponse:

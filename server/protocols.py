@@ -68,6 +68,15 @@ class HTTPProtocol(_WriteDeadline, H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._headers.stop()
 
+    def send_400_response(self, msg: str) -> None:
+        """What arrived is no HTTP. A request that runs, whose body it was, gets no more and answers nothing."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                return self.transport.close()
+        super().send_400_response(msg)
+
     def handle_websocket_upgrade(self, event: object) -> None:
         self._headers.stop()
         super().handle_websocket_upgrade(event)

@@ -167,6 +167,20 @@ def test_no_header_and_no_path_is_a_fault_of_the_server(server, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=a"])
+@pytest.mark.parametrize("body", [b"5\r\nhello\r\nZZ\r\n", b"5\r\nhello\r\n"], ids=["broken", "broken off"])
+def test_a_body_that_breaks_in_the_middle_is_no_fault_of_the_server(server, caplog, kind, body):
+    head = f"{HEAD}Authorization: Bearer {ALICE}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+        line.sendall(head.encode())
+        time.sleep(0.1)
+        line.sendall(body)
+        if b"ZZ" in body:
+            assert line.recv(4096).startswith(b"HTTP/1.1 400")
+    assert until(lambda: not server.server.server_state.tasks)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_headers_and_bodies_have_deadlines(server, monkeypatch):
     """Whoever sends a byte now and then is cut off, and others are served meanwhile."""
     monkeypatch.setattr("server.protocols.HEADER_SECONDS", 0.5)
