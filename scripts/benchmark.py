@@ -43,7 +43,8 @@ from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
 from model.weights.random import RandomTextEncoder, random_codec, random_student, random_umt5, transformer_size  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, apply_fast_plan, load_device  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline, build_student, load_device  # noqa: E402
+from pipeline.sequence_parallel import ParallelStudent  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
 from scripts.bench import speed  # noqa: E402
 from scripts.bench.roofline import machine_of, roofline  # noqa: E402
@@ -126,7 +127,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
     if args.text:
         encoder = random_umt5(size, device, dtype)
         text = TextEncoder(encoder, word_tokenizer(speed.PROMPT.split()), config.model.text_tokens)
-    session = _session(*apply_fast_plan(Student(model), codec, plan), encode, config)
+    session = _session(*build_student(config, model, codec, plan, device), encode, config)
     return Bench(session, plan, f"random, {size}", text, errors)
 
 
@@ -171,6 +172,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
             "size": [config.video.width, config.video.height],
             "frames": sum(first.frames),
             "batch": args.batch,
+            "gpus": config.inference.sequence_parallel,
             "schedule": [list(session.schedule.timesteps(k)) for k in range(chunks)],
             "context": session.schedule.context_mode(0),
             "window_frames": config.stream.window_frames,
@@ -194,10 +196,13 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     found["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
     tokens = args.batch * session.geometry.tokens_per_chunk
     found["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
-    fast = bench.plan.fp8 is not None
-    found["steps"] = speed.efficiency(session, network, found, found["ceilings"], batch=args.batch, fp8=fast)
+    fast, gpus = bench.plan.fp8 is not None, config.inference.sequence_parallel
+    settings = {"batch": args.batch, "fp8": fast, "gpus": gpus}
+    found["steps"] = speed.efficiency(session, network, found, found["ceilings"], **settings)
     if args.stream:
         found["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)
+    if isinstance(session.student, ParallelStudent):
+        session.student.close()  # another variant may want the GPUs
     return found
 
 
@@ -210,6 +215,7 @@ def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every variant of a suite, each result written as it comes; those that do not fit the time are named."""
     cards: dict[str, dict[str, Any]] = {}
     reference: Tensor | None = None
+    latents: dict[str, Tensor] = {}
     rates = None
     wanted = set(filter(None, args.only.split(",")))
     for variant in SUITES[args.suite]:
@@ -223,10 +229,13 @@ def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         found = run_variant(variant, args, rates)
         found["variant_s"] = time.perf_counter() - began
         rates = rates or (found.get("ceilings") if variant.standard else None)
+        if "latents" in found:
+            latents[variant.name] = found["latents"]
         if variant.reference:
             reference = found.get("latents")
-        elif variant.standard and reference is not None and "latents" in found:
-            found["error_to_plain"] = float((found["latents"] - reference).norm() / reference.norm())
+        against = latents.get(variant.against) if variant.against else reference if variant.standard else None
+        if against is not None and not variant.reference and "latents" in found:
+            found["error_to_plain"] = float((found["latents"] - against).norm() / against.norm())
         cards[variant.name] = plain(found)
         print(suite_table({variant.name: cards[variant.name]}).splitlines()[-1], flush=True)
         if args.json:

@@ -84,8 +84,9 @@ def card(
     steps = [_median_spans([run.spans[k] for run in runs]) for k in range(chunks)]
     rates = {"clip": frames / clip}
     if chunks > 1:
-        gaps = [run.arrivals[-1] - run.arrivals[-2] for run in runs]
-        rates["steady"] = batch * runs[0].frames[-1] / median(gaps)
+        k = max(1, chunks - 2)  # no other chunk is denoised beside the decoding of the last, which arrives early
+        gaps = [run.arrivals[k] - run.arrivals[k - 1] for run in runs]
+        rates["steady"] = batch * runs[0].frames[k] / median(gaps)
     rates["denoising"] = batch * runs[0].frames[-1] / _denoising(steps[-1])
     return {
         "warm_up_s": warm_up,
@@ -162,10 +163,12 @@ def efficiency(
     *,
     batch: int,
     fp8: bool,
+    gpus: int = 1,
 ) -> list[dict[str, Any]]:
-    """Each chunk's last step against what the machine can do: operations, bytes, shares of the two ceilings."""
+    """Each chunk's last step against what `gpus` can do: operations, bytes, shares of the two ceilings."""
     rows, text = [], session._prompt_track.state.kv[0][0].shape[1]
-    peak = max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"]
+    peak = gpus * (max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"])
+    copy = gpus * rates["copy"]
     for k, chunk in enumerate(found["chunks"]):
         visible = len(session.geometry.visible_chunks(k))
         cost = step_cost(
@@ -181,8 +184,8 @@ def efficiency(
                 "flops": cost.total_flops,
                 "bytes": cost.total_bytes,
                 "matrix_share": cost.total_flops / seconds / peak,
-                "copy_share": cost.total_bytes / seconds / rates["copy"],
-                "floor_s": cost.floor(peak, rates["copy"]),
+                "copy_share": cost.total_bytes / seconds / copy,
+                "floor_s": cost.floor(peak, copy),
             }
         )
     return rows

@@ -21,11 +21,19 @@ class Variant:
     config: str = FULL
     standard: bool = True
     reference: bool = False
+    against: str = ""  # another variant, which its latents are compared with in place of the reference's
 
 
-def _full(name: str, *settings: str, standard: bool = True, reference: bool = False, **arguments: Any) -> Variant:
+def _full(
+    name: str,
+    *settings: str,
+    standard: bool = True,
+    reference: bool = False,
+    against: str = "",
+    **arguments: Any,
+) -> Variant:
     arguments = {"random_weights": True, "network": "1.3B"} | arguments
-    return Variant(name, (*FAST, *settings), arguments, standard=standard, reference=reference)
+    return Variant(name, (*FAST, *settings), arguments, standard=standard, reference=reference, against=against)
 
 
 def _tiny(name: str, *settings: str, **rest: Any) -> Variant:
@@ -59,10 +67,22 @@ H100 = (
     _full("Wan VAE eager", "model.codec=wan", *EAGER, *PLAIN_ATTENTION, repeats=2),
     _full("text encoding", text=True, repeats=1),
 )
+FP8, TWO = "inference.precision=fp8", "inference.sequence_parallel=2"
+
+
+def _pair(network: str, name: str, *settings: str) -> tuple[Variant, Variant]:
+    """One stream on one GPU and on two."""
+    case = {"network": network, "repeats": 2, "standard": False}
+    one, two = f"{network} {name}", f"{network} {name} on 2 GPUs"
+    return _full(one, *settings, **case), _full(two, *settings, TWO, against=one, **case)
+
+
+TWO_GPUS = (*_pair("14B", "fp8", FP8), *_pair("14B", "bf16"), *_pair("1.3B", "fp8", FP8), *_pair("1.3B", "bf16"))
 CPU = (
     _tiny("plain", reference=True),
     _tiny("compiled", "inference.compile=blocks"),
     _tiny("5432222", "schedule.steps=5432222", standard=False),
     _tiny("fp8", "inference.precision=fp8"),
+    _tiny("2 processes", "inference.sequence_parallel=2"),
 )
-SUITES: dict[str, tuple[Variant, ...]] = {"h100": H100, "cpu": CPU}
+SUITES: dict[str, tuple[Variant, ...]] = {"h100": H100, "two_gpus": TWO_GPUS, "cpu": CPU}

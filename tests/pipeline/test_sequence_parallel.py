@@ -1,5 +1,10 @@
-"""One stream on several ranks: latents are those of one, whatever the session does, and no rank outlives another."""
+"""One stream on several ranks: latents are those of one, whatever the session does, and no rank outlives another.
 
+With DRILLS_GPUS=2 ranks have a GPU each, and steps are CUDA graphs.
+"""
+
+import copy
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -30,8 +35,10 @@ from pipeline.stream import StreamSession
 from utils.distributed import Ranks
 
 CPU = torch.device("cpu")
-CLOSE = dict(atol=1e-5, rtol=0)
-FAST = FastPlan(kernels=Kernels("sdpa", "sdpa", "test"), fused_norms=True)
+GPUS = int(os.environ.get("DRILLS_GPUS", "0"))
+DEVICE = torch.device("cuda", 0) if GPUS else CPU
+CLOSE = dict(atol=1e-4 if GPUS else 1e-5, rtol=0)
+FAST = FastPlan(kernels=Kernels("sdpa", "sdpa", "test"), fused_norms=True, cuda_graphs=GPUS > 0)
 GEOMETRY = Geometry(height=32, width=64, chunk_frames=3, window_frames=9, position_frames=12)  # 24 tokens a chunk
 PROMPTS = ["a red circle moves right", "a blue square moves up"]
 THIRD = "a green triangle moves down slowly"
@@ -42,15 +49,20 @@ def network() -> CausalWanModel:
     sizes = {"num_layers": 2, "ffn_dim": 128, "num_attention_heads": 4, "attention_head_dim": 24}
     model = CausalWanModel.from_config(network_config("tiny_transformer") | sizes).eval().requires_grad_(False)
     model.proj_out.weight.mul_(4)
-    return model
+    return model.to(DEVICE)
 
 
-@pytest.fixture(scope="module", params=[(2, None), (4, FAST)], ids=["2 ranks", "4 ranks, fast step"])
+CASES = [(GPUS, FAST)] if GPUS else [(2, None), (4, FAST)]
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0]} ranks{', fast step' * (case[1] is not None)}"
+)
 def students(request) -> Iterator[tuple[Student, ParallelStudent]]:
     """One rank's student and that of several, of the same weights; one group of processes for all tests."""
     size, plan = request.param
     alone, shared = network(), network()
-    ranks = SequenceRanks(shared, rank_devices(CPU, size), plan, None)
+    ranks = SequenceRanks(shared, rank_devices(DEVICE, size), plan, None)
     pair = [Student(model) if plan is None else optimize_student(Student(model), plan) for model in (alone, shared)]
     parallel = ParallelStudent(pair[1], ranks)
     yield pair[0], parallel
@@ -61,10 +73,11 @@ def students(request) -> Iterator[tuple[Student, ParallelStudent]]:
 def sessions(students, tiny_vae, tiny_text_encoder):
     """A session of each."""
 
+    vae, text_encoder = (copy.deepcopy(part).to(DEVICE) for part in (tiny_vae, tiny_text_encoder))
+
     def both(geometry: Geometry = GEOMETRY, **stream) -> list[StreamSession]:
         schedule = Schedule.from_config(ScheduleConfig(steps="32"), StreamConfig(**stream))
-        codec = WanCodec(tiny_vae)
-        return [StreamSession(s, codec, tiny_text_encoder, schedule, geometry) for s in students]
+        return [StreamSession(s, WanCodec(vae), text_encoder, schedule, geometry) for s in students]
 
     return both
 
