@@ -39,6 +39,7 @@ from model import fp8  # noqa: E402
 from model.denoiser import Student  # noqa: E402
 from model.fast.offload import BlockOffload  # noqa: E402
 from model.fast.student import FastPlan  # noqa: E402
+from model.sizes import TRANSFORMER_SIZES  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--random_weights", action="store_true", help="of the published sizes; no file is read")
-    parser.add_argument("--network", choices=("tiny", "1.3B", "14B"), help="sizes of random weights")
+    parser.add_argument("--network", choices=("tiny", *TRANSFORMER_SIZES), help="sizes of random weights")
     parser.add_argument("--repeats", type=int, default=5, help="clips that are timed (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="streams at once (default: %(default)s)")
     parser.add_argument("--stream", type=float, default=0, metavar="SECONDS", help="watch a stream of that length, too")

@@ -30,6 +30,7 @@ exits.guard(__name__)
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
+from model.sizes import TRANSFORMER_SIZES  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline  # noqa: E402
 from scripts.bench.live import lines, random_pipeline, switches, watch_stream  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, nargs="+", default=[], metavar="N", help="clients at once")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of them (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
-    parser.add_argument("--random_weights", choices=("tiny", "1.3B", "14B"), metavar="SIZE", help="tiny, 1.3B, 14B")
+    parser.add_argument("--random_weights", choices=("tiny", *TRANSFORMER_SIZES), help="sizes of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--video", type=Path, metavar="FILE", help="keep the long stream's file")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
