@@ -1,11 +1,12 @@
-"""The three functions of a step in model/fast/student.py, through the operators of model/fast/ops.py.
+"""The three functions of a step in model/fast/student.py, implemented with the operators of model/fast/ops.py.
 
-    adaln_modulations            shifts, scales and gates of each block
+    adaln_modulations       shifts, scales and gates of each block
     pre_attention           norm | fused QKV | norms, rotary, slots                   (| is a cut between kernels)
     cross_attention_query   output projection | gate, sum, norm | query of the text | its norm
     feed_forward            output projection | sum, norm | feed-forward | gate, sum
 
-In float8 a norm, or the GELU, writes the rows that the next product reads; what attention gives is rounded by itself.
+In float8 the kernel of a norm or GELU also quantizes its output for the next product; the output of attention is
+quantized by a kernel of its own.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from model.fp8 import Fp8Linear
 
 
 def fits(model: CausalWanModel) -> bool:
-    """Whether these functions are the model's: q, k and v in one product, all of one type, float8 scaled by row."""
+    """Whether these functions apply: fused q, k and v, one dtype for all, and float8, if any, scaled by row."""
     dtype = model.patch_embedding.weight.dtype
     return all(
         block.attn1.fused_projections
@@ -31,7 +32,7 @@ def fits(model: CausalWanModel) -> bool:
 
 
 def adaln_modulations(model: CausalWanModel, modulation: Tensor) -> list[Tensor]:
-    """Modulation [B, 1 or F, 6, D] -> that of each block, float32."""
+    """Modulation [B, 1 or F, 6, D] of the timestep -> that of each block, float32."""
     wide = modulation.float()
     return [block.scale_shift_table + wide for block in model.blocks]
 
@@ -39,7 +40,7 @@ def adaln_modulations(model: CausalWanModel, modulation: Tensor) -> list[Tensor]
 def pre_attention(
     block: CausalWanBlock, x: Tensor, table: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
 ) -> Tensor:
-    """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
+    """x [B, L, D] -> queries [B, L, heads, head_dim]; writes k_slot and v_slot [B, L, heads, head_dim]."""
     attn = block.attn1
     q, k = attn.norm_q, attn.norm_k
     rows = _norm(block.norm1, attn.to_qkv, x, table, shift=SHIFT)
@@ -50,7 +51,7 @@ def pre_attention(
 def cross_attention_query(
     block: CausalWanBlock, x: Tensor, table: Tensor, attn_output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of the text."""
+    """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of cross-attention."""
     attn = block.attn2
     y = _linear(block.attn1.to_out[0], attn_output.flatten(2, 3))
     x, *rows = _norm(block.norm2, attn.to_q, x, table, branch=y, gate=GATE)
@@ -70,13 +71,13 @@ def feed_forward(block: CausalWanBlock, x: Tensor, table: Tensor, attn_output: T
 
 
 def _norm(norm: nn.LayerNorm, reader: nn.Module, x: Tensor, table: Tensor, **changes) -> list[Tensor]:
-    """`residual_norm`, as the linear layer that reads it wants it."""
+    """`residual_norm`, with the norm quantized if the linear layer that reads it is float8."""
     affine = None if norm.weight is None else (norm.weight, norm.bias)
     return residual_norm(x, table, affine=affine, eps=norm.eps, scaled=isinstance(reader, Fp8Linear), **changes)
 
 
 def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """linear of [y], or of [float8, scales]; tokens and type of `like`."""
+    """linear applied to [y], or to [float8, scales]; the result has tokens and dtype of `like`."""
     if not isinstance(linear, Fp8Linear):
         return linear(rows[0])
     value, scale = rows
@@ -84,7 +85,7 @@ def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _linear(linear: nn.Module, y: Tensor, gelu: bool = False) -> Tensor:
-    """linear of y [B, L, D], or of its GELU."""
+    """linear applied to y [B, L, D], or to its GELU."""
     if isinstance(linear, Fp8Linear):
         return _product(linear, quantize_rows(y.flatten(0, -2), gelu), y)
     return linear(functional.gelu(y, approximate="tanh") if gelu else y)

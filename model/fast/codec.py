@@ -1,8 +1,8 @@
-"""Decoders made fast for streaming, from outside: `optimize_codec(codec, compile=...)`.
+"""Faster decoders for streaming: `optimize_codec(codec, compiled=...)`.
 
-Channels last is the layout that the GPU's convolutions work in; in the other one each of them moves its input twice.
-The rest of a decoder is arithmetic on whole frames at full resolution, which is bound by memory: compiled, a norm and
-its activation, or a memory block's concatenation and additions, read and write once.
+GPU convolutions work in channels-last layout; with any other layout each of them copies its input twice. The rest of a
+decoder is elementwise arithmetic on frames at full resolution, which is memory-bound: compiled, a norm with its
+activation, or the concatenation and additions of a memory block, read and write their data once.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,16 @@ from utils.compiling import compile_function
 
 
 def optimize_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -> Codec:
-    """Do it in place, and return the codec; one of an unknown kind is left as it is."""
+    """Optimize the codec's decoder in place and return the codec; codecs of other classes are returned unchanged.
+
+    compiled: with torch.compile. backend: of torch.compile.
+    """
 
     def compiler(function: Callable, dynamic: bool = False) -> Callable:
         return compile_function(function, backend=backend, dynamic=dynamic) if compiled else function
 
     if compiled:
-        torch.backends.cudnn.benchmark = True  # few shapes, each used for as long as the stream runs
+        torch.backends.cudnn.benchmark = True  # there are few shapes
     inner = codec.codec if isinstance(codec, SlicedDecodeCodec) else codec
     if isinstance(inner, TinyDecoderCodec):
         inner.decoder.to(memory_format=torch.channels_last)
@@ -47,11 +50,11 @@ CACHED = 2  # frames that a causal convolution sees before the present one
 
 
 def _wan(codec: WanCodec, compiler: Compiler) -> None:
-    """Only the decoder: encoding is not on the way of a stream."""
+    """Optimize the VAE's decoder. The encoder is left unchanged, since streams do not need it."""
     decoder = codec.vae.decoder
     for part in decoder.modules():
         if isinstance(part, WanCausalConv3d):
-            part.padding = (0, *part._padding[3::-2])  # of height and width; time's is in the cache
+            part.padding = (0, *part._padding[3::-2])  # height and width only; in time the cache is the padding
         if isinstance(part, nn.Conv2d | nn.Conv3d):
             layout = torch.channels_last if isinstance(part, nn.Conv2d) else torch.channels_last_3d
             part.weight.data = part.weight.data.contiguous(memory_format=layout)
@@ -59,19 +62,19 @@ def _wan(codec: WanCodec, compiler: Compiler) -> None:
 
 
 class FastWanDecoder:
-    """What `decoder(x, feat_cache=..., feat_idx=[0])` gives, with less done between the convolutions.
+    """The result of `decoder(x, feat_cache=..., feat_idx=[0])` with fewer memory accesses between convolutions.
 
-        frames   [B, T, H, W, C]   contiguous: a convolution sees channels last
-        rows     [B, T*H*W, C]     the same memory, for what is compiled
+        frames   [B, T, H, W, C]   contiguous, which is channels last for a convolution
+        rows     [B, T*H*W, C]     a view of the same memory, for the compiled functions
 
-    What a convolution reads is written once, by the kernel that normalises it, behind the two frames that went before;
-    the zeros around a frame are the convolution's own, and its bias is added by the kernel that reads its output. A
-    sum (y, bias, residual) is therefore passed on before it is added up. diffusers' modules copy twice (concatenate,
-    pad) and add in passes of their own.
+    The input of a convolution is written once, by the kernel that normalizes it, directly after the two cached frames.
+    Spatial padding is left to the convolution, and the bias is added by the kernel that reads the convolution's output,
+    so a sum (y, bias, residual) is passed on unevaluated. diffusers' modules copy twice (concatenation, padding) and
+    add in separate kernels.
 
-    A clip's first frame finds zeros where later ones find frames, and not a missing cache, so the compiled functions
-    see two things change: the width, of which there are three, and the number of rows, which is dynamic. For streams
-    alone: no gradient is kept.
+    The cache of a clip's first frame is zeros and not None. The compiled functions therefore see only two properties
+    change: the number of channels, of which there are three, and the number of rows, which is dynamic. There are no
+    gradients.
     """
 
     def __init__(self, decoder: WanDecoder3d, compiler: Compiler):
@@ -83,7 +86,7 @@ class FastWanDecoder:
         self._join, self._add = compiler(_join, dynamic=True), compiler(_add, dynamic=True)
 
     def __call__(self, x: Tensor, feat_cache: list[Tensor | None], feat_idx: list[int]) -> Tensor:
-        """[B, C, F, h, w] -> pixels [B, 3, T, H, W]; `feat_cache` is read and refilled, with frames of our layout."""
+        """[B, C, F, h, w] -> pixels [B, 3, T, H, W]; reads and updates `feat_cache`, whose frames are channels last."""
         net, slots = self.decoder, _Slots(feat_cache)
         total = _convolve(net.conv_in, slots.after(x.movedim(1, -1))), net.conv_in.bias, None
         total = self._block(net.mid_block.resnets[0], total, slots)
@@ -98,7 +101,7 @@ class FastWanDecoder:
         return (_convolve(net.conv_out, inner) + net.conv_out.bias).movedim(-1, 1)
 
     def _enter(self, norm: WanRMS_norm, total: tuple, slots: "_Slots") -> tuple[Tensor, Tensor]:
-        """The sum, and what the convolution after its norm and activation reads."""
+        """Evaluate the sum x = `total`; returns x and the input of the next convolution, SiLU(norm(x))."""
         y, bias, residual = total
         inner, new = slots.room(y)
         if residual is None:
@@ -119,7 +122,7 @@ class FastWanDecoder:
         return _convolve(block.conv2, inner), block.conv2.bias, residual
 
     def _grow(self, upsampler: WanResample, total: tuple, slots: "_Slots") -> tuple:
-        """Twice the height and width and, but for a clip's first frame, twice the frames."""
+        """Double height, width and, except for a clip's first frame, the number of frames."""
         in_time = upsampler.mode == "upsample3d"
         if in_time and not slots.empty():
             x = _convolve(upsampler.time_conv, slots.after(self._sum(*total))) + upsampler.time_conv.bias
@@ -138,17 +141,17 @@ class FastWanDecoder:
 
 
 class _Slots:
-    """The cached frames of a decoder's convolutions, asked for in the order in which the convolutions come."""
+    """The cached frames of a decoder's convolutions, accessed in the order of the convolutions."""
 
     def __init__(self, caches: list[Tensor | None]):
         self._caches, self._next = caches, 0
 
     def empty(self) -> bool:
-        """Whether the next convolution has seen no frame yet."""
+        """Whether nothing is cached yet for the next convolution."""
         return self._caches[self._next] is None
 
     def room(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames for the next convolution to read, cached ones first, and the part of them to be filled in."""
+        """Input of the next convolution, which begins with the cached frames, and a view of the rest, to be filled."""
         inner = like.new_empty(like.shape[0], CACHED + like.shape[1], *like.shape[2:])
         if self.empty():
             inner[:, :CACHED].zero_()
@@ -157,12 +160,12 @@ class _Slots:
         return inner, inner[:, CACHED:]
 
     def keep(self, inner: Tensor) -> None:
-        """Go on to the next convolution. A copy is kept: all of the frames would be 7 times as large."""
+        """Cache the last frames and go on to the next convolution. A view would keep 7 times as much in memory."""
         self._caches[self._next] = inner[:, -CACHED:].clone(memory_format=torch.contiguous_format)
         self._next += 1
 
     def after(self, x: Tensor) -> Tensor:
-        """The cached frames and then x."""
+        """The cached frames followed by x."""
         inner, new = self.room(x)
         new.copy_(x)
         self.keep(inner)
@@ -170,12 +173,12 @@ class _Slots:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """As a tensor of its own: of a view dynamo would guard the base too, whose shapes are many."""
+    """x [B, T, H, W, C] as rows. Detached, since dynamo would also guard on the shape of a view's base."""
     return x.flatten(1, 3).detach()
 
 
 def _convolve(convolution: WanCausalConv3d, frames: Tensor) -> Tensor:
-    """Without the bias, which is left to whoever reads the result."""
+    """The convolution without its bias, which the reader of the result adds."""
     y = convolution._conv_forward(frames.movedim(-1, 1), convolution.weight, None)
     return y.movedim(1, -1).contiguous()
 
@@ -187,19 +190,19 @@ def _normal(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _begin(y: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
-    """x = y + bias; `out` becomes SiLU(norm(x))."""
+    """x = y + bias; writes SiLU(norm(x)) to `out`."""
     x = y + bias
     out.copy_(silu(_normal(x, gamma)))
     return x
 
 
 def _inside(y: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """The same, where nobody else reads x."""
+    """As `_begin`, where x itself is not needed."""
     out.copy_(silu(_normal(y + bias, gamma)))
 
 
 def _join(y: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
-    """One block's end and the next one's beginning: x = y + bias + residual; `out` becomes SiLU(norm(x))."""
+    """End of a block and begin of the next: x = y + bias + residual; writes SiLU(norm(x)) to `out`."""
     x = y + bias + residual
     out.copy_(silu(_normal(x, gamma)))
     return x
@@ -210,7 +213,7 @@ def _add(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 
 
 def _attend(attention: WanAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels of each frame attend to each other; a sum again."""
+    """Self-attention within each frame; returns an unevaluated sum (y, bias, residual)."""
     pixels = _normal(x, attention.norm.gamma).to(x.dtype).flatten(0, 1).flatten(1, 2)
     mixed = linear(pixels, attention.to_qkv.weight.flatten(1), attention.to_qkv.bias)
     q, k, v = mixed.unsqueeze(1).chunk(3, dim=-1)

@@ -1,4 +1,4 @@
-"""A frozen network over whole clips with its large linears in float8: less memory, and how far off it is."""
+"""A frozen bidirectional network with its large linear layers in float8, and the error of that."""
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -10,18 +10,18 @@ from model.fp8 import Fp8Linear, quantize_blocks
 
 TIMES = (250.0, 500.0, 750.0)  # timesteps of the probe
 PROBE = (3, 16, 24)  # its latent frames, height and width
-WORDS = 32  # of its text
+WORDS = 32  # text tokens of the probe
 
 
 class FrozenFp8Linear(Fp8Linear):
-    """Rounds its inputs in one kernel, compiled or not."""
+    """Fp8Linear that quantizes its inputs in one kernel, compiled or not."""
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows(rows, False)
 
 
 def quantize_network(network: WanTransformer3DModel) -> str:
-    """Round `network` in place; on the meta device, make room for rounded weights. What was done, in words."""
+    """Quantize `network` in place, also on the meta device; returns a summary for the log."""
     return quantize_blocks(network.blocks, kind=FrozenFp8Linear)
 
 

@@ -1,9 +1,9 @@
-"""Linear layers whose weights are held in 8 bits: half the bytes of bfloat16, for networks that run seldom.
+"""Linear layers with int8 weights: half the memory of bfloat16, for networks that run rarely.
 
     y = x (s q)^T + b      q = round(w / s) in -127..127, s = amax / 127 for each output
 
-Weights only: inputs, sums and results keep their dtype, so that a large input costs the others nothing. q s is made
-anew in each call, which costs time; a text encoder runs once a prompt.
+Only weights are quantized; inputs, accumulation and results keep their dtype, so outliers of the inputs do no harm. The
+weights are dequantized in each call, which costs time; a text encoder runs once per prompt.
 """
 
 import torch
@@ -14,7 +14,7 @@ TINY = 1e-12  # amax of a row of zeros
 
 
 class Int8Linear(nn.Module):
-    """A linear layer's replacement for inference. Its weight is rounded on `device` and kept on `storage_device`."""
+    """Replacement of a linear layer for inference. Quantized on `device`, then stored on `storage_device`."""
 
     def __init__(self, linear: nn.Linear, device: torch.device | str, storage_device: torch.device | str):
         super().__init__()
@@ -40,7 +40,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quantize_linears(network: nn.Module, device: torch.device | str, storage_device: torch.device | str) -> int:
-    """Replace every linear layer of `network`; how many there were."""
+    """Replace all linear layers of `network`; returns their number."""
     linears = [(owner, name) for owner in network.modules() for name, part in owner.named_children()
                if type(part) is nn.Linear]  # fmt: skip
     for owner, name in linears:

@@ -1,4 +1,4 @@
-"""Less memory on the GPU, for the same result: networks that live on the host, a decoder in smaller steps."""
+"""Inference with less GPU memory and the same results: networks in host memory, a codec that decodes in slices."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +15,10 @@ from model.text import TextEncoder
 
 
 class OffloadedTextEncoder(TextEncoder):
-    """A text encoder on the host whose prompts are encoded on `device`.
+    """A text encoder in host memory that runs on `device`.
 
-    stream: its blocks go to the device one at a time (diffusers' group offloading) and back; the token embedding stays
-    there while it runs. Otherwise all of it goes there for a call, and the host's copy takes its place again after it.
+    stream: its blocks are moved to the device one at a time (diffusers' group offloading), and the token embedding for
+    the duration of a call. Otherwise the whole encoder is moved to the device for each call.
     """
 
     def __init__(self, text: TextEncoder, device: torch.device | str, *, stream: bool):
@@ -32,8 +32,8 @@ class OffloadedTextEncoder(TextEncoder):
                 offload_device=torch.device("cpu"),
                 offload_type="block_level",
                 num_blocks_per_group=1,
-                use_stream=self.device.type == "cuda",  # the next block comes while this one works
-                low_cpu_mem_usage=True,  # pinned a block at a time: the weights stay a map of their file
+                use_stream=self.device.type == "cuda",  # the next block is copied while this one runs
+                low_cpu_mem_usage=True,  # pins one block at a time, so that weights stay memory-mapped
             )
 
     @torch.no_grad()
@@ -54,13 +54,13 @@ class OffloadedTextEncoder(TextEncoder):
 
 
 class BlockOffload:
-    """A student whose blocks live on the host: each is on `device` while it works, and the next one comes meanwhile.
+    """Keeps a student's blocks in host memory. Each block is on `device` while it runs, and the next is prefetched.
 
-    Two slots on the device take the blocks in turn, each copied from pinned memory on a stream of its own; the host
-    waits for nothing. What is not a block is on the device for good. Blocks may be changed between passes (adapters).
+    Two buffers on the device hold blocks alternately, copied from pinned memory on a separate CUDA stream; the host
+    never waits. Everything other than blocks stays on the device. Blocks may be changed between passes (adapters).
 
-    Not diffusers' group offloading, which serves the text encoder: it acts on `forward` alone, and the keys of the text
-    are made beside it (`text_kv`); and it would take the rest of the network back to the host after each pass.
+    diffusers' group offloading, which the text encoder uses, does not fit: it only hooks `forward`, while the keys of
+    the text are computed by `text_kv`, and it would move the rest of the network to the host after each pass.
     """
 
     def __init__(self, student: CausalWanModel, device: torch.device | str):
@@ -78,15 +78,15 @@ class BlockOffload:
         self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self._copies = torch.cuda.Stream(self.device) if self._gpu else None
         self._filled, self._left = ([torch.cuda.Event() for _ in range(2)] if self._gpu else [] for _ in range(2))
-        self._inside: int | None = None  # the block that is on the device
-        self._ahead: tuple[int, list[Tensor]] | None = None  # one that is on its way there
+        self._inside: int | None = None  # index of the block on the device
+        self._ahead: tuple[int, list[Tensor]] | None = None  # index and tensors of the block that is being copied
         for i, block in enumerate(student.blocks):
             for name in ("forward", "text_kv"):
                 setattr(block, name, self._with_block(i, getattr(block, name)))
 
     @property
     def bytes(self) -> int:
-        """Of the slots."""
+        """Bytes of the buffers."""
         return sum(slot.nbytes for slot in self._slots)
 
     def _with_block(self, i: int, call: Callable) -> Callable:
@@ -99,7 +99,7 @@ class BlockOffload:
 
     @contextmanager
     def _present(self, i: int) -> Iterator[None]:
-        """Block i is on the device, and block i + 1 on its way."""
+        """Inside, block i is on the device, and block i + 1 is being copied."""
         assert self._inside is None, f"block {i} within block {self._inside}"
         if self._ahead is None or self._ahead[0] != i:
             self._fetch(i)
@@ -110,7 +110,7 @@ class BlockOffload:
         try:
             for tensor, value in zip(self._blocks[i], here, strict=True):
                 tensor.data = value
-            if i + 1 < len(self._blocks):  # not the first one again: it may be changed before the next pass
+            if i + 1 < len(self._blocks):  # not block 0, which may be changed before the next pass
                 self._fetch(i + 1)
             yield
         finally:
@@ -121,7 +121,7 @@ class BlockOffload:
             self._inside = None
 
     def _fetch(self, i: int) -> None:
-        """Begin to copy block i into its slot, once the block before in there has done its work."""
+        """Start to copy block i into its buffer, after the block that is in there has finished."""
         slot, start, there = self._slots[i % 2], 0, []
         with torch.cuda.stream(self._copies) if self._gpu else nullcontext():
             if self._gpu:
@@ -136,12 +136,12 @@ class BlockOffload:
 
 
 def _room(tensor: Tensor) -> int:
-    """Bytes of a tensor in a slot, so that the next one starts where kernels like it."""
+    """Bytes of a tensor in a buffer, rounded up to an alignment of 256."""
     return -(-tensor.nbytes // 256) * 256
 
 
 class SlicedDecodeCodec:
-    """A codec that decodes at most `frames` latent frames at once; what it decodes is the same."""
+    """A codec that decodes at most `frames` latent frames at a time, with the same results."""
 
     def __init__(self, codec: Codec, frames: int):
         self.codec, self.frames = codec, frames
@@ -156,7 +156,7 @@ class SlicedDecodeCodec:
         return self
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """As the codec does."""
+        """As `codec.encode`."""
         return self.codec.encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class SlicedDecodeCodec:
 
 
 class SlicedDecodeStream:
-    """A stream of such a codec."""
+    """Decoder stream of a SlicedDecodeCodec."""
 
     def __init__(self, stream: DecoderStream, frames: int):
         self._stream, self._frames = stream, frames

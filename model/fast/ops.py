@@ -1,13 +1,14 @@
-"""What of a step is bound by memory, as operators of our own: on a GPU a kernel each, elsewhere plain torch.
+"""Custom operators for the memory-bound parts of a step: one kernel each on a GPU, plain torch elsewhere.
 
-    residual_norm   sum of a branch, norm and modulation, rounding to float8
-    qk_norm_rope    norms of queries and keys, rotary turn, keys and values into their slots
-    quantize_rows   GELU and rounding to float8
-    linear_gelu     GELU in the epilogue of a matrix product; torch has that kernel
+    residual_norm   residual addition, norm and modulation, quantization to float8
+    qk_norm_rope    norms of queries and keys, rotary embedding, writing of keys and values into their slots
+    quantize_rows   GELU and quantization to float8
+    linear_gelu     GELU in the epilogue of a matrix product (a kernel of torch)
 
-Tokens [B, L, D] are frame-major, and a table [B, 1 or F, 6, D], float32, holds shift, scale and gate of self-attention
-and of the feed-forward for each frame. Float8 is e4m3 with a scale a row, as in model/fp8.py. Roundings are those of
-model/causal_wan.py. Operators are opaque to torch.compile, which leaves their inputs' layouts alone.
+Tokens [B, L, D] are frame-major. The AdaLN modulation `table` [B, 1 or F, 6, D], float32, holds shift, scale and gate
+of self-attention and of the feed-forward for each frame. Float8 is e4m3 with a scale per row, as in model/fp8.py.
+Values are rounded at the same places as in model/causal_wan.py. Operators are opaque to torch.compile, which does not
+change the layouts of their inputs.
 """
 
 import torch
@@ -75,10 +76,11 @@ def residual_norm(
     eps: float = 0.0,
     scaled: bool = False,
 ) -> list[Tensor]:
-    """x [B, L, D] -> [x + gate branch, its layer norm, the norm's scales [B L, 1]], each where it is asked for.
+    """x [B, L, D] -> list of those asked for: x + gate * branch, its layer norm, the norm's float8 scales [B L, 1].
 
-    branch: added, times row `gate` of the table in float32, or as it is. shift: first of two rows that modulate the
-    norm, or affine: its weight and bias; neither = no norm. scaled: the norm in float8.
+    branch: added to x, multiplied by row `gate` of the table in float32 if one is given. shift: row of the table with
+    the shift of the norm; the scale is the row after it. affine: instead, weight and bias of the norm. Without either
+    there is no norm. scaled: quantize the norm to float8.
     """
     return torch.ops.diagonal.residual_norm(x, branch, table, gate, shift, *(affine or (None, None)), eps, scaled)
 
@@ -95,9 +97,10 @@ def qk_norm_rope(
     q_eps: float,
     k_eps: float,
 ) -> Tensor:
-    """qkv [B, L, 3 D] -> queries, normed and turned, as the slots [B, L, heads, head_dim], which are filled.
+    """qkv [B, L, 3 D] -> normalized and rotated queries [B, L, heads, head_dim]; writes k_slot and v_slot, same shape.
 
-    cos and sin [1, L, 1, head_dim / 2]. Slots of any strides but the last; where they are float8, queries are, too.
+    cos and sin [1, L, 1, head_dim / 2]. Slots may have any strides except in the last dimension. Queries are float8 if
+    the slots are.
     """
     if qkv.is_cuda:
         from model.fast import triton_kernels

@@ -1,20 +1,20 @@
-"""The causal student made fast for streaming, from outside: `optimize_student(student, plan)`.
+"""A fast causal student for streaming: `optimize_student(student, plan)`.
 
-A step is cut where its shapes stop being the same for every chunk. Between the cuts nothing depends on the cache, so
-that three functions are compiled once each and serve every block and every chunk:
+A step is split at self- and cross-attention. The three functions around them have the same shapes for every chunk and
+do not depend on the cache, so each is compiled once and used for all blocks and chunks:
 
     pre_attention          norm, modulation, fused QKV, rotary; writes keys and values into the chunk's slot -> q
-                           .. self-attention to the visible slots (a kernel of its own, any number of keys)
-    cross_attention_query  output projection, gate, norm, query of the text -> x, q
+                           .. self-attention to the visible slots (a kernel for any number of keys)
+    cross_attention_query  output projection, gate, norm, query of cross-attention -> x, q
                            .. cross-attention
     feed_forward           output projection, norm, modulation, feed-forward, gate -> x
 
-Around them CUDA graphs: one for each cache state, that is each pair (slot written, slots visible). A bounded window has
-window + ring - 1 of them however long the stream is; `cache_states` lists them. A state runs as it is the first time,
-is captured the second, and replayed from then on. Nothing here waits for the GPU.
+CUDA graphs contain a whole step, one graph for each state of the cache, that is each pair (slot written, slots
+visible). A bounded window has window + ring - 1 states, however long the stream is; `cache_states` lists them. A state
+runs without a graph the first time, is captured the second time, and replayed from then on. Nothing waits for the GPU.
 
-Same algebra and roundings as model/causal_wan.py; what differs is the order of sums within fused kernels. Where a plan
-says `fused_norms`, model/fast/blocks.py has the three functions.
+The algebra and the places where values are rounded are those of model/causal_wan.py; only the order of sums in fused
+kernels differs. With `fused_norms` the three functions are those of model/fast/blocks.py.
 """
 
 import importlib.util
@@ -43,32 +43,32 @@ from utils.logs import get_logger
 
 log = get_logger(__name__)
 
-MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; those beyond run without a graph
+MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; further ones run without a graph
 Recorder = Callable[
     [Callable[[], None]], Callable[[], None]
-]  # work over fixed buffers, which has run once -> its replay
+]  # work on static buffers, which has run once -> its replay
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastPlan:
-    """What is done to a student, in this order."""
+    """The optimizations of a student, in the order in which they are applied."""
 
     kernels: Kernels
     fuse_qkv: bool = True
-    fp8: str | None = None  # how numbers are scaled: row, tensor; None = linears stay as they are
-    fp8_keep: tuple[int, ...] = UNQUANTIZED_BLOCKS  # blocks whose linears stay
-    fp8_cache: bool = False  # queries, keys and values in float8 as well
-    fused_gelu: bool = False  # GELU inside the matrix product
-    fused_norms: bool = False  # norms, rotary and rounding to float8 by kernels of our own, where the student fits them
+    fp8: str | None = None  # scaling of float8 linear layers: row, tensor; None = no float8
+    fp8_keep: tuple[int, ...] = UNQUANTIZED_BLOCKS  # blocks without float8
+    fp8_cache: bool = False  # queries, keys and values of self-attention in float8
+    fused_gelu: bool = False  # GELU in the epilogue of the matrix product
+    fused_norms: bool = False  # norms, rotary embedding and quantization by the kernels of model/fast/ops.py
     compile: bool = False
     cuda_graphs: bool = False
 
     @classmethod
     def from_config(cls, config: InferenceConfig, device: torch.device) -> "FastPlan":
-        """The plan that `config` asks for on `device`; `auto` is all of it on a GPU, nothing on a CPU, nor where the
-        student's blocks come and go.
+        """The plan for `config` on `device`. `auto` enables everything on a GPU and nothing on a CPU or for a student
+        whose blocks are offloaded.
 
-        Raises UserError for what cannot be done here.
+        Raises UserError for a setting that does not work on the device.
         """
         gpu = device.type == "cuda"
         stays = config.student == "keep"
@@ -93,15 +93,15 @@ class FastPlan:
 
     @property
     def is_noop(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether the plan changes nothing."""
         return not (self.compile or self.cuda_graphs or self.fp8 or self.fp8_cache)
 
 
 @torch.no_grad()
 def optimize_student(student: Student, plan: FastPlan) -> "FastStudent":
-    """Do to `student` what `plan` says, in place, and return it in its fast form. It cannot be trained afterwards.
+    """Apply `plan` to `student` in place and return the fast student. It cannot be trained afterwards.
 
-    Projections with adapters on them (LoRA that is not merged) are left as they are.
+    Projections with unmerged LoRA adapters are not fused or quantized.
     """
     model = student.model
     log.info(str(plan.kernels))
@@ -114,7 +114,7 @@ def optimize_student(student: Student, plan: FastPlan) -> "FastStudent":
 
 
 def fuse_qkv_projections(attn: nn.Module) -> None:
-    """One matrix product for q, k and v of self-attention, in place of three; theirs are let go."""
+    """Replace the projections of q, k and v of self-attention by a single one and free their weights."""
     parts = (attn.to_q, attn.to_k, attn.to_v)
     if attn.fused_projections or any(type(part) is not nn.Linear for part in parts):
         return
@@ -123,7 +123,7 @@ def fuse_qkv_projections(attn: nn.Module) -> None:
 
 
 def cache_states(geometry: Geometry, num_chunks: int) -> list[tuple[int, int]]:
-    """(slot written, slots visible) of the chunks of a stream, each pair once, in the order in which they come up."""
+    """The distinct pairs (slot written, slots visible) of the chunks of a stream, in order of first occurrence."""
     return list(dict.fromkeys((slot(geometry, k), visible_slots(geometry, k)) for k in range(num_chunks)))
 
 
@@ -133,7 +133,7 @@ def cache_states(geometry: Geometry, num_chunks: int) -> list[tuple[int, int]]:
 def pre_attention(
     block: CausalWanBlock, x: Tensor, modulation: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
 ) -> Tensor:
-    """x [B, L, D] -> queries [B, L, heads, head_dim]; fills the slots [B, L, heads, head_dim]."""
+    """x [B, L, D] -> queries [B, L, heads, head_dim]; writes k_slot and v_slot [B, L, heads, head_dim]."""
     attn = block.attn1
     y = block.attention_input(x, modulation)
     if attn.fused_projections:
@@ -149,7 +149,7 @@ def pre_attention(
 def cross_attention_query(
     block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of the text."""
+    """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of cross-attention."""
     x, q = block.cross_attention_query(x, attn_output, modulation)
     return x, q.type_as(x)
 
@@ -186,7 +186,7 @@ def unpatchify_to_x0(model: CausalWanModel, y: Tensor, x_t: Tensor, t: Tensor) -
 
 
 class FastStep:
-    """x0 of a chunk, through the functions above, compiled or not."""
+    """One step, from x_t to x0 of a chunk, by the functions above, compiled or not."""
 
     def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
         self.model, self.plan = model, plan
@@ -234,19 +234,19 @@ class FastStep:
 
 
 class FastStudent(Student):
-    """A student whose steps of a stream are fast; whatever else is asked of it goes the plain way."""
+    """A student that uses FastStep for the steps of a stream, and the plain model for anything else."""
 
     def __init__(self, model: CausalWanModel, plan: FastPlan, backend: str = "inductor"):
         super().__init__(model)
         self.plan, self.step = plan, FastStep(model, plan, backend)
         self.cache_dtype = E4M3 if plan.fp8_cache else None
         self.recorder: Callable[[], Recorder] | None = CUDAGraphRecorder if plan.cuda_graphs else None
-        self._books = WeakTensorKeyDictionary()  # by the keys of the first layer: a book goes with its cache
+        self._books = WeakTensorKeyDictionary()  # keyed by the first layer's keys: freed with the cache
         self._rotation: tuple[tuple, RotaryEmb] | None = None
 
     @property
     def graphs(self) -> int:
-        """CUDA graphs captured, of all caches that are about."""
+        """Number of captured CUDA graphs, over all caches that are alive."""
         return sum(len(book.replays) for book in self._books.values())
 
     def x0(
@@ -264,9 +264,9 @@ class FastStudent(Student):
         if torch.is_grad_enabled() or not isinstance(view, StreamView) or isinstance(text, Tensor):
             return super().x0(x_t, t, text, view, start_frame, mask=mask, frame_ids=frame_ids)
         t = as_timestep(t, x_t)
-        if t.ndim == 2:  # a chunk that begins with given frames: a few passes a stream, not worth kernels of their own
+        if t.ndim == 2:  # a chunk with conditioning frames: only a few passes per stream
             return super().x0(x_t, t, text, view, start_frame, frame_ids=frame_ids)
-        x_t = x_t.contiguous()  # other strides would be other kernels
+        x_t = x_t.contiguous()  # other strides would be compiled anew
         layers = [view.layer(i) for i in range(len(self.model.blocks))]
         rotary_emb = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:
@@ -277,7 +277,7 @@ class FastStudent(Student):
         return book.run(x_t, t, rotary_emb, text, layers)
 
     def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> RotaryEmb:
-        """cos and sin; the same tensors for every step of a chunk."""
+        """cos and sin of the chunk; the same tensors in all steps of a chunk."""
         _, p, q = self.model.config.patch_size
         height, width = x_t.shape[3] // p, x_t.shape[4] // q
         if frame_ids is not None:
@@ -295,19 +295,19 @@ class FastStudent(Student):
 
 
 class CUDAGraphCache:
-    """Graphs over one cache's buffers, by (first token written, tokens visible), and the inputs that they read."""
+    """CUDA graphs for the buffers of one cache, by (first token written, tokens visible), and their static inputs."""
 
     def __init__(self, step: FastStep, record: Recorder, x_t, t, rotary_emb: RotaryEmb, text: TextKV):
         self._step, self._record = step, record
         self._x, self._t, self._out = x_t.clone(), t.clone(), torch.empty_like(x_t)
         self._rotation = tuple(part.clone() for part in rotary_emb)
         self._text = [(k.clone(), v.clone()) for k, v in text]
-        self._source: tuple = (rotary_emb, text)  # what the fixed inputs hold; kept alive, so that `is` is enough
+        self._source: tuple = (rotary_emb, text)  # last copied to the static inputs; kept alive for `is`
         self._tried: set[tuple[int, int]] = set()
         self.replays: dict[tuple[int, int], Callable[[], None]] = {}
 
     def fits(self, x_t: Tensor, t: Tensor, text: TextKV) -> bool:
-        """Whether these inputs have the shapes that the graphs know."""
+        """Whether these inputs have the shapes of the static ones."""
         return (
             x_t.shape == self._x.shape
             and x_t.dtype == self._x.dtype
@@ -316,7 +316,7 @@ class CUDAGraphCache:
         )
 
     def run(self, x_t: Tensor, t: Tensor, rotary_emb: RotaryEmb, text: TextKV, layers: Sequence[StreamLayer]) -> Tensor:
-        """x0, in a tensor of its own."""
+        """x0, in a new tensor."""
         key = (layers[0].start, layers[0].end)
         if key not in self._tried or (key not in self.replays and len(self.replays) >= MAX_GRAPHS):
             self._tried.add(key)
@@ -342,13 +342,13 @@ class CUDAGraphCache:
 
 
 class CUDAGraphRecorder:
-    """Captures work into CUDA graphs that share one pool of memory, for they never run side by side."""
+    """Captures functions into CUDA graphs that share one memory pool, since they never run concurrently."""
 
     def __init__(self):
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The replay of `work`. Capturing computes nothing."""
+        """Capture `work`, without running it, and return the function that replays it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()

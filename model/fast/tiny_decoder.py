@@ -1,9 +1,10 @@
-"""The tiny decoder made fast for streaming: `FastTinyDecoder(decoder, compiler)` in place of its `forward`.
+"""A fast tiny decoder for streaming: `FastTinyDecoder(decoder, compiler)` replaces its `forward`.
 
-What a stage ends with is linear: frames twice the size (nearest), then `s` frames of one (1x1), then a 3x3
-convolution. That sees each pixel of the small frames in more than one of its taps, and which ones it sees depends only
-on whether the row and the column that it writes are even or odd. So all three are one 2x2 convolution of the small
-frames, which makes the four kinds of pixel of all `s` frames apart: 4/9 of the operations, and nothing large is read.
+The last layers of a stage are linear: nearest-neighbour upsampling by 2, a 1x1 convolution that makes `s` frames of
+one, and a 3x3 convolution. Several taps of the latter read the same pixel of the small frames, and which ones depends
+only on the parity of the output's row and column. Therefore all three layers are equivalent to one 2x2 convolution of
+the small frames, which computes the four kinds of pixel (polyphase components) of all `s` frames as separate channels:
+4/9 of the operations, and no large frame is read.
 
     row of the large frame   r = 2 i + a,  a = 0, 1      sees rows r-1, r, r+1 of the large frame, that is
                              a = 0                       i-1, i, i    of the small one
@@ -11,8 +12,8 @@ frames, which makes the four kinds of pixel of all `s` frames apart: 4/9 of the 
     a 2x2 convolution with a border of one zero sees rows p-1, p at position p = 0 .. h, so kind `a` of row i is at
                                                          p = i + a
 
-After the last stage comes one more 3x3 convolution, to 3 colours. It too is a 2x2 convolution, of the kinds as they
-are: its taps r-1, r, r+1 are at p = i or i + 1 of one kind or the other. Large frames are put together in colour only.
+After the last stage there is one more 3x3 convolution, to 3 colours. It is a 2x2 convolution of the separate kinds: its
+taps r-1, r, r+1 are at p = i or i + 1 of one kind or the other. Only its output is assembled to full-size frames.
 """
 
 from collections.abc import Callable
@@ -27,10 +28,10 @@ Compiler = Callable[..., Callable]  # (function, dynamic=False)
 
 
 class FastTinyDecoder:
-    """What `decoder(latents, memory)` gives, but for rounding. For streams alone: no gradient is kept.
+    """The result of `decoder(latents, memory)`, up to rounding, without gradients.
 
-    Frames are [N, H, W, C] and contiguous, which to a convolution is channels last. The merged weights are made here,
-    from the decoder's, once: it cannot be moved, cast or loaded again afterwards.
+    Frames are [N, H, W, C] and contiguous, which is channels last for a convolution. The merged weights are computed
+    once, by the constructor: the decoder must not be moved, cast or loaded afterwards.
     """
 
     def __init__(self, decoder: TinyDecoder, compiler: Compiler):
@@ -65,7 +66,7 @@ class FastTinyDecoder:
 
 
 class _Merged:
-    """A 2x2 convolution made of others; `bias` is for whoever reads its output."""
+    """A 2x2 convolution that is equivalent to several layers; the reader of its output adds `bias`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight.contiguous(memory_format=torch.channels_last), bias
@@ -76,7 +77,7 @@ class _Merged:
 
 
 def end_weight(growth: TemporalUpsample, convolution: nn.Conv2d) -> Tensor:
-    """Weight [s 2 2 O, C, 2, 2] of a stage's end. Output channels are (frame, odd row?, odd column?, channel)."""
+    """Weight [s 2 2 O, C, 2, 2] of a stage's last layers. Output channels: (frame, odd row, odd column, channel)."""
     sees = torch.zeros(2, 2, 3)  # (kind, tap of the 2x2 convolution, tap of the 3x3)
     sees[0, 0, 0] = sees[0, 1, 1] = sees[0, 1, 2] = 1
     sees[1, 0, 0] = sees[1, 0, 1] = sees[1, 1, 2] = 1
@@ -87,7 +88,7 @@ def end_weight(growth: TemporalUpsample, convolution: nn.Conv2d) -> Tensor:
 
 
 def colour_weight(convolution: nn.Conv2d, stride: int) -> Tensor:
-    """Weight [s 2 2 3, s 2 2 O, 2, 2] of the last convolution, on the kinds that the last stage's end makes."""
+    """Weight [s 2 2 3, s 2 2 O, 2, 2] of the last convolution; its input are the kinds of the last stage."""
     at = torch.zeros(2, 2, 2, 3)  # (kind of the output, kind of the input, tap of the 2x2, tap of the 3x3)
     for out in range(2):
         for tap in range(3):
@@ -123,7 +124,7 @@ def _block(
 
 
 def _convolve_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """ReLU of a 3x3 convolution, plus `residual`: where cuDNN is, by its own kernels for that, in one pass."""
+    """ReLU of a 3x3 convolution plus `residual`; with cuDNN by one fused kernel."""
     if x.is_cuda and torch.version.cuda:
         how = [1, 1], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
         if residual is None:
@@ -140,7 +141,7 @@ def _kinds(x: Tensor, bias: Tensor | None, stride: int) -> Tensor:
 
 
 def _spread(kinds: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The four kinds of pixel in their places: -> [N s, 2 h, 2 w, O]."""
+    """Interleave the four kinds of pixel: -> [N s, 2 h, 2 w, O]."""
     x = _kinds(kinds, bias, stride).movedim(3, 1)  # [N, s, h+1, w+1, 2, 2, O]
     x = torch.stack([x[:, :, :-1, :, 0], x[:, :, 1:, :, 1]], dim=3)  # [N, s, h, 2, w+1, 2, O]
     x = torch.stack([x[..., :-1, 0, :], x[..., 1:, 1, :]], dim=-2)  # [N, s, h, 2, w, 2, O]
@@ -148,18 +149,18 @@ def _spread(kinds: Tensor, bias: Tensor | None, stride: int) -> Tensor:
 
 
 def _inside(kinds: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """ReLU of them, and zeros where the position is outside of the large frame, as the next convolution wants it."""
+    """ReLU of the kinds, with zeros at positions outside of the large frame: the next convolution's padding."""
     x = _kinds(kinds, bias, stride)
     h, w = kinds.shape[1] - 1, kinds.shape[2] - 1
     kind = torch.arange(2, device=x.device)
-    row, column = (torch.arange(n + 1, device=x.device)[:, None] - kind for n in (h, w))  # (position, kind): the pixel
+    row, column = (torch.arange(n + 1, device=x.device)[:, None] - kind for n in (h, w))  # (position, kind)
     rows, columns = (row >= 0) & (row < h), (column >= 0) & (column < w)
     there = rows[:, None, None, :, None, None] & columns[None, :, None, None, :, None]
-    return x.relu().masked_fill_(~there, 0).flatten(3)  # not in place of `kinds`: compiled, that is written as well
+    return x.relu().masked_fill_(~there, 0).flatten(3)  # not in place: compiled, it would write `kinds`
 
 
 def _colour(kinds: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """[N, h, w, s 2 2 3] -> pixels [N s, 3, 2 h, 2 w], of which the colours are next to each other in memory."""
+    """[N, h, w, s 2 2 3] -> pixels [N s, 3, 2 h, 2 w], in channels-last layout."""
     x = kinds.unflatten(-1, (stride, 2, 2, 3)) + bias
     x = x.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3).flatten(0, 1).contiguous()
     return x.movedim(-1, 1)

@@ -1,7 +1,7 @@
-"""Triton kernels of model/fast/ops.py, which says what each computes; importing this needs triton.
+"""Triton kernels for the operators of model/fast/ops.py, where their results are documented. Importing needs triton.
 
-A program takes whole rows (tokens) into registers, so that each tensor is read and written once. Sums are float32;
-results are rounded to the type of the tensor that they are written to, and before float8 to the type of the input.
+A program loads whole rows (tokens) into registers, so that each tensor is read and written once. Sums are float32.
+Results are rounded to the dtype of the output, and before float8 to the dtype of the input.
 """
 
 import torch
@@ -14,7 +14,7 @@ TINY, LARGEST = tl.constexpr(1e-12), tl.constexpr(448.0)  # as in model/fp8.py
 
 @triton.jit
 def _as_row_of(value, largest):
-    """Scale of a row whose largest magnitude is `largest`, and the row in units of it."""
+    """The row divided by its scale, and the scale; `largest` is the row's largest magnitude."""
     scale = tl.maximum(largest, TINY) / LARGEST
     return value * (1.0 / scale), scale
 
@@ -32,7 +32,7 @@ def _residual_norm(
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     BRANCH: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, AFFINE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: pieces of ROWS tokens, groups of `tokens` tokens that share a row [6, D] of the table."""
+    """Grid: (blocks of ROWS tokens, groups of `tokens` tokens that share one modulation [6, D])."""
     group = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < D
@@ -71,7 +71,7 @@ def residual_norm(
     x: Tensor, branch: Tensor | None, table: Tensor, gate: int, shift: int, weight: Tensor | None, bias: Tensor | None,
     eps: float, dtype: torch.dtype, scaled: bool, rows: int = 2, warps: int = 4,
 ) -> list[Tensor]:  # fmt: skip
-    """x [B, L, D] -> x + branch where there is a branch, its norm where one is asked for, its scales where scaled."""
+    """As `residual_norm` of model/fast/ops.py. rows: tokens per program."""
     x, table = x.contiguous(), table.contiguous()
     branch = None if branch is None else branch.contiguous()
     count, width = x.shape[0] * x.shape[1], x.shape[2]
@@ -92,21 +92,21 @@ def residual_norm(
 
 @triton.jit
 def _normed(x, weight, eps, D: tl.constexpr):
-    """RMS norm over a whole tile, zero where it is padded; rounded as x."""
+    """RMS norm over a whole tile, whose padding is zero; rounded to the dtype of x."""
     wide = x.to(tl.float32)
     return (wide * tl.rsqrt(tl.sum(wide * wide) / D + eps) * weight).to(x.dtype).to(tl.float32)
 
 
 @triton.jit
 def _turned(x, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Neighbouring pairs of x [HEADS, 2 HALF] turned by [1, HALF]."""
+    """Rotate neighbouring pairs of x [HEADS, 2 HALF] by the angles [1, HALF]."""
     a, b = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, 2 * HALF))
 
 
 @triton.jit
 def _narrowed(x, NARROW: tl.constexpr):
-    """x within float8's range where that is what it becomes."""
+    """x clamped to the range of float8 if NARROW."""
     if NARROW:
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     return x
@@ -119,7 +119,7 @@ def _qk_norm_rope(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ALL_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: pieces of ROWS tokens, batch. A token is a tile [ALL_HEADS, 2 HALF], padded to powers of two."""
+    """Grid: (blocks of ROWS tokens, batch). A token is a tile [ALL_HEADS, 2 HALF], padded to powers of two."""
     D: tl.constexpr = HEADS * HEAD_DIM
     batch = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, ALL_HEADS)[:, None]
@@ -153,7 +153,7 @@ def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_slot: Tensor, v_slot: Tensor,
     q_eps: float, k_eps: float, narrow: bool, rows: int = 1, warps: int = 4,
 ) -> Tensor:  # fmt: skip
-    """qkv [B, L, 3 D] -> queries as the slots [B, L, heads, head_dim], which are filled."""
+    """As `qk_norm_rope` of model/fast/ops.py. narrow: the slots are float8. rows: tokens per program."""
     assert k_slot.stride(3) == v_slot.stride(3) == 1, "a head's numbers lie side by side"
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     heads, head_dim = k_slot.shape[2:]
@@ -171,14 +171,14 @@ def qk_norm_rope(
 
 @triton.jit
 def _widened(value, GELU: tl.constexpr):
-    """Part of a row in float32, through the GELU, which is rounded as the part."""
+    """Part of a row in float32, after the GELU, if any, which is rounded to the dtype of the input."""
     wide = value.to(tl.float32)
     return _gelu(wide).to(value.dtype).to(tl.float32) if GELU else wide
 
 
 @triton.jit
 def _quantise_rows(x, out, scales, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, GELU: tl.constexpr):
-    """Grid: rows. A row is HEAD numbers, the largest power of two in it, and what remains, padded to TAIL."""
+    """Grid: rows. A row is split into HEAD elements, a power of two, and the rest, padded to TAIL."""
     row = tl.program_id(0).to(tl.int64)
     at = row * D + tl.arange(0, HEAD)
     value = _widened(tl.load(x + at), GELU)
@@ -195,7 +195,7 @@ def _quantise_rows(x, out, scales, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl
 
 
 def quantize_rows(x: Tensor, gelu: bool, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
-    """x [N, D] -> numbers [N, D] and their scales [N, 1]. warps: 0 = by the width."""
+    """As `quantize_rows` of model/fast/ops.py. warps: 0 = chosen by the width."""
     x = x.contiguous()
     count, width = x.shape
     out, scales = torch.empty_like(x, dtype=dtype), x.new_empty(count, 1, dtype=torch.float32)
