@@ -89,14 +89,14 @@ class CausalWanModel(WanTransformer3DModel):
             temb, modulation = (self.sequence.split_frames(y, height * width) for y in (temb, modulation))
 
         for i, block in enumerate(self.blocks):
-            past = None if view is None else view.layer(i)
-            args = (x, modulation, rotary_emb, text[i], past, mask)
+            layer_cache = None if view is None else view.layer(i)
+            args = (x, modulation, rotary_emb, text[i], layer_cache, mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, kept = self._gradient_checkpointing_func(block, *args)
+                x, new_kv = self._gradient_checkpointing_func(block, *args)
             else:
-                x, kept = block(*args)
-            if kept is not None:
-                view.keep(i, kept)  # not in the block, which checkpointing may run again in the backward pass
+                x, new_kv = block(*args)
+            if new_kv is not None:
+                view.keep(i, new_kv)  # not in the block, which checkpointing may run again in the backward pass
 
         shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).chunk(2, dim=2)
         x = _modulate(self.norm_out(x.float()), shift, scale).type_as(x)
@@ -148,26 +148,26 @@ class CausalWanBlock(WanTransformerBlock):
         modulation: Tensor,
         rotary_emb: RotaryEmb,
         text: Tensor | KV,
-        past: LayerView | None = None,
+        layer_cache: LayerView | None = None,
         mask: Mask | None = None,
     ) -> tuple[Tensor, KV | None]:
         """x [B, L, D] -> x, and the chunk's keys and values if the cache does not store them itself (`View.keep`).
 
         modulation [B, 1 or F, 6, D]; text: embedded [B, text tokens, D], or its keys and values.
         """
-        attn_output, kept = self._self_attention(*self.pre_attention(x, modulation, rotary_emb), past, mask)
-        return self.post_attention(x, attn_output, modulation, text), kept
+        attn_output, new_kv = self._self_attention(*self.pre_attention(x, modulation, rotary_emb), layer_cache, mask)
+        return self.post_attention(x, attn_output, modulation, text), new_kv
 
     def _self_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, past: LayerView | None, mask: Mask | None
+        self, q: Tensor, k: Tensor, v: Tensor, layer_cache: LayerView | None, mask: Mask | None
     ) -> tuple[Tensor, KV | None]:
         if self.sequence is not None:
             q, k, v = self.sequence.to_heads(q, k, v)
-        kept = None
-        if past is not None:
-            (k, v), kept = past.put(k, v)
+        new_kv = None
+        if layer_cache is not None:
+            (k, v), new_kv = layer_cache.put(k, v)
         attn_output = attend(self.attn1, q, k, v, mask)
-        return attn_output if self.sequence is None else self.sequence.to_tokens(attn_output), kept
+        return attn_output if self.sequence is None else self.sequence.to_tokens(attn_output), new_kv
 
     def pre_attention(self, x: Tensor, modulation: Tensor, rotary_emb: RotaryEmb) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, D] -> rotated queries and keys, and values, of self-attention, each [B, L, heads, head_dim]."""
@@ -257,23 +257,24 @@ def chunk_causal_mask(
     not fit into memory.
     """
     n, tokens = geometry.num_chunks(frames), geometry.tokens_per_chunk
-    seen = torch.zeros(n, n, dtype=torch.bool)
+    visible = torch.zeros(n, n, dtype=torch.bool)
     for b in range(n):
-        seen[b, geometry.visible_chunks(b)] = True
+        visible[b, geometry.visible_chunks(b)] = True
     if teacher_forcing:
         own = torch.eye(n, dtype=torch.bool)
-        seen = torch.cat([torch.cat([seen, torch.zeros_like(seen)], 1), torch.cat([seen & ~own, own], 1)], 0)
-    seen = seen.to(device)
+        context, noisy = torch.cat([visible, torch.zeros_like(visible)], 1), torch.cat([visible & ~own, own], 1)
+        visible = torch.cat([context, noisy], 0)
+    visible = visible.to(device)
     if kind == "dense":
-        return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     assert kind == "flex", f"kind={kind}"
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen[query // tokens, key // tokens]
+        return visible[query // tokens, key // tokens]
 
-    length = len(seen) * tokens
-    make = torch.compile(create_block_mask) if seen.is_cuda else create_block_mask  # eager would hold all L x L
-    return make(rule, None, None, length, length, device=seen.device)
+    length = len(visible) * tokens
+    make = torch.compile(create_block_mask) if visible.is_cuda else create_block_mask  # eager would hold all L x L
+    return make(rule, None, None, length, length, device=visible.device)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu", tokens: int 
     x[0, 1] = 0  # no spread
     affine = [torch.randn(width).to(device, dtype) for _ in range(2)]
     for frames in (1, 3):
-        table = torch.randn(2, frames, 6, width).to(device)
-        yield f"norm, {frames}", (x, None, table, NONE, SHIFT, None, None, 1e-6)
-        yield f"gated, affine, {frames}", (x, branch, table, GATE, NONE, *affine, 1e-6)
-        yield f"added, norm, {frames}", (x, branch, table, NONE, FFN_SHIFT, None, None, 1e-6)
-        yield f"gated, {frames}", (x, branch, table, GATE, NONE, None, None, 0.0)
+        modulation = torch.randn(2, frames, 6, width).to(device)
+        yield f"norm, {frames}", (x, None, modulation, NONE, SHIFT, None, None, 1e-6)
+        yield f"gated, affine, {frames}", (x, branch, modulation, GATE, NONE, *affine, 1e-6)
+        yield f"added, norm, {frames}", (x, branch, modulation, NONE, FFN_SHIFT, None, None, 1e-6)
+        yield f"gated, {frames}", (x, branch, modulation, GATE, NONE, None, None, 0.0)
 
 
 def turn_case(width: int, dtype: torch.dtype, slot: torch.dtype, device: str = "cpu", tokens: int = 21) -> tuple:

@@ -38,42 +38,42 @@ def adaln_modulations(model: CausalWanModel, modulation: Tensor) -> list[Tensor]
 
 
 def pre_attention(
-    block: CausalWanBlock, x: Tensor, table: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
+    block: CausalWanBlock, x: Tensor, modulation: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
 ) -> Tensor:
     """x [B, L, D] -> queries [B, L, heads, head_dim]; writes k_slot and v_slot [B, L, heads, head_dim]."""
     attn = block.attn1
     q, k = attn.norm_q, attn.norm_k
-    rows = _norm(block.norm1, attn.to_qkv, x, table, shift=SHIFT)
+    rows = _norm(block.norm1, attn.to_qkv, x, modulation, shift=SHIFT)
     qkv = _product(attn.to_qkv, rows, x)
     return qk_norm_rope(qkv, q.weight, k.weight, *rotary_emb, k_slot, v_slot, q.eps, k.eps)
 
 
 def cross_attention_query(
-    block: CausalWanBlock, x: Tensor, table: Tensor, attn_output: Tensor
+    block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of cross-attention."""
     attn = block.attn2
     y = _linear(block.attn1.to_out[0], attn_output.flatten(2, 3))
-    x, *rows = _norm(block.norm2, attn.to_q, x, table, branch=y, gate=GATE)
+    x, *rows = _norm(block.norm2, attn.to_q, x, modulation, branch=y, gate=GATE)
     return x, attn.norm_q(_product(attn.to_q, rows, x)).type_as(x).unflatten(2, (attn.heads, -1))
 
 
-def feed_forward(block: CausalWanBlock, x: Tensor, table: Tensor, attn_output: Tensor, fused_gelu: bool) -> Tensor:
+def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor, fused_gelu: bool) -> Tensor:
     """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
     wide, _, narrow = block.ffn.net
     y = _linear(block.attn2.to_out[0], attn_output.flatten(2, 3))
-    x, *rows = _norm(block.norm3, wide.proj, x, table, branch=y, shift=FFN_SHIFT)
+    x, *rows = _norm(block.norm3, wide.proj, x, modulation, branch=y, shift=FFN_SHIFT)
     if fused_gelu and type(wide.proj) is nn.Linear:
         y = _linear(narrow, linear_gelu(*rows, wide.proj.weight, wide.proj.bias))
     else:
         y = _linear(narrow, _product(wide.proj, rows, x), gelu=True)
-    return residual_norm(x, table, branch=y, gate=FFN_GATE)[0]
+    return residual_norm(x, modulation, branch=y, gate=FFN_GATE)[0]
 
 
-def _norm(norm: nn.LayerNorm, reader: nn.Module, x: Tensor, table: Tensor, **changes) -> list[Tensor]:
+def _norm(norm: nn.LayerNorm, reader: nn.Module, x: Tensor, modulation: Tensor, **changes) -> list[Tensor]:
     """`residual_norm`, with the norm quantized if the linear layer that reads it is float8."""
     affine = None if norm.weight is None else (norm.weight, norm.bias)
-    return residual_norm(x, table, affine=affine, eps=norm.eps, scaled=isinstance(reader, Fp8Linear), **changes)
+    return residual_norm(x, modulation, affine=affine, eps=norm.eps, scaled=isinstance(reader, Fp8Linear), **changes)
 
 
 def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:

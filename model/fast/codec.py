@@ -42,14 +42,14 @@ def optimize_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -
         inner.decoder.to(memory_format=torch.channels_last)
         inner.decoder.forward = FastTinyDecoder(inner.decoder, compiler)
     elif isinstance(inner, WanCodec):
-        _wan(inner, compiler)
+        _optimize_wan(inner, compiler)
     return codec
 
 
 CACHED = 2  # frames that a causal convolution sees before the present one
 
 
-def _wan(codec: WanCodec, compiler: Compiler) -> None:
+def _optimize_wan(codec: WanCodec, compiler: Compiler) -> None:
     """Optimize the VAE's decoder. The encoder is left unchanged, since streams do not need it."""
     decoder = codec.vae.decoder
     for part in decoder.modules():
@@ -82,53 +82,53 @@ class FastWanDecoder:
         for part in decoder.modules():
             if isinstance(part, WanResidualBlock):
                 assert isinstance(part.nonlinearity, nn.SiLU), f"{part.nonlinearity} is another activation"
-        self._begin, self._inside = compiler(_begin, dynamic=True), compiler(_inside, dynamic=True)
-        self._join, self._add = compiler(_join, dynamic=True), compiler(_add, dynamic=True)
+        self._bias_norm_silu, self._inside = compiler(_bias_norm_silu, dynamic=True), compiler(_inside, dynamic=True)
+        self._add_norm_silu, self._add = compiler(_add_norm_silu, dynamic=True), compiler(_add, dynamic=True)
 
     def __call__(self, x: Tensor, feat_cache: list[Tensor | None], feat_idx: list[int]) -> Tensor:
         """[B, C, F, h, w] -> pixels [B, 3, T, H, W]; reads and updates `feat_cache`, whose frames are channels last."""
-        net, slots = self.decoder, _Slots(feat_cache)
-        total = _convolve(net.conv_in, slots.after(x.movedim(1, -1))), net.conv_in.bias, None
-        total = self._block(net.mid_block.resnets[0], total, slots)
+        net, slots = self.decoder, _FeatureCache(feat_cache)
+        pending_sum = _convolve(net.conv_in, slots.after(x.movedim(1, -1))), net.conv_in.bias, None
+        pending_sum = self._block(net.mid_block.resnets[0], pending_sum, slots)
         for attention, block in zip(net.mid_block.attentions, net.mid_block.resnets[1:], strict=True):
-            total = self._block(block, _attend(attention, self._sum(*total)), slots)
+            pending_sum = self._block(block, _attend(attention, self._sum(*pending_sum)), slots)
         for stage in net.up_blocks:
             for block in stage.resnets:
-                total = self._block(block, total, slots)
+                pending_sum = self._block(block, pending_sum, slots)
             for upsampler in stage.upsamplers or ():
-                total = self._grow(upsampler, total, slots)
-        _, inner = self._enter(net.norm_out, total, slots)
+                pending_sum = self._upsample(upsampler, pending_sum, slots)
+        _, inner = self._norm_silu(net.norm_out, pending_sum, slots)
         return (_convolve(net.conv_out, inner) + net.conv_out.bias).movedim(-1, 1)
 
-    def _enter(self, norm: WanRMS_norm, total: tuple, slots: "_Slots") -> tuple[Tensor, Tensor]:
-        """Evaluate the sum x = `total`; returns x and the input of the next convolution, SiLU(norm(x))."""
-        y, bias, residual = total
-        inner, new = slots.room(y)
+    def _norm_silu(self, norm: WanRMS_norm, pending_sum: tuple, slots: "_FeatureCache") -> tuple[Tensor, Tensor]:
+        """Evaluate the sum x = `pending_sum`; returns x and the input of the next convolution, SiLU(norm(x))."""
+        y, bias, residual = pending_sum
+        inner, new = slots.input_buffer(y)
         if residual is None:
-            x = self._begin(_rows(y), bias, norm.gamma, _rows(new))
+            x = self._bias_norm_silu(_rows(y), bias, norm.gamma, _rows(new))
         else:
-            x = self._join(_rows(y), bias, _rows(residual), norm.gamma, _rows(new))
+            x = self._add_norm_silu(_rows(y), bias, _rows(residual), norm.gamma, _rows(new))
         slots.keep(inner)
         return x.view(y.shape), inner
 
-    def _block(self, block: WanResidualBlock, total: tuple, slots: "_Slots") -> tuple:
-        x, inner = self._enter(block.norm1, total, slots)
+    def _block(self, block: WanResidualBlock, pending_sum: tuple, slots: "_FeatureCache") -> tuple:
+        x, inner = self._norm_silu(block.norm1, pending_sum, slots)
         short = block.conv_shortcut
         residual = x if isinstance(short, nn.Identity) else linear(x, short.weight.flatten(1), short.bias)
         y = _convolve(block.conv1, inner)
-        inner, new = slots.room(y)
+        inner, new = slots.input_buffer(y)
         self._inside(_rows(y), block.conv1.bias, block.norm2.gamma, _rows(new))
         slots.keep(inner)
         return _convolve(block.conv2, inner), block.conv2.bias, residual
 
-    def _grow(self, upsampler: WanResample, total: tuple, slots: "_Slots") -> tuple:
+    def _upsample(self, upsampler: WanResample, pending_sum: tuple, slots: "_FeatureCache") -> tuple:
         """Double height, width and, except for a clip's first frame, the number of frames."""
         in_time = upsampler.mode == "upsample3d"
         if in_time and not slots.empty():
-            x = _convolve(upsampler.time_conv, slots.after(self._sum(*total))) + upsampler.time_conv.bias
+            x = _convolve(upsampler.time_conv, slots.after(self._sum(*pending_sum))) + upsampler.time_conv.bias
             x = x.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)  # [B, T, H, W, (2 C)] -> [B, 2 T, H, W, C]
         else:
-            x = self._sum(*total)
+            x = self._sum(*pending_sum)
             if in_time:
                 slots.keep(torch.zeros_like(x[:, :1]).expand(-1, CACHED, -1, -1, -1))
         convolution = upsampler.resample[1]
@@ -140,7 +140,7 @@ class FastWanDecoder:
         return self._add(_rows(y), bias, _rows(residual)).view(y.shape)
 
 
-class _Slots:
+class _FeatureCache:
     """The cached frames of a decoder's convolutions, accessed in the order of the convolutions."""
 
     def __init__(self, caches: list[Tensor | None]):
@@ -150,7 +150,7 @@ class _Slots:
         """Whether nothing is cached yet for the next convolution."""
         return self._caches[self._next] is None
 
-    def room(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def input_buffer(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Input of the next convolution, which begins with the cached frames, and a view of the rest, to be filled."""
         inner = like.new_empty(like.shape[0], CACHED + like.shape[1], *like.shape[2:])
         if self.empty():
@@ -166,7 +166,7 @@ class _Slots:
 
     def after(self, x: Tensor) -> Tensor:
         """The cached frames followed by x."""
-        inner, new = self.room(x)
+        inner, new = self.input_buffer(x)
         new.copy_(x)
         self.keep(inner)
         return inner
@@ -189,7 +189,7 @@ def _normal(x: Tensor, gamma: Tensor) -> Tensor:
     return x * x.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt() * (gamma.flatten() * gamma.numel() ** 0.5)
 
 
-def _begin(y: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+def _bias_norm_silu(y: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
     """x = y + bias; writes SiLU(norm(x)) to `out`."""
     x = y + bias
     out.copy_(silu(_normal(x, gamma)))
@@ -197,11 +197,11 @@ def _begin(y: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
 
 
 def _inside(y: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """As `_begin`, where x itself is not needed."""
+    """As `_bias_norm_silu`, where x itself is not needed."""
     out.copy_(silu(_normal(y + bias, gamma)))
 
 
-def _join(y: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+def _add_norm_silu(y: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
     """End of a block and begin of the next: x = y + bias + residual; writes SiLU(norm(x)) to `out`."""
     x = y + bias + residual
     out.copy_(silu(_normal(x, gamma)))

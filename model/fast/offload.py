@@ -74,12 +74,12 @@ class BlockOffload:
                 tensor.data = tensor.data.to(self.device)
             elif self._gpu:
                 tensor.data = tensor.data.pin_memory()
-        size = max(sum(_room(tensor) for tensor in block) for block in self._blocks)
+        size = max(sum(_aligned_size(tensor) for tensor in block) for block in self._blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self._copies = torch.cuda.Stream(self.device) if self._gpu else None
-        self._filled, self._left = ([torch.cuda.Event() for _ in range(2)] if self._gpu else [] for _ in range(2))
-        self._inside: int | None = None  # index of the block on the device
-        self._ahead: tuple[int, list[Tensor]] | None = None  # index and tensors of the block that is being copied
+        self._filled, self._finished = ([torch.cuda.Event() for _ in range(2)] if self._gpu else [] for _ in range(2))
+        self._current: int | None = None  # index of the block on the device
+        self._prefetched: tuple[int, list[Tensor]] | None = None  # index and tensors of the block that is being copied
         for i, block in enumerate(student.blocks):
             for name in ("forward", "text_kv"):
                 setattr(block, name, self._with_block(i, getattr(block, name)))
@@ -92,21 +92,21 @@ class BlockOffload:
     def _with_block(self, i: int, call: Callable) -> Callable:
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with nullcontext() if self._inside == i else self._present(i):
+            with nullcontext() if self._current == i else self._onloaded(i):
                 return call(*args, **kwargs)
 
         return run
 
     @contextmanager
-    def _present(self, i: int) -> Iterator[None]:
+    def _onloaded(self, i: int) -> Iterator[None]:
         """Inside, block i is on the device, and block i + 1 is being copied."""
-        assert self._inside is None, f"block {i} within block {self._inside}"
-        if self._ahead is None or self._ahead[0] != i:
+        assert self._current is None, f"block {i} within block {self._current}"
+        if self._prefetched is None or self._prefetched[0] != i:
             self._fetch(i)
-        here, host = self._ahead[1], [tensor.data for tensor in self._blocks[i]]
+        here, host = self._prefetched[1], [tensor.data for tensor in self._blocks[i]]
         if self._gpu:
             torch.cuda.current_stream(self.device).wait_event(self._filled[i % 2])
-        self._inside, self._ahead = i, None
+        self._current, self._prefetched = i, None
         try:
             for tensor, value in zip(self._blocks[i], here, strict=True):
                 tensor.data = value
@@ -117,25 +117,25 @@ class BlockOffload:
             for tensor, value in zip(self._blocks[i], host, strict=True):
                 tensor.data = value
             if self._gpu:
-                self._left[i % 2].record(torch.cuda.current_stream(self.device))
-            self._inside = None
+                self._finished[i % 2].record(torch.cuda.current_stream(self.device))
+            self._current = None
 
     def _fetch(self, i: int) -> None:
         """Start to copy block i into its buffer, after the block that is in there has finished."""
         slot, start, there = self._slots[i % 2], 0, []
         with torch.cuda.stream(self._copies) if self._gpu else nullcontext():
             if self._gpu:
-                self._copies.wait_event(self._left[i % 2])
+                self._copies.wait_event(self._finished[i % 2])
             for tensor in self._blocks[i]:
                 place = slot[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 there.append(place.copy_(tensor.data, non_blocking=True))
-                start += _room(tensor)
+                start += _aligned_size(tensor)
             if self._gpu:
                 self._filled[i % 2].record(self._copies)
-        self._ahead = (i, there)
+        self._prefetched = (i, there)
 
 
-def _room(tensor: Tensor) -> int:
+def _aligned_size(tensor: Tensor) -> int:
     """Bytes of a tensor in a buffer, rounded up to an alignment of 256."""
     return -(-tensor.nbytes // 256) * 256
 

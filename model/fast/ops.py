@@ -5,7 +5,7 @@
     quantize_rows   GELU and quantization to float8
     linear_gelu     GELU in the epilogue of a matrix product (a kernel of torch)
 
-Tokens [B, L, D] are frame-major. The AdaLN modulation `table` [B, 1 or F, 6, D], float32, holds shift, scale and gate
+Tokens [B, L, D] are frame-major. `modulation` [B, 1 or F, 6, D], float32, holds AdaLN's shift, scale and gate
 of self-attention and of the feed-forward for each frame. Float8 is e4m3 with a scale per row, as in model/fp8.py.
 Values are rounded at the same places as in model/causal_wan.py. Operators are opaque to torch.compile, which does not
 change the layouts of their inputs.
@@ -19,27 +19,27 @@ from model.cache import cast_for_cache
 from model.causal_wan import _gate, _modulate, _rotate
 from model.fp8 import E4M3, quantize
 
-GATE, FFN_GATE, SHIFT, FFN_SHIFT = 2, 5, 0, 3  # rows of a table; a scale follows its shift
+GATE, FFN_GATE, SHIFT, FFN_SHIFT = 2, 5, 0, 3  # rows of a modulation; a scale follows its shift
 NONE = -1
 
 
 @torch.library.custom_op(
     "diagonal::residual_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor? branch, Tensor table, int gate, int shift, Tensor? weight, Tensor? bias, float eps, "
-    "bool scaled) -> Tensor[]",
+    schema="(Tensor x, Tensor? branch, Tensor modulation, int gate, int shift, Tensor? weight, Tensor? bias, "
+    "float eps, bool scaled) -> Tensor[]",
 )
-def _residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled):
+def _residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, scaled):
     if x.is_cuda:
         from model.fast import triton_kernels
 
         dtype = E4M3 if scaled else x.dtype
-        return triton_kernels.residual_norm(x, branch, table, gate, shift, weight, bias, eps, dtype, scaled)
-    return reference_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled)
+        return triton_kernels.residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, dtype, scaled)
+    return reference_residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, scaled)
 
 
 @_residual_norm.register_fake
-def _(x, branch, table, gate, shift, weight, bias, eps, scaled):
+def _(x, branch, modulation, gate, shift, weight, bias, eps, scaled):
     out = [] if branch is None else [x.new_empty(x.shape)]
     if shift >= 0 or weight is not None:
         out.append(x.new_empty(x.shape, dtype=E4M3 if scaled else x.dtype))
@@ -48,9 +48,9 @@ def _(x, branch, table, gate, shift, weight, bias, eps, scaled):
     return out
 
 
-def reference_residual_norm(x, branch, table, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
+def reference_residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
     """What the kernel computes, in torch."""
-    rows, out = table.unsqueeze(3).unbind(2), []
+    rows, out = modulation.unsqueeze(3).unbind(2), []
     if branch is not None:
         x = x + branch if gate < 0 else (x.float() + _gate(branch.float(), rows[gate])).type_as(x)
         out.append(x)
@@ -67,7 +67,7 @@ def reference_residual_norm(x, branch, table, gate, shift, weight, bias, eps, sc
 
 def residual_norm(
     x: Tensor,
-    table: Tensor,
+    modulation: Tensor,
     *,
     branch: Tensor | None = None,
     gate: int = NONE,
@@ -78,11 +78,11 @@ def residual_norm(
 ) -> list[Tensor]:
     """x [B, L, D] -> list of those asked for: x + gate * branch, its layer norm, the norm's float8 scales [B L, 1].
 
-    branch: added to x, multiplied by row `gate` of the table in float32 if one is given. shift: row of the table with
+    branch: added to x, multiplied by row `gate` of the modulation in float32 if one is given. shift: its row with
     the shift of the norm; the scale is the row after it. affine: instead, weight and bias of the norm. Without either
     there is no norm. scaled: quantize the norm to float8.
     """
-    return torch.ops.diagonal.residual_norm(x, branch, table, gate, shift, *(affine or (None, None)), eps, scaled)
+    return torch.ops.diagonal.residual_norm(x, branch, modulation, gate, shift, *(affine or (None, None)), eps, scaled)
 
 
 @torch.library.custom_op("diagonal::qk_norm_rope", mutates_args=("k_slot", "v_slot"))
@@ -105,8 +105,8 @@ def qk_norm_rope(
     if qkv.is_cuda:
         from model.fast import triton_kernels
 
-        narrow = k_slot.dtype is E4M3
-        return triton_kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps, narrow)
+        float8 = k_slot.dtype is E4M3
+        return triton_kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps, float8)
     return reference_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, k_slot, v_slot, q_eps, k_eps)
 
 

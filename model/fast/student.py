@@ -207,26 +207,27 @@ class FastStep:
             x = group.split(x)
         temb, modulation = model._embed_time(t, x.dtype)
         modulations = self._adaln_tables(model, modulation) if self.fused else [modulation] * len(layers)
-        for block, table, past, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
-            own, seen = slice(past.start, past.start + past.tokens), slice(past.end)
-            q = self._project(block, x, table, rotary_emb, past.keys[:, own], past.values[:, own])
-            attended = attend(kernels.self_attention, q, past.keys[:, seen], past.values[:, seen])
+        for block, modulation, layer, (k, v) in zip(model.blocks, modulations, layers, text, strict=True):
+            own, seen = slice(layer.start, layer.start + layer.tokens), slice(layer.end)
+            q = self._project(block, x, modulation, rotary_emb, layer.keys[:, own], layer.values[:, own])
+            attended = attend(kernels.self_attention, q, layer.keys[:, seen], layer.values[:, seen])
             if group is not None:
                 attended = group.tokens_from(attended)
-            x, q = self._query(block, x, table, attended)
-            x = self._feed_forward(block, x, table, attend(kernels.cross_attention, q, k, v), self.plan.fused_gelu)
+            x, q = self._query(block, x, modulation, attended)
+            x = self._feed_forward(block, x, modulation, attend(kernels.cross_attention, q, k, v), self.plan.fused_gelu)
         y = self._head(model, x, temb)
         return self._to_x0(model, y if group is None else group.gather(y), x_t, t)
 
     def _project(
-        self, block: CausalWanBlock, x: Tensor, table: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor, v_slot: Tensor
+        self, block: CausalWanBlock, x: Tensor, modulation: Tensor, rotary_emb: RotaryEmb, k_slot: Tensor,
+        v_slot: Tensor,
     ) -> Tensor:
         """`pre_attention`; where ranks share the tokens, of all tokens and this rank's heads."""
         group = self.model.sequence
         if group is None:
-            return self._pre_attention(block, x, table, rotary_emb, k_slot, v_slot)
+            return self._pre_attention(block, x, modulation, rotary_emb, k_slot, v_slot)
         k, v = (k_slot.new_empty(*x.shape[:2], block.attn1.heads, k_slot.shape[3]) for _ in range(2))
-        q = self._pre_attention(block, x, table, rotary_emb, k, v)
+        q = self._pre_attention(block, x, modulation, rotary_emb, k, v)
         return group.heads_into(q, k, v, k_slot, v_slot)
 
 
@@ -241,13 +242,13 @@ class FastStudent(Student):
         self.plan, self.step = plan, FastStep(model, plan, backend)
         self.cache_dtype = E4M3 if plan.fp8_cache else None
         self.recorder: Callable[[], Recorder] | None = CUDAGraphRecorder if plan.cuda_graphs else None
-        self._books = WeakTensorKeyDictionary()  # keyed by the first layer's keys: freed with the cache
+        self._graph_caches = WeakTensorKeyDictionary()  # keyed by the first layer's keys: freed with the cache
         self._rotation: tuple[tuple, RotaryEmb] | None = None
 
     @property
     def graphs(self) -> int:
         """Number of captured CUDA graphs, over all caches that are alive."""
-        return sum(len(book.replays) for book in self._books.values())
+        return sum(len(graph_cache.replays) for graph_cache in self._graph_caches.values())
 
     def x0(
         self,
@@ -271,10 +272,11 @@ class FastStudent(Student):
         rotary_emb = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:
             return self.step(x_t, t, rotary_emb, text, layers)
-        book = self._books.get(layers[0].keys)
-        if book is None or not book.fits(x_t, t, text):
-            self._books[layers[0].keys] = book = CUDAGraphCache(self.step, self.recorder(), x_t, t, rotary_emb, text)
-        return book.run(x_t, t, rotary_emb, text, layers)
+        graph_cache = self._graph_caches.get(layers[0].keys)
+        if graph_cache is None or not graph_cache.fits(x_t, t, text):
+            graph_cache = CUDAGraphCache(self.step, self.recorder(), x_t, t, rotary_emb, text)
+            self._graph_caches[layers[0].keys] = graph_cache
+        return graph_cache.run(x_t, t, rotary_emb, text, layers)
 
     def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> RotaryEmb:
         """cos and sin of the chunk; the same tensors in all steps of a chunk."""

@@ -40,17 +40,17 @@ class FastTinyDecoder:
         self._blocks = [layer for layer in layers if isinstance(layer, MemoryBlock)]
         self._strides = [layer.stride for layer in layers if isinstance(layer, TemporalUpsample)]
         ends = [i for i, layer in enumerate(layers) if isinstance(layer, TemporalUpsample)]
-        self._ends = [_Merged(end_weight(layers[i], layers[i + 1]), layers[i + 1].bias) for i in ends]
-        self._colours = _Merged(colour_weight(self._last, self._strides[-1]), self._last.bias)
-        self._enter, self._block = compiler(_enter), compiler(_block)
-        self._spread, self._inside, self._colour = compiler(_spread), compiler(_inside), compiler(_colour)
+        self._ends = [_MergedConv2d(stage_end_weight(layers[i], layers[i + 1]), layers[i + 1].bias) for i in ends]
+        self._rgb = _MergedConv2d(rgb_weight(self._last, self._strides[-1]), self._last.bias)
+        self._stem, self._block = compiler(_stem), compiler(_block)
+        self._spread, self._inside, self._to_rgb = compiler(_spread), compiler(_inside), compiler(_to_rgb)
 
     def __call__(self, latents: Tensor, memory: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Latents [B, F, C, h, w] -> frames [B, 4 F, 3, 8 h, 8 w] in about [0, 1], and the memory after them."""
         batch, after = latents.shape[0], []
-        own, merged = self._first.weight, self._colours.weight
+        own, merged = self._first.weight, self._rgb.weight
         assert own.dtype == merged.dtype and own.device == merged.device, "the decoder was moved after it was made fast"
-        x = self._enter(latents.flatten(0, 1), self._first.weight, self._first.bias)
+        x = self._stem(latents.flatten(0, 1), self._first.weight, self._first.bias)
         for stage, (end, stride) in enumerate(zip(self._ends, self._strides, strict=True)):
             for block in self._blocks[3 * stage : 3 * stage + 3]:
                 frames = x.unflatten(0, (batch, -1))
@@ -61,11 +61,11 @@ class FastTinyDecoder:
             kinds = end.convolve(x, padding=1)
             if stage < len(self._ends) - 1:
                 x = self._spread(kinds, end.bias, stride)
-        colours = self._colours.convolve(self._inside(kinds, end.bias, stride), padding=0)
-        return self._colour(colours, self._colours.bias, stride).unflatten(0, (batch, -1)), after
+        colours = self._rgb.convolve(self._inside(kinds, end.bias, stride), padding=0)
+        return self._to_rgb(colours, self._rgb.bias, stride).unflatten(0, (batch, -1)), after
 
 
-class _Merged:
+class _MergedConv2d:
     """A 2x2 convolution that is equivalent to several layers; the reader of its output adds `bias`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -76,7 +76,7 @@ class _Merged:
         return conv2d(x.movedim(-1, 1), self.weight, padding=padding).movedim(1, -1).contiguous()
 
 
-def end_weight(growth: TemporalUpsample, convolution: nn.Conv2d) -> Tensor:
+def stage_end_weight(growth: TemporalUpsample, convolution: nn.Conv2d) -> Tensor:
     """Weight [s 2 2 O, C, 2, 2] of a stage's last layers. Output channels: (frame, odd row, odd column, channel)."""
     sees = torch.zeros(2, 2, 3)  # (kind, tap of the 2x2 convolution, tap of the 3x3)
     sees[0, 0, 0] = sees[0, 1, 1] = sees[0, 1, 2] = 1
@@ -87,7 +87,7 @@ def end_weight(growth: TemporalUpsample, convolution: nn.Conv2d) -> Tensor:
     return both.flatten(0, 3).to(convolution.weight.dtype)
 
 
-def colour_weight(convolution: nn.Conv2d, stride: int) -> Tensor:
+def rgb_weight(convolution: nn.Conv2d, stride: int) -> Tensor:
     """Weight [s 2 2 3, s 2 2 O, 2, 2] of the last convolution; its input are the kinds of the last stage."""
     at = torch.zeros(2, 2, 2, 3)  # (kind of the output, kind of the input, tap of the 2x2, tap of the 3x3)
     for out in range(2):
@@ -108,7 +108,7 @@ def _weights(block: MemoryBlock) -> list[Tensor]:
     return [tensor for i in (0, 2, 4) for tensor in (block.conv[i].weight, block.conv[i].bias)]
 
 
-def _enter(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _stem(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = (torch.tanh(latents / 3) * 3).contiguous(memory_format=torch.channels_last)
     return relu(conv2d(x, weight, bias, padding=1)).movedim(1, -1)
 
@@ -159,7 +159,7 @@ def _inside(kinds: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     return x.relu().masked_fill_(~there, 0).flatten(3)  # not in place: compiled, it would write `kinds`
 
 
-def _colour(kinds: Tensor, bias: Tensor, stride: int) -> Tensor:
+def _to_rgb(kinds: Tensor, bias: Tensor, stride: int) -> Tensor:
     """[N, h, w, s 2 2 3] -> pixels [N s, 3, 2 h, 2 w], in channels-last layout."""
     x = kinds.unflatten(-1, (stride, 2, 2, 3)) + bias
     x = x.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3).flatten(0, 1).contiguous()

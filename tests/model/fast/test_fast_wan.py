@@ -101,8 +101,8 @@ class TestGraphs:
         states = cache_states(geo, 9)
         assert fast.graphs == len(FakeRecorder.made) == len(states) == 4
         tokens = geo.tokens_per_chunk
-        (book,) = fast._books.values()
-        assert sorted(book.replays) == sorted((own * tokens, end * tokens) for own, end in states)
+        (graph_cache,) = fast._graph_caches.values()
+        assert sorted(graph_cache.replays) == sorted((own * tokens, end * tokens) for own, end in states)
 
     def test_another_cache_is_another_book(self):
         geo = sizes(3, 1)
@@ -126,11 +126,11 @@ class TestGraphs:
                     got = fast.x0(latents, STEPS[0], kv, cache.begin(0), 0)
             expected = plain.x0(latents, STEPS[0], kv, stream_cache(plain.model, geo, 2).begin(0), 0)
         compare([got], [expected], 2e-6)
-        assert len(FakeRecorder.made) == len(fast._books) == 2
+        assert len(FakeRecorder.made) == len(fast._graph_caches) == 2
         FakeRecorder.made.clear()
-        fast._books[caches[0]._keys[0]].replays.clear()  # fakes hold the cache; a graph does not
+        fast._graph_caches[caches[0]._keys[0]].replays.clear()  # fakes hold the cache; a graph does not
         del caches[0], cache
-        assert len(fast._books) == 1
+        assert len(fast._graph_caches) == 1
 
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -152,9 +152,9 @@ class TestGraphs:
             for _ in range(4):
                 for cache, n in caches:
                     compare([step(fast, cache, n)], [expected[n]], 5e-3)
-            assert len(fast._books) == fast.graphs == len(batches)
+            assert len(fast._graph_caches) == fast.graphs == len(batches)
             del caches, cache
-            assert not len(fast._books)
+            assert not len(fast._graph_caches)
 
     def test_results_are_not_overwritten(self):
         geo = sizes(3, 1)

@@ -11,7 +11,7 @@ from small_wan import build
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from model.fast.fp8_teacher import TIMES, FrozenFp8Linear, quantize_and_compare, quantize_network
+from model.fast.fp8_teacher import PROBE_TIMESTEPS, FrozenFp8Linear, quantize_and_compare, quantize_network
 from model.fp8 import E4M3
 from model.memory import distill_plan
 from model.sizes import TransformerSize
@@ -46,7 +46,7 @@ def test_a_rounded_network_is_near_what_it_was(dtype):
     network = build(attention_head_dim=32, text_dim=32, num_layers=4)[1].to(dtype).requires_grad_(False)
     said, errors = quantize_and_compare(network)
     assert said == "float8: 16 linears in 2 of 4 blocks"
-    assert list(errors) == list(TIMES) and all(1e-3 < error < 0.06 for error in errors.values()), errors
+    assert list(errors) == list(PROBE_TIMESTEPS) and all(1e-3 < error < 0.06 for error in errors.values()), errors
     kinds = {type(block.ffn.net[2]) is FrozenFp8Linear for block in (network.blocks[0], network.blocks[-1])}
     assert kinds == {False} and len(linears(network)) == 16
 
@@ -54,7 +54,7 @@ def test_a_rounded_network_is_near_what_it_was(dtype):
 def compare(assets: str) -> bool:
     """On each rank: the parts of what is rounded in parts are those of what is rounded whole, and as small."""
     alone, errors = frozen_teacher(case(assets, FP8), ParallelPlan(case(assets, FP8).training, CPU))
-    assert list(errors) == list(TIMES)
+    assert list(errors) == list(PROBE_TIMESTEPS)
     with group() as ranks:
         config = case(assets, FP8, "training.sharding=full")
         parts, errors = frozen_teacher(config, ParallelPlan(config.training, CPU, mesh_of(config.training, CPU)))
