@@ -42,7 +42,7 @@ def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace
     flag("--config_path", "configs/tiny.yaml", "what each worker loads", metavar="FILE")
     flag("--host", "127.0.0.1", "address to listen at; other machines need keys")
     flag("--port", program.port, "0 = any that is free", int)
-    flag("--workers", program.workers, "processes with the model in each; 0 = one a GPU, or one", int)
+    flag("--workers", program.workers, "processes with the model in each; 0 = one a GPU or group of GPUs", int)
     parser.add_argument("--keys_file", metavar="FILE", help="API keys, `NAME KEY` a line; also in DIAGONAL_API_KEYS")
     parser.add_argument(
         "--allow_origin", action="append", default=[], metavar="https://HOST",
@@ -58,6 +58,7 @@ def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace
     flag("--keep_hours", jobs.keep_hours, "until a finished job is deleted", float)
     flag("--grace_seconds", 20.0, "that running jobs have to finish when the server is stopped", float)
     flag("--visitors", live.visitors, "live connections at once", int)
+    flag("--streams", live.streams, "live streams of a worker; 0 = as many as it keeps at their rate", int)
     flag("--idle_seconds", live.idle_seconds, "until a silent live connection is closed", float)
     flag("--max_seconds", live.max_seconds, "of one video", float)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
@@ -71,7 +72,9 @@ def run(program: Program) -> int:
     keys = read_keys(args.keys_file)
     origins = [origin.lower().rstrip("/") for origin in args.allow_origin]
     check_access(args.host, keys, origins)
-    live = Limits(visitors=args.visitors, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds)
+    live = Limits(
+        visitors=args.visitors, streams=args.streams, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds
+    )
     jobs = JobLimits(
         queue=args.queue, queue_per_key=args.queue_per_key, kept_per_key=args.kept_per_key, keep_hours=args.keep_hours
     )
@@ -79,7 +82,9 @@ def run(program: Program) -> int:
         raise UserError(f"--grace_seconds={args.grace_seconds:g} is out of range; give 0 to 86,400")
     loras = read_loras(args.lora)
     source = ModelSource(args.config_path, tuple(args.settings), loras)
-    workers = args.workers or (max(1, len(gpus())) if source.config().device != "cpu" else 1)
+    config = source.config()
+    groups = len(gpus()) // config.inference.sequence_parallel if config.device != "cpu" else 1
+    workers = args.workers or max(1, groups)
     pool = WorkerPool(source, workers, live)
     store = JobStore(Path(args.jobs_folder), jobs)
     listener = bound_socket(args.host, args.port)

@@ -30,6 +30,7 @@ from configs.schema import CONTEXTS, SWITCHES
 from model.schedule import PRESETS, Schedule
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.provenance import commit, versions
+from pipeline.sequence_parallel import ParallelStudent
 from pipeline.snapshot import Snapshot
 from pipeline.stream import ChunkResult, StreamSession
 from server.adapters import Adapters
@@ -67,7 +68,10 @@ def run(line: Connection, source: ModelSource, number: int, limits: Limits, pare
             raise
         line.send(("failed", 0, explained[0].removeprefix("error: ")))
         return
-    worker.serve()
+    try:
+        worker.serve()
+    finally:
+        pipe.close()
 
 
 def new_session(pipe: DiagonalPipeline) -> StreamSession:
@@ -621,8 +625,8 @@ class WorkerProcess:
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a chunk could not be made")
-                if not self._usable():
-                    raise  # the front starts another process
+            if not self._usable():
+                raise  # the front starts another process
             self._fault(turn, error)
             return
         if isinstance(turn, Stream):
@@ -639,7 +643,10 @@ class WorkerProcess:
             self._finish(turn)
 
     def _usable(self) -> bool:
-        """Whether the GPU still computes, after an error that was not foreseen."""
+        """Whether the GPU still computes, after an error, and the other GPUs that share the student."""
+        student = self.pipe.session.student
+        if isinstance(student, ParallelStudent) and student.ranks.failure:
+            return False
         try:
             torch.zeros(1, device=self.pipe.session.device).add_(1).cpu()
         except RuntimeError:
