@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=PYTHON,
     packages=find_packages(include=["client", "configs*", "model*", "pipeline*", "server*", "trainer*", "utils*"]),
-    package_data={"": ["py.typed"], "server": ["static/*"], "configs": ["*.yaml", "networks/*.json"]},
+    package_data={"": ["py.typed"], "server": ["static/*"], "configs": ["*.yaml", "world/*.yaml", "networks/*.json"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own

@@ -8,6 +8,7 @@ from configs.optimizer_schema import OptimizerConfig
 from configs.validate import check_bounds, number, one_of
 
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "causal_ode", "ode_regression", "distill")
+WORLD_STAGES = ("world_text", "world_vae", "world_teacher", "world_causal")  # of the moving world
 ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
 SHARDINGS = ("none", "full", "hybrid")
 SEQUENCE_STUDENTS = ("whole", "shared")
@@ -62,6 +63,7 @@ class CodecLossConfig:
     # squared error of the colour alone, which is learnt last: only small subjects have one
     chroma: float = number(20.0, 0, 1_000_000)
     kl: float = number(1e-5, 0, 1_000_000)  # KL to the unit normal, mean over latent values
+    stills: float = number(0.0, 0, 1)  # world_vae: share of the steps, the first ones, that see single frames alone
     decoder_only: bool = False  # the encoder stays as it is, and so do the latents that other networks have learnt
 
     def __post_init__(self):
@@ -116,7 +118,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         check_bounds("training", self)
-        one_of(STAGES, "training", self, "stage")
+        one_of((*STAGES, *WORLD_STAGES), "training", self, "stage")
         for logger in self.loggers:
             if logger not in LOGGERS:
                 raise UserError(f"training.loggers={self.loggers} names {logger}; use any of {', '.join(LOGGERS)}")
@@ -156,7 +158,7 @@ class TrainingConfig:
                 f"training.open_captions={self.open_captions} is for captions of the tiny world, and "
                 f"training.distill.prompts={self.distill.prompts} gives others; set open_captions=0 or prompts=null"
             )
-        if self.image_start and self.stage not in ("teacher_forcing", "few_steps", "distill"):
+        if self.image_start and self.stage not in ("teacher_forcing", "few_steps", "world_causal", "distill"):
             raise UserError(
                 f"training.image_start={self.image_start} is for stages teacher_forcing, few_steps and distill; "
                 f"set it to 0 for stage {self.stage}"

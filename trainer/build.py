@@ -4,7 +4,7 @@
 `config.json`, which gives a network of those sizes with fresh weights drawn from (seed, name).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,11 +107,11 @@ def vae(config: Config) -> AutoencoderKLWan:
     return load_vae(path, CPU, torch.float32)
 
 
-def trained_text_encoder(config: Config) -> TextEncoder:
-    """The tiny text encoder to train, with the tiny world's vocabulary."""
+def trained_text_encoder(config: Config, vocabulary: Sequence[str] = VOCABULARY) -> TextEncoder:
+    """The tiny text encoder to train, with the words of its world."""
     path = _source(config, "text_encoder")
     encoder = _fresh(config, "text_encoder", path)
-    return TextEncoder(encoder, word_tokenizer(VOCABULARY), config.model.text_tokens)
+    return TextEncoder(encoder, word_tokenizer(vocabulary), config.model.text_tokens)
 
 
 def frozen_text_encoder(config: Config, device: torch.device) -> TextEncoder:

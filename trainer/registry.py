@@ -11,11 +11,17 @@ from trainer.tiny.codec import CodecStage
 from trainer.tiny.few_steps import FewSteps
 from trainer.tiny.flow import Pretrain, TeacherForcing
 from trainer.tiny.text import TextStage
+from trainer.world.flow import WorldCausal, WorldTeacher
+from trainer.world.text import WorldText
+from trainer.world.vae import WorldVAE
 from utils.distributed import Ranks
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (TextStage, CodecStage, Pretrain, TeacherForcing, FewSteps, CausalODE, ODERegression, Distill)
+    for stage in (
+        *(TextStage, CodecStage, Pretrain, TeacherForcing, FewSteps, CausalODE, ODERegression, Distill),
+        *(WorldText, WorldVAE, WorldTeacher, WorldCausal),
+    )
 }
 
 

@@ -60,13 +60,18 @@ def causal_clips(
     return frames.movedim(-1, 2).float() / 127.5 - 1
 
 
-def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
-    """Share of clips in which each attribute is what the caption says; a contact sheet of the first eight."""
+def write_sheet(prompts: list[str], frames: Tensor, sheet: Path) -> None:
+    """A contact sheet of the first eight clips [B, T, 3, H, W] in [-1, 1], and their prompts beside it."""
     rows = frames[:8, :: max(1, frames.shape[1] // 9)]
     pixels = ((rows.flatten(0, 1).permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(pixels, columns=rows.shape[1]).save(sheet)
     sheet.with_suffix(".txt").write_text("\n".join(prompts[:8]) + "\n")
+
+
+def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
+    """Share of clips in which each attribute is what the caption says; a contact sheet of the first eight."""
+    write_sheet(prompts, frames, sheet)
     return {name: interval.value for name, interval in score_clips(prompts, frames).columns.items()}
 
 

@@ -86,7 +86,8 @@ def required_weights(config: Config, *, training: bool = False) -> list[tuple[st
     unread = {role for role in ("vae", "text_encoder") if role in init}
     if config.training.distill.encoded_prompts is not None:
         unread |= {"text_encoder", "tokenizer"}
+    alone = config.training.stage in ("text", "codec", "world_text", "world_vae")  # need no other network
     return [
         *(entry for entry in networks if not entry[1].endswith(".json") and not entry[1].startswith(RANDOM)),
-        *(entry for entry in found if entry[0] not in unread and config.training.stage not in ("text", "codec")),
+        *(entry for entry in found if entry[0] not in unread and not alone),
     ]

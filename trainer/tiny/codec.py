@@ -37,7 +37,7 @@ def codec_loss(x: Tensor, y: Tensor, kl: Tensor, weights: CodecLossConfig) -> di
         "mse": d.square().mean(),
         "chroma": (d - d.mean(2, keepdim=True)).square().mean(),
         "gradient": (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()) / 2,
-        "temporal": d.diff(dim=1).abs().mean(),
+        "temporal": d.diff(dim=1).abs().sum() / max(1, d[:, 1:].numel()),  # of a single frame, none
         "kl": kl.mean(),
     }
     loss = terms["l1"] + sum(vars(weights)[name] * term for name, term in terms.items() if name != "l1")
@@ -56,9 +56,13 @@ class CodecStage(Supervised):
             module.quant_conv.requires_grad_(False)
         super().__init__(config, device, ranks, module)
         self.codec = WanCodec(self.module)
-        self.world = TinyWorld(config.video.height, config.video.width)
-        t = config.training
-        self.bank = PixelBank(self.world, t.bank_clips, max(t.codec.clip_frames), config.seed, device)
+        self._render_bank()
+
+    def _render_bank(self) -> None:
+        c = self.config
+        self.world = TinyWorld(c.video.height, c.video.width)
+        frames = max(c.training.codec.clip_frames)
+        self.bank = PixelBank(self.world, c.training.bank_clips, frames, c.seed, self.device)
 
     def plan(self, step: int) -> int:
         """Length of the step's clips in frames."""

@@ -84,7 +84,7 @@ class LatentBank:
         self.starts = torch.tensor([(scene.x, scene.y) for scene in self.scenes], device=device)
         self.null = text([""])
         self.text = _captions(text, self.scenes, open_captions)
-        self.latents = _encoded(world.render, codec, self.scenes, frames, dtype, cache)
+        self.latents = encoded_clips(world.render, codec, self.scenes, frames, dtype, cache)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] float32 and text [B, L, D] of these clips."""
@@ -128,7 +128,7 @@ class SwitchedBank:
         ]
         self.text = _captions(text, [scene.after for scene in scenes])
         self.switch = torch.from_numpy(at).to(self.text.device)
-        self.latents = _encoded(partial(render_switched, world), codec, scenes, frames, dtype, cache)
+        self.latents = encoded_clips(partial(render_switched, world), codec, scenes, frames, dtype, cache)
 
 
 def _captions(text: TextEncoder, scenes: Sequence[TinyScene], open_share: float = 0.0) -> Tensor:
@@ -137,7 +137,7 @@ def _captions(text: TextEncoder, scenes: Sequence[TinyScene], open_share: float 
     return torch.cat([text(captions[i : i + 64]) for i in range(0, len(captions), 64)])
 
 
-def _encoded(
+def encoded_clips(
     render: Callable[..., Tensor], codec: WanCodec, scenes: Sequence[TinyScene | SwitchedScene], frames: int,
     dtype: torch.dtype, cache: Path | None,
 ) -> Tensor:  # fmt: skip

@@ -1,0 +1,92 @@
+"""Make the model of the moving world from nothing: its stages one after the other, in one process.
+
+    python scripts/train_world.py [--stages text vae ...] [--minutes 22] [key=value ...]
+
+Each stage is `train.py --config_path configs/world/<file>.yaml` and starts from what the ones before it wrote. The same
+command continues where a stopped run was; with --minutes it stops by itself, after a checkpoint. Settings given here go
+to every stage.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+from configs.errors import UserError  # noqa: E402
+from trainer.cli import parse  # noqa: E402
+from trainer.command import train  # noqa: E402
+from trainer.world.scene import World, training_caption  # noqa: E402
+from utils.files import atomic_path, check_writable  # noqa: E402
+from utils.seeds import stable_hash  # noqa: E402
+
+STAGES = ("text", "vae", "teacher", "causal", "four", "diagonal", "long")
+FILES = {"four": "distill", "diagonal": "distill"}  # in configs/world/, where it is not the stage's name
+PROMPTS = 16384
+
+
+def settings_of(stage: str, output: str, logdir: str) -> list[str]:
+    """Where a stage's networks come from and go to, and what the run of it changes in its file."""
+    teacher, start = f"{output}/teacher", f"{logdir}/causal_start"
+    before = {"four": start, "diagonal": f"{logdir}/four/export", "long": f"{logdir}/diagonal/export"}
+    settings = [f"model.{name}={output}/{name}" for name in ("student", "vae", "text_encoder")]
+    settings.append(f"model.tokenizer={output}/text_encoder")
+    exports = {"text": "text_encoder", "vae": "vae", "teacher": "teacher", "long": "student"}
+    if stage in exports:
+        settings.append(f"training.export={output}/{exports[stage]}")
+    if stage == "causal":
+        settings += [f"training.init.student={teacher}", f"training.export={start}"]
+    if stage in before:
+        settings += [f"training.init.student={before[stage]}", f"training.init.teacher={teacher}"]
+        settings.append(f"training.distill.prompts={logdir}/prompts.txt")
+    return settings + ["schedule.steps=4"] * (stage == "four")
+
+
+def write_prompts(file: Path, count: int) -> None:
+    """Captions for distillation, which needs no clips: as people type them, one a line."""
+    scenes = World().scenes(stable_hash(0, "prompts"), count)
+    text = "".join(training_caption(scene) + "\n" for scene in scenes)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as aside:
+            aside.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    parser = exits.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--logdir", default="logs/world", help="folder of the runs, one folder a stage (%(default)s)")
+    parser.add_argument("--output", default="assets/world", help="folder of the networks (%(default)s)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help="some of them")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="captions that distillation sees (%(default)s)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long, as Ctrl-C does")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.validation_clips=256")
+    args = parser.parse_intermixed_args()
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes} is no time; give more than 0")
+    logdir, output = (check_writable(v, flag) for v, flag in ((args.logdir, "--logdir"), (args.output, "--output")))
+    write_prompts(logdir / "prompts.txt", args.prompts)
+    if args.minutes is not None:
+        alarm = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        alarm.daemon = True
+        alarm.start()
+    rows = []
+    for stage in args.stages:
+        start = time.perf_counter()
+        flags = ["--config_path", f"configs/world/{FILES.get(stage, stage)}.yaml", "--logdir", f"{logdir}/{stage}"]
+        ended = train(parse([*flags, *settings_of(stage, str(output), str(logdir)), *args.settings]))
+        rows.append(f"{stage:<10} {time.perf_counter() - start:>8.1f}{'' if ended else '  stopped'}")
+        if not ended:
+            break
+    print("\n".join([f"{'stage':<10} {'seconds':>8}", *rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    exits.run(main)

@@ -1,0 +1,87 @@
+"""Stages of the moving world: what they are fed, that they learn, and that the recipe's parts fit each other."""
+
+import pytest
+import torch
+
+from configs.load import CHECKOUT, load_config
+from scripts.train_world import FILES, STAGES, settings_of, write_prompts
+from trainer.registry import build_stage
+from trainer.world.captions import VALUES, parse_caption
+from utils.distributed import Ranks
+
+CPU = torch.device("cpu")
+SMALL = [
+    *(f"model.{name}=assets/tiny/text_encoder" for name in ("text_encoder", "tokenizer")), "model.vae=assets/tiny/vae",
+    "training.precision=float32", "training.compile=false", "training.global_batch=2", "training.micro_batch=2",
+    "training.flow.bank_cache=null", "training.flow.first_chunk_batch=2", "training.ema_start_step=0",
+]  # fmt: skip
+
+
+def stage(file: str, *settings: str):
+    return build_stage(load_config(f"configs/world/{file}.yaml", [*SMALL, *settings]), CPU, Ranks())
+
+
+def test_every_stage_starts_from_what_one_before_it_wrote():
+    written = set()
+    for name in STAGES:
+        settings = settings_of(name, "out", "runs")
+        config = load_config(f"configs/world/{FILES.get(name, name)}.yaml", settings)
+        starts = {path for path in config.training.init.values() if not path.endswith(".json")}
+        needs = {config.model.text_encoder} if name not in ("text", "vae") else set()
+        needs |= {config.model.vae} if name not in ("text", "vae") else set()
+        assert starts | needs <= written, name
+        written.add(config.training.export or f"runs/{name}/export")
+        assert str(config.schedule.steps) == ("4" if name == "four" else "4322222")
+    assert written >= {"out/student", "out/teacher", "out/vae", "out/text_encoder"}
+
+
+def test_the_recipe_has_at_most_eight_files_and_names_weights_consistently():
+    files = sorted(file.stem for file in (CHECKOUT / "configs" / "world").glob("*.yaml"))
+    assert set(files) == {"world", *(FILES.get(name, name) for name in STAGES)} and len(files) <= 8
+    for name in set(STAGES) - {"four"}:  # the files alone say what the program says
+        file = f"configs/world/{FILES.get(name, name)}.yaml"
+        assert load_config(file, settings_of(name, "assets/world", "logs/world")) == load_config(file, []), name
+
+
+def test_prompts_for_distillation_are_captions_and_are_written_once(tmp_path):
+    file = tmp_path / "runs" / "prompts.txt"
+    write_prompts(file, 5)
+    lines, before = file.read_text().splitlines(), file.stat().st_mtime_ns
+    assert len(lines) == 5 and all(any(parse_caption(line).values()) for line in lines)
+    write_prompts(file, 5)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_the_text_encoder_learns_every_attribute():
+    learner = stage("text", "training.bank_clips=64", "training.global_batch=32", "training.micro_batch=32",
+                    "training.optimizer.warmup_steps=0")  # fmt: skip
+    first = learner.update(0)
+    for step in range(1, 12):
+        last = learner.update(step)
+    assert all(last[name] < first[name] for name in VALUES)
+
+
+def test_the_vae_sees_single_frames_first_then_clips_and_squares_about_the_subject():
+    learner = stage("vae", "training.bank_clips=3", "training.codec.clip_frames=[5,9]", "training.steps=100",
+                    "training.codec.crop=48")  # fmt: skip
+    plans = [learner.plan(step) for step in range(100)]
+    assert {frames for frames, _ in plans[:35]} == {1} and {frames for frames, _ in plans[35:]} == {5, 9}
+    assert {crop for _, crop in plans} == {0, 48}
+    step = plans.index((5, 48))
+    batch = learner.batch(step, 0)
+    assert batch["pixels"].shape == (2, 5, 3, 48, 48) and batch["eps"].shape == (2, 2, 16, 6, 6)
+    chroma = batch["pixels"].amax(2) - batch["pixels"].amin(2)
+    assert (chroma.flatten(1).amax(1) > 0.5).all()  # a subject is in each
+    still = plans.index((1, 0))
+    assert learner.batch(still, 0)["pixels"].shape == (1, 1, 3, 96, 160)
+    for step in (still, plans.index((5, 48))):
+        assert all(value.isfinite() for value in learner.update(step).values())
+
+
+@pytest.mark.parametrize("file, network", [("teacher", "transformer"), ("causal", "student")])
+def test_flow_stages_train_on_the_moving_world(file, network):
+    small = f"training.init.{network}=configs/networks/tiny_transformer.json"
+    learner = stage(file, small, "video.num_latent_frames=6", "training.bank_clips=2", "training.validation_clips=0")
+    assert learner.bank.latents.shape == (2, 6, 16, 12, 20)
+    losses = [float(learner.update(step)["loss"]) for step in range(2)]
+    assert all(0 < loss < 10 for loss in losses)
