@@ -18,7 +18,7 @@ from model.weights.inspection import WeightInfo, inspect_weights, required_weigh
 from utils import machine
 from utils.prompts import read_prompts
 
-TORCH = ("2.11", "2.12", "2.13")
+TORCH = ("2.11", "2.12", "2.13", "2.14")  # the range of setup.py
 VIDEO_SPACE = 200_000_000  # bytes that must be free where videos go
 ROLES_WITH_EMA = ("student",)
 NETWORKS = ("student", "teacher", "critic")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 from weight_layouts import write_wan_folder
 
@@ -203,6 +205,13 @@ def test_a_gpu_that_takes_the_host_s_memory(nvidia_smi, monkeypatch, unknown):
     assert "NVIDIA GB10, the host's memory, sm 12.1" in text and "none that a driver tells of" not in text
     monkeypatch.setattr(machine, "host_memory", lambda: GIB // 2)
     assert "the GPU has 0.5 GiB" in "".join(preflight.check_environment(load_config("configs/tiny.yaml")).problems)
+
+
+def test_torch_is_the_one_that_setup_asks_for():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    asked = Requirement(re.search('^TORCH = "(.+?)"', setup, re.MULTILINE).group(1))
+    versions = [f"2.{minor}.1" for minor in range(9, 20)]
+    assert [v for v in versions if v.startswith(preflight.TORCH)] == list(asked.specifier.filter(versions))
 
 
 def test_sizes_have_a_digit_to_show():
