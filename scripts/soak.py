@@ -155,6 +155,16 @@ def table(found: dict[str, Any]) -> str:
     return grid(rows)
 
 
+def course(rows: Sequence[dict[str, Any]], every: int) -> str:
+    """Medians between one checkpoint and the next, a line each."""
+    names = [*(name for name in MEMORY if name in rows[0]), "seconds_per_step"]
+    lines = [["after cycle", *names]]
+    for start in range(0, len(rows), every):
+        part = rows[start : start + every]
+        lines.append([str(start), *(f"{median(row[name] for row in part):.6g}" for name in names)])
+    return grid(lines)
+
+
 def read(logdir: Path) -> list[dict[str, Any]]:
     """A run's rows of steps."""
     return [row for row in read_jsonl(logdir / METRICS) if "seconds_per_step" in row]
@@ -185,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start(args, settings, whole)
     heard, rows = json.loads((whole / "heard.json").read_text()), read(whole)
     found = steadiness(rows, args.every)
-    print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(found)}")
+    print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(found)}\n")
+    print(course(rows, args.every), end="\n\n")
     print("\n".join(["warnings of the run:", *heard["warnings"]]) if heard["warnings"] else "no warnings", flush=True)
     if args.json:
         write_json_atomic(args.json, {"found": found, "warnings": heard["warnings"], "rows": rows})

@@ -25,6 +25,8 @@ def test_growth_and_drift_are_seen_and_saving_is_not():
         slow[i] = slow[i] | {"seconds_per_step": 50.0, "host": 1.0 if i < 2 else 100.0}
     found = soak.steadiness(slow, 10)
     assert not over(found) and found["seconds a step"][:2] == (2.0, 2.0)
+    course = [line.split() for line in soak.course(slow, 10).splitlines() if line.split()[0].isdigit()]
+    assert course == [[start, "10", "100", "2"] for start in ("0", "10", "20")]
 
 
 def test_a_resumed_run_that_differs_is_seen():
@@ -42,6 +44,7 @@ def test_a_soak(tmp_path, capsys):
     code = soak.main(["--cycles", "6", "--every", "2", *small])  # so short a time is no steady one
     text = capsys.readouterr().out
     assert code in (0, 1) and "6 cycles on 1 process;" in text and "no warnings" in text
+    assert [line.split()[0] for line in text.splitlines() if line[:1].isdigit()] == ["6", "0", "2", "4"]
     for name in soak.LOSSES:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name}, resumed")]
         assert "+0.00%" in line
