@@ -1,11 +1,11 @@
-"""Weights from one format to another, tensor by tensor: what is read is mapped, what is written is streamed.
+"""Conversion of weights between formats, tensor by tensor: input files are memory-mapped, output files streamed.
 
-    ours          folder: config.json, safetensors by our names, card.json; averaged weights beside them
-    diffusers     the same without a card, weights or averages alone
-    wan           folder: config.json of the original kind, safetensors by original names
+    ours          folder: config.json, safetensors with diffusers' names, card.json; EMA weights in a file of their own
+    diffusers     the same without a card, and with either weights or EMA weights
+    wan           folder: original Wan's config.json, safetensors with original names
     self-forcing  .pt: {"generator": {"model.<original name>": ...}, "generator_ema": ...}
 
-Tensors are neither transposed nor cast unless that is asked for, so that there and back gives the same bits.
+Tensors are not transposed, and cast only on request, so a round trip gives the same bits.
 """
 
 import json
@@ -40,7 +40,7 @@ STORAGE_TYPES |= {"Byte": torch.uint8, "Bool": torch.bool}
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written."""
+    """A tensor that is computed when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -48,14 +48,14 @@ class LazyTensor:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def lazy_tensors(
     plan: WeightPlan, loras: Sequence[tuple[LoraPlan, float]] = (), dtype: torch.dtype | None = None
 ) -> dict[str, LazyTensor]:
-    """The tensors of `plan` by our names, adapters merged in, cast to `dtype` (None: as they are)."""
+    """The tensors of `plan` by name, with adapters merged (plan, scale), in `dtype` (None = unchanged)."""
 
     def lazy(name: str) -> LazyTensor:
         own = plan.tensors.read(name).dtype  # of a map: nothing is read yet
@@ -82,9 +82,9 @@ def lazy_tensors(
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[int], Any] = lambda size: None
 ) -> None:
-    """One safetensors file, written as its tensors are read: widest numbers first, then by name, as the library has it.
+    """Write a safetensors file, one tensor at a time, in the library's order: widest dtype first, then by name.
 
-    done: called with the bytes of each tensor when it is written.
+    done: called with the size in bytes of each tensor that has been written.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -98,7 +98,7 @@ def write_safetensors(
             "data_offsets": place,
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that values are aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
@@ -113,7 +113,7 @@ def write_safetensors(
 def write_shards(
     folder: Path, stem: str, tensors: Mapping[str, LazyTensor], done: Callable[[int], Any], limit: int = SHARD_BYTES
 ) -> None:
-    """`stem.safetensors`, or shards of at most `limit` bytes with their index, as diffusers names them."""
+    """Write `stem.safetensors`, or shards of at most `limit` bytes and an index, named as diffusers names them."""
     shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.size for t in shards[-1].values()) + tensor.size > limit:
@@ -174,7 +174,7 @@ def write(
 
 
 def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, LazyTensor]], done: Callable[[int], Any]) -> None:
-    """A .pt. torch.save wants all tensors at once, so they go through a file that can be mapped."""
+    """Write a .pt file. torch.save needs all tensors at once, so they are first written to a file that is mapped."""
     if out.suffix != ".pt":
         raise UserError(f"out={out} is not the name of a .pt file, which form self-forcing is; give one")
     flat = {f"{part}:{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
@@ -193,10 +193,11 @@ def _write_checkpoint(out: Path, parts: Mapping[str, Mapping[str, LazyTensor]], 
 
 
 def read_tensors_only(path: Path) -> dict[str, Any]:
-    """Named tensors of a `.pt` that holds objects, too, which are left out and never made; dictionaries stay nested.
+    """The named tensors of a `.pt` file that also contains other objects, which are skipped and never created.
+    Dictionaries stay nested.
 
     Raises:
-        UserError: there are none, or the file is damaged.
+        UserError: there are no tensors, or the file is damaged.
     """
     ordinary_file("in", path)
     try:

@@ -1,8 +1,8 @@
-"""Weight files, checked and opened without reading what is in them.
+"""Weight files, checked and opened without reading their tensors.
 
-Tensors are read one at a time: safetensors through its own mapping of the file, `.pt` and `.pth` through
-`torch.load(mmap=True)`. Opening costs the headers; a file that is missing, cut short or not what its name says is
-refused in one sentence.
+Tensors are read one at a time: safetensors files are memory-mapped by the library, `.pt` and `.pth` by
+`torch.load(mmap=True)`. Opening reads only headers. A file that is missing, truncated, or of another type than its name
+says raises a UserError.
 """
 
 import functools
@@ -45,7 +45,7 @@ VAE_FILE = "Wan2.1_VAE.pth"
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
-# Words in a path, and what `scripts/download.py` calls the thing that is missing there.
+# Parts of a path, and the download of `scripts/download.py` that provides such a file.
 DOWNLOADS = (
     ("self_forcing", "self-forcing"),
     ("ode_init", "self-forcing"),
@@ -80,7 +80,7 @@ class StoredTensors:
         return sum(file.stat().st_size for file in self.files)
 
     def renamed(self, rename: Callable[[str], str | None]) -> "StoredTensors":
-        """The same tensors under other names; those that `rename` maps to None are left out."""
+        """The same tensors under other names, without those that `rename` maps to None."""
         origin: dict[str, str] = {}
         for old in self.shapes:
             new = rename(old)
@@ -126,7 +126,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def missing_weights(field: str, path: Path, what: str) -> UserError:
-    """The sentence for something that is not there: which, where it was looked for, and how to get it."""
+    """A UserError for a missing file: the setting, the path, and how to get the file."""
     if (ROOT / "assets") in path.parents:
         here = path.relative_to(ROOT)
         if (ROOT / "assets").is_dir():
@@ -164,7 +164,7 @@ def read_json(field: str, path: Path) -> dict[str, Any]:
 
 
 def check_finite(path: Path, key: str, value: "Tensor", hint: str = "") -> "Tensor":
-    """`value` of the tensor `key` in `path`, if all of it are numbers: the check of whatever is loaded."""
+    """`value` of tensor `key` in `path`, if it is finite; raises UserError otherwise. hint: ends the sentence."""
     import torch
 
     numbers = value.float() if value.itemsize == 1 else value  # aminmax knows no float8
@@ -189,7 +189,7 @@ def find_tokenizer(path: str | Path, name: str = "model.tokenizer") -> Path:
 
 
 def _check_tokenizer(name: str, folder: Path) -> None:
-    """Refuse what would hang its reader, or make gigabytes of a prompt."""
+    """Raise a UserError for files that would hang the tokenizer's library or make a prompt grow to gigabytes."""
     for file in folder.iterdir():
         if file.suffix in (".json", ".model", ".txt") and not file.is_dir():
             ordinary_file(name, file, MAX_TOKENIZER, fix="fetch it again")
@@ -205,7 +205,7 @@ def _check_tokenizer(name: str, folder: Path) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _check_rules(name: str, path: Path, changed: int) -> None:
-    """Refuse a tokenizer.json whose rules lengthen a text beyond reason, or take for ever to match."""
+    """Raise a UserError for a tokenizer.json with rules that expand a text beyond MAX_GROWTH or match very slowly."""
     try:
         told = parse_json(path.read_bytes())
         growth, rules = 1, [told.get("normalizer"), told.get("pre_tokenizer")]
@@ -229,12 +229,12 @@ def _check_rules(name: str, path: Path, changed: int) -> None:
 
 
 def is_slow_regex(pattern: str) -> bool:
-    """Whether matching a stranger's regular expression can take more than a moment: repeats of repeats, or many."""
+    """Whether matching an untrusted regular expression may be slow: nested repeats, or more than MAX_REPEATS."""
     return bool(REPEATED_GROUP.search(pattern)) or sum(map(pattern.count, "*+?{")) > MAX_REPEATS
 
 
 def shard_files(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
-    """The safetensors files `stem*.safetensors` of a folder, one or many, none of them missing."""
+    """The safetensors files of a folder, `stem.safetensors` or all shards. Raises UserError if one is missing."""
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
     if single.exists():
@@ -259,7 +259,7 @@ def shard_files(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
 
 
 def _check_safetensors(field: str, path: Path) -> StoredTensors:
-    """What its header tells; and what is wrong with a file that is not whole, in words, as the library has its own."""
+    """The tensors in a file's header, without values. Raises a UserError that says what is wrong with the file."""
     size = ordinary_file(field, path, fix=NO_FILE)
     with open(path, "rb") as file:
         start = file.read(8)
@@ -303,7 +303,7 @@ def open_safetensors(field: str, *files: Path) -> StoredTensors:
 
 
 def safetensors_headers(field: str, *files: Path) -> StoredTensors:
-    """Tensors of one or more safetensors files by their headers alone."""
+    """Tensors of one or more safetensors files, known only by their headers."""
     told = [_check_safetensors(field, file) for file in files]
     shapes = {name: shape for part in told for name, shape in part.shapes.items()}
     return StoredTensors(
@@ -312,7 +312,7 @@ def safetensors_headers(field: str, *files: Path) -> StoredTensors:
 
 
 def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
-    """What a `.pt` holds; `dry`: with a TensorRef in the place of each tensor."""
+    """The content of a `.pt` file. dry: with a TensorRef in place of each tensor."""
     ordinary_file(field, path, fix=NO_FILE)
     with open(path, "rb") as file:
         start = file.read(8)
@@ -344,9 +344,8 @@ def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
 
 
 def open_file(field: str, path: Path) -> dict[str, StoredTensors]:
-    """The parts of a file: a flat dictionary of tensors is the part `FLAT_PART`; a training checkpoint has several.
-
-    Dictionaries in dictionaries are parts, too: `module.average`.
+    """The parts of a file, by name. A flat dictionary of tensors is the part FLAT_PART; a training checkpoint has
+    several, and nested dictionaries are parts too (`module.average`).
     """
     if not path.exists():
         raise missing_weights(field, path, "does not exist")
@@ -360,7 +359,7 @@ def open_file(field: str, path: Path) -> dict[str, StoredTensors]:
 
 
 def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
-    """The dictionaries in what a `.pt` holds, two deep, by name."""
+    """The dictionaries in a `.pt` file, down to two levels, by name."""
     if not isinstance(data, Mapping):
         raise UserError(f"{field}: {path} holds a {type(data).__name__} and not named tensors; choose another file")
     parts = {FLAT_PART: data} | {name: value for name, value in data.items() if isinstance(value, Mapping)}
@@ -370,7 +369,7 @@ def _parts(field: str, path: Path, data: Any) -> dict[str, Mapping[Any, Any]]:
 
 
 def read_headers(field: str, path: Path) -> dict[str, StoredTensors]:
-    """The parts of a file as `open_file` has them, without torch, so that their values cannot be read."""
+    """As `open_file`, but without torch; values cannot be read."""
     if path.suffix == ".safetensors":
         return {FLAT_PART: safetensors_headers(field, path).dequantized()}
     if path.suffix not in PICKLES:

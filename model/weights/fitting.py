@@ -1,6 +1,6 @@
-"""Whether tensors are those of a network, told by their names and shapes alone, so that no torch is needed.
+"""Checks whether tensors are those of a network, by names and shapes only, without torch.
 
-What loads a network and what only looks at its files (`scripts/doctor.py`) refuse by these.
+Used to load a network and to inspect its files (`scripts/doctor.py`).
 """
 
 import re
@@ -13,14 +13,14 @@ from model.schedule import Schedule
 from model.weights import names
 from model.weights.files import FLAT_PART, T5_FILE, VAE_FILE, StoredTensors, read_json
 
-# Of any one number in a config.json. The largest published one is a vocabulary of 256,384; the two that have a limit of
-# their own size a table that exists before there are weights.
+# Largest value in a config.json; the largest published one is a vocabulary of 256,384. The two in MAX_SIZES determine
+# the size of a table that is allocated even on the meta device.
 MAX_SIZE = 1_000_000
 MAX_SIZES = {"rope_max_seq_len": 16_384, "attention_head_dim": 1024}
 
 
 def select_part(name: str, path: Path, parts: Mapping[str, StoredTensors], wanted: tuple[str, ...]) -> StoredTensors:
-    """The first of the `wanted` parts of a training checkpoint that is there, or the bare file; names unwrapped."""
+    """The first of the `wanted` parts that a training checkpoint has, or the flat file; wrappers removed from names."""
     averages = [part for part in names.STUDENT_EMA_PARTS if part in parts]
     averaged = wanted[0] in names.STUDENT_EMA_PARTS
     for part in (*wanted, *(() if averaged or averages else (FLAT_PART,))):
@@ -38,7 +38,7 @@ def select_part(name: str, path: Path, parts: Mapping[str, StoredTensors], wante
 
 
 def check_shapes(name: str, path: Path, tensors: StoredTensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """A UserError that lists what differs from the `wanted` shapes, and guesses why."""
+    """Raise a UserError that lists the differences from the `wanted` shapes, if there are any, and guesses why."""
     have = tensors.shapes
     lost, extra = sorted(wanted.keys() - have.keys()), sorted(have.keys() - wanted.keys())
     both = sorted(wanted.keys() & have.keys())
@@ -61,9 +61,9 @@ def check_shapes(name: str, path: Path, tensors: StoredTensors, wanted: Mapping[
 def as_transformer(
     name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]
 ) -> tuple[StoredTensors, dict[str, Any]]:
-    """A Wan transformer's tensors by our names, and its sizes as diffusers states them.
+    """A Wan transformer's tensors with diffusers' names, and its config in diffusers' format.
 
-    config: the config.json beside the tensors, of either kind; empty where there is none.
+    config: the config.json beside the tensors, diffusers' or original Wan's; empty if there is none.
     """
     if names.guess(tensors.shapes).startswith("an image-to-video") or config.get("model_type", "t2v") != "t2v":
         raise UserError(f"{name}={path} is an image-to-video Wan transformer; use text-to-video weights")
@@ -90,7 +90,7 @@ def as_transformer(
 def as_vae(
     name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]
 ) -> tuple[StoredTensors, dict[str, Any]]:
-    """As `as_transformer`, the Wan 2.1 VAE."""
+    """As `as_transformer`, for the Wan 2.1 VAE."""
     guess = names.guess(tensors.shapes)
     if not (guess == "a video VAE" if config else names.is_wan_vae(tensors.shapes)):
         raise UserError(f"{name}={path} is not a Wan 2.1 VAE; it seems to be {guess}, use {VAE_FILE}")
@@ -99,7 +99,7 @@ def as_vae(
         tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
     _plausible(name, path, config, tensors)
     for key in ("latents_mean", "latents_std"):
-        said = config.get(key, [1.0] * config.get("z_dim", 16))  # not said: those of the class, which are Wan's
+        said = config.get(key, [1.0] * config.get("z_dim", 16))  # default: those of diffusers' class, which are Wan's
         numbers = [n for n in said if isinstance(n, int | float)] if isinstance(said, list) else []
         if len(numbers) != config.get("z_dim", 16) or (key == "latents_std" and min(numbers) <= 0):
             raise UserError(f"{name}={path} says {key}={str(said)[:40]}, with which no latents can be; fetch it again")
@@ -109,7 +109,7 @@ def as_vae(
 def as_text_encoder(
     name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]
 ) -> tuple[StoredTensors, dict[str, Any]]:
-    """As `as_transformer`, UMT5's encoder, as transformers and ComfyUI name its tensors, or Wan."""
+    """As `as_transformer`, for UMT5's encoder with the names of transformers, ComfyUI or original Wan."""
     if names.is_wan_t5(tensors.shapes):
         tensors = tensors.renamed(names.t5_name)
     elif names.is_hf_t5(tensors.shapes):
@@ -125,7 +125,7 @@ def as_text_encoder(
 
 
 def as_lora(name: str, path: Path, tensors: StoredTensors) -> dict[str, names.LoraTensor]:
-    """What each tensor of an adapter is."""
+    """The meaning of each tensor of a LoRA. Raises UserError if one is unknown."""
     known = {tensor: names.lora_tensor(tensor) for tensor in tensors.shapes}
     odd = [tensor for tensor, parsed in known.items() if parsed is None]
     if odd or not any(parsed.part in ("A", "diff") for parsed in known.values()):
@@ -137,7 +137,7 @@ def as_lora(name: str, path: Path, tensors: StoredTensors) -> dict[str, names.Lo
 
 
 def expected_shapes(name: str, path: Path, of: Callable[..., names.Shapes], config: Mapping[str, Any]) -> names.Shapes:
-    """Names and shapes `of` a network of the sizes in `config`."""
+    """Names and shapes of the tensors of a network with this config. of: `names.wan_shapes` or `names.t5_shapes`."""
     try:
         return of(config)
     except (LookupError, ValueError, TypeError) as error:
@@ -145,7 +145,7 @@ def expected_shapes(name: str, path: Path, of: Callable[..., names.Shapes], conf
 
 
 def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: StoredTensors) -> None:
-    """Refuse sizes from which building the network, even without weights, would take all memory or for ever."""
+    """Raise a UserError for sizes with which even a network without weights takes too much memory or time."""
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]
         most = len(tensors.shapes) if re.search("layers|blocks", key) else MAX_SIZES.get(key, MAX_SIZE)
@@ -160,7 +160,7 @@ def _plausible(name: str, path: Path, config: Mapping[str, Any], tensors: Stored
 
 
 def infer_sizes(name: str, path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
-    """What `read` says of a file's sizes; refuses one that lacks the tensors that tell."""
+    """`read(*arguments)`, the sizes of a network. Raises UserError if a tensor that they are read from is missing."""
     try:
         return read(*arguments)
     except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:
@@ -168,7 +168,7 @@ def infer_sizes(name: str, path: Path, read: Callable[..., Any], *arguments: Any
 
 
 def read_card(name: str, path: Path) -> dict[str, Any]:
-    """A student's card, its schedule and its size being such."""
+    """A student's card.json. Raises UserError if its schedule or size is invalid."""
     card = read_json(name, path)
     try:
         if card.get("schedule") is not None:

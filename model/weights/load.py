@@ -1,4 +1,4 @@
-"""Weights in and out: every network from every file that holds it.
+"""Loading and saving of networks. Supported formats:
 
 - our own: folder with config.json, diffusion_pytorch_model.safetensors (and .ema), card.json
 - Diffusers: folder, or the root of a pipeline with its `transformer`, `vae`, `text_encoder` folders
@@ -6,8 +6,8 @@
 - Self-Forcing: .pt with `generator`, `generator_ema`, `critic`, as trained or released
 - TAEHV: taew2_1.pth or .safetensors
 
-Loading first makes a plan (model/weights/plans.py), at which `check_weights` stops, then makes the network on the meta
-device and gives it the tensors one by one, so that there is never a second copy.
+Loading first makes a plan (model/weights/plans.py), which is all that `check_weights` does. Then the network is created
+on the meta device and its tensors are loaded one by one, so there is never a second copy.
 """
 
 import shutil
@@ -56,20 +56,20 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightCheck(NamedTuple):
-    """One line of a pre-flight report."""
+    """A checked weight file: one line of the pre-flight report."""
 
     role: str
     path: Path
     size: int  # bytes
     kind: str
-    files: tuple[Path, ...]  # all that are read, in the order of their names
+    files: tuple[Path, ...]  # all that are read, sorted by name
 
 
 def check_weights(config: ModelConfig) -> list[WeightCheck]:
-    """Find and check every file that `config` names, reading headers only.
+    """Find and check all files that `config` names, reading only headers.
 
     Raises:
-        UserError: a file is missing, cut short, or not what its role needs.
+        UserError: a file is missing, truncated, or holds another network than its role needs.
     """
     plans = {"student": plan_transformer("model.student", config.student, CausalWanModel, use_ema=config.use_ema)}
     if config.codec == "wan":
@@ -91,9 +91,9 @@ def check_weights(config: ModelConfig) -> list[WeightCheck]:
 
 
 def stored_dtype(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
-    """The type that a tensor of a network in `dtype` is kept in.
+    """The dtype of parameter `key` in a network that is loaded in `dtype`.
 
-    What the network's own library keeps in float32 stays so (norms and time embedding of Wan; T5's `wo` in float16).
+    float32 where the network's library keeps it so (norms and time embedding of Wan; T5's `wo` if dtype is float16).
     """
     keep: set[str] = set()
     if isinstance(model, WanTransformer3DModel) or (isinstance(model, UMT5EncoderModel) and dtype == torch.float16):
@@ -104,7 +104,7 @@ def stored_dtype(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
 def iter_tensors(
     plan: WeightPlan, model: nn.Module, device: str | torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `plan` one by one, moved, cast, and looked at."""
+    """The tensors of `plan` one by one, moved, cast, and checked for NaN and infinity."""
     for key in plan.tensors.shapes:
         value = plan.tensors.read(key).to(device=device, dtype=stored_dtype(model, key, dtype)).contiguous()
         range_of = f", or beyond the range of {dtype} (then set inference.precision=bfloat16)"
@@ -135,7 +135,11 @@ def load_student(
     use_ema: bool = False,
     name: str = "model.student",
 ) -> CausalWanModel:
-    """The causal student from any format; `.card` says how it was trained ({} where nothing is known)."""
+    """The causal student from any format; `.card` holds facts about its training ({} if unknown).
+
+    use_ema: the EMA weights of a training checkpoint. name: the setting that errors mention.
+    Raises UserError if the files are missing or do not fit.
+    """
     plan = plan_transformer(name, path, CausalWanModel, use_ema=use_ema)
     student = materialize(plan, device, dtype)
     student.card = dict(plan.card)
@@ -148,9 +152,8 @@ def load_score(
     dtype: torch.dtype = torch.float32,
     name: str = "training.init.teacher",
 ) -> WanTransformer3DModel:
-    """A bidirectional network from any format. With a name that ends in critic, that of a training
-    checkpoint.
-    """
+    """A bidirectional network from any format. name: the setting; if it ends in critic, a training checkpoint's critic
+    is loaded."""
     role = "critic" if name.endswith("critic") else "teacher"
     return materialize(plan_transformer(name, path, WanTransformer3DModel, role), device, dtype)
 
@@ -170,9 +173,9 @@ def load_tiny_decoder(
 
 
 def load_tokenizer(path: str | Path, known: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder; nothing is fetched, and no code that the folder may bring is run.
+    """The tokenizer in a local folder. Nothing is downloaded, and no code from the folder is run.
 
-    known: words of the text encoder; a tokenizer that gives others is refused.
+    known: size of the text encoder's vocabulary. Raises UserError for a tokenizer with larger ids.
     """
     folder = find_tokenizer(path)
     try:
@@ -199,7 +202,7 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
-    """UMT5 with its tokenizer, giving `text_tokens` rows a prompt."""
+    """UMT5 with its tokenizer; embeddings are padded or truncated to `text_tokens`."""
     plan = plan_text_encoder(path)
     words = load_tokenizer(tokenizer, plan.tensors.shapes["shared.weight"][0])
     return TextEncoder(materialize(plan, device, dtype), words, text_tokens)
@@ -209,9 +212,9 @@ def load_text_encoder(
 
 
 def new_network(path: str | Path, *, causal: bool = False) -> nn.Module:
-    """A network of the sizes in a config.json, with random weights from torch's global generator.
+    """A network with the sizes of a config.json and random weights from torch's global generator.
 
-    `causal` makes the student's class of a Wan transformer.
+    causal: use the student's class for a Wan transformer.
     """
     path = resolve_path(path)
     config = read_json("training.init", path)
@@ -230,7 +233,7 @@ def new_network(path: str | Path, *, causal: bool = False) -> nn.Module:
 
 
 def _on_disk(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """`state` on the CPU in `dtype` (None: as it is), wrappers' segments taken out of the names."""
+    """`state` on the CPU in `dtype` (None = unchanged), without wrappers' segments in the names."""
     out = {}
     for key, value in state.items():
         value = value.detach()
@@ -251,14 +254,14 @@ def save_network(
     card: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a folder that the loaders here, diffusers and transformers read; it is there whole or not at all.
+    """Write a folder that this module, diffusers and transformers can load, atomically.
 
     Args:
-        dtype: of the numbers on disk; None keeps theirs. The same weights give the same bytes.
-        state: weights to write instead of the model's own (gathered from shards).
-        ema: averaged weights, for a Wan transformer.
-        card: what is known of the training; the file also marks the folder as one that may be replaced.
-        tokenizer: goes into the same folder.
+        dtype: of the saved weights; None = unchanged. The same weights give the same bytes.
+        state: weights to write instead of the model's (gathered from shards).
+        ema: EMA weights, for a Wan transformer.
+        card: facts about the training, for card.json; the file also marks the folder as one that may be replaced.
+        tokenizer: is saved to the same folder.
     """
     text = isinstance(model, UMT5EncoderModel)
     stem = HF_STEM if text else DIFFUSERS_STEM
@@ -286,5 +289,5 @@ def save_student(
     state: Mapping[str, Tensor] | None = None,
     ema: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A student in our own format: `save_network` with its card (stage, step, schedule it was trained for, ...)."""
+    """`save_network` for a student with its card (stage, step, schedule that it was trained with, ...)."""
     save_network(model, folder, dtype=dtype, state=state, ema=ema, card=card)

@@ -1,13 +1,13 @@
-"""LoRA adapters for the student: found and checked like all weights, applied with peft.
+"""LoRA adapters for the student: loaded and checked here, applied with peft.
 
     loras = LoraAdapters(student)
     loras.add(plan_lora("longlive_models/models/lora.pt"), scale=1.0)     # any number of adapters
     loras.merge(); loras.unmerge(); loras.set_scale("lora", 0.5)          # W + sum of scale alpha / rank B A
     loras.merge_and_unload()                                              # permanent: peft's layers are removed
 
-Files: peft's folders; LongLive's `lora.pt` (a peft dictionary, bare or under `generator_lora`); diffusers'; down/up
-pairs with their `alpha`, under kohya's names, too; extracted adapters with differences of biases and norms. What states
-no alpha has alpha = rank, as LongLive's code has it. Settings that peft writes are read as peft reads them.
+Supported files: peft's folders; LongLive's `lora.pt` (a peft dictionary, flat or under `generator_lora`); diffusers';
+down/up pairs with `alpha`, with kohya's names too; extracted adapters with differences of biases and norms. Without a
+stated alpha it equals the rank, as in LongLive's code. Settings that peft writes are interpreted as by peft.
 """
 
 import math
@@ -35,14 +35,14 @@ from utils.files import atomic_path, parse_json, write_json_atomic
 PEFT_CONFIG = "adapter_config.json"
 # Settings of peft with which an adapter is more than B A.
 OTHER_KINDS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "layer_replication")
-MAX_PATTERNS, MAX_REPEATING = 4096, 16  # in settings; of them those with repeats
+MAX_PATTERNS, MAX_REPEATING = 4096, 16  # patterns in settings; patterns with repeats
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPlan:
-    """An adapter of which no value has been read: tensors `<layer>.A` [rank, in] and `<layer>.B` [out, rank].
+    """An adapter whose tensors have not been read: `<layer>.A` [rank, in] and `<layer>.B` [out, rank].
 
-    `differences` are added to the parameters that they are named after; scaled like the pairs, but without alpha.
+    `differences` are added to the parameters of the same name, multiplied by the adapter's scale, but not by alpha.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class LoraPlan:
         return self.tensors.shapes[f"{layer}.A"][0]
 
     def scaling(self, layer: str) -> float:
-        """Of B A, when the adapter's scale is 1."""
+        """Factor of B A if the adapter's scale is 1: alpha / rank."""
         return self.alphas[layer] / self.rank(layer)
 
     @property
@@ -117,9 +117,9 @@ def plan_lora(
 def _alphas(
     name: str, path: Path, trained: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, float]:
-    """alpha of each layer, by what lies beside the file or in its header; else the rank.
+    """alpha of each layer, from the settings beside the file or in its header; else the rank.
 
-    trained: what each layer was called in the network that was trained, which peft's patterns are about.
+    trained: the layers' names in the network that was trained, which peft's patterns refer to.
     """
     stated, prefix = _settings(name, path)
     if any(stated.get(key) for key in OTHER_KINDS) or stated.get("peft_type", "LORA") != "LORA":
@@ -145,7 +145,7 @@ def _alphas(
 
 
 def _patterns(name: str, path: Path, stated: Mapping[str, Any], key: str) -> list[tuple[re.Pattern, Any]]:
-    """alpha_pattern or rank_pattern as peft matches them, from the end of a name or of its last segments."""
+    """alpha_pattern or rank_pattern, compiled so that they match as in peft: the whole name or its last segments."""
     patterns = stated.get(key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{name}={path} states {key}={patterns!r:.40}, which is no table; correct it there")
@@ -160,8 +160,8 @@ def _patterns(name: str, path: Path, stated: Mapping[str, Any], key: str) -> lis
 
 
 def _settings(name: str, path: Path) -> tuple[dict[str, Any], str]:
-    """What peft wrote about the adapter, a file beside it, or (diffusers) a line of JSON in its header; and what the
-    file puts before the names of the network that was trained."""
+    """peft's settings of the adapter, from the file beside it or (diffusers) JSON in its header; and the prefix of
+    layer names in the file."""
     if path.name.startswith("adapter_model") and (path.parent / PEFT_CONFIG).is_file():
         return read_json(name, path.parent / PEFT_CONFIG), ""
     if path.suffix != ".safetensors":
@@ -177,7 +177,7 @@ def _settings(name: str, path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None, biases: Collection[str]) -> None:
-    """Each layer has its pair, the pair one rank, and the student a layer of those sizes; so with differences."""
+    """Raise a UserError unless each layer has A and B of one rank that fit the student; likewise for differences."""
     shapes, faults = plan.tensors.shapes, []
     for layer in sorted({tensor.rpartition(".")[0] for tensor in shapes}):
         a, b = shapes.get(f"{layer}.A", ()), shapes.get(f"{layer}.B", ())
@@ -200,17 +200,17 @@ def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None
 
 
 class LoraAdapters:
-    """Adapters on a Wan transformer, each with a name and a scale."""
+    """LoRA adapters on a Wan transformer, each with a name and a scale."""
 
     def __init__(self, model: WanTransformer3DModel):
         self.model = model
         self.plans: dict[str, LoraPlan] = {}
         self.scales: dict[str, float] = {}
         self._differences: dict[str, dict[str, Tensor]] = {}  # by adapter and parameter
-        self._before: dict[str, Tensor] = {}  # parameters that have differences, as they are without
+        self._before: dict[str, Tensor] = {}  # original values of parameters with differences
 
     def add(self, plan: LoraPlan, scale: float = 1.0, adapter: str = "lora", dtype: torch.dtype | None = None) -> None:
-        """Put an adapter on the model, active. dtype: of its values; None = those of the layers that it goes on."""
+        """Add and activate an adapter. dtype: of its weights; None = that of the layers."""
         assert adapter not in self.plans, f"there is an adapter {adapter} already"
         assert not self.merged, "unmerge before another adapter is added"
         ranks = {layer: plan.rank(layer) for layer in plan.layers}
@@ -224,7 +224,7 @@ class LoraAdapters:
         self._activate()
 
     def _inject(self, plan: LoraPlan, ranks: Mapping[str, int], adapter: str, dtype: torch.dtype | None) -> None:
-        """Put peft's layers around the linear ones that the adapter has pairs for."""
+        """Wrap the linear layers for which the adapter has A and B in peft's layers."""
         first, alphas = next(iter(ranks)), plan.alphas
         config = LoraConfig(
             r=ranks[first],
@@ -245,7 +245,7 @@ class LoraAdapters:
             inject_adapter_in_model(config, self.model, adapter_name=adapter, low_cpu_mem_usage=True)
         rest = set_peft_model_state_dict(self.model, state, adapter_name=adapter, low_cpu_mem_usage=True)
         assert not rest.unexpected_keys, rest.unexpected_keys
-        for tensor, value in state.items():  # peft has cast them to the precision of the layer that they go on
+        for tensor, value in state.items():  # undoes peft's cast to the dtype of the layer
             layer, _, part = tensor.removesuffix(".weight").rpartition(".")
             self.model.get_submodule(f"{layer}.{part}.{adapter}").weight.data = value
         for layer in self._layers:
@@ -271,13 +271,13 @@ class LoraAdapters:
             layer.set_adapter(here)
             for adapter in here:
                 layer.set_scale(adapter, self.scales[adapter])
-        for key, before in self._before.items():  # weights are not merged here, so that nothing but differences goes
+        for key, before in self._before.items():  # nothing is merged now, so only differences change
             added = [(self.scales[a], mine[key]) for a, mine in self._differences.items() if key in mine]
             total = before.float() + sum(scale * value.to(before.device) for scale, value in added)
             self._parameter(key).data.copy_(total)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Another weight for an adapter; 0 switches it off."""
+        """Set the scale of an adapter; 0 switches it off. Merged adapters are merged anew."""
         merged = self.merged
         if merged:
             self.unmerge()
@@ -287,20 +287,20 @@ class LoraAdapters:
             self.merge()
 
     def merge(self) -> None:
-        """Add all adapters into the weights: the same output, at no cost in time."""
+        """Add all adapters to the weights: the same output at the speed of the plain network."""
         for layer in self._layers:
             layer.merge(safe_merge=True)
 
     def unmerge(self) -> None:
-        """Take them out again. What the weights' precision rounded away when they went in stays away."""
+        """Subtract merged adapters from the weights, up to the rounding of merging."""
         for layer in self._layers:
             layer.unmerge()
 
     @torch.no_grad()
     def merge_and_unload(self) -> None:
-        """Merge, and put plain layers where peft's were, so that nothing tells the model from one without LoRA.
+        """Merge all adapters permanently and replace peft's layers by plain ones.
 
-        Unlike `merge` it adds up all adapters in float32 and rounds once.
+        Unlike `merge` it sums all adapters in float32 and rounds once. Raises UserError if a weight overflows.
         """
         if self.merged:
             self.unmerge()
@@ -317,7 +317,7 @@ class LoraAdapters:
         self.plans, self.scales, self._differences, self._before = {}, {}, {}, {}
 
     def export(self, adapter: str, path: str | Path) -> None:
-        """Write an adapter as it was loaded, its scale aside: a `.pt` in LongLive's layout, else a folder of peft's."""
+        """Save an adapter as it was loaded, without its scale: a `.pt` in LongLive's format, else peft's folder."""
         values: dict[str, Tensor] = {}
         for name, module in self.model.named_modules():
             if isinstance(module, BaseTunerLayer) and adapter in module.lora_A:
@@ -329,9 +329,9 @@ class LoraAdapters:
 def save_lora(
     values: Mapping[str, Tensor], alphas: Mapping[str, float], path: str | Path, differences: Mapping[str, Tensor]
 ) -> None:
-    """Write `<layer>.A` and `<layer>.B` in our names, with their alphas. A `.pt` states none, so B takes the factor.
+    """Write `<layer>.A` and `<layer>.B` with their alphas. A `.pt` has no alpha, so B is multiplied by alpha / rank.
 
-    differences: of parameters in our names; readers other than ours may leave them out.
+    differences: by name of the parameter; other readers may ignore them.
     """
     path = Path(path)
     layers = [tensor.removesuffix(".A") for tensor in values if tensor.endswith(".A")]
