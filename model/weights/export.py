@@ -144,13 +144,13 @@ def write(
     done: Callable[[int], Any] = lambda size: None,
     limit: int = SHARD_BYTES,
 ) -> None:
-    """Write a transformer in one of FORMS; it is there whole or not at all.
+    """Write a transformer in one of FORMATS, atomically.
 
     Args:
-        config: sizes, as diffusers has them.
-        ema: averaged weights, for the two forms that hold both.
-        part: of self-forcing's file.
-        limit: bytes of a shard.
+        config: config.json in diffusers' format.
+        ema: EMA weights, for the two formats that hold both.
+        part: key of the weights in self-forcing's file.
+        limit: maximal bytes of a shard.
     """
     assert form in FORMATS and (ema is None or form in ("ours", "self-forcing")), form
     if form == "self-forcing":

@@ -31,7 +31,7 @@ from utils.distributed import Ranks
 from utils.files import write_json_atomic
 from utils.timers import PhaseTimer
 
-TEXT, INPUTS, FLOW, LOSSES, OPTIMISER, REST = "text", "noise", "flow loss", "other losses", "optimiser", "rest"
+TEXT, INPUTS, LOSSES, OPTIMISER, REST = "text", "noise", "losses", "optimiser", "rest"
 GB = 1e9
 CHECK_STEPS = 5
 
@@ -65,13 +65,12 @@ class Watch:
         wrap(stage, "_draw", self._name(INPUTS))
         wrap(stage.prompts, "batch", self._name(TEXT))
         wrap(stage, "_sample", self._name(ROLLOUT))
-        wrap(stage, "_sample_of_start", self._name(ROLLOUT))
+        wrap(stage, "_initial_student_sample", self._name(ROLLOUT))
         if stage.rollout_sharing is not None:
             wrap(stage.rollout_sharing, "take", self._name(ROLLOUT))
         wrap(stage.student, "x0", lambda: self._name(STUDENT if graph() else ROLLOUT)())
         wrap(stage.teacher, "v", self._name(TEACHER))
         wrap(stage.critic, "v", lambda: self._name(CRITIC if graph() else SCORE)())
-        wrap(stage, "_flow_loss", self._name(FLOW))
         for family in (stage.generator_backward, stage.critic_backward):
             wrap(family, "loss", self._name(LOSSES))
             wrap(family, "once", self._name(BACKWARD))

@@ -247,7 +247,7 @@ def test_projection_by_hand():
     assert project(measured(), 128, **one | {"sequence": 2})["accumulated"] == 1
     # in turns each of two made 3 of 5 rollouts, of 1 s; of the 5 x 16 for 8 GPUs it makes half
     critic = {"backward": {"s": 4.0}, "rollout without grad": {"s": 0.6}}
-    rollout_sharing = measured(rollout_sharing=True, updates=measured()["updates"] | {"critic": critic})
+    rollout_sharing = measured(turns=True, updates=measured()["updates"] | {"critic": critic})
     assert project(rollout_sharing, 8, **one | {"sequence": 2})["critic_s"] == pytest.approx(16 * (4.0 + 0.5))
     between = 4 / 8 * 2 * 15 / 16 / 50
     assert project(rollout_sharing, 128, **one | {"sequence": 2})["critic_s"] == pytest.approx(4.0 + 0.6 + between)

@@ -49,9 +49,9 @@ def test_every_phase_of_an_update(tiny_assets, context, step, regression):
     seen: dict[str, int] = {}
     counted(stage.student, "x0", seen, lambda: STUDENT if torch.is_grad_enabled() else ROLLOUT)
     counted(stage.student.model, "text_kv", seen, lambda: STUDENT if torch.is_grad_enabled() else ROLLOUT)
-    if stage.start is not None:
-        counted(stage.start, "x0", seen, lambda: ROLLOUT)
-        counted(stage.start.model, "text_kv", seen, lambda: ROLLOUT)
+    if stage.initial_student is not None:
+        counted(stage.initial_student, "x0", seen, lambda: ROLLOUT)
+        counted(stage.initial_student.model, "text_kv", seen, lambda: ROLLOUT)
     counted(stage.teacher, "v", seen, lambda: TEACHER)
     counted(stage.critic, "v", seen, lambda: CRITIC if torch.is_grad_enabled() else SCORE)
     cost = cost_of(stage)
