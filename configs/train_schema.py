@@ -7,7 +7,7 @@ from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.validate import check_bounds, number, one_of
 
-STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "causal_ode", "ode_regression", "distill")
+STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "ode_regression", "distill")
 WORLD_STAGES = ("world_text", "world_vae", "world_teacher", "world_causal")  # of the moving world
 ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
 SHARDINGS = ("none", "full", "hybrid")
@@ -38,7 +38,6 @@ class FlowConfig:
     switched_clips: int = number(2048, 1, 10_000_000)  # such clips made ahead
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
     ode_interval: float = number(50.0, 1, 1000)  # Euler step of a teacher's trajectory, in un-warped time
-    ode_clips: int = number(4096, 1, 10_000_000)  # causal_ode: trajectories made ahead and drawn from
     # s of cond + s (cond - uncond), in validation and for a teacher's trajectories
     guidance: float = number(1.0, 0, 1000)
 

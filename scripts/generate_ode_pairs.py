@@ -5,8 +5,8 @@
 The states kept are those at the timesteps of the configured schedule, and the end. Files that are there are left alone,
 so that a run can be stopped and started again; under torchrun the prompts are shared out. Layout: trainer/pairs.py.
 
-With --causal the teacher is a causal student of many steps, which teacher forcing has made, and rolls them out chunk by
-chunk: `--causal --config_path configs/train_tiny_causal_ode.yaml`. Stage ode_regression sees that they are such.
+With --causal the teacher is a causal student of many steps, trained by teacher forcing, and rolls them out chunk by
+chunk: `--causal training.init.teacher=logs/tiny_teacher_forcing`. They are marked so for stage ode_regression.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """What two processes run for test_sequence.py: each network whole by itself, then with its tokens shared out.
 
-Prints nothing and fails with an AssertionError if outputs or gradients differ.
+It fails with an AssertionError if outputs or gradients differ.
 """
 
 import copy
 from collections.abc import Callable
 
+import ranks_case
 import torch
 from small_wan import KernelRuns, build, inputs, sizes
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from model.sequence import SequenceGroup
 from pipeline.rollout import PrecomputedNoise, rollout
 from trainer.parallel.apply import average_gradients, full_tensor, mesh_of, shard
 from trainer.parallel.sequence import sequence_group, share_tokens
-from utils.distributed import Ranks, process_group
 
 CPU = torch.device("cpu")
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -77,10 +77,9 @@ def rolled(student: nn.Module, text: Tensor) -> Tensor:
     )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    ranks = Ranks.from_env()
-    with process_group(ranks, CPU, timeout_s=600):
+def compare_networks() -> bool:
+    """On each rank."""
+    with ranks_case.group() as ranks:
         group = sequence_group(2, ranks, CPU)
         assert group.size == 2 and group.rank == ranks.rank
         assert torch.equal(group.broadcast(torch.full((2, 3), float(ranks.rank)).t()), torch.zeros(3, 2))
@@ -93,7 +92,4 @@ def main() -> None:
         compare("student", student, group, lambda m: rolled(m, text))
         mask = chunk_causal_mask(GEOMETRY, 6, CPU)
         compare("whole clip", student, group, lambda m: m(latents, t[:, 0], text, mask=mask))
-
-
-if __name__ == "__main__":
-    main()
+    return True

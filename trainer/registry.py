@@ -6,7 +6,6 @@ from configs.schema import Config
 from trainer.distill.stage import Distill
 from trainer.ode_regression import ODERegression
 from trainer.stage import Stage
-from trainer.tiny.causal_ode import CausalODE
 from trainer.tiny.codec import CodecStage
 from trainer.tiny.few_steps import FewSteps
 from trainer.tiny.flow import Pretrain, TeacherForcing
@@ -19,7 +18,7 @@ from utils.distributed import Ranks
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
-        *(TextStage, CodecStage, Pretrain, TeacherForcing, FewSteps, CausalODE, ODERegression, Distill),
+        *(TextStage, CodecStage, Pretrain, TeacherForcing, FewSteps, ODERegression, Distill),
         *(WorldText, WorldVAE, WorldTeacher, WorldCausal),
     )
 }

@@ -10,7 +10,7 @@ from configs.schema import Config
 from model.cache import StreamCache
 from model.causal_wan import TextKV
 from model.denoiser import ScoreModel, Student
-from model.flow import euler_v, euler_x0, integrate
+from model.flow import euler_v, euler_x0, integrate, shift_time
 from model.schedule import Schedule
 from pipeline.chunk import update_cache
 from pipeline.noise import NoiseSource
@@ -18,9 +18,15 @@ from trainer.build import causal_student, frozen_text_encoder
 from trainer.distill.networks import frozen_teacher
 from trainer.parallel.apply import ParallelPlan
 from trainer.prompt_bank import training_prompts
-from trainer.tiny.causal_ode import trajectory_grid
 from utils.device import pick_dtype
 from utils.seeds import stable_hash
+
+
+def trajectory_grid(rows: list[tuple[float, ...]], interval: float, shift: float) -> list[float]:
+    """Timesteps from 1000 to 0: every `interval` of un-warped time, and each timestep of `rows`."""
+    even = shift_time(torch.arange(1000.0, -1e-6, -interval), shift).tolist()
+    near = [t for t in even if all(abs(t - known) > 1e-3 for row in rows for known in row)]
+    return sorted({*near, *(t for row in rows for t in row), 0.0}, reverse=True)
 
 
 class TrajectoryMaker:

@@ -109,7 +109,7 @@ def test_regression_terms_are_on_where_pairs_are_given(tiny_assets, folder, tmp_
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 def test_causal_trajectories_are_those_of_all_chunks_at_once_given_their_ends(tiny_assets, guidance):
-    """As stage causal_ode integrates them: one sequence [ends ; noisy] under the mask of teacher forcing, no cache."""
+    """Integrated without a cache: one sequence [ends ; noisy] under the mask of teacher forcing, no cache."""
     config = distill_config(tiny_assets, f"training.init.teacher={tiny_assets / 'student'}")
     maker = CausalTrajectoryMaker(config, CPU, steps=4, guidance=guidance)
     states = maker.make([1])[0]

@@ -17,7 +17,7 @@ from trainer.checkpoint import save as checkpoint
 from trainer.loop import run
 from trainer.optim.train_state import EMA, learning_rate
 from trainer.registry import build_stage
-from trainer.tiny.causal_ode import trajectory_grid
+from trainer.trajectories import trajectory_grid
 from utils.distributed import Ranks
 from utils.logs import read_jsonl
 

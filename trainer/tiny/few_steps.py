@@ -24,9 +24,9 @@ from tqdm import tqdm
 from configs.schema import Config
 from model.flow import add_noise, euler_v, integrate, v_from_x0, x0_from_v
 from trainer.build import causal_student
-from trainer.tiny.causal_ode import trajectory_grid
 from trainer.tiny.data import SwitchedBank, draw
 from trainer.tiny.flow import FIRST, WHOLE, TeacherForcing
+from trainer.trajectories import trajectory_grid
 from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator

@@ -1,15 +1,13 @@
 """Ranks over gloo do what one rank does with the same global batch: data parallel, sharded, sequence parallel."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SEVERAL_RANKS
+from conftest import SEVERAL_RANKS
 from distill_case import distill_config
+from ranks_case import run_ranks
 
 from trainer.checkpoint import save as checkpoint
 from utils.logs import read_jsonl
@@ -21,15 +19,8 @@ BATCH = ["training.global_batch=4", "training.micro_batch=2", f"training.steps={
 
 
 def start(assets: Path, out: Path, ranks: int, *overrides: str) -> None:
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "tests" / "ranks_case.py")]
-    if ranks > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        program = [sys.executable, *launch, *program[1:]]
-    done = subprocess.run(
-        [*program, str(assets), str(out), *BATCH, *overrides], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes = run_ranks(assets, out, ranks, *BATCH, *overrides)
+    assert [o.ended for o in outcomes] == ["done"] * ranks, outcomes
 
 
 def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -1,17 +1,16 @@
 """Tokens shared out over two ranks: outputs and gradients are those of one, and what cannot be shared is refused."""
 
-import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import sequence_case
 import torch
-from conftest import ROOT, SEVERAL_RANKS
+from conftest import SEVERAL_RANKS
 from distill_case import CPU, distill_config, distill_stage
+from ranks_case import on_ranks
 from small_wan import build, sizes
 
 from configs.distill_schema import DistillConfig
@@ -28,11 +27,8 @@ from utils.distributed import Ranks
 @SEVERAL_RANKS
 def test_outputs_and_gradients_are_those_of_one_rank():
     """Teacher and critic, the student's rollout through its cache, and its whole clips under a mask."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    case = str(ROOT / "tests" / "sequence_case.py")
-    done = subprocess.run([sys.executable, *launch, case], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes = on_ranks(2, sequence_case.compare_networks)
+    assert [o.ended for o in outcomes] == ["done"] * 2, outcomes
 
 
 def test_one_rank_is_left_as_it_is():
@@ -147,8 +143,8 @@ def test_a_rank_that_makes_none_gathers_all_the_same(tiny_assets, monkeypatch, m
     gathered, group = [], Threads(1, 2, [torch.zeros(2, 12, 16, 4, 6)], threading.Barrier(1))
     handed = []
     monkeypatch.setattr(group, "broadcast", lambda x, owner: handed.append(len(gathered)) or torch.zeros_like(x))
-    monkeypatch.setattr("trainer.distill.stage.gather", gathered.append)
-    monkeypatch.setattr("trainer.distill.fast_rollout.gather", gathered.append)
+    monkeypatch.setattr("trainer.distill.stage.unshard", gathered.append)
+    monkeypatch.setattr("trainer.distill.fast_rollout.unshard", gathered.append)
     monkeypatch.setattr(stage, "_sample", lambda *_, grad, **__: pytest.fail("it made one") if not grad else None)
     monkeypatch.setattr(stage, "_generator_step", lambda step, count: {})
     stage.rollout_sharing = RolloutSharing(group, 1, (2, 12, 16, 4, 6), CPU)
@@ -166,7 +162,7 @@ def test_ranks_score_what_the_first_has(tiny_assets):
     plan, (batch,) = stage._batches("generator", 0)
     x = torch.randn(2, 12, 16, 4, 6)
     kept, theirs = x.clone(), torch.randn(2, 12, 16, 4, 6)
-    stage.sequence.same = lambda mine, source=0: theirs
+    stage.sequence.broadcast = lambda mine, source=0: theirs
     rest = batch["text"], batch["t"], batch["eps"]
     for ours, expected in zip(stage._scores(x, *rest), other._scores(theirs, *rest), strict=True):
         assert torch.equal(ours, expected)

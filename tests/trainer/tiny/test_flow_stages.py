@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from configs.load import load_config
 from model.causal_wan import CausalWanModel, chunk_causal_mask
 from model.flow import euler_v, integrate, shift_time
-from trainer.tiny.causal_ode import CausalODE
 from trainer.tiny.few_steps import FewSteps
 from trainer.tiny.flow import CROPPED, FIRST, WHOLE, Pretrain, TeacherForcing
 from utils.distributed import Ranks
@@ -212,9 +211,3 @@ def test_trajectories_are_integrated_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         states = integrate(lambda x, t, t_next: euler_v(x, x, t, t_next), torch.full((2, 3), 4.0), grid, kept)
     assert states[:, :, 0].tolist() == [[4.0, 1.0]] * 2
-
-
-def test_causal_ode_still_learns_from_whole_trajectories(tiny_assets):
-    config = flow_config(tiny_assets, "causal_ode", ode_clips=4, ode_interval=500.0)
-    made = CausalODE(config, CPU, Ranks())
-    assert made.plan(0) == WHOLE and made.update(0)["loss"] > 0
