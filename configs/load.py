@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -324,18 +325,20 @@ def _unknown(name: str) -> str:
     return f"{shown(name)} is not a setting; did you mean {near[0]}?"
 
 
+@cache
 def _fields(section: type, prefix: str) -> dict[str, Any]:
-    """Full dotted key -> annotated type, sections included, for everything below `section`."""
-    found = {}
+    """Full dotted key -> annotated type, sections included, for everything below `section`; do not change it."""
+    fields = {}
     for key, hint in typing.get_type_hints(section).items():
-        found[f"{prefix}{key}"] = hint
+        fields[f"{prefix}{key}"] = hint
         if dataclasses.is_dataclass(hint):
-            found |= _fields(hint, f"{prefix}{key}.")
-    return found
+            fields |= _fields(hint, f"{prefix}{key}.")
+    return fields
 
 
+@cache
 def _writable_schema():
-    """The schema as an OmegaConf tree. Frozen dataclasses become read-only nodes, which a merge could not fill."""
+    """The schema as an OmegaConf tree, which merges copy. Nodes of frozen dataclasses would be read-only."""
     schema = OmegaConf.structured(Config)
     OmegaConf.set_readonly(schema, False)
     for key, hint in _fields(Config, "").items():

@@ -1,8 +1,12 @@
 """Trajectories: making them, both layouts, and what trains on them."""
 
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
 
 import lmdb
 import pytest
@@ -20,14 +24,13 @@ from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
 from utils.distributed import Ranks
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True)
-
-
 def script(name: str, *arguments: str) -> str:
-    done = run(name, *arguments)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    """What a script prints, run in this process."""
+    main = import_module(f"scripts.{name}").main
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        patch.setattr(sys, "argv", [name, *arguments])
+        assert main() == 0
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +39,16 @@ def folder(tiny_assets, tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs")
     (out / "case.yaml").write_text(to_yaml(distill_config(tiny_assets)))
     arguments = ["--config_path", str(out / "case.yaml"), "--output_folder", str(out / "pairs"), "--steps", "4"]
-    script("generate_ode_pairs.py", *arguments, "--count", "2")
+    script("generate_ode_pairs", *arguments, "--count", "2")
     first = (out / "pairs" / "00001.pt").stat().st_mtime_ns
-    assert "3 trajectories of 6 states" in script("generate_ode_pairs.py", *arguments, "--count", "3")
+    assert "3 trajectories of 6 states" in script("generate_ode_pairs", *arguments, "--count", "3")
     assert (out / "pairs" / "00001.pt").stat().st_mtime_ns == first, "what is there is left alone"
     return out / "pairs"
 
 
 def test_counts_below_one_are_refused(tmp_path):
-    done = run("generate_ode_pairs.py", "--output_folder", str(tmp_path / "pairs"), "--batch_size", "0")
-    assert done.returncode == 2 and done.stderr == "error: --batch_size 0 is too few; give at least 1\n"
+    with pytest.raises(UserError, match="--batch_size 0 is too few; give at least 1"):
+        script("generate_ode_pairs", "--output_folder", str(tmp_path / "pairs"), "--batch_size", "0")
     assert not list(tmp_path.iterdir())
 
 
@@ -68,7 +71,7 @@ def test_trajectories_follow_the_teacher(tiny_assets):
 
 
 def test_lmdb_holds_what_the_folder_holds(folder, tmp_path):
-    assert "3 of 3 trajectories" in script("create_lmdb.py", "--data_path", str(folder), "--lmdb_path", str(tmp_path))
+    assert "3 of 3 trajectories" in script("create_lmdb", "--data_path", str(folder), "--lmdb_path", str(tmp_path))
     a, b = open_pairs("pairs", folder), open_pairs("pairs", tmp_path)
     assert a.prompts == b.prompts and a.timesteps == b.timesteps and len(a) == len(b) == 3
     assert torch.equal(a.read([2, 0]), b.read([2, 0])) and a.read([0]).shape == (1, 6, 12, 16, 4, 6)
@@ -132,7 +135,7 @@ def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
     teacher = f"training.init.teacher={tiny_assets / 'student'}"
     (tmp_path / "case.yaml").write_text(to_yaml(distill_config(tiny_assets, teacher)))
     arguments = ["--config_path", str(tmp_path / "case.yaml"), "--output_folder", str(tmp_path / "pairs")]
-    script("generate_ode_pairs.py", *arguments, "--steps", "2", "--count", "3", "--batch_size", "2", "--causal")
+    script("generate_ode_pairs", *arguments, "--steps", "2", "--count", "3", "--batch_size", "2", "--causal")
     with pytest.raises(UserError, match="trajectories of another kind"):
         note(tmp_path / "pairs", [1000.0, 0.0], causal=False)
     write_lmdb(open_pairs("pairs", tmp_path / "pairs"), tmp_path / "lmdb")
@@ -224,14 +227,29 @@ def test_a_file_that_is_no_trajectory_is_refused(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.0])
-def test_a_database_that_is_cut_is_refused_before_it_is_touched(tmp_path, share):
+OPEN = """
+import sys
+from trainer.pairs import open_pairs
+for path in sys.argv[1:]:
+    try:
+        open_pairs("pairs", path).read([0, 1, 2])
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_database_that_is_cut_is_refused_before_it_is_touched(tmp_path):
     """In a process of its own, which a touch beyond the end would kill."""
     _, path = few(tmp_path / "pairs")
-    os.truncate(path / "data.mdb", int(share * (path / "data.mdb").stat().st_size))
-    code = f"from trainer.pairs import open_pairs; open_pairs('pairs', {str(path)!r}).read([0, 1, 2])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "UserError: pairs=" in done.stderr and "make it again" in done.stderr
+    shares = (0.9, 0.5, 0.2, 0.0)
+    copies = [shutil.copytree(path, tmp_path / f"cut{share}") for share in shares]
+    for share, copy in zip(shares, copies, strict=True):
+        os.truncate(copy / "data.mdb", int(share * (copy / "data.mdb").stat().st_size))
+    done = subprocess.run([sys.executable, "-c", OPEN, *map(str, copies)], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(copies), done
+    for line, copy in zip(lines, copies, strict=True):
+        assert line.startswith(f"UserError pairs={copy}") and "make it again" in line
 
 
 DATABASES = {

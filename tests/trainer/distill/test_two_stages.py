@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import SEVERAL_RANKS
 from distill_case import distill_config
+from ranks_case import on_ranks
 
+import inference
 from configs.errors import UserError
 from configs.load import CHECKOUT
 from model.weights.inspection import required_weights
 from model.weights.run_folders import checkpoints
 from pipeline.preflight import check_training
+from scripts import convert_checkpoint
+from trainer.cli import parse
+from trainer.command import train
 from utils.video import read_video
 
 pytestmark = SEVERAL_RANKS
@@ -23,15 +28,20 @@ STAGES = tuple(f"configs/train_wan2.1_t2v_1.3b_stage{n}.yaml" for n in (1, 2))
 STEPS = 2
 
 
-def run(*command: str, **env: str) -> subprocess.CompletedProcess:
-    given = {"DIAGONAL_NO_VENV": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, env=os.environ | given, cwd=CHECKOUT, capture_output=True, text=True, timeout=1500)
-
-
 def convert(source: str, out: Path, form: str) -> Path:
-    done = run(sys.executable, "scripts/convert_checkpoint.py", str(TINY / source), str(out), "--to", form)
-    assert done.returncode == 0, done.stderr
+    assert convert_checkpoint.main([str(TINY / source), str(out), "--to", form]) == 0
     return out
+
+
+def train_rank(*arguments: str) -> bool:
+    return train(parse(arguments))
+
+
+def through_torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    """training.sh where two GPUs are visible."""
+    env = {"DIAGONAL_NO_VENV": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    command = ["bash", "training.sh", *arguments]
+    return subprocess.run(command, env=os.environ | env, cwd=CHECKOUT, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture
@@ -47,33 +57,32 @@ def settings(tmp_path) -> list[str]:
         "model": f"{{vae: {TINY}/vae, text_encoder: {text}, tokenizer: {text}, text_tokens: 32}}",
         "training.init": f"{{student: {student}, teacher: {teacher}, critic: {teacher}}}",
         "training.distill": f"{{prompts: {prompts}, dfake_gen_update_ratio: 1, video_clips: 1}}",
-        "training.global_batch": 2, "training.log_every": 1, "training.checkpoint_every": 1,
+        "training.global_batch": 2, "training.log_every": 1, "training.checkpoint_every": 0,
         "training.validate_every": 0, "training.validation_clips": 1, "training.loggers": "[]",
         "training.steps": STEPS, "training.precision": "float32", "training.ema_start_step": 0, "device": "cpu",
     }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def test_from_published_files_through_both_stages_to_a_clip(tmp_path, settings):
+def test_from_published_files_through_both_stages_to_a_clip(tmp_path, settings, monkeypatch, capsys):
     logs = [tmp_path / name for name in ("stage1", "stage2")]
     two = [*settings, f"training.init.student={logs[0]}"]
-
-    def train(stage: int) -> subprocess.CompletedProcess:
-        given = ("--config_path", STAGES[stage], "--logdir", str(logs[stage]), *(two if stage else settings))
-        return run("bash", "training.sh", *given, CUDA_VISIBLE_DEVICES="0,1")
-
-    for stage in (0, 1):
-        done = train(stage)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert [p.name for p in checkpoints(logs[stage])][-1] == f"checkpoint_{STEPS:06d}"
-        assert read_video(logs[stage] / "validation" / f"distill_{STEPS:06d}.mp4").shape[0] == 21
+    outcomes = on_ranks(2, train_rank, "--config_path", STAGES[0], "--logdir", str(logs[0]), *settings)
+    assert [o.ended for o in outcomes] == ["done"] * 2, outcomes
+    done = through_torchrun("--config_path", STAGES[1], "--logdir", str(logs[1]), *two)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for folder in logs:
+        assert [p.name for p in checkpoints(folder)][-1] == f"checkpoint_{STEPS:06d}"
+        assert read_video(folder / "validation" / f"distill_{STEPS:06d}.mp4").shape[0] == 21
     rows = json.loads((logs[1] / "export" / "card.json").read_text())["schedule"]["rows"]
     assert [len(row) for row in rows] == [4, 3, 2]
-    made = run(
-        "bash", "inference.sh", "--config_path", STAGES[1], "--checkpoint_path", str(logs[1]), "model.use_ema=false",
-        "--prompt", "a red circle moves right", "--output_folder", str(tmp_path / "out"), *two, CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
-    assert made.returncode == 0 and "warning" not in (made.stdout + made.stderr).lower(), made.stdout + made.stderr
+    monkeypatch.setattr(sys, "argv", [
+        "inference.py", "--config_path", STAGES[1], "--checkpoint_path", str(logs[1]), "model.use_ema=false",
+        "--prompt", "a red circle moves right", "--output_folder", str(tmp_path / "out"), *two,
+    ])  # fmt: skip
+    assert inference.main() == 0
+    printed = capsys.readouterr()
+    assert "warning" not in (printed.out + printed.err).lower(), printed
     (video,) = (tmp_path / "out").glob("*.mp4")
     assert read_video(video).shape == (21, 64, 96, 3)
 
