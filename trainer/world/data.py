@@ -46,7 +46,8 @@ class Pixels:
         corner = self.middles[index.cpu(), first + frames // 2] + off - crop / 2
         most = torch.tensor([width - crop, height - crop])
         corner = ((corner / 8).round().long() * 8).clamp_min(0).minimum(most // 8 * 8)
-        parts = [shown[i, :, :, y : y + crop, x : x + crop] for i, (x, y) in zip(index, corner.tolist(), strict=True)]
+        places = zip(index.tolist(), corner.tolist(), strict=True)
+        parts = [shown[i, :, :, y : y + crop, x : x + crop] for i, (x, y) in places]
         return torch.stack(parts).float() / 127.5 - 1
 
 

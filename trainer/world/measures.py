@@ -66,7 +66,7 @@ def fit_sine(signal: Tensor, use: Tensor, periods: Tensor = PERIODS) -> Fit:
     solved = torch.linalg.solve(normal, right)
     explained = (solved * right).sum(2)
     best, fine = _refined(explained, periods)
-    a, b = solved[torch.arange(len(value)), best, 1:].unbind(1)
+    a, b = solved[torch.arange(len(value), device=value.device), best, 1:].unbind(1)
     return Fit(fine, torch.hypot(a, b), torch.atan2(-b, a) / (2 * math.pi) % 1)
 
 

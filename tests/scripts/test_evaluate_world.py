@@ -1,0 +1,39 @@
+"""scripts/evaluate_world.py and scripts/world_sheets.py on rendered videos."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from configs.errors import UserError
+from scripts import evaluate_world, world_sheets
+from utils.intervals import Interval
+
+
+def test_rendered_videos_reach_what_is_aimed_at(tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    asked = ["--rendered", "--num_prompts", "2", "--switches", "1", "--stay", "0", "--json", str(out)]
+    assert evaluate_world.main([*asked, "video.num_latent_frames=12"]) == 0
+    scores = json.loads(out.read_text())
+    assert all(scores[name]["value"] == 1 for name in ("clips.colour", "switches.seen", "switches.stayed"))
+    printed = capsys.readouterr().out
+    assert "clips.colour" in printed and "reached  at least 0.97" in printed
+
+
+def test_a_seam_and_a_miss_are_told():
+    assert evaluate_world.verdict("clips.seam", Interval(1.2, 1.1, 1.3, 9)).startswith("missed")
+    assert evaluate_world.verdict("streams.sharpness_trend", Interval(0.1, -0.1, 0.3, 9)).startswith("reached")
+    assert evaluate_world.verdict("clips.spread_starts", Interval(float("nan"), 0, 0, 1)).startswith("unknown")
+
+
+def test_sheets_show_clips_and_long_streams(tmp_path):
+    asked = ["--output", str(tmp_path), "--clips", "2", "--columns", "3", "--minutes", "10", "--streams", "1"]
+    assert world_sheets.main(asked) == 0
+    with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "strip.png") as strip:
+        assert sheet.size == (3 * 162, 2 * (98 + 13)) and strip.size == (3 * 162, 98 + 13)
+
+
+@pytest.mark.parametrize("flag, value", [("--num_prompts", "-1"), ("--minutes", "0"), ("--batch", "0")])
+def test_too_little_is_refused(flag, value):
+    with pytest.raises(UserError, match=f"{flag} .* is too little"):
+        evaluate_world.parse([flag, value])
