@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import urllib.error
 import urllib.request
 
@@ -10,6 +11,7 @@ import av
 import openai
 import pytest
 from api_case import ALICE, BOB, PROMPT, Running, until
+from conftest import ROOT
 from PIL import Image
 
 from server.job_store import JobLimits
@@ -293,3 +295,13 @@ def test_parts_of_a_file_can_be_asked_for(server, videos):
     assert send(server, "GET", f"/v1/videos/{made.id}/content", Range="bytes=4-7") == (206, whole[4:8] )
     with pytest.raises(openai.BadRequestError, match="not made here"):
         videos.download_content(made.id, variant="spritesheet")
+
+
+def test_the_documented_example_runs(server, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    code = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+    monkeypatch.setenv("KEY", ALICE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "server.md", "exec"), {})
+    with av.open("video.mp4") as file:
+        assert file.streams.video[0].frames == 81
