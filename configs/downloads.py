@@ -16,6 +16,8 @@ TOKENIZER = {
 T5, VAE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 T5_SIZE, VAE_SIZE = 11.36, 0.51
 SMALL = "Wan-AI/Wan2.1-T2V-1.3B"
+LIGHTX2V = "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v"
+SHARDS = "diffusion_pytorch_model.safetensors.index.json"
 MAY_LACK = ("google/umt5-xxl/special_tokens_map.json",)
 
 
@@ -26,7 +28,8 @@ class Download:
     what: str
     source: str  # repository on the hub, or owner/name/path on GitHub where `files` come from there
     folder: str  # where they go, relative to the checkout
-    files: dict[str, float]  # in the repository, and below `folder`: GB of each, about
+    # in the repository, and below `folder`: GB of each, about; an index (SHARDS) stands for itself and what it lists
+    files: dict[str, float]
     optional: tuple[str, ...] = ()  # some repositories lack these
     hub: bool = True
 
@@ -47,8 +50,31 @@ DOWNLOADS = {
         "Wan2.1-T2V-14B: the transformer, which is the teacher",
         "Wan-AI/Wan2.1-T2V-14B",
         "wan_models/Wan2.1-T2V-14B",
-        {"config.json": 0.0, "diffusion_pytorch_model.safetensors.index.json": 0.0}
-        | {f"diffusion_pytorch_model-{i:05d}-of-00006.safetensors": 57.2 / 6 for i in range(1, 7)},
+        {"config.json": 0.0, SHARDS: 57.2},
+    ),
+    "wan-14b-hf": Download(
+        "the same in the layout of Diffusers",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "wan_models/Wan2.1-T2V-14B-Diffusers",
+        {"transformer/config.json": 0.0, f"transformer/{SHARDS}": 57.2},
+    ),
+    "krea-14b": Download(
+        "krea-realtime-video: a causal student of 14B, trained with Self-Forcing",
+        "krea/krea-realtime-video",
+        "checkpoints",
+        {"krea-realtime-video-14b.safetensors": 28.6},
+    ),
+    "lightx2v-14b": Download(
+        "LightX2V's bidirectional 14B of four steps: a start for training",
+        LIGHTX2V,
+        "wan_models/Wan2.1-T2V-14B-lightx2v",
+        {"distill_models/distill_model.safetensors": 28.6},
+    ),
+    "lightx2v-lora": Download(
+        "the same as a LoRA for Wan2.1-T2V-14B",
+        LIGHTX2V,
+        "wan_models/Wan2.1-T2V-14B-lightx2v",
+        {"loras/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors": 0.63},
     ),
     "umt5": Download(
         "UMT5-XXL text encoder and its tokenizer",

@@ -12,7 +12,7 @@ from configs.schema import Config
 from model.encoded_manifest import read_manifest
 from model.memory import GPU_SIZES_GIB, MemoryPlan, distill_plan, inference_plan
 from model.schedule import Schedule
-from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
+from model.sizes import WAN_14B, TransformerSize, size_in_name
 from model.weights.files import read_json, resolve_path
 from model.weights.inspection import WeightInfo, inspect_weights, required_weights
 from utils import machine
@@ -200,7 +200,7 @@ def memory_plan(
             return TransformerSize.from_config(read_json(f"training.init.{role}", resolve_path(fresh)))
         return peeks[role].network or otherwise if role in peeks else otherwise
 
-    student = network("student", WAN_1_3B)
+    student = network("student", size_in_name(config.model.student))
     if not training:
         text = {"text_weights": peeks["text_encoder"].size} if "text_encoder" in peeks else {}
         return inference_plan(config, student, **text)
@@ -226,7 +226,8 @@ def _memory(
         return
     head = f"by formulas, one GPU of {world}, bfloat16" if training else "by formulas, one GPU, bfloat16"
     if "student" not in peeks and not training:
-        head += ", in sizes of Wan2.1-1.3B for want of files"
+        known = "14B" if size_in_name(config.model.student) is WAN_14B else "1.3B"
+        head += f", in sizes of Wan2.1-{known} for want of files"
     report.add("memory", f"{head}: {machine.size_text(plan.peak.total)} at most ({plan.peak.name})")
     for line in plan.table().splitlines():
         report.add("", line)

@@ -20,7 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,7 +28,7 @@ from utils import exits  # noqa: E402
 
 exits.guard(__name__)
 
-from configs.downloads import DOWNLOADS, Download  # noqa: E402
+from configs.downloads import DOWNLOADS, SHARDS, Download  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from utils.files import sha256_of  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
@@ -78,23 +78,39 @@ def table() -> str:
 
 def fetch(name: str, wanted: Download, folder: Path) -> None:
     """All files of `wanted` into `folder`; those that are whole are left alone."""
-    absent = [file for file in wanted.files if not (folder / file).is_file()]
+    files = listed(name, wanted, folder)
+    absent = [file for file in files if not (folder / file).is_file()]
     if not absent:
         return check_all(name, wanted, folder)
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free, need = shutil.disk_usage(nearest).free / 1e9, sum(wanted.files[file] for file in absent)
+    free, need = shutil.disk_usage(nearest).free / 1e9, sum(files[file] for file in absent)
     if free < need:
         raise UserError(f"{name} needs some {need:.1f} GB and {nearest} has {free:.1f} GB free; use --dest")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in absent:
-            if wanted.hub:
-                from_hub(name, wanted, file, folder)
-            else:
-                from_github(name, wanted.source, file, folder)
+        while absent:
+            for file in absent:
+                if wanted.hub:
+                    from_hub(name, wanted, file, folder)
+                else:
+                    from_github(name, wanted.source, file, folder)
+            known, files = files, listed(name, wanted, folder)
+            absent = [file for file in files.keys() - known.keys() if not (folder / file).is_file()]
     except OSError as error:  # of the disk; those of the network are sentences by now
         raise UserError(f"{name}: {folder} cannot be written to ({error.strerror or error}); {KEPT}") from error
     check_all(name, wanted, folder)
+
+
+def listed(name: str, wanted: Download, folder: Path) -> dict[str, float]:
+    """The files of `wanted` and their GB, those that an index among them lists included once it is there."""
+    files = dict(wanted.files)
+    for file in wanted.files:
+        if file.endswith(SHARDS) and (folder / file).is_file():
+            from model.weights.files import indexed_files
+
+            shards = [str(PurePosixPath(file).with_name(shard)) for shard in indexed_files(name, folder / file)]
+            files |= dict.fromkeys(shards, files[file] / len(shards)) | {file: 0.0}
+    return files
 
 
 def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
@@ -176,7 +192,7 @@ def from_github(name: str, source: str, file: str, folder: Path) -> None:
 
 def check_all(name: str, wanted: Download, folder: Path) -> None:
     """Every file is there and has the structure that its name says: headers only."""
-    for file in wanted.files:
+    for file in listed(name, wanted, folder):
         if not (folder / file).is_file():
             if file in wanted.optional:
                 continue
@@ -206,7 +222,7 @@ def check_structure(name: str, path: Path) -> None:
 def verify(name: str, wanted: Download, folder: Path) -> None:
     """Say of each file whether it is what was published; the first that is not ends it."""
     check_all(name, wanted, folder)
-    for file in wanted.files:
+    for file in listed(name, wanted, folder):
         path = folder / file
         if not path.is_file():
             print(f"{path}  not there, and can be done without")

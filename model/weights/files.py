@@ -53,6 +53,10 @@ DOWNLOADS = (
     ("taew", "taew2.1"),
     ("umt5", "umt5"),
     ("vae", "vae"),
+    ("krea", "krea-14b"),
+    ("distill_lora", "lightx2v-lora"),
+    ("lightx2v", "lightx2v-14b"),
+    ("14b-diffusers", "wan-14b-hf"),
     ("14b", "wan-14b"),
 )
 DOWNLOAD_OF_FIELD = {
@@ -233,6 +237,15 @@ def is_slow_regex(pattern: str) -> bool:
     return bool(REPEATED_GROUP.search(pattern)) or sum(map(pattern.count, "*+?{")) > MAX_REPEATS
 
 
+def indexed_files(field: str, index: Path) -> list[str]:
+    """Names of the files, all in its own folder, that `*.safetensors.index.json` lists."""
+    places = read_json(field, index).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name or "\\" in name for name in names):
+        raise UserError(f"{field}: {index} does not name files of its own folder; fetch the folder again")
+    return names
+
+
 def shard_files(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     """The safetensors files of a folder, `stem.safetensors` or all shards. Raises UserError if one is missing."""
     single = folder / f"{stem}.safetensors"
@@ -240,10 +253,7 @@ def shard_files(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     if single.exists():
         return (single,)
     if index.exists():
-        places = read_json(field, index).get("weight_map")
-        names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
-        if not names or any(Path(name).name != name or "\\" in name for name in names):
-            raise UserError(f"{field}: {index} does not name files of its own folder; fetch the folder again")
+        names = indexed_files(field, index)
     else:
         found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
         if not found:

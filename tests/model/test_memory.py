@@ -23,6 +23,7 @@ from model.memory import GPU_SIZES_GIB, distill_plan, inference_plan
 from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from pipeline.cli import LOW_MEMORY
+from pipeline.preflight import memory_plan
 
 BF16 = torch.bfloat16
 CONFIG = "configs/wan2.1_t2v_1.3b.yaml"
@@ -231,6 +232,23 @@ def test_presets_fit_their_card(card):
     assert inference_plan(config).fits(card)
     smaller = {24: 16, 16: 12, 12: 8}[card]
     assert not inference_plan(config).fits(smaller), "then it should be the preset of the smaller card"
+
+
+@pytest.mark.parametrize(("name", "card", "smaller"), [("", 80, 48), ("_48gb", 48, 40), ("_40gb", 40, 24)])
+def test_presets_of_14b_fit_their_card(name, card, smaller):
+    """Without files the sizes are those that the student's name tells."""
+    plan = memory_plan(load_config(f"configs/wan2.1_t2v_14b{name}.yaml"), {})
+    assert plan.fits(card) and not plan.fits(smaller)
+
+
+def test_14b_is_planned_as_two_h200_measured_it():
+    """Tensors at most, GB, on the first of so many GPUs; docs/benchmarks/inference.md. There was no text encoder."""
+    measured = {("bfloat16", 1): 46.57, ("bfloat16", 2): 38.96, ("fp8", 1): 27.56, ("fp8", 2): 23.70}
+    for (precision, gpus), peak in measured.items():
+        settings = ["model.codec=taehv", "inference.text_encoder=stream", f"inference.precision={precision}"]
+        plan = inference_plan(load_config(CONFIG, [*settings, f"inference.sequence_parallel={gpus}"]), WAN_14B)
+        parts = max(sum(phase.parts.values()) for phase in plan.phases if phase.name != "encode prompt")
+        assert 1e9 * peak <= 1.02 * parts and parts <= 1.1e9 * peak, (precision, gpus, parts / 1e9)
 
 
 def test_other_ways_to_fit_a_card():

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +30,12 @@ def student() -> bytes:  # more than the 10 MB that the library writes at once
     return file.getvalue()
 
 
+HF_14B, INDEX = "Wan-AI/Wan2.1-T2V-14B-Diffusers/transformer", "diffusion_pytorch_model.safetensors.index.json"
+SHARDS = [f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
 FILES = {
+    f"{HF_14B}/config.json": b"{}",
+    f"{HF_14B}/{INDEX}": json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}).encode(),
+    **{f"{HF_14B}/{name}": save({"x": torch.zeros(10)}) for name in SHARDS},
     f"{SMALL}/config.json": b'{"model_type": "t2v"}',
     f"{SMALL}/diffusion_pytorch_model.safetensors": save({"x": torch.zeros(1000)}),
     f"{SMALL}/{VAE}": WHOLE["Wan2.1_VAE.pth"][1],
@@ -138,6 +144,19 @@ def test_fetch_verify_and_again(hub, tmp_path):
     assert "Wan2.1_VAE.pth is not what was published" in line
     (tmp_path / VAE).write_bytes(damaged[:-100])
     assert "cut short" in refused(run("vae", "--dest", tmp_path, endpoint=hub))
+
+
+def test_an_index_is_followed(hub, tmp_path):
+    assert run("wan-14b-hf", "--dest", tmp_path, endpoint=hub).returncode == 0
+    folder = tmp_path / "transformer"
+    assert {path.name for path in folder.iterdir()} == {"config.json", INDEX, *SHARDS}
+    (folder / SHARDS[1]).unlink()
+    assert "is missing" in refused(run("--verify", "wan-14b-hf", "--dest", tmp_path, endpoint=NOWHERE))
+    again = run("wan-14b-hf", "--dest", tmp_path, endpoint=hub)
+    assert again.returncode == 0 and (folder / SHARDS[1]).read_bytes() == FILES[f"{HF_14B}/{SHARDS[1]}"]
+    assert run("--verify", "wan-14b-hf", "--dest", tmp_path, endpoint=NOWHERE).stdout.count("as published") == 4
+    (folder / INDEX).write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+    assert "does not name files of its own folder" in refused(run("wan-14b-hf", "--dest", tmp_path, endpoint=hub))
 
 
 def test_resumes(hub, tmp_path):

@@ -1,5 +1,6 @@
 """Files as ComfyUI and other trainers publish them, and that looking at files (doctor.py) refuses what loading does."""
 
+import copy
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from bad_files import CASES
 from safetensors.torch import save_file
-from weight_layouts import TO_T5, foreign, original, random_t5, random_wan, same_output
+from weight_layouts import TO_T5, foreign, original, random_t5, random_wan, same_output, write_wan_folder
 
 from configs.errors import UserError
 from model.causal_wan import CausalWanModel
@@ -52,6 +53,29 @@ def test_scaled_float8_of_a_transformer(tmp_path, form, rows, prefix):
     for name, value in original(student).items():
         torch.testing.assert_close(value, means[name], rtol=0, atol=0)
     assert inspect_weights("student", path).network.layers == 2
+
+
+@pytest.mark.parametrize("layout", ["krea-realtime-video", "LightX2V", "FastVideo", "Wan", "Diffusers"])
+def test_students_of_14b(tmp_path, layout):
+    """Their layouts with the sizes of tests: a file of Wan's names in bfloat16, or folders."""
+    wan = random_wan()
+    for parameter in wan.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    state = {name: value.bfloat16() for name, value in original(wan).items()}
+    if layout in ("krea-realtime-video", "LightX2V"):
+        path = tmp_path / {"LightX2V": "distill_model.safetensors"}.get(layout, "krea-realtime-video-14b.safetensors")
+        save_file(state, path)
+    elif layout == "Wan":
+        path = write_wan_folder(tmp_path / "wan", state, shards=6)
+    else:
+        path = tmp_path / "folder"
+        copy.deepcopy(wan).bfloat16().save_pretrained(path / "transformer", max_shard_size="100KB")
+        if layout == "FastVideo":
+            file = path / "transformer" / "config.json"
+            more = {"_class_name": "CausalWanTransformer3DModel", "num_frames_per_block": 3, "local_attn_size": -1}
+            file.write_text(json.dumps(json.loads(file.read_text()) | more | {"sink_size": 0}))
+    assert inspect_weights("student", path).network.layers == 2
+    same_output(weights.load_student(path), wan)
 
 
 @pytest.mark.parametrize("form", ["as transformers saves it", "half", "untied", "old", "new", "Wan's names"])
