@@ -339,8 +339,7 @@ class LiveClient:
 def _sentence(answer: httpx.Response) -> str:
     """What the server says of why it did not do something."""
     try:
-        values = answer.json()
-        said = values["error"]["message"] if "error" in values else values["detail"]
+        said = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         said = answer.text
     return f"{said or answer.reason_phrase} ({answer.status_code})"

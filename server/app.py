@@ -18,7 +18,7 @@ from server.errors import add_handlers
 from server.job_store import JobStore
 from server.jobs import JobQueue
 from server.limits import MAX_UPLOAD, Limits
-from server.live import LiveServer
+from server.live import IMAGE, LiveServer
 from server.metrics import Metrics
 from server.middleware import Access, AnswerHeaders, BoundedBodies
 from server.videos_api import MAX_BODY, Served, videos_router
@@ -89,7 +89,7 @@ def create_app(
     patch_fastapi(app, redirect_from_root_to_docs=False, swagger_ui_parameters={"tryItOutEnabled": True})
     add_handlers(app)
     # the last one is the first that a request passes
-    app.add_middleware(BoundedBodies, large={"/v1/videos": MAX_BODY, "/v1/live/[^/]+/image": MAX_UPLOAD})
+    app.add_middleware(BoundedBodies, large={"/v1/videos": MAX_BODY, IMAGE.format(session="[^/]+"): MAX_UPLOAD})
     app.add_middleware(Access, policy=policy, open_paths=OPEN_PATHS, open_folders=OPEN_FOLDERS)
     app.add_middleware(AnswerHeaders, content_policies={"/docs": DOCS_POLICY})
     # for the description alone: Access has asked for the key before

@@ -4,7 +4,6 @@ Nothing here runs the model: a connection checks what its client says, and passe
 """
 
 import asyncio
-import io
 import json
 import secrets
 from collections.abc import Callable, Iterator
@@ -13,21 +12,22 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, Request, Response, WebSocket, WebSocketDisconnect
 
 from configs.errors import UserError
 from server.controls import Control, MessageError, Reader
-from server.limits import MAX_MESSAGE, MAX_UPLOAD, Limits
+from server.errors import ApiError
+from server.limits import MAX_MESSAGE, Limits
 from server.workers import Refused, Video, WorkerPool, WorkerSession
 from utils.logs import get_logger
 from utils.pictures import read_picture
 
 log = get_logger(__name__)
 PROTOCOL = 1
+IMAGE = "/v1/live/{session}/image"
 NORMAL, NO_TEXT, POLICY, TOO_BIG, TRY_LATER = 1000, 1003, 1008, 1009, 1013  # close codes
 RATE, BURST = 200, 400  # messages a second that are read of a connection, and at once
 MAX_ERRORS = 1000  # messages without sense that are answered before the line is cut
-UPLOAD_SECONDS = 30.0  # that a picture may take to arrive
 
 
 class Gone(Exception):
@@ -65,9 +65,7 @@ class LiveServer:
         """The routes of the protocol."""
         router = APIRouter()
         router.add_api_websocket_route("/v1/live", self.live)
-        router.add_api_route(
-            "/v1/live/{session}/image", self.image, methods=["POST"], status_code=204, include_in_schema=False
-        )
+        router.add_api_route(IMAGE, self.image, methods=["POST"], status_code=204, include_in_schema=False)
         return router
 
     async def live(self, socket: WebSocket) -> None:
@@ -91,45 +89,27 @@ class LiveServer:
         """Keep the picture that was sent for the videos of a connection."""
         connection = self.connections.get(session)
         if connection is None:
-            raise HTTPException(404, "there is no such session; it lasts as long as its connection")
+            raise ApiError(404, "there is no such session; it lasts as long as its connection")
         with self._upload(session):
-            content = await body(request)
+            content = await request.body()  # bounded by the application's middleware
             async with self.decoding:
                 try:
                     size = self.pool.config.video.height, self.pool.config.video.width
                     connection.picture = await asyncio.to_thread(read_picture, content, size)
                 except UserError as error:
-                    raise HTTPException(422, str(error)) from error
+                    raise ApiError(422, str(error), param="image", code="invalid_image") from error
         return Response(status_code=204)
 
     @contextmanager
     def _upload(self, session: str) -> Iterator[None]:
         """One a connection, and no more than there may be connections, whether or not those are still here."""
         if session in self.uploads or len(self.uploads) >= self.limits.visitors:
-            raise HTTPException(429, "another picture is still on its way; wait until it is there")
+            raise ApiError(429, "another picture is still on its way; wait until it is there")
         self.uploads.add(session)
         try:
             yield
         finally:
             self.uploads.remove(session)
-
-
-async def body(request: Request) -> bytes:
-    """What was sent; refused as soon as it is too much, takes too long, or is broken off."""
-    content, more = io.BytesIO(), True  # gives its bytes without a copy
-    try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise HTTPException(400, "image was broken off; send it again")
-                content.write(message.get("body", b""))
-                more = message.get("more_body", False)
-                if content.tell() > MAX_UPLOAD:
-                    raise HTTPException(413, f"image has more than {MAX_UPLOAD:,} bytes; make it smaller")
-    except TimeoutError as error:
-        raise HTTPException(408, f"image took more than {UPLOAD_SECONDS:g} s to arrive; make it smaller") from error
-    return content.getvalue()
 
 
 class Connection:

@@ -60,8 +60,8 @@ export class LiveStream {
   async upload(file) {
     const answer = await fetch(`${folder}v1/live/${this.session}/image`, { method: "POST", body: file });
     if (answer.ok) return;
-    const { error, detail } = await answer.json().catch(() => ({}));
-    throw new Error(error?.message || detail || `The picture was not taken (${answer.status}).`);
+    const { error } = await answer.json().catch(() => ({}));
+    throw new Error(error?.message || `The picture was not taken (${answer.status}).`);
   }
 
   close() {

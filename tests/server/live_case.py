@@ -15,8 +15,10 @@ from fastapi import FastAPI
 from websockets.asyncio.client import connect
 
 from pipeline import DiagonalPipeline
-from server.limits import MAX_MESSAGE, Limits
-from server.live import LiveServer
+from server.errors import add_handlers
+from server.limits import MAX_MESSAGE, MAX_UPLOAD, Limits
+from server.live import IMAGE, LiveServer
+from server.middleware import BoundedBodies
 from server.protocols import HTTPProtocol, WebSocketProtocol
 from server.worker_process import run
 from server.workers import ModelSource, Worker, WorkerPool
@@ -55,6 +57,8 @@ def serve(pipe, tiny_assets):
         pool = WorkerPool(Source(str(tiny_assets / "tiny.yaml")), 1, given)
         start.live = live = LiveServer(pool, given)
         app = FastAPI()
+        add_handlers(app)
+        app.add_middleware(BoundedBodies, large={IMAGE.format(session="[^/]+"): MAX_UPLOAD})
         app.include_router(live.router())
         server = uvicorn.Server(
             uvicorn.Config(

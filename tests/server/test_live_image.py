@@ -66,7 +66,7 @@ def test_a_bad_upload_is_refused_in_a_sentence_and_the_stream_goes_on(port, cont
         return await asyncio.to_thread(post, port, me.hello["session"], content), await me.chunks(2)
 
     (found, text), chunks = visit(port, script)
-    assert found == status and words in json.loads(text)["detail"] and len(chunks) == 2
+    assert found == status and words in json.loads(text)["error"]["message"] and len(chunks) == 2
 
 
 def test_uploads_are_for_connections_only_and_bounded(port):
