@@ -8,7 +8,8 @@
     switches   tiny world: --switches streams whose prompt changes its colour; in how many the colour is seen, and when
     demo       --plays streams, one after the other, at a server: milliseconds until the first frame has arrived
     sessions   for each number of --sessions: so many clients at a server with --workers, once at the video's rate
-               (paced), which frames are late; once as fast as they come (saturating), how many a second
+               (paced), which frames are late; the largest once more as fast as they come (saturating). Of several
+               workers, all are measured and then one
 
 Random weights serve for speed and memory; what they show means nothing.
 """
@@ -35,8 +36,9 @@ from pipeline.diagonal import DiagonalPipeline  # noqa: E402
 from scripts.bench.live import lines, random_pipeline, switches, watch_stream  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402
-from utils.logs import console  # noqa: E402
+from utils.logs import console, get_logger  # noqa: E402
 
+log = get_logger(__name__)
 PROMPT = "a red circle moves right"
 
 
@@ -92,8 +94,9 @@ def served(args: argparse.Namespace) -> dict[str, Any]:
     with sessions.live_server(source, args.workers, most) as (url, pool):
         if args.plays:
             found["demo"] = asyncio.run(sessions.first_frames(url, args.plays))
-        if args.sessions:
-            found["sessions"] = sessions.sessions(url, pool, args.sessions, args.seconds)
+        for figures in sessions.sessions(url, pool, args.sessions, args.seconds) if args.sessions else ():
+            log.info("\n".join(lines(figures)))
+            found |= {"sessions": found.get("sessions", {}) | figures}
     return found
 
 

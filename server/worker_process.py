@@ -39,6 +39,7 @@ from server.encoding import FragmentEncoder, jpeg, thumbnail
 from server.limits import MAX_KEPT, MAX_MESSAGE, MAX_PROMPT, MAX_SEED, MAX_TAKES, MAX_UPLOAD, Limits
 from server.workers import HEADROOM, STOP_SECONDS, Costs, JobSpec, ModelSource, Video, later_nfe
 from utils import exits
+from utils.device import pick_device
 from utils.logs import console, get_logger
 from utils.prompts import read_prompts
 from utils.video import VideoWriter
@@ -59,6 +60,10 @@ def run(line: Connection, source: ModelSource, number: int, limits: Limits, pare
         return
     console(quiet=number > 0)
     try:
+        config = source.config()
+        device = pick_device(config.device, number * config.inference.sequence_parallel)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for streams, events and graphs that name none
         pipe = source.load(number)
         worker = WorkerProcess(line, pipe, limits, Adapters(pipe, source.loras))
         worker.warm_up()
@@ -739,7 +744,8 @@ class WorkerProcess:
         self.spare.append(second)
         free, _ = torch.cuda.mem_get_info(self.pipe.session.device)
         most = min(most, 2 + max(0, free - MEMORY_MARGIN) // max(1, self.memory - before))
-        for _ in range(min(most, int(HEADROOM / self.costs.share(self.pipe.schedule))) - 2):
+        wanted = self.limits.streams or int(HEADROOM / self.costs.share(self.pipe.schedule))
+        for _ in range(min(most, wanted) - 2):
             self.spare.append(new_session(self.pipe))
             self._play(self.spare[-1])
         return most

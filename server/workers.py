@@ -199,6 +199,7 @@ class Worker:
         self.settled = asyncio.Event()  # ready, or cannot be
         self._deaths = 0
         self._since = 0.0
+        self.loop: asyncio.AbstractEventLoop  # that it was launched on
         self._process: multiprocessing.process.BaseProcess | None = None
         self._outbox: SimpleQueue | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -238,9 +239,9 @@ class Worker:
         self._process = self._spawn(theirs)
         theirs.close()
         self._outbox = SimpleQueue()
-        loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._write, args=(ours, self._outbox), daemon=True).start()
-        threading.Thread(target=self._read, args=(ours, self._outbox, loop), daemon=True).start()
+        threading.Thread(target=self._read, args=(ours, self._outbox), daemon=True).start()
 
     def _spawn(self, line: Connection) -> multiprocessing.process.BaseProcess:
         arguments = (line, self.pool.source, self.number, self.pool.limits, os.getpid())
@@ -261,20 +262,19 @@ class Worker:
             except OSError:  # the process has ended, which the reader notices
                 return
 
-    def _read(self, line: Connection, outbox: SimpleQueue, loop: asyncio.AbstractEventLoop) -> None:
+    def _read(self, line: Connection, outbox: SimpleQueue) -> None:
         try:
             while True:
-                self._call(loop, self._heard, *line.recv())
+                self._call(self._heard, *line.recv())
         except (EOFError, OSError):
             outbox.put(None)
             self._process.join()
             line.close()
-            self._call(loop, self._ended)
+            self._call(self._ended)
 
-    @staticmethod
-    def _call(loop: asyncio.AbstractEventLoop, function: Callable, *arguments: Any) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(function, *arguments)
+    def _call(self, function: Callable, *arguments: Any) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(function, *arguments)
 
     def _heard(self, kind: str, number: int, content: Any = None, measured: dict[str, Any] | None = None) -> None:
         match kind:

@@ -1,6 +1,7 @@
 """Live streams through workers and sockets, as clients see them: time to first frame, late frames, frames a second."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ async def _shown_at(live: LiveClient, chunk, due: float) -> None:
     await live.shown(chunk)
 
 
-async def paced(url: str, sessions: int, seconds: float, apart: float = 0.5) -> dict[str, Any]:
+async def paced(url: str, sessions: int, seconds: float, apart: float = 0.3) -> dict[str, Any]:
     """`sessions` clients at the video's rate, each for `seconds` of video, `apart` seconds one after the other."""
 
     async def one(number: int) -> Watched:
@@ -164,14 +165,17 @@ async def saturating(url: str, sessions: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def sessions(url: str, pool: WorkerPool, counts: list[int], seconds: float) -> dict[str, Any]:
-    """Both, for each number of sessions."""
-    found: dict[str, Any] = {"workers": len(pool.workers)}
-    status = pool.status()
-    found["chunk_seconds"] = median(worker["chunk_seconds"] for worker in status)
-    for count in counts:
-        found[str(count)] = {
-            "paced": asyncio.run(paced(url, count, seconds)),
-            "saturating": asyncio.run(saturating(url, count, seconds)),
-        }
-    return found
+def sessions(url: str, pool: WorkerPool, counts: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """Figures of each number of sessions at the video's rate, and then of the largest as fast as they come.
+
+    Of several workers, all are measured, and then the first alone, with its share of the sessions.
+    """
+    yield {"chunk_seconds": [worker["chunk_seconds"] for worker in pool.status()]}
+    for workers in sorted({len(pool.workers), 1}, reverse=True):
+        for worker in pool.workers[workers:]:
+            asyncio.run_coroutine_threadsafe(worker.stop(), worker.loop).result()
+        shares = sorted({math.ceil(count * workers / len(pool.workers)) for count in counts})
+        for count in shares:
+            yield {f"{workers}_workers.{count}.paced": asyncio.run(paced(url, count, seconds))}
+        found = asyncio.run(saturating(url, shares[-1], seconds))
+        yield {f"{workers}_workers.{shares[-1]}.saturating": found}
