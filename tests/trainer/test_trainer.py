@@ -170,11 +170,11 @@ def test_a_checkpoint_is_put_back_where_its_replacing_was_killed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_000001"] and checkpoint.verified(made)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (error 28)")],
-)
-@pytest.mark.parametrize("what", ["metrics", "validation", "export"])
+FULL = OSError(errno.ENOSPC, "No space left on device")
+FULL_IN_C = RuntimeError("I/O error: No space left on device (error 28)")
+
+
+@pytest.mark.parametrize("what, error", [("metrics", FULL), ("validation", FULL_IN_C), ("export", FULL)])
 def test_a_disk_that_is_full_elsewhere_is_one_sentence_too(tmp_path, monkeypatch, what, error):
     """The run goes on from its checkpoint when there is room."""
 
