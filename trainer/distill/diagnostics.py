@@ -1,4 +1,4 @@
-"""Signs of a distillation that goes wrong, measured on the student's samples, and what to do about each."""
+"""Diagnostics of a distillation, measured on the student's samples, and a remedy for each problem."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 STATISTICS = frozenset({"motion", "contrast", "seam", "critic_gap"})
-BASELINE_ROWS = 3  # the first logged rows, before training has changed much
-RECENT_ROWS = 3  # the newest, so that one odd batch warns of nothing
+BASELINE_ROWS = 3  # first logged rows
+RECENT_ROWS = 3  # newest logged rows, averaged so that a single batch does not warn
 
 
 @torch.no_grad()
 def sample_statistics(x: Tensor, real_x0: Tensor, fake_x0: Tensor, chunk_frames: int) -> dict[str, Tensor]:
-    """Scalars about samples x [B, F, C, H, W], the teacher's r and the critic's f of their noised copies.
+    """Statistics of samples x [B, F, C, H, W] and of the x0 of their noised copies: teacher's r, critic's f.
 
     motion       mean |x_i+1 - x_i| over neighbouring latent frames
     contrast     standard deviation of x over all but the batch
     seam         motion across chunk borders over motion inside chunks; 1 = no seams
-    critic_gap   mean |f - x| / mean |r - x|; the critic has seen such samples, so it should be the nearer one
+    critic_gap   mean |f - x| / mean |r - x|; should be below 1, since the critic is trained on such samples
     """
     x, r, f = x.float(), real_x0.float(), fake_x0.float()
     steps = (x[:, 1:] - x[:, :-1]).abs().flatten(2).mean(2)[:, 1:]  # the first latent is of one frame, not of four
@@ -35,7 +35,7 @@ def sample_statistics(x: Tensor, real_x0: Tensor, fake_x0: Tensor, chunk_frames:
 
 @dataclass(frozen=True)
 class Check:
-    """`bad(now, at the start)` of one logged value, and the sentence to say then."""
+    """A condition `bad(now, start)` on a logged value, and its warning."""
 
     name: str
     bad: Callable[[float, float], bool]
@@ -71,14 +71,14 @@ CHECKS = (
 
 
 def warnings(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """What is wrong with the newest rows compared with the first, as sentences; each once, when it begins."""
+    """Warnings on the newest rows compared with the first ones; each is given once, when it begins."""
     now = _problems(rows)
     before = _problems(rows[:-1])
     return [sentence for name, sentence in now.items() if name not in before]
 
 
 def _problems(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    found = {}
+    problems = {}
     for check in CHECKS:
         values = [row[check.name] for row in rows if isinstance(row.get(check.name), float)]
         if len(values) < BASELINE_ROWS + RECENT_ROWS:
@@ -86,5 +86,5 @@ def _problems(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
         start = sum(values[:BASELINE_ROWS]) / BASELINE_ROWS
         now = sum(values[-RECENT_ROWS:]) / RECENT_ROWS
         if check.bad(now, start):
-            found[check.name] = check.sentence.format(now=now, start=start)
-    return found
+            problems[check.name] = check.sentence.format(now=now, start=start)
+    return problems

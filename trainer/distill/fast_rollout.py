@@ -1,7 +1,7 @@
-"""Rollouts that nothing is differentiated through, made by the fast student of inference (model/fast/student.py).
+"""Rollouts without a gradient, made by the fast student of inference (model/fast/student.py).
 
-What the critic learns from is then made as inference will make it: in the precision of activations, compiled, replayed
-as CUDA graphs, over a cache that is written in place.
+The critic's samples are then generated as in inference: in the precision of activations, compiled, replayed as CUDA
+graphs, with a cache that is written in place.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from trainer.parallel.apply import reshard, unshard
 
 
 class FastRollout:
-    """A copy of the student, a cache, and the graphs of both; whole on every rank.
+    """A copy of the student with a cache and CUDA graphs, unsharded on every rank.
 
-    chunks: of the longest rollout.
+    chunks: number of chunks of the longest rollout.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FastRollout:
 
     @contextmanager
     def ready(self, student: CausalWanModel) -> Iterator[tuple[FastStudent, StreamCache]]:
-        """The fast form of `student` as it is now, and an empty cache; without autocast, as in inference."""
+        """The fast student with the weights of `student`, and an empty cache; without autocast, as in inference."""
         with torch.autocast(self.student.model.device.type, enabled=False), torch.no_grad():
             self.refresh(student)
             self.cache.reset()
@@ -57,7 +57,7 @@ class FastRollout:
 
     @torch.no_grad()
     def refresh(self, student: CausalWanModel) -> None:
-        """Take in the weights of `student` if it has changed; where it is sharded, on all ranks together."""
+        """Copy the weights of `student` if they have changed; a collective if it is sharded."""
         if self.stale:
             unshard(student)
             now = dict(student.named_parameters())
@@ -67,7 +67,7 @@ class FastRollout:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Where each of a student's parameters lies in its fast form, in which q, k and v are one."""
+    """Maps the student's parameters to those of the fast student, which fuses q, k and v."""
     for name, p in model.named_parameters():
         owner, fused, kind = name.partition("to_qkv")
         if fused:

@@ -1,7 +1,7 @@
-"""Gradient audit: what each term of the loss does to the student, before training begins.
+"""Gradient check: the gradient of each loss term on the student, before training begins.
 
-A term that is switched on and moves nothing is an error of set-up or of code that no loss curve shows: the flow loss
-of diagdistill's commit 4ea418d, and of those before, was one.
+A term that is on but has no gradient is an error that no loss curve shows. The flow loss of diagdistill up to commit
+4ea418d was one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from trainer.parallel.apply import average_gradients, local, sum_over_shards
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """Norm of each term's gradient and the cosines between them."""
+    """Gradient norms of the terms and the cosines between them."""
 
     names: tuple[str, ...]
     norms: tuple[float, ...]
     cosines: tuple[tuple[float, ...], ...]
 
     def table(self) -> str:
-        """As text: a line a term."""
+        """As text, one line per term."""
         width = max(len("term"), *(len(name) for name in self.names))
         head = f"{'term':<{width}}  {'gradient norm':>13}  " + "  ".join(f"cos {name}" for name in self.names)
         lines = [head]
@@ -33,24 +33,24 @@ class GradientCheck:
         return "\n".join(lines)
 
     def figures(self) -> dict[str, float]:
-        """As numbers by name, for a metric sink."""
-        found = {f"audit_norm_{name}": norm for name, norm in zip(self.names, self.norms, strict=True)}
+        """As numbers by name."""
+        figures = {f"audit_norm_{name}": norm for name, norm in zip(self.names, self.norms, strict=True)}
         for i, a in enumerate(self.names):
-            found |= {f"audit_cos_{a}_{b}": self.cosines[i][j] for j, b in enumerate(self.names) if j > i}
-        return found
+            figures |= {f"audit_cos_{a}_{b}": self.cosines[i][j] for j, b in enumerate(self.names) if j > i}
+        return figures
 
 
 def gradient_check(
     terms: Callable[[], Mapping[str, Tensor]], parameters: Sequence[Tensor], *, settings: dict[str, str]
 ) -> GradientCheck:
-    """Differentiate the terms one by one; `terms()` computes them all afresh, with their weights, always the same.
+    """Differentiate the terms one by one. `terms()` recomputes them all, with their weights and equal values.
 
-    settings: of the terms, what switched them on. An empty string: the gradient is known to be cut.
-    Raises UserError for a term without a gradient. Leaves no gradient behind.
+    settings: the setting that switches each term on. An empty string: its gradient is cut on purpose.
+    Raises UserError for a term without a gradient. Gradients are cleared afterwards.
     """
     names, gradients = [], []
     for name in terms():
-        value = terms()[name]  # again for each: a sharded model's graph cannot be walked twice
+        value = terms()[name]  # recomputed: FSDP allows one backward pass for each forward pass
         if value.requires_grad:
             value.backward()
             average_gradients(parameters)
@@ -71,5 +71,5 @@ def gradient_check(
 
 
 def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """Sum of the products of all numbers, in float64."""
+    """Dot product, in float64."""
     return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(x, y, strict=True)]).sum()

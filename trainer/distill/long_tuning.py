@@ -1,12 +1,12 @@
-"""Long tuning: which rollouts are longer than what the loss looks at, and what it looks at then.
+"""Long tuning: rollouts that are longer than the loss window.
 
     rollout   [ chunk 0 | chunk 1 | ... | chunk n-1 ]     the cache rolls over a window and a sink, as in streaming
     window                     [ first ............ ]     the last `video.num_latent_frames`; the loss sees these
     counted                            [ .......... ]     all but the window's first chunk, if it is not the rollout's
 
-`long.rollout: release` is Self-Forcing's way of long rollouts: chunks before the window stop at their drawn exits, too,
-where here they run to their last step, as a stream's do; the window's first chunk has a graph, which what later chunks
-read of it reaches; and the critic learns from all of the window, where here it leaves out what the student's loss does.
+`long.rollout: release` follows Self-Forcing: chunks before the window stop at their drawn exits, too (here they run to
+their last step, as in a stream); the window's first chunk has a graph, so that gradients reach it through its keys and
+values; and the critic learns from the full window (here it leaves out the same frames as the student's loss).
 
 Teacher and critic know clips that begin with the latent of a single image, so the window's first latent is replaced by
 an encoding of the last pixel frame that it decodes to (Self-Forcing, arXiv 2506.08009); its chunk then has no gradient.
@@ -27,20 +27,20 @@ from utils.seeds import generator
 
 
 class Plan(NamedTuple):
-    """What is decided of a rollout before it begins, the same on all ranks; hashable."""
+    """What is drawn for a rollout before it begins, equal on all ranks; hashable."""
 
-    exits: tuple[int, ...]  # of each chunk
-    first_grad: int  # chunks before it are made without a graph
-    switch: int | None  # from this chunk on the second prompt
-    frames: slice | None  # latent frames of the window that the loss counts; None = all
-    image: bool = False  # the rollout begins with a given first frame
+    exits: tuple[int, ...]  # exit step of each chunk
+    first_grad: int  # first chunk with a graph
+    switch: int | None  # first chunk of the second prompt
+    frames: slice | None  # latent frames of the window that count in the loss; None = all
+    image: bool = False  # the rollout begins with a conditioning frame
 
-    def __hash__(self) -> int:  # slices have none before Python 3.12
+    def __hash__(self) -> int:  # slices are not hashable before Python 3.12
         return hash((self.exits, self.first_grad, self.switch, str(self.frames), self.image))
 
 
 class RolloutPlanner:
-    """Draws plans: functions of (seed, name, step)."""
+    """Draws plans as functions of (seed, name, step)."""
 
     def __init__(self, config: Config, schedule: Schedule, geometry: Geometry):
         self.config, self.schedule = config, schedule
@@ -60,7 +60,7 @@ class RolloutPlanner:
         return chunks
 
     def draw(self, name: str, step: int) -> Plan:
-        """Length, exits, switch and start of the rollout of `name` ("generator", "critic") at a step."""
+        """Length, exits, prompt change and start of the rollout of `name` ("generator", "critic") at a step."""
         rng = generator(self.config.seed, "plan", name, step)
         share, length, switches, where = torch.rand(4, generator=rng, dtype=torch.float64).tolist()
         chunks = self.shortest + int(length * (self.longest - self.shortest + 1))
@@ -78,7 +78,7 @@ class RolloutPlanner:
         return Plan(exits, before + 1 if before and not release else before, switch, counted, image)
 
     def _exits(self, name: str, step: int, chunks: int, share: float) -> tuple[int, ...]:
-        """Of each chunk, as `training.distill.exit` says."""
+        """Exit step of each chunk, as set by `training.distill.exit`."""
         how = self.config.training.distill.exit
         if how == "last":
             return last_steps(self.schedule, chunks)
@@ -92,8 +92,8 @@ class RolloutPlanner:
 def loss_window(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
     """The last `frames` latents of x [B, F, C, H, W] as a clip of its own; x itself if it is no longer.
 
-    reencode: replace the first of them by the latent of the last pixel frame that it decodes to, without a graph.
-    decode_frames: latents, the replaced one last, that are decoded to get there; 0 = all from the rollout's first on.
+    reencode: replace the first of them by an encoding of the last pixel frame that it decodes to, without a graph.
+    decode_frames: number of latents that are decoded for it, itself the last; 0 = all from the start of the rollout.
     """
     start = x.shape[1] - frames
     if start == 0:

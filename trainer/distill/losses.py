@@ -1,12 +1,12 @@
 """The losses of diagonal distillation, as pure functions.
 
-    x   the student's latents [B, F, C, H, W]; the only argument through which a gradient flows, where one does
-    r   the teacher's x0, guided, at a noised copy of x;  f  the critic's x0 there;  both of x's shape, constants
+    x   the student's latents [B, F, C, H, W]; the only argument with a gradient, if any has one
+    r   the teacher's guided x0 of a noised copy of x;  f  the critic's x0 of it;  both of x's shape, constants
     sg  stop-gradient
 
-Everything is computed in float32, or in float64 where an input has it. A NaN or infinity that a network produced stays
-one, so that a broken run shows; only 0 / 0, where student, teacher and critic agree to the last bit, is 0.
-Each function returns (loss, log): a scalar and detached scalars worth plotting. `generator_terms` is their weighted
+Everything is computed in float32, or in float64 if an input is. NaN and infinity are kept, so that a broken run shows;
+only 0 / 0, where student, teacher and critic agree exactly, is 0.
+Each function returns (loss, log): a scalar and detached scalars for plotting. `generator_terms` is their weighted
 sum, term by term: a new loss is a function and two lines there, and its weight in configs/distill_schema.py.
 """
 
@@ -82,8 +82,7 @@ def dmd_loss(x: Tensor, real_x0: Tensor, fake_x0: Tensor, *, frames: slice | Non
         g = (f - r) / mean|x - r|           the mean over all but the batch
         L = 1/2 mean (x - sg(x - g))^2      so that dL/dx = g / numel
 
-    frames: latent frames that the outer mean runs over; None = all. The gradient reaches x in these frames, and
-    nothing else.
+    frames: latent frames of the outer mean; None = all. The gradient reaches x in these frames only.
     """
     x, r, f = _precise(x, real_x0, fake_x0)
     g = _normalised(f - r, x - r)
@@ -113,10 +112,10 @@ def flow_matching_loss(
     i runs over the differences between neighbouring latent frames; w as in `frame_weighting`, or 1. The gradient
     reaches x through F(x).
 
-    half: with the factor 1/2; diagdistill has none in commit 24ef1c9, though its spatial loss does.
-    frame_error: what w goes by. motion: (F(f) - F(r))^2, how wrong the motion is. release: (g_F,i - x_{i+1})^2, the
-        gradient against the latents, as diagdistill has it.
-    gradient_cut: F(x) without a graph, as in diagdistill's commit 4ea418d: a number in the log, no gradient.
+    half: with the factor 1/2, which diagdistill's flow loss lacks in commit 24ef1c9 (its spatial loss has it).
+    frame_error: the error that w depends on. motion: (F(f) - F(r))^2, the error of motion. release:
+        (g_F,i - x_{i+1})^2, the gradient against the latents, as in diagdistill.
+    gradient_cut: F(x) is detached, as in diagdistill's commit 4ea418d: the loss is logged and has no gradient.
     frames: as in dmd_loss; a difference counts if both its frames do.
     """
     x, r, f = _precise(x, real_x0, fake_x0)
@@ -151,10 +150,10 @@ def frame_weighting(error: Tensor) -> Tensor:
 def motion_regression_loss(
     x: Tensor, y: Tensor, head: Head, target_head: Head, *, frames: slice | None = None
 ) -> Tensor:
-    """Motion towards that of a frozen student (diagdistill, commit 24ef1c9): L_M = mean (h(F(x)) - sg(h'(F(y))))^2.
+    """Regression of motion on the initial student (diagdistill, 24ef1c9): L_M = mean (h(F(x)) - sg(h'(F(y))))^2.
 
-    y: what the student that training started from makes of the same noise, constant. The gradient reaches x and the
-    head h, not its average h'. frames: as in `flow_matching_loss`.
+    y: sample of the initial student from the same noise, constant. The gradient reaches x and the head h, not its EMA
+    h'. frames: as in `flow_matching_loss`.
     """
     x, y = _precise(x, y)
     inside = slice(None) if frames is None else differences(frames)
@@ -165,7 +164,7 @@ def motion_regression_loss(
 def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:
     """Flow matching of the critic on the student's samples: L = mean (v_f(x_t) - (eps - x))^2.
 
-    v: [B, F, C, H, W], with the critic's graph. target: eps - x, constant: nothing reaches the student.
+    v: [B, F, C, H, W], with the critic's graph. target: eps - x, constant; no gradient reaches the student.
     """
     v, target = _precise(v, target)
     if frames is not None:
@@ -174,7 +173,7 @@ def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tu
 
 
 def regression_losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """L_reg = mean (x - y)^2 and L_reg^F = mean (F(x) - F(y))^2, for x made from the noise of the teacher's pair y.
+    """L_reg = mean (x - y)^2 and L_reg^F = mean (F(x) - F(y))^2, for x made from the noise of the teacher's sample y.
 
     The gradient reaches x.
     """

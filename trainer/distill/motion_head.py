@@ -1,4 +1,4 @@
-"""The trained head through which motion is compared in the regression on a frozen student (losses.py)."""
+"""The trained head of the motion regression (losses.py)."""
 
 from torch import Tensor, nn
 
@@ -8,9 +8,8 @@ from configs.distill_schema import MotionRegressionConfig
 class MotionHead(nn.Module):
     """Motion [B, N, C, H, W] -> features of the same shape, frame by frame: convolutions with SiLU between them.
 
-    With a kernel of 1, as in diagdistill's commit 24ef1c9, an MLP on the channels of each latent pixel. The loss asks
-    of it only that the student's features be like those of its own average, so it can also make them small; what keeps
-    it from that is the average's lag and nothing else, there as here.
+    A kernel of 1, as in diagdistill's commit 24ef1c9, makes it an MLP on the channels of each latent pixel. The loss
+    can also be lowered by shrinking the features; only the lag of the EMA prevents that, as in diagdistill.
     """
 
     def __init__(self, config: MotionRegressionConfig, channels: int):

@@ -27,14 +27,14 @@ from utils.seeds import generator, stable_hash
 
 log = get_logger(__name__)
 
-FLOAT = torch.float32  # of what is trained, and of its average
+FLOAT = torch.float32  # dtype of trained weights and their EMA
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 
 
 def frozen_teacher(config: Config, parallel: ParallelPlan) -> tuple[WanTransformer3DModel, dict[float, float]]:
     """The teacher, in the precision of activations; with `training.distill.teacher_fp8` its large linears in float8.
 
-    And how far off that makes its v, by timestep, where it is whole at first; one that is read in parts never is.
+    Also returns the relative error of its v by timestep, unless it is loaded in shards.
     """
     dtype = pick_dtype(config.training.precision, parallel.device)
     plan = init_plan(config, "teacher", parallel, dtype)
@@ -50,7 +50,7 @@ def frozen_teacher(config: Config, parallel: ParallelPlan) -> tuple[WanTransform
 
 
 def student_state(config: Config, parallel: ParallelPlan) -> TrainState:
-    """The student with optimiser and average. Its steps are generator updates. The average computes by itself."""
+    """The student with optimizer and EMA. Its steps are generator updates."""
     t, rank = config.training, config.training.distill.lora.student_rank
     if t.sequence_student == "whole":
         parallel = replace(parallel, sequence=SequenceGroup())
@@ -66,7 +66,7 @@ def student_state(config: Config, parallel: ParallelPlan) -> TrainState:
 
 
 def critic_state(config: Config, parallel: ParallelPlan) -> TrainState:
-    """The critic with its optimiser; it starts from the teacher unless `training.init` names its own weights."""
+    """The critic with its optimizer; it starts from the teacher unless `training.init` names its own weights."""
     t = config.training
     name = "critic" if "critic" in t.init else "teacher"
     plan = init_plan(config, name, parallel)
@@ -77,7 +77,7 @@ def critic_state(config: Config, parallel: ParallelPlan) -> TrainState:
 
 
 def frozen_initial_student(config: Config, parallel: ParallelPlan) -> CausalWanModel:
-    """The student that training starts from, frozen, in the precision of activations; a resumed run reads it again."""
+    """The initial student, frozen, in the precision of activations; a resumed run loads it again."""
     if config.training.sequence_student == "whole":
         parallel = replace(parallel, sequence=SequenceGroup())
     dtype, device = pick_dtype(config.training.precision, parallel.device), parallel.device
@@ -88,7 +88,7 @@ def frozen_initial_student(config: Config, parallel: ParallelPlan) -> CausalWanM
 
 
 def motion_head_state(config: Config, channels: int, device: torch.device) -> TrainState:
-    """The head of the motion regression with its optimiser; its average is the target's head."""
+    """The head of the motion regression with its optimizer; its EMA is the target's head."""
     t, r = config.training, config.training.distill.motion_regression
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_hash(config.seed, "motion head"))
@@ -100,7 +100,7 @@ def motion_head_state(config: Config, channels: int, device: torch.device) -> Tr
 
 
 def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
-    """Adapters, and what is trained. Evaluation mode all through: there is no dropout to turn on."""
+    """Add LoRA adapters, if any, and set what is trained. The network stays in eval mode: it has no dropout."""
     lora = config.training.distill.lora
     if rank:
         network.requires_grad_(False)
@@ -116,7 +116,7 @@ def _prepare(network: WanTransformer3DModel, config: Config, rank: int) -> None:
 
 
 def _adapter(config: Config) -> Callable[[str, Tensor], Tensor]:
-    """Values of an adapter's matrices, distributed as peft's, from (seed, name): the same however they are sharded."""
+    """Initial values of adapters as in peft, drawn from (seed, name), so that they do not depend on sharding."""
 
     def draw(name: str, p: Tensor) -> Tensor:
         assert "lora_" in name, f"there are no weights for {name}"
@@ -136,7 +136,7 @@ def _trained(
 
 
 def merged(student: CausalWanModel, state: dict[str, Tensor] | None = None) -> CausalWanModel:
-    """`student` itself, or a copy in which its adapters are part of the weights. state: of a sharded one, gathered."""
+    """`student`, or a copy with its adapters merged. state: the gathered state dict of a sharded student."""
     if not any("lora_" in name for name, _ in student.named_parameters()):
         return student
     if state is None:

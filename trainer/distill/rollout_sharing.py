@@ -1,7 +1,7 @@
-"""Rollouts for the critic, made in turns by ranks that share samples and hold a whole student each.
+"""Rollouts for the critic, shared by the ranks of a sequence group that each hold the full student.
 
-All micro-batches of the critic between two updates of the generator are rolled out by one student, whatever the critic
-does meanwhile. So each of n ranks makes another one of the next n, at once, and then they are handed round one by one:
+Between two updates of the generator the student does not change. So each of n ranks makes one of the next n rollouts at
+the same time, and they are broadcast one by one:
 
     rank 0   make 0 | step on 0, on 1 | make 2 | ...
     rank 1   make 1 | step on 0, on 1 | make 3 | ...
@@ -17,15 +17,15 @@ from model.sequence import SequenceGroup
 
 
 def shares_rollouts(t: TrainingConfig) -> bool:
-    """Whether a rank that shares samples can make a rollout without the others: it has the student or its fast twin
-    whole, and prompts are encoded ahead (a sharded text encoder works on all ranks together).
+    """Whether a rank of a sequence group can make a rollout by itself: it holds the full student or its fast copy, and
+    prompts are encoded ahead (a sharded text encoder needs all ranks).
     """
     whole = t.sequence_student == "whole" or t.distill.fast_rollout
     return t.sequence_parallel > 1 and whole and (t.distill.encode_ahead or t.distill.encoded_prompts is not None)
 
 
 class RolloutSharing:
-    """micro_batches: of a step. shape: of a sample, float32."""
+    """micro_batches: number per step. shape: of a sample, float32."""
 
     def __init__(self, group: SequenceGroup, micro_batches: int, shape: tuple[int, ...], device: torch.device):
         self.group, self.micro_batches, self.shape, self.device = group, micro_batches, shape, device
@@ -33,13 +33,13 @@ class RolloutSharing:
         self.round, self.own = -1, torch.empty(0)
 
     def begin(self, step: int, start: int, end: int) -> None:
-        """What is taken next is the first micro-batch of `step`; the student is the same from step `start` to `end`."""
+        """Start of `step`, whose first micro-batch comes next; the student is fixed from step `start` to `end`."""
         self.next, self.start, self.end = (n * self.micro_batches for n in (step, start, end))
 
     def take(self, make: Callable[[int, int], Tensor]) -> Tensor:
-        """The sample of the next micro-batch, on every rank. make: of (step, micro-batch).
+        """The sample of the next micro-batch, on every rank. make: makes that of (step, micro-batch).
 
-        Who makes which depends on nothing but its place, so that a resumed run has it of the same rank.
+        The rank that makes a sample depends on its position only, so a resumed run gets it from the same rank.
         """
         place, self.next = self.next, self.next + 1
         owner = (place - self.start) % self.group.size

@@ -1,10 +1,10 @@
-"""What ranks say to each other on the host, so that none of them waits for its GPU: agreement, and shared failure.
+"""Communication of ranks on the host (gloo), without waiting for a GPU: agreement, and failing together.
 
     control = ControlGroup(timeout_s=900)
     stopping, failing = control.each(asked, bad)  # true on all ranks if true on one
     control.run_on_all("saving", lambda: ...)     # fails on all ranks if it fails on one
 
-A rank that has gone is noticed here, in a collective of a step, or by trainer/parallel/rank_watch.py.
+A lost rank is noticed here, in a collective of a step, or by trainer/parallel/rank_watch.py.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ LOST_RANK_MESSAGES = ("gloo", "Connection closed by peer", "Connection reset by 
 
 
 class FailedElsewhere(UserError):
-    """What all ranks were doing has failed on another one."""
+    """A joint operation has failed on another rank."""
 
 
 class ControlGroup:
-    """All ranks of a run, which may be one."""
+    """All ranks of a run (possibly one)."""
 
     def __init__(self, timeout_s: float = 900.0):
         several = dist.is_initialized() and dist.get_world_size() > 1
@@ -33,11 +33,11 @@ class ControlGroup:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank has it."""
+        """Whether `flag` is set on any rank."""
         return self.each(flag)[0]
 
     def each(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether any rank has it; in one message."""
+        """For each flag, whether it is set on any rank; one message."""
         if self.group is None:
             return flags
         both = torch.tensor(flags, dtype=torch.int32)
@@ -45,11 +45,11 @@ class ControlGroup:
         return tuple(bool(flag) for flag in both.tolist())
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Barrier of all ranks."""
         self.any(False)
 
     def gather(self, value: Any) -> list[Any]:
-        """Small picklable values of all ranks, in their order, on every rank."""
+        """Small picklable values of all ranks in rank order, on every rank."""
         if self.group is None:
             return [value]
         values = [None] * self.world
@@ -57,7 +57,7 @@ class ControlGroup:
         return values
 
     def run_on_all(self, what: str, work: Callable[[], T]) -> T:
-        """`work()`, which has no collectives. If it fails on any rank, it fails on all, in a sentence of the first."""
+        """Call `work`, which has no collectives. A failure on one rank fails all, with its message."""
         result, error = None, None
         try:
             result = work()
@@ -65,17 +65,17 @@ class ControlGroup:
             error = failure
             if self.group is None:
                 raise
-        said = self.gather(None if error is None else str(error) or type(error).__name__)
+        errors = self.gather(None if error is None else str(error) or type(error).__name__)
         if error is not None:
             raise error
-        if any(said):
-            rank = next(i for i, text in enumerate(said) if text)
-            raise FailedElsewhere(f"{what} failed on rank {rank}: {said[rank]}")
+        if any(errors):
+            rank = next(i for i, text in enumerate(errors) if text)
+            raise FailedElsewhere(f"{what} failed on rank {rank}: {errors[rank]}")
         return result
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an exception says that another rank has gone."""
+    """Whether an exception means that another rank is gone."""
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_RANK_MESSAGES)

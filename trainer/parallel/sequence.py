@@ -1,4 +1,4 @@
-"""Sequence parallelism of Wan transformers: tokens are split before the blocks and gathered behind them.
+"""Sequence parallelism of Wan transformers: tokens are split before the blocks and gathered after them.
 
 Ranks form a mesh (data x sequence): neighbours share samples, so that a group lies within a machine. Parameters are
 sharded over both axes (trainer/parallel/apply.py) and gradients averaged over both; model/sequence.py says why.
@@ -34,13 +34,13 @@ def sequence_group(degree: int, ranks: Ranks, place: device) -> SequenceGroup:
 
 
 def data_ranks(degree: int, ranks: Ranks) -> Ranks:
-    """Position among those that see other samples: what is drawn and counted depends on nothing else."""
+    """Rank and world size of data parallelism, which random draws and sample counts depend on."""
     return ranks.groups(degree, SETTING)
 
 
 def check_tokens(training: TrainingConfig, geometry: Geometry, frames: int) -> None:
-    """Refuse tokens that cannot be shared out evenly: those of a clip of `frames` latent frames, or those of a chunk
-    where the student is shared out, too."""
+    """Refuse a number of tokens that the group size does not divide: those of a clip of `frames` latent frames, or of a
+    chunk if the student is split, too."""
     degree = training.sequence_parallel
     tokens, what = frames * geometry.tokens_per_frame, f"clip of {frames} latent frames"
     if training.sequence_student == "shared":
@@ -49,7 +49,7 @@ def check_tokens(training: TrainingConfig, geometry: Geometry, frames: int) -> N
 
 
 def share_tokens(network: WanTransformer3DModel, group: SequenceGroup, name: str) -> None:
-    """Share the tokens of `network` out over `group`, in its own forward passes; before it is sharded."""
+    """Split the tokens of `network` over `group` in its forward passes. Call it before FSDP."""
     if group.size == 1:
         return
     check_shares(SETTING, group.size, network.config.num_attention_heads, f"attention heads of the {name}")

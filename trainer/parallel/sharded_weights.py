@@ -1,6 +1,6 @@
-"""Networks that no process ever holds whole: made without weights, sharded, then filled one tensor at a time.
+"""Sharded loading: networks are built on the meta device, sharded, then filled one tensor at a time.
 
-What a rank needs at most is its own parts and the one tensor that is being read, whatever the network's size.
+A rank needs memory for its own shards and for the tensor that is being read, whatever the size of the network.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def init_plan(
 ) -> WeightPlan | None:
     """What `training.init.<name>` names, if it can be read in parts and is to be.
 
-    None where nothing is sharded, for a fresh network of a config.json, and for a name that is not there.
+    None if nothing is sharded, if `name` is not set, and for a config.json, which gives fresh weights.
     """
     source = config.training.init.get(name)
     if parallel.mesh is None or source is None or Path(source).suffix == ".json":
