@@ -33,7 +33,7 @@ from configs.schema import CONTEXT_OF, DATED, Config
 CHECKOUT = Path(__file__).resolve().parents[1]
 STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # every key of a stored schedule
 log = logging.getLogger(f"diagonal.{__name__}")
-# settings that there were once, and what does now what they said
+# removed settings, and what to use instead
 HEADS = "motion is compared as it is, which was `difference`; a trained head: training.distill.motion_regression"
 KERNELS = "our own kernels are used wherever they can be; for operators of torch: inference.compile=off"
 REMOVED = {  # key -> what to do in its place
@@ -134,30 +134,30 @@ def presets() -> list[str]:
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     """Contents of `path` and of the bases under it, the undermost first. `seen` are the files that led here."""
-    found = path if path.exists() else CHECKOUT / path
-    if found.is_dir():
-        if not (found / PIPELINE).is_file():
+    file = path if path.exists() else CHECKOUT / path
+    if file.is_dir():
+        if not (file / PIPELINE).is_file():
             raise UserError(
                 f"config_path={shown(path)} is a folder without {PIPELINE}; give a YAML file of settings, or a folder "
                 f"that DiagonalPipeline.save_pretrained has written"
             )
-        found /= PIPELINE
-    if not found.is_file():
+        file /= PIPELINE
+    if not file.is_file():
         near = difflib.get_close_matches(f"configs/{path.name}", presets(), 3, cutoff=0.0)
         raise UserError(f"config_path={shown(path)} does not exist; configs/ has presets such as {', '.join(near)}")
-    found = found.resolve()
-    if found in seen:
-        chain = " -> ".join(file.name for file in (*seen, found))
+    file = file.resolve()
+    if file in seen:
+        chain = " -> ".join(base.name for base in (*seen, file))
         raise UserError(f"base={path} closes a circle ({chain}); remove one `base:` line")
-    values = _read(found)
+    values = _read(file)
     base = values.pop("base", None)
-    places = {name: str(found.parent / place) for name, place in FOLDER_OF.items()}
-    under = [{"model": places}] if found.name == PIPELINE else []
+    places = {name: str(file.parent / place) for name, place in FOLDER_OF.items()}
+    under = [{"model": places}] if file.name == PIPELINE else []
     if base is None:
         return [*under, values]
     if not isinstance(base, str):
         raise UserError(f"base={shown(base)} in {path} is not a file name; write base: other.yaml")
-    return [*_layers(found.parent / base, (*seen, found)), values]
+    return [*_layers(file.parent / base, (*seen, file)), values]
 
 
 class _Loader(yaml.BaseLoader):

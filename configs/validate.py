@@ -12,10 +12,10 @@ BOUNDS = "bounds"  # key in a field's metadata
 
 def number(default: Any, low: float, high: float) -> Any:
     """A dataclass field of numbers in [low, high]: one, lists of them, or a mapping whose keys they are."""
-    kept = {BOUNDS: (low, high)}
+    metadata = {BOUNDS: (low, high)}
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=kept)
-    return dataclasses.field(default=default, metadata=kept)
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_bounds(section: str, values: Any) -> None:

@@ -43,7 +43,7 @@ def main() -> int:
 
     from configs.errors import UserError
     from configs.load import load_config
-    from trainer.pairs import note
+    from trainer.pairs import write_timesteps
     from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
     from utils.device import pick_device
     from utils.distributed import Ranks
@@ -62,7 +62,7 @@ def main() -> int:
     kind = CausalTrajectoryMaker if args.causal else TrajectoryMaker
     maker = kind(config, device, steps=args.steps, guidance=args.guidance_scale)
     if ranks.first:
-        note(folder, maker.timesteps, causal=maker.causal)
+        write_timesteps(folder, maker.timesteps, causal=maker.causal)
     share = ranks.share(range(len(maker.prompts[: args.count])))  # and then look: other ranks are writing theirs
     mine = [i for i in share if not (folder / f"{i:05d}.pt").exists()]
     with tqdm(total=len(mine), desc="trajectories", disable=not ranks.first) as bar:

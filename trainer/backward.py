@@ -1,4 +1,4 @@
-"""Forward and backward of one loss: eagerly, or replayed as a CUDA graph."""
+"""Forward and backward pass of one loss, eager or replayed as a CUDA graph."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
@@ -17,11 +17,10 @@ Loss = Callable[..., dict[str, Tensor]]  # plan and named tensors in, {"loss": d
 class Backward:
     """`run(plan, batches)` leaves the loss's gradient in the parameters and returns what the loss returned, detached.
 
-    plan: what a loss depends on besides its tensors, hashable; () where there is nothing. With graphs, on a GPU, each
-    plan is captured when it first comes up and then replayed, so that a small network's step is no longer bound by
-    kernel launches; tensors of one name always have one shape then. All graphs add to the same gradients and share
-    their memory, so any plan and any number of micro-batches can follow each other. Nothing but this class may clear
-    the gradients.
+    plan: hashable arguments of the loss besides its tensors, or (). With graphs on a GPU each plan is captured once and
+    then replayed, so that steps of small networks are not bound by kernel launches; tensors of one name then need a
+    fixed shape. All graphs accumulate into the same gradients and share a memory pool. Only this class may clear the
+    gradients.
     """
 
     def __init__(
@@ -33,8 +32,8 @@ class Backward:
         self.pool = None
 
     def once(self, plan: Hashable, scale: float, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the gradient of one batch, times `scale`, to what is there."""
-        # Weights that a step without gradients has cast must not be taken over by a step with them
+        """Accumulate the gradient of one batch, times `scale`."""
+        # no cache: casts made without grad must not be reused with grad
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=False):
             out = self.loss(plan, **batch)
@@ -42,7 +41,7 @@ class Backward:
         return {name: value.detach() for name, value in out.items()}
 
     def clear(self) -> None:
-        """No gradient; under graphs zeros, in place, because the graphs hold their addresses."""
+        """Clear the gradients; with graphs in place, since graphs hold their addresses."""
         if not self.graphed:
             for p in self.parameters:
                 p.grad = None
@@ -55,9 +54,9 @@ class Backward:
     def run(
         self, plan: Hashable, batches: list[dict[str, Tensor]], between: Callable[[], None] = lambda: None
     ) -> dict[str, Tensor]:
-        """Leave the gradient of the mean loss over the micro-batches; return the means of what the loss returned.
+        """Compute the gradient of the mean loss over micro-batches; return the means of the loss's outputs.
 
-        between: called before each micro-batch; what it raises gives them up.
+        between: called before each micro-batch; an exception aborts the update.
         """
         scale, outs = 1 / len(batches), []
         if self.graphed and plan not in self.graphs:
@@ -81,7 +80,7 @@ class Backward:
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 outputs = self.once(plan, scale, inputs)
-        except RuntimeError as error:  # something here cannot be captured: slower is better than not at all
+        except RuntimeError as error:  # something cannot be captured: continue without graphs
             reason = str(error).splitlines()[0]
             log.warning("training.cuda_graphs=true: capturing a graph failed (%s); going on without", reason)
             torch.cuda.synchronize()

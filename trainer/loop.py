@@ -194,17 +194,17 @@ class _RunReporter:
             sink.write(step, **values)
 
     def stop_at(self, bad: list[str], step: int, batch: dict[str, Any]) -> NoReturn:
-        kept = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
-        given = f"the inputs of this step are in {kept}"
+        path = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
+        inputs = f"the inputs of this step are in {path}"
         try:
-            torch.save({"step": step, **batch}, kept)
+            torch.save({"step": step, **batch}, path)
         except (OSError, RuntimeError) as error:
             if not is_disk_full(error):
                 raise
-            kept.unlink(missing_ok=True)
-            given = f"the disk has no room for the inputs of this step ({kept})"
+            path.unlink(missing_ok=True)
+            inputs = f"the disk has no room for the inputs of this step ({path})"
         raise NonFiniteLoss(
-            f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and {given}: lower the "
+            f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and {inputs}: lower the "
             "learning rate (training.optimizer.lr) and resume"
         )
 

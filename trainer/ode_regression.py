@@ -3,9 +3,9 @@ initialisation of Self-Forcing).
 
     L = mean | x0(x_t, t) - x_0 |^2      a state x_t of the trajectory drawn for each chunk, x_0 its end
 
-One forward over the whole clip, in which a chunk sees the chunks before it at their own levels. Of trajectories that
-were rolled out causally (scripts/generate_ode_pairs.py --causal) it sees their clean ends instead, at one of
-`training.flow.context_timesteps`, as diagonal forcing will leave them, and states of its own row of the schedule.
+One forward pass over the clip, in which a chunk is conditioned on earlier chunks at their own timesteps. With causal
+trajectories (scripts/generate_ode_pairs.py --causal) it is conditioned on their clean ends instead, noised to one of
+`training.flow.context_timesteps` as in diagonal forcing, and trained at the timesteps of its schedule.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ class ODERegression(Supervised):
         self.rows = [self._row(chunk) for chunk in range(self.geometry.num_chunks(self.frames))]
 
     def _row(self, chunk: int) -> Tensor:
-        """Indices into `noisy` of the states that a chunk learns from."""
+        """Indices into `noisy` of the states that a chunk is trained on."""
         if not self.causal:
             return torch.arange(len(self.noisy))
         row = self.schedule.timesteps(chunk)
@@ -81,7 +81,7 @@ class ODERegression(Supervised):
         return batch | self._past(batch["target"], host) if self.causal else batch
 
     def _past(self, ends: Tensor, host: torch.Generator) -> dict[str, Tensor]:
-        """The clean ends [B, F, C, H, W] as later chunks are shown them, and their timesteps [B, F]."""
+        """The noised clean ends [B, F, C, H, W] that later chunks are conditioned on, and their timesteps [B, F]."""
         levels = torch.tensor(self.config.training.flow.context_timesteps)
         t = levels[torch.randint(len(levels), (len(ends), 1), generator=host)].expand(-1, self.frames).to(self.device)
         eps = torch.randn(ends.shape, generator=host).to(self.device)
@@ -97,11 +97,11 @@ class ODERegression(Supervised):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Clips along `schedule`, as inference makes them; scored where the tiny world can."""
+        """Score clips generated as in inference."""
         world = TinyWorld(self.config.video.height, self.config.video.width)
-        said = world.prompts(self.config.seed + 1, self.config.training.validation_clips)
-        frames = causal_clips(self.averaged, self.codec, self.encoder, said, self.schedule, self.config)
-        return evaluate_clips(said, frames, folder / f"{self.name}_{step:06d}.png")
+        prompts = world.prompts(self.config.seed + 1, self.config.training.validation_clips)
+        frames = causal_clips(self.averaged, self.codec, self.encoder, prompts, self.schedule, self.config)
+        return evaluate_clips(prompts, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:
         save_student(self.averaged, folder, {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()})

@@ -1,13 +1,13 @@
-"""Teacher's ODE trajectories: states between noise and clean latents, with the prompt each was made of.
+"""ODE trajectories of the teacher: states between noise and clean latents, with their prompts.
 
 Two layouts, both of Self-Forcing, either readable:
 
     folder/00042.pt     {prompt: tensor [1, S, F, C, H, W]}, the first state at t = 1000, the last clean
     LMDB                latents_{i}_data (raw float16), prompts_{i}_data (UTF-8), latents_shape, prompts_shape (digits)
 
-Neither says at which timesteps the states are. Ours are written down beside them (`timesteps.json`, key `timesteps`);
-of others Self-Forcing's are assumed: 48 Euler steps at shift 8, of which every twelfth was kept. Trajectories that were
-rolled out causally, a chunk after the clean ends of those before it, say so (`causal`).
+Neither stores the timesteps of the states. Ours are stored beside them (`timesteps.json`, LMDB key `timesteps`);
+without them Self-Forcing's are assumed: 48 Euler steps at shift 8, every twelfth of them kept. Causal trajectories,
+whose chunks are conditioned on the clean ends of earlier chunks, are marked (`causal`).
 """
 
 import json
@@ -47,8 +47,7 @@ class Pairs(Protocol):
 
 
 def open_pairs(field: str, path: str | Path) -> Pairs:
-    """Pairs in `path`, of either layout, all of them looked at but for their values. `field` is the setting that names
-    it."""
+    """Open pairs of either layout in `path` and check everything but their values. field: the setting that names it."""
     path = resolve_path(Path(path))
     if (path / "data.mdb").exists():
         return LmdbPairs(field, path)
@@ -61,7 +60,7 @@ def open_pairs(field: str, path: str | Path) -> Pairs:
 
 
 class FolderPairs:
-    """A file a prompt. Prompts and sizes are read at once, the states when they are asked for."""
+    """One file per prompt. Prompts and shapes are read at once, states on demand."""
 
     def __init__(self, field: str, path: Path):
         self.field, self.files = field, sorted(path.glob("*.pt"))
@@ -78,11 +77,11 @@ class FolderPairs:
                     f"other files; make it again with scripts/generate_ode_pairs.py"
                 )
             self.prompts += shapes
-        said = path / TIMESTEPS
-        told = _told(field, said) if said.is_file() else {}
-        told = told if isinstance(told, dict) else {"timesteps": told}
-        self.causal = told.get("causal", False) is True
-        self.timesteps = _known(field, told.get("timesteps"), self.shape[0], path)
+        file = path / TIMESTEPS
+        stored = _read_stored(field, file) if file.is_file() else {}
+        stored = stored if isinstance(stored, dict) else {"timesteps": stored}
+        self.causal = stored.get("causal", False) is True
+        self.timesteps = _checked_timesteps(field, stored.get("timesteps"), self.shape[0], path)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -97,7 +96,7 @@ class FolderPairs:
 
 
 class LmdbPairs:
-    """The database that scripts/create_lmdb.py makes of a folder."""
+    """The database that scripts/create_lmdb.py writes."""
 
     def __init__(self, field: str, path: Path):
         import lmdb  # only runs on pairs need it
@@ -109,7 +108,7 @@ class LmdbPairs:
             needed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
         except lmdb.Error as error:
             raise UserError(f"{field}={path} is damaged ({error}); {again}") from error
-        if size < needed:  # what is beyond the end of a map stops the process when it is touched
+        if size < needed:  # reading beyond the end of a memory map kills the process
             raise UserError(f"{field}={path} is cut short ({size:,} of {needed:,} bytes); {again}")
         try:
             self.shape = tuple(int(n) for n in self._get("latents_shape").decode().split())
@@ -118,16 +117,16 @@ class LmdbPairs:
             self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
             with self.env.begin(buffers=True) as transaction:
                 sizes = {len(transaction.get(f"latents_{i}_data".encode(), b"")) for i in range(self.shape[0])}
-                said, self.causal = transaction.get(b"timesteps"), transaction.get(b"causal") is not None
-                told = None if said is None else parse_json(bytes(said))
+                stored, self.causal = transaction.get(b"timesteps"), transaction.get(b"causal") is not None
+                timesteps = None if stored is None else parse_json(bytes(stored))
             if sizes != {2 * math.prod(self.shape[1:])}:
                 raise ValueError(f"latents of {sorted(sizes)[0]:,} bytes for {self.shape[1:]}")
         except (ValueError, lmdb.Error) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{field}={path} holds no trajectories as it should ({error}); {again}") from error
+            raise UserError(f"{field}={path} holds no valid trajectories ({error}); {again}") from error
         states = self.shape[1] if len(self.shape) == 6 else 1
-        self.timesteps = _known(field, told, states, path)
+        self.timesteps = _checked_timesteps(field, timesteps, states, path)
 
     def _get(self, key: str) -> bytes:
         with self.env.begin() as transaction:
@@ -145,40 +144,40 @@ class LmdbPairs:
         return states.reshape(len(rows), *((1,) if len(self.shape) == 5 else ()), *self.shape[1:])
 
 
-def note(folder: Path, timesteps: Sequence[float], *, causal: bool) -> None:
-    """Write beside the trajectories in `folder` what they are; UserError where it holds others."""
-    file, said = folder / TIMESTEPS, list(timesteps)
-    told = {"timesteps": said, "causal": True} if causal else said
-    if file.is_file() and _told("--output_folder", file) != told:
+def write_timesteps(folder: Path, timesteps: Sequence[float], *, causal: bool) -> None:
+    """Write the timesteps of the trajectories in `folder` beside them; UserError if it holds trajectories of others."""
+    file, stored = folder / TIMESTEPS, list(timesteps)
+    content = {"timesteps": stored, "causal": True} if causal else stored
+    if file.is_file() and _read_stored("--output_folder", file) != content:
         raise UserError(f"{folder} holds trajectories of another kind, by its {TIMESTEPS}; choose another folder")
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(content))
 
 
 def write_lmdb(pairs: Pairs, path: Path) -> int:
-    """Write `pairs` to a new LMDB; of a prompt that comes more than once the first. Returns how many were written."""
+    """Write `pairs` to a new LMDB; of repeated prompts only the first. Returns the number of written pairs."""
     import lmdb
 
     path.mkdir(parents=True, exist_ok=True)
     first = {prompt: i for i, prompt in reversed(list(enumerate(pairs.prompts)))}
-    kept = sorted(first.values())
-    shape = tuple(pairs.read(kept[:1]).shape[1:])
-    size = 2 * len(kept) * (2 * int(np.prod(shape)) + 65536) + (1 << 24)
+    rows = sorted(first.values())
+    shape = tuple(pairs.read(rows[:1]).shape[1:])
+    size = 2 * len(rows) * (2 * int(np.prod(shape)) + 65536) + (1 << 24)
     env = lmdb.open(str(path), map_size=size, subdir=True)
     with env.begin(write=True) as transaction:
-        for row, i in enumerate(kept):
+        for row, i in enumerate(rows):
             transaction.put(f"latents_{row}_data".encode(), pairs.read([i])[0].contiguous().numpy().tobytes())
             transaction.put(f"prompts_{row}_data".encode(), pairs.prompts[i].encode())
-        numbers = " ".join(str(n) for n in (len(kept), *shape))
+        numbers = " ".join(str(n) for n in (len(rows), *shape))
         transaction.put(b"latents_shape", numbers.encode())
-        transaction.put(b"prompts_shape", str(len(kept)).encode())
+        transaction.put(b"prompts_shape", str(len(rows)).encode())
         transaction.put(b"timesteps", json.dumps(list(pairs.timesteps)).encode())
         if pairs.causal:
             transaction.put(b"causal", b"1")
     env.close()
-    return len(kept)
+    return len(rows)
 
 
-def _told(field: str, file: Path) -> Any:
+def _read_stored(field: str, file: Path) -> Any:
     ordinary_file(field, file, MAX_TOLD)
     try:
         return parse_json(file.read_bytes())
@@ -186,13 +185,13 @@ def _told(field: str, file: Path) -> Any:
         raise UserError(f"{field}: {file} is not valid JSON ({error}); make the trajectories again") from error
 
 
-def _known(field: str, said: Any, states: int, path: Path) -> tuple[float, ...]:
-    """The timesteps that are written down, or Self-Forcing's if there are as many states as it keeps."""
-    if said is None and states == len(SELF_FORCING):
+def _checked_timesteps(field: str, stored: Any, states: int, path: Path) -> tuple[float, ...]:
+    """The stored timesteps, or Self-Forcing's if none are stored and the number of states fits."""
+    if stored is None and states == len(SELF_FORCING):
         return SELF_FORCING
-    if said is None or not isinstance(said, list) or len(said) != states:
+    if stored is None or not isinstance(stored, list) or len(stored) != states:
         raise UserError(f"{path} has trajectories of {states} states at unknown timesteps; write them to {TIMESTEPS}")
-    numbers = [t for t in said if isinstance(t, int | float) and 0 <= t <= 1000]
+    numbers = [t for t in stored if isinstance(t, int | float) and 0 <= t <= 1000]
     if len(numbers) != states or any(a <= b for a, b in pairwise(numbers)) or numbers[-1] != 0:
-        raise UserError(f"{field}={path} has timesteps {str(said)[:60]} that do not fall to 0; correct {TIMESTEPS}")
+        raise UserError(f"{field}={path} has timesteps {str(stored)[:60]} that do not fall to 0; correct {TIMESTEPS}")
     return tuple(float(t) for t in numbers)

@@ -32,7 +32,7 @@ def training_prompts(config: Config) -> list[str]:
 
 
 def validation_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
-    """What validation clips are made of: the first of the run's own prompts, or unseen ones of the tiny world."""
+    """Prompts of validation clips: the first training prompts, or unseen captions of the tiny world."""
     count = config.training.validation_clips
     if config.training.distill.prompts is not None:
         return list(prompts[:count])
@@ -40,14 +40,14 @@ def validation_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
 
 
 def prompt_groups(config: Config) -> list[list[str]]:
-    """Every prompt that a run embeds, by what for: training, its pairs, no prompt at all (two of them), validation."""
+    """All prompts that a run encodes: for training, trajectories, guidance (two negative ones) and validation."""
     d, prompts = config.training.distill, training_prompts(config)
     pairs = [] if d.pairs is None else open_pairs("training.distill.pairs", d.pairs).prompts
     return [prompts, pairs, [d.negative_prompt], [""], validation_prompts(config, prompts)]
 
 
 def text_source(config: Config, parallel: ParallelPlan) -> TextEncoder | EncodedText:
-    """The frozen text encoder, sharded if all is; with `training.distill.encoded_prompts` what it has made ahead."""
+    """The frozen text encoder, sharded if the run is; or the embeddings in `training.distill.encoded_prompts`."""
     path = config.training.distill.encoded_prompts
     if path is None:
         sharded = parallel.mesh is not None
@@ -58,7 +58,7 @@ def text_source(config: Config, parallel: ParallelPlan) -> TextEncoder | Encoded
 
 
 def check_text_dim(text: TextEncoder | EncodedText, wanted: int) -> None:
-    """Refuse embeddings of another width than the networks take."""
+    """Refuse embeddings whose width does not fit the networks."""
     if text.dim != wanted:
         raise UserError(
             f"model.text_encoder gives embeddings of width {text.dim} and training.init.student takes {wanted}; "
@@ -67,7 +67,7 @@ def check_text_dim(text: TextEncoder | EncodedText, wanted: int) -> None:
 
 
 class PromptBank:
-    """Embeddings [B, L, D] of prompts by index. `ahead`: made once and kept on the encoder's device."""
+    """Embeddings [B, L, D] of prompts by index. ahead: encode all at once, and keep them on the encoder's device."""
 
     def __init__(self, prompts: Sequence[str], encoder: TextEncoder | EncodedText, *, ahead: bool):
         self.prompts, self.encoder = list(prompts), encoder

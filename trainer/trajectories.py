@@ -1,4 +1,4 @@
-"""Making the teacher's ODE trajectories (trainer/pairs.py says how they are kept)."""
+"""Integration of the teacher's ODE trajectories (trainer/pairs.py stores them)."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def trajectory_grid(rows: list[tuple[float, ...]], interval: float, shift: float
 class TrajectoryMaker:
     """Integrates dx/dsigma = v with Euler's method, guided.
 
-    The grid is even in un-warped time, then shifted by `schedule.shift`, with every timestep of the schedule among it.
+    The grid is even in un-warped time, then shifted by `schedule.shift`; it contains every timestep of the schedule.
     """
 
     causal = False
@@ -57,13 +57,13 @@ class TrajectoryMaker:
         return ScoreModel(frozen_teacher(self.config, ParallelPlan(self.config.training, self.device))[0])
 
     def _noise(self, indices: Sequence[int]) -> list[Tensor]:
-        """What each chunk [B, f, C, H, W] of prompts `indices` starts from."""
+        """Initial noise of each chunk [B, f, C, H, W] of prompts `indices`."""
         seeds = [stable_hash(self.config.seed, "trajectory", index) for index in indices]
         noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
         return [noise.initial(k) for k in range(self.chunks)]
 
     def _text(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] of prompts `indices`, and of the negative prompt as often."""
+        """Embeddings [B, L, D] of prompts `indices`, and of the negative prompt."""
         text = self.encoder([self.prompts[index] for index in indices])
         return text, self.null.expand_as(text)
 
@@ -71,7 +71,7 @@ class TrajectoryMaker:
     def make(self, indices: Sequence[int]) -> Tensor:
         """float32 [B, S, F, C, H, W]: states of prompts `indices` at `timesteps`.
 
-        Each is a function of (seed, its index), but for the rounding of a batch.
+        Each depends on (seed, index) only, up to rounding.
         """
         x = torch.cat(self._noise(indices), dim=1)
         text, null = self._text(indices)
@@ -85,9 +85,9 @@ class TrajectoryMaker:
 
 
 class CausalTrajectoryMaker(TrajectoryMaker):
-    """Trajectories rolled out causally: chunk after chunk, by a causal teacher of many steps (one that teacher forcing
-    has made) which sees the clean ends of the chunks before. A student that is regressed on them learns from pasts of
-    the kind that its own rollouts have.
+    """Trajectories rolled out chunk by chunk by a causal many-step teacher (of stage `teacher_forcing`), each chunk
+    conditioned on the clean ends of earlier ones. A student that is regressed on them is trained on contexts like those
+    of its own rollouts.
     """
 
     causal = True
@@ -97,7 +97,7 @@ class CausalTrajectoryMaker(TrajectoryMaker):
 
     @torch.no_grad()
     def make(self, indices: Sequence[int]) -> Tensor:
-        text = torch.cat(self._text(indices)[: 2 if self.guidance else 1])  # each branch has keys of its own
+        text = torch.cat(self._text(indices)[: 2 if self.guidance else 1])  # both branches of guidance
         streams = len(text)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.teacher.model.text_kv(text)
@@ -107,7 +107,7 @@ class CausalTrajectoryMaker(TrajectoryMaker):
             return torch.cat([self._chunk(k, x, text, cache) for k, x in noise], dim=2)
 
     def _chunk(self, chunk: int, x: Tensor, text: TextKV, cache: StreamCache) -> Tensor:
-        """States [B, S, f, C, H, W] of one chunk from its noise; leaves the keys of the clean end in the cache."""
+        """States [B, S, f, C, H, W] of one chunk from its noise; writes the keys of the clean end to the cache."""
         copies = (len(text[0][0]) // len(x), 1, 1, 1, 1)
 
         def step(x: Tensor, t: float, t_next: float) -> Tensor:

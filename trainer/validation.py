@@ -1,4 +1,4 @@
-"""What a stage looks at while it runs: sampled clips measured against their captions, and caption gaps."""
+"""Validation: sampled clips measured against their captions, and caption gaps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,18 +28,18 @@ from trainer.tiny.world import ATTRIBUTES, caption, flip_attribute
 from utils.seeds import generator, sample_seed
 from utils.video import VideoWriter, contact_sheet
 
-LABEL = 16  # pixels: height of the line above clips that stand side by side
+LABEL = 16  # pixels: height of the line of text above clips that are shown side by side
 
 
 def validation_seeds(config: Config, count: int) -> list[int]:
-    """The same seeds each time, so that clips of one run can be compared over its steps."""
+    """Fixed seeds, so that clips can be compared over the steps of a run."""
     return [sample_seed(config.seed, i + 1) for i in range(count)]
 
 
 def teacher_clips(
     score: ScoreModel, codec: Codec, text: TextEncoder, prompts: list[str], geometry: Geometry, config: Config
 ) -> Tensor:
-    """Pixels [B, T, 3, H, W] that the teacher makes of `prompts`, in 50 Euler steps."""
+    """Pixels [B, T, 3, H, W] that the teacher generates from `prompts` in 50 Euler steps."""
     embedded, null, guidance = text(prompts), text([""]), config.training.flow.guidance
     source = NoiseSource(validation_seeds(config, len(prompts)), geometry, embedded.device, torch.float32)
     chunks = geometry.num_chunks(config.video.num_latent_frames)
@@ -52,7 +52,7 @@ def teacher_clips(
 def causal_clips(
     model: CausalWanModel, codec: Codec, text: TextEncoder, prompts: list[str], schedule: Schedule, config: Config
 ) -> Tensor:
-    """Pixels [B, T, 3, H, W] that a causal student makes of `prompts` along `schedule`, as inference makes them."""
+    """Pixels [B, T, 3, H, W] that a causal student generates from `prompts` as in inference."""
     session = StreamSession.from_config(config, Student(model), codec, text, schedule)
     chunks = session.geometry.num_chunks(config.video.num_latent_frames)
     played = session.play(prompts, validation_seeds(config, len(prompts)), chunks)
@@ -70,7 +70,7 @@ def write_sheet(prompts: list[str], frames: Tensor, sheet: Path) -> None:
 
 
 def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:
-    """Share of clips in which each attribute is what the caption says; a contact sheet of the first eight."""
+    """Share of clips with each attribute as in the caption; writes a contact sheet of the first eight."""
     write_sheet(prompts, frames, sheet)
     return {name: interval.value for name, interval in score_clips(prompts, frames).columns.items()}
 
@@ -79,7 +79,7 @@ def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str,
 def caption_gaps(
     score: ScoreModel, bank: LatentBank, text: TextEncoder, seed: int, clips: int = 128
 ) -> dict[str, float]:
-    """Loss with one attribute of the caption changed minus loss with the right caption, a figure an attribute.
+    """Loss with one attribute of the caption changed minus loss with the right caption, by attribute.
 
     Mean over timesteps 600, 800, 900, 950. `axis` turns the direction by 90 degrees, `sign` reverses it. An attribute
     without a gap is not being learnt from the caption.
@@ -105,7 +105,7 @@ def caption_gaps(
 
 
 class Validator:
-    """Clips of the averaged student on fixed prompts and seeds: scored where the tiny world can, and shown.
+    """Clips of the student's EMA on fixed prompts and seeds: written, and scored if they are of the tiny world.
 
     `<name>.mp4`: student on the left, teacher on the right, a row a prompt; `<name>.png`: a contact sheet.
     """
@@ -138,7 +138,7 @@ class Validator:
         return {}
 
     def _teacher_frames(self, teacher: ScoreModel) -> Tensor:
-        """Made once: neither prompts nor teacher change."""
+        """Generated once: neither prompts nor teacher change."""
         if self._teachers is None:
             some = self.prompts[: self.shown]
             made = teacher_clips(teacher, self.codec, self.text, some, self.geometry, self.config)

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import to_yaml
 from model.causal_wan import chunk_causal_mask
 from model.flow import v_from_x0
-from trainer.pairs import SELF_FORCING, note, open_pairs, write_lmdb
+from trainer.pairs import SELF_FORCING, open_pairs, write_lmdb, write_timesteps
 from trainer.registry import build_stage
 from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
 from utils.distributed import Ranks
@@ -137,7 +137,7 @@ def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
     arguments = ["--config_path", str(tmp_path / "case.yaml"), "--output_folder", str(tmp_path / "pairs")]
     script("generate_ode_pairs", *arguments, "--steps", "2", "--count", "3", "--batch_size", "2", "--causal")
     with pytest.raises(UserError, match="trajectories of another kind"):
-        note(tmp_path / "pairs", [1000.0, 0.0], causal=False)
+        write_timesteps(tmp_path / "pairs", [1000.0, 0.0], causal=False)
     write_lmdb(open_pairs("pairs", tmp_path / "pairs"), tmp_path / "lmdb")
     stages = []
     for kept in ("lmdb", "pairs"):

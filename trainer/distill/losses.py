@@ -157,8 +157,8 @@ def motion_regression_loss(
     """
     x, y = _precise(x, y)
     inside = slice(None) if frames is None else differences(frames)
-    ours, theirs = head(motion(x)[:, inside]), target_head(motion(y)[:, inside]).detach()
-    return (ours - theirs).square().mean()
+    student, initial = head(motion(x)[:, inside]), target_head(motion(y)[:, inside]).detach()
+    return (student - initial).square().mean()
 
 
 def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:

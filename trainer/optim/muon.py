@@ -1,8 +1,8 @@
-"""Muon for the hidden matrices and kernels of a network, AdamW for the rest, as one optimiser.
+"""Muon for the hidden matrices and kernels of a network, AdamW for the rest, as one optimizer.
 
 A convolution's kernel [O, I, ...] counts as the matrix [O, I ...]. Embeddings, first and last layers, biases and norms
 stay with AdamW, as the authors of Muon advise. torch.optim.Muon takes one matrix after the other: on a GPU a small
-network's step then waits for thousands of tiny kernels. Here matrices of one shape move together.
+network's step then waits for thousands of tiny kernels. Here matrices of one shape are updated together.
 """
 
 import math
@@ -45,7 +45,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, but for parameter groups with `muon: True` (Muon, updates scaled like AdamW's: arXiv 2502.16982, eq. 4).
 
-    Its state dict is that of one optimiser: `momentum_buffer` of a Muon parameter has the parameter's own shape.
+    Its state dict is that of one optimizer: `momentum_buffer` of a Muon parameter has the parameter's own shape.
     """
 
     def _groups(self, muon: bool) -> list[dict]:
@@ -86,9 +86,9 @@ class MuonAdamW(torch.optim.AdamW):
         torch._foreach_add_(moved, [x.view_as(p) for x, p in zip(update, moved, strict=True)], alpha=-lr * scale)
 
 
-def parameter_groups(module: nn.Module, knobs: OptimizerConfig) -> list[dict]:
-    """Parameter groups: matrices, vectors (without weight decay) and, if `muon_lr` is set, what Muon moves."""
-    hidden = {id(p) for p in hidden_matrices(module)} if knobs.muon_lr else set()
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Parameter groups: matrices, vectors (without weight decay) and, if `muon_lr` is set, those of Muon."""
+    hidden = {id(p) for p in hidden_matrices(module)} if config.muon_lr else set()
     trained = [p for p in module.parameters() if p.requires_grad]
     muon = [p for p in trained if id(p) in hidden]
     matrices = [p for p in trained if p.ndim > 1 and id(p) not in hidden]
@@ -96,6 +96,6 @@ def parameter_groups(module: nn.Module, knobs: OptimizerConfig) -> list[dict]:
     groups = [
         {"params": matrices},
         {"params": vectors, "weight_decay": 0.0},
-        {"params": muon, "muon": True, "lr_share": knobs.muon_lr / knobs.lr if knobs.lr else 0.0},
+        {"params": muon, "muon": True, "lr_share": config.muon_lr / config.lr if config.lr else 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""How trained weights move: optimiser, learning rate, clipping, and the moving average."""
+"""Optimizer, learning rate, gradient clipping and EMA of a trained module."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class EMA:
     """Exponential moving average of a module's parameters: e <- d e + (1 - d) p; a copy until `start_step`.
 
-    twin: a copy of `module` to average in, where it cannot be copied here any more because it is sharded.
+    replica: a copy of `module` that holds the average; needed if `module` is sharded and cannot be copied.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int, replica: nn.Module | None = None):
@@ -42,19 +42,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Take in the parameters that optimiser step `step` (from 0) produced."""
+        """Update with the parameters after optimizer step `step` (from 0)."""
         reshard(self.module)
         weight = 1.0 if step < self.start_step else 1.0 - self.decay
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
 
 
 class TrainState:
-    """A trained module with its optimiser, its learning rate and its average. It does not know its loss.
+    """A trained module with its optimizer, learning rate and EMA. It does not know its loss.
 
     Args:
-        optimizer: its knobs, if they are not `config.optimizer`.
-        steps: how many steps it will take, if not `config.steps`; the learning rate falls over these.
-        averaged: keep a moving average, in `replica` if that is given.
+        optimizer: settings of the optimizer (default: `config.optimizer`).
+        steps: length of the learning rate schedule (default: `config.steps`).
+        averaged: keep an EMA, in `replica` if that is given.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class TrainState:
         replica: nn.Module | None = None,
     ):
         self.module = module
-        self.knobs, self.steps = optimizer or config.optimizer, steps or config.steps
+        self.optimizer_config, self.steps = optimizer or config.optimizer, steps or config.steps
         device = next(module.parameters()).device
-        o = self.knobs
+        o = self.optimizer_config
         kind = MuonAdamW if o.muon_lr else adamw_class(tuple(o.betas))
         self.optimizer = kind(
             parameter_groups(module, o), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
@@ -83,24 +83,24 @@ class TrainState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self, step: int) -> Tensor:
-        """Average gradients over ranks, clip them, take optimiser step `step`, update the average. Returns the norm."""
-        reshard(self.module)  # or the next pass would use the weights of before
+        """Average and clip gradients, make optimizer step `step`, update the EMA. Returns the gradient norm."""
+        reshard(self.module)  # otherwise the next pass would use the old weights
         average_gradients(self.parameters)
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.knobs.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.max_grad_norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = group.get("lr_share", 1.0) * learning_rate(self.knobs, step, self.steps)
+            group["lr"] = group.get("lr_share", 1.0) * learning_rate(self.optimizer_config, step, self.steps)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.module, step)
         return norm
 
     def state_dict(self) -> dict:
-        """Whole tensors, gathered on the first rank where they are sharded; every rank must call it."""
+        """Full tensors, gathered on the first rank if sharded; a collective."""
         state = {"module": module_state(self.module), "optimizer": optimizer_state(self.module, self.optimizer)}
         return state if self.average is None else state | {"average": module_state(self.average.module)}
 
     def averaged_state(self) -> dict[str, Tensor]:
-        """The average alone, gathered as in `state_dict`."""
+        """The EMA alone, gathered as in `state_dict`."""
         return module_state(self.average.module)
 
     def load_state_dict(self, state: dict) -> None:

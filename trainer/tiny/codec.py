@@ -72,13 +72,13 @@ class CodecStage(Supervised):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """`micro_batch` clips of the shortest length, or as many longer ones as have no more frames."""
-        knobs, frames = self.config.training.codec, self.plan(step)
+        codec, frames = self.config.training.codec, self.plan(step)
         name = step * self.micro_batches + micro
         rng = generator(self.config.seed, "clips", name, self.ranks.rank)
         torch.randint(1, (), generator=rng)  # the length's place
-        size = max(1, self.config.training.micro_batch * min(knobs.clip_frames) // frames)
+        size = max(1, self.config.training.micro_batch * min(codec.clip_frames) // frames)
         index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, self.device)
-        pixels = self.bank.batch(index, frames, knobs.crop, rng)
+        pixels = self.bank.batch(index, frames, codec.crop, rng)
         shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
         noise = generator(self.config.seed, "posterior", name, self.ranks.rank, device=self.device)
         return {"pixels": pixels, "eps": torch.randn(shape, generator=noise, device=self.device)}

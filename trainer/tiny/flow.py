@@ -43,9 +43,9 @@ class FlowStage(Supervised):
         self.text = frozen_text_encoder(config, device)
         self.world = TinyWorld(config.video.height, config.video.width)
         chunks = config.training.flow.first_chunk_clips
-        said = {"open_captions": config.training.open_captions}
-        self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames, **said)
-        self.first_chunks = self._bank(chunks, self.geometry.chunk_frames, **said) if chunks else self.bank
+        options = {"open_captions": config.training.open_captions}
+        self.bank = self._bank(config.training.bank_clips, config.video.num_latent_frames, **options)
+        self.first_chunks = self._bank(chunks, self.geometry.chunk_frames, **options) if chunks else self.bank
 
     def _bank(self, clips: int, latent_frames: int, kind: type[Bank] = LatentBank, **options) -> Bank:
         c = self.config
@@ -64,11 +64,11 @@ class FlowStage(Supervised):
 
         What the rarer words mean, shapes above all, shows about the subject alone, so some are cut down to that.
         """
-        knobs = self.config.training.flow
+        flow = self.config.training.flow
         first, cropped = torch.rand(2, generator=generator(self.config.seed, "first chunk", step)).tolist()
-        if first >= knobs.first_chunk_share:
+        if first >= flow.first_chunk_share:
             return WHOLE
-        return CROPPED if cropped < knobs.crop_share else FIRST
+        return CROPPED if cropped < flow.crop_share else FIRST
 
     def _clips(self, step: int, micro: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] and text [B, L, D] of a micro-batch."""

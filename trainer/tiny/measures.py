@@ -123,7 +123,7 @@ def _track(frames: Tensor) -> tuple[_Track, Tensor]:
     area = own.sum((1, 2))
     rim = own[:, (0, -1), :].sum((1, 2)) + own[:, :, (0, -1)].sum((1, 2))
     weight = own / area.clamp_min(1e-6)[:, None, None]
-    found = _Track(
+    track = _Track(
         centre=centre.view(b, t, 2),
         area=area.view(b, t),
         second=((mask.sum((1, 2)) - area) / area.clamp_min(LEAST_AREA)).view(b, t),
@@ -133,7 +133,7 @@ def _track(frames: Tensor) -> tuple[_Track, Tensor]:
         chroma=(chroma * weight).sum((1, 2)).view(b, t),
         shape=_shapes(own, centre).view(b, t),
     )
-    return found, chroma.view(b, t, height, width)
+    return track, chroma.view(b, t, height, width)
 
 
 def _hues(rgb: Tensor) -> Tensor:
@@ -268,24 +268,24 @@ class Scores:
         return "\n".join(lines)
 
 
-def _agreement(captions: Sequence[str], found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _agreement(captions: Sequence[str], measured: dict[str, Tensor]) -> dict[str, Tensor]:
     """Per column [B]: 1 right, 0 wrong, NaN not stated; speed_ratio: the ratio."""
     stated = [parse_caption(text) for text in captions]
     nan = float("nan")
     correct = {}
     for name in ("colour", "shape", "direction", "background"):
         wanted = torch.tensor([VALUES[name].index(s[name]) if s[name] else -2 for s in stated])
-        correct[name] = torch.where(wanted == -2, nan, (found[name] == wanted).float())
+        correct[name] = torch.where(wanted == -2, nan, (measured[name] == wanted).float())
         if name == "direction":
-            same = (found[name] % 4 == wanted % 4) & (found[name] >= 0)
+            same = (measured[name] % 4 == wanted % 4) & (measured[name] >= 0)
             correct["axis"] = torch.where(wanted == -2, nan, same.float())
             correct["sign"] = torch.where(same & (wanted != -2), correct[name], nan)
-    told = [s["speed"] and s["direction"] and math.hypot(*velocity(s["direction"], s["speed"])) for s in stated]
-    ratio = found["speed"] / torch.tensor([v or nan for v in told])
+    speeds = [s["speed"] and s["direction"] and math.hypot(*velocity(s["direction"], s["speed"])) for s in stated]
+    ratio = measured["speed"] / torch.tensor([v or nan for v in speeds])
     within = (ratio >= SPEED_BAND[0]) & (ratio <= SPEED_BAND[1])
     correct["speed"] = torch.where(ratio.isnan(), ratio, within.float())
     correct["speed_ratio"] = ratio
-    correct["consistency"] = (found["consistency"] >= STEADY).float()
+    correct["consistency"] = (measured["consistency"] >= STEADY).float()
     together = torch.stack([correct[name] for name in (*ATTRIBUTES, "consistency")])
     correct["all"] = (together.isnan() | (together == 1)).all(0).float()
     return correct
@@ -304,12 +304,12 @@ def score(captions: Sequence[str], frames: Tensor) -> Scores:
     return score_measured(captions, {name: value.cpu() for name, value in measure(frames).items()})
 
 
-def score_measured(captions: Sequence[str], found: dict[str, Tensor]) -> Scores:
-    """Scores from what `measure` found (on the CPU), so that clips need not be held together."""
-    correct = _agreement(captions, found)
+def score_measured(captions: Sequence[str], measured: dict[str, Tensor]) -> Scores:
+    """Scores from the results of `measure` (on the CPU), so that clips need not be in memory together."""
+    correct = _agreement(captions, measured)
     columns = {}
     for name in COLUMNS:
         values = correct[name][~correct[name].isnan()]
         share = name != "speed_ratio"
         columns[name] = wilson(int(values.sum()), len(values)) if share else mean_interval(values)
-    return Scores(columns, found, correct)
+    return Scores(columns, measured, correct)

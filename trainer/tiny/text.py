@@ -37,9 +37,9 @@ class TextStage(Supervised):
         scenes = self.world.scenes(stable_hash(config.seed, "captions"), config.training.bank_clips)
         self.captions = [training_caption(scene) for scene in scenes]
 
-    def _labels(self, said: list[str]) -> dict[str, Tensor]:
+    def _labels(self, prompts: list[str]) -> dict[str, Tensor]:
         """Index of each attribute's value [B]; the last index is "not said"."""
-        parsed = [parse_caption(text) for text in said]
+        parsed = [parse_caption(text) for text in prompts]
         return {
             name: torch.tensor([values.index(p[name]) if p[name] is not None else len(values) for p in parsed])
             for name, values in VALUES.items()
@@ -48,9 +48,9 @@ class TextStage(Supervised):
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         size = self.config.training.micro_batch
         start = ((step * self.micro_batches + micro) * self.ranks.world + self.ranks.rank) * size
-        said = [self.captions[(start + i) % len(self.captions)] for i in range(size)]
-        ids, mask = self.encoder.tokenize(said)
-        batch = {"ids": ids, "mask": mask} | self._labels(said)
+        prompts = [self.captions[(start + i) % len(self.captions)] for i in range(size)]
+        ids, mask = self.encoder.tokenize(prompts)
+        batch = {"ids": ids, "mask": mask} | self._labels(prompts)
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _logits(self, module: nn.ModuleDict, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -68,9 +68,9 @@ class TextStage(Supervised):
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Share of captions of unseen scenes that every head reads right."""
         scenes = self.world.scenes(stable_hash(self.config.seed, "validation"), 512)
-        said = [training_caption(scene) for scene in scenes]
-        ids, mask = (x.to(self.device) for x in self.encoder.tokenize(said))
-        logits, labels = self._logits(self.averaged, ids, mask), self._labels(said)
+        prompts = [training_caption(scene) for scene in scenes]
+        ids, mask = (x.to(self.device) for x in self.encoder.tokenize(prompts))
+        logits, labels = self._logits(self.averaged, ids, mask), self._labels(prompts)
         return {name: (logits[name].argmax(-1).cpu() == labels[name]).float().mean().item() for name in logits}
 
     def export(self, folder: Path, step: int) -> None:
