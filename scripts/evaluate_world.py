@@ -36,7 +36,7 @@ from trainer.world.diversity import spread  # noqa: E402
 from trainer.world.endless import Watch  # noqa: E402
 from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
-from trainer.world.scene import Scene, World, caption  # noqa: E402
+from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402
 from utils.clip_measures import seam_score  # noqa: E402
 from utils.files import check_writable, write_json_atomic  # noqa: E402
 from utils.intervals import Interval, mean_interval, wilson  # noqa: E402
@@ -60,6 +60,7 @@ GOALS: dict[str, tuple[str, float]] = {  # figure -> what is aimed at
 
 # Plays scenes: (scenes, seeds, chunks, {chunk: scenes from it on}) -> the frames of each chunk, uint8 [B, t, 3, H, W]
 Player = Callable[[Sequence[Scene], Sequence[int], int, dict[int, list[Scene]]], Iterator[Tensor]]
+Wording = Callable[[Scene], str]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,6 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stay", type=float, default=60.0, help="seconds that a new prompt has to stay (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="clips and streams made together (%(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="of captions and noise (%(default)s)")
+    parser.add_argument("--people", action="store_true", help="clips of captions as people type them, some left open")
     parser.add_argument("--rendered", action="store_true", help="measure rendered clips in place of generated ones")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. schedule.steps=2")
@@ -101,15 +103,15 @@ def rendered(config: Config) -> Player:
     return play
 
 
-def generated(config: Config) -> Player:
+def generated(config: Config, wording: Wording) -> Player:
     from pipeline import DiagonalPipeline  # here, so that rendered clips are measured without loading any network
 
     session = DiagonalPipeline.from_config(config).session
 
     def play(scenes, seeds, chunks, changes):
-        for result in session.play([caption(scene) for scene in scenes], list(seeds), chunks):
+        for result in session.play([wording(scene) for scene in scenes], list(seeds), chunks):
             if result.chunk + 1 in changes:  # said while this chunk is there, it goes for the next
-                session.set_prompt([caption(scene) for scene in changes[result.chunk + 1]])
+                session.set_prompt([wording(scene) for scene in changes[result.chunk + 1]])
             yield result.wait().frames.movedim(-1, 2).to(session.device)
 
     return play
@@ -123,6 +125,7 @@ def batches(count: int, size: int, what: str) -> Iterator[slice]:
 
 
 def clips(play: Player, config: Config, args: argparse.Namespace) -> dict[str, Interval]:
+    wording = training_caption if args.people else caption
     world = World(config.video.height, config.video.width)
     scenes = world.scenes(args.seed, args.num_prompts, balanced=True)
     others = [world.place(vars(scene), np.random.default_rng([args.seed, 1, i])) for i, scene in enumerate(scenes)]
@@ -135,7 +138,7 @@ def clips(play: Player, config: Config, args: argparse.Namespace) -> dict[str, I
             frames = torch.cat(list(source(shown[part], seeds, chunks, {})), dim=1)
             rows.append({k: v.cpu() for k, v in (measure(frames) | {"seam": seam_score(frames, borders)}).items()})
     made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (found, data))
-    columns = score_measured([caption(scene) for scene in scenes], made).columns
+    columns = score_measured([wording(scene) for scene in scenes], made).columns
     columns["seam"] = mean_interval(made["seam"])
     columns["jitter"] = mean_interval(made["jitter"] / true["jitter"].nanmean())
     n = len(scenes)
@@ -196,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     own = [] if args.checkpoint_path is None else [f"model.student={args.checkpoint_path}"]
     config = load_config(args.config_path, [*args.overrides, *own])
-    play = rendered(config) if args.rendered else generated(config)
+    play = rendered(config) if args.rendered else generated(config, training_caption if args.people else caption)
     parts = {"clips": args.num_prompts, "streams": args.streams, "switches": args.switches}
     makers, figures = {"clips": clips, "streams": streams, "switches": switches}, {}
     for part in [name for name, count in parts.items() if count]:

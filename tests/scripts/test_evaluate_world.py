@@ -12,7 +12,7 @@ from utils.intervals import Interval
 
 def test_rendered_videos_reach_what_is_aimed_at(tmp_path, capsys):
     out = tmp_path / "scores.json"
-    asked = ["--rendered", "--num_prompts", "2", "--switches", "1", "--stay", "0", "--json", str(out)]
+    asked = ["--rendered", "--people", "--num_prompts", "2", "--switches", "1", "--stay", "0", "--json", str(out)]
     assert evaluate_world.main([*asked, "video.num_latent_frames=12"]) == 0
     scores = json.loads(out.read_text())
     assert all(scores[name]["value"] == 1 for name in ("clips.colour", "switches.seen", "switches.stayed"))

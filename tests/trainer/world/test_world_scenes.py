@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from configs.load import CHECKOUT
 from trainer.world.captions import (
     ATTRIBUTES,
     MOTIONS,
@@ -131,3 +132,18 @@ def test_bytes_are_the_rounded_picture():
     scene = ONE_OF_EACH[:2]
     exact, whole = render(WORLD, scene, 2), render(WORLD, scene, 2, dtype=torch.uint8)
     assert whole.dtype == torch.uint8 and ((exact + 1) * 127.5 - whole.float()).abs().max() <= 0.51
+
+
+def test_prompts_of_people_are_understood():
+    """Written by hand: no template makes them."""
+    lines = (CHECKOUT / "assets" / "prompts_world.txt").read_text(encoding="utf-8").splitlines()
+    said = [{name: value for name, value in parse_caption(line).items() if value} for line in lines]
+    golden = {"colour": "yellow", "shape": "ball", "motion": "bounce", "rate": "fast", "amplitude": "large"}
+    assert said[1] == golden | {"ground": "brick"}
+    assert said[6] == {
+        "motion": "pulse", "colour": "red", "shape": "square", "amplitude": "large", "ground": "dotted",
+    }  # fmt: skip
+    assert said[7] == {"rate": "slow", "colour": "purple", "shape": "ball", "motion": "orbit", "partner": "green"}
+    assert {row["motion"] for row in said} == set(MOTIONS)
+    unknown = {word for line in lines for word in words_of(line)} - set(VOCABULARY)
+    assert unknown <= {"comes"}
