@@ -42,8 +42,10 @@ class RankWatch:
 
     def __init__(self, control: ControlGroup, timeout_s: float, on_loss: Callable[[int], None]):
         self.rank, self.timeout_s, self.on_loss = control.rank, timeout_s, on_loss
-        self.control, self.processes = control, control.gather(_own_process())
-        self.here = [rank for rank, process in enumerate(self.processes) if not _has_ended(process)]  # and can be seen
+        self.control, own = control, _own_process()
+        self.processes = control.gather(own)
+        here = [rank for rank, process in enumerate(self.processes) if process[0] == own[0]]
+        self.here = [rank for rank in here if not _has_ended(self.processes[rank])]  # those that can be seen
         run = control.gather(uuid.uuid4().hex)[0]
         # a connection of its own, because a call in the process group's may have to wait for another one
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -120,8 +122,11 @@ Process = tuple[str, int, str]  # machine and PID namespace, PID, time of start
 
 
 def _own_process() -> Process:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), _state(os.getpid())[1]
+    try:
+        where = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # it cannot be told which ranks are here
+        where = uuid.uuid4().hex
+    return where, os.getpid(), _state(os.getpid())[1]
 
 
 def _state(number: int) -> tuple[str, str]:
@@ -135,10 +140,8 @@ def _state(number: int) -> tuple[str, str]:
 
 
 def _has_ended(process: Process) -> bool:
-    """False for one of another machine, too."""
-    where, number, began = process
-    if where != _own_process()[0]:
-        return False
+    """Of a process of this machine."""
+    _, number, began = process
     state, start = _state(number)
     return state in ("", "Z", "X") or start != began
 
