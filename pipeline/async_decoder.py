@@ -1,9 +1,9 @@
-"""From latents to frames in host memory, beside the denoising rather than in its way.
+"""Decoding of latents to frames in host memory, in parallel with the denoising of the next chunk.
 
-On a GPU a chunk is decoded, made uint8 and copied to pinned memory on a second stream, while the next chunk is
-denoised on the current one. All of it is queued; `prefetch` keeps one chunk more in the queue than is being waited for,
-so that the GPU never waits for whoever takes the frames. Whether all values are finite is found out on the device, too,
-and travels with the frames: whoever waits for them (`ChunkResult.wait`) is told.
+On a GPU a chunk is decoded, converted to uint8 and copied to pinned memory on a second CUDA stream, while the next
+chunk is denoised on the current one. All work is queued. `prefetch` keeps one more chunk in the queue than the caller
+waits for, so that the GPU never waits for the reader of the frames. Whether all values are finite is computed on the
+device and copied with the frames; `ChunkResult.wait` checks it.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ class AsyncDecoder:
             return self._decoded(decoder, latents, timer)
         self._beside.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self._beside):
-            latents.record_stream(self._beside)  # its memory is not given away before it has been read
+            latents.record_stream(self._beside)  # keeps its memory until it has been read
             return self._decoded(decoder, latents, timer)
 
     def _decoded(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class AsyncDecoder:
         return arriving
 
     def synchronize(self) -> None:
-        """Make the current stream wait for decoding: before decoder state is read or replaced outside of it."""
+        """Make the current CUDA stream wait for decoding. Needed before the decoder's state is read or replaced."""
         if self._beside is not None:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
 
@@ -71,19 +71,19 @@ def to_frames(pixels: Tensor) -> Tensor:
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """bool [B]: whether all values of each row of `x` are. A sum is: it reads once what `isfinite` reads five times."""
+    """bool [B]: whether all values of each sample of `x` are finite. A sum reads x once; `isfinite().all()` 5 times."""
     return x.sum(dim=tuple(range(1, x.ndim)), dtype=torch.float32).isfinite()
 
 
 def to_host(x: Tensor) -> Tensor:
-    """`x` on the host. From a GPU the copy is only queued, into pinned memory: wait before reading."""
+    """`x` on the host. From a GPU the copy to pinned memory is only queued: synchronize before reading."""
     if x.device.type == "cpu":
         return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """`items`, `depth` of which have been asked for beyond the one that is given out."""
+    """Iterate over `items`, requesting `depth` of them in advance."""
     queue: list[T] = []
     for item in items:
         queue.append(item)

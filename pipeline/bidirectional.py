@@ -1,4 +1,4 @@
-"""Many-step sampling with a bidirectional network: what the teacher makes of a prompt."""
+"""Sampling with a bidirectional network in many steps, as the teacher does."""
 
 import torch
 from torch import Tensor

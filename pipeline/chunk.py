@@ -1,16 +1,16 @@
-"""THE denoising loop. Inference and training walk a chunk's row of the schedule with this code and no other.
+"""The denoising loop of a chunk, which inference and training share.
 
-Diagonal Distillation, arXiv 2603.09488: predict the clean chunk, noise the prediction again to the next, lower
-timestep, predict again. Each prediction writes the chunk's keys and values over those of the step before, so the cache
-is left with those of the *noisy* input at the row's last timestep, and that is what the next chunk sees
-(diagonal forcing; `context: last_step`). The other context policies make one more pass.
+Diagonal Distillation, arXiv 2603.09488: predict the clean chunk, noise the prediction to the next lower timestep, and
+predict again. Each step overwrites the chunk's keys and values of the step before. The cache thus keeps those of the
+*noisy* input at the last timestep, and the next chunk attends to them (diagonal forcing; `context: last_step`). The
+other context modes need one more pass.
 
-What a stream starts from (an image, a clip) is *given*: its latents are not made. A chunk that is given whole makes one
-pass, `update_cache` at the level at which later chunks see it. In a chunk of which only the first frames are given
-they are shown, in every step, as later chunks see the past: at the context's level, each frame with its own timestep;
-the other frames walk the row. So an image is latent frame 0 of chunk 0, which is one pixel frame, and frames 1 and 2
-are made in one chunk with it. (A still repeated to fill the chunk would begin every video with half a second of
-standstill, which no clip that the student has seen does.)
+A stream can start from conditioning frames (an image or a clip), whose latents are given. A chunk that consists only of
+them makes a single pass, `update_cache` at the timestep of the context. If only the first frames of a chunk are given,
+they enter every step at the timestep of the context, as in the chunks before, and each frame has its own timestep; the
+other frames are denoised. An image is latent frame 0 of chunk 0, which is one pixel frame, and frames 1 and 2 are
+generated in the same chunk. (If the image were repeated to fill the chunk, every video would begin with half a second
+without motion, unlike the clips of the training.)
 
 Legend: B streams, f latent frames a chunk; latents are `[B, f, C, H, W]`; timesteps lie in [0, 1000].
 """
@@ -29,7 +29,7 @@ from model.flow import add_noise
 
 @dataclass(frozen=True, eq=False)
 class ConditioningFrames:
-    """The first g < f frames of a chunk, as they are and as they are shown."""
+    """The given first g < f frames of a chunk, clean and at the timestep of the context."""
 
     latents: Tensor  # clean, [B, g, C, H, W]
     noisy: Tensor  # at `timestep`
@@ -37,7 +37,7 @@ class ConditioningFrames:
 
     @classmethod
     def at_timestep(cls, latents: Tensor, timestep: float, eps: Callable[[], Tensor]) -> "ConditioningFrames":
-        """Frames as the context shows them. eps: gives noise [B, f, C, H, W] of the chunk's context."""
+        """Conditioning frames noised to `timestep`. eps: returns the noise [B, f, C, H, W] of the chunk's context."""
         frames = latents.shape[1]
         noisy = add_noise(latents, eps()[:, :frames], as_timestep(timestep, latents)) if timestep > 0 else latents
         return cls(latents, noisy, timestep)
@@ -69,10 +69,10 @@ def denoise_chunk(
 ) -> Tensor:
     """Clean latents `[B, f, C, H, W]` of chunk `chunk`, from its `noise` along `timesteps` = (t_1 > ... > t_n).
 
-    renoise: gives the fresh noise of step i (0-based, i >= 1).
-    given: the chunk's first frames, where they are not to be made; no gradient reaches them.
-    exit_at: index of the last step that runs; None = the row's last, which is all that inference does.
-    grad: record a graph for the step at `exit_at`; the steps before it never have one.
+    renoise: returns the fresh noise of step i (0-based, i >= 1).
+    conditioning: the chunk's first frames, if they are given; no gradient reaches them.
+    exit_at: index of the last step that runs; None = the last one, as in inference.
+    grad: record an autograd graph for the step at `exit_at`; the steps before it never have one.
     """
     last = len(timesteps) - 1 if exit_at is None else exit_at
     x_t = noise
@@ -98,7 +98,7 @@ def update_cache(
     text: TextKV | Tensor,
     eps: Callable[[], Tensor],
 ) -> None:
-    """Put into the cache what later chunks see of chunk `chunk`, whose clean latents `[B, f, C, H, W]` are `x0`.
+    """Write the context of chunk `chunk` to the cache: the keys and values that later chunks attend to.
 
     level: `Schedule.context_timestep(chunk)`. None (last_step): the cache already holds it. 0 (clean): one pass over
     x0 itself. Above 0 (renoise): one pass over x0 noised to `context_timestep` with `eps()`, drawn only then.

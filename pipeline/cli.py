@@ -1,4 +1,4 @@
-"""Flags of `inference.py`: each sets one key of the configuration, and is checked there."""
+"""Flags of `inference.py`. Each of them sets one key of the configuration."""
 
 import argparse
 import json
@@ -56,5 +56,5 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _yaml(value: str) -> str:
-    """A flag's value as quoted YAML, so that no path is taken for a list; the setting's type reads what is in it."""
+    """A flag's value as a quoted YAML string, so that YAML does not parse it; the setting's type does."""
     return json.dumps(value, ensure_ascii=False)

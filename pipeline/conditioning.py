@@ -1,11 +1,10 @@
-"""What a video begins with: an image or a clip, checked, and encoded to latents.
+"""Conditioning frames: the image or clip that a video begins with, checked and encoded to latents.
 
-    image   1 pixel frame = latent frame 0; frames 1 and 2 of its chunk are made in one chunk with it
-    clip    its last 1 + 4 n pixel frames as whole chunks of latents; what is made goes on from its end
+    image   1 pixel frame = latent frame 0; frames 1 and 2 are generated in the same chunk
+    clip    its last 1 + 4 n pixel frames as whole chunks of latents; generation continues after its last frame
 
-A clip is encoded as a clip of its own, so its first latent is that of a single frame, as the decoder wants it.
-`ConditioningFrames` in pipeline/chunk.py says how a student is shown either, and why an image is not a chunk of
-standstill.
+A clip is encoded by itself, so its first latent frame stands for a single pixel frame, as the decoder expects.
+pipeline/chunk.py says how the student uses conditioning frames.
 """
 
 from collections.abc import Mapping
@@ -27,10 +26,10 @@ MOST_ERROR = 12  # of 255, root mean square; the tiny codec shows frames of its 
 def read_conditioning(
     config: Config, image: Picture | None, video: Clip | None, num_latent_frames: int | None
 ) -> np.ndarray | None:
-    """Pixels uint8 [T, H, W, 3] that a video begins with, T = 1 or 1 + 4 n; None where neither is given.
+    """Pixels uint8 [T, H, W, 3] that a video begins with, T = 1 or 1 + 4 n; None without image and video.
 
-    num_latent_frames: length of the video, None = without end. Loads no weights.
-    UserError where a file is unreadable, huge or too short, or leaves nothing to be made.
+    num_latent_frames: length of the video; None = endless. Loads no weights.
+    Raises UserError if a file is unreadable, too large or too short, or as long as the video.
     """
     if image is None and video is None:
         return None
@@ -63,7 +62,7 @@ def read_conditioning(
 
 
 def _most_latents(config: Config) -> int:
-    """Latent frames of a clip that are used: as many as are asked for, or as a chunk finds before it in the window."""
+    """Number of latent frames of a clip that are used: `inference.video_frames`, or the window without a chunk."""
     chunk, asked = config.stream.chunk_frames, config.inference.video_frames
     if asked % chunk:
         raise UserError(
@@ -75,7 +74,7 @@ def _most_latents(config: Config) -> int:
 
 
 def encode_conditioning(codec: Codec, pixels: np.ndarray, geometry: Geometry, device: torch.device) -> Tensor:
-    """Float32 latents [1, F, C, h, w] of uint8 [T, H, W, 3]."""
+    """Float32 latents [1, F, C, h, w] of pixels uint8 [T, H, W, 3]."""
     frames = torch.from_numpy(pixels.copy()).movedim(-1, 1)[None].to(device).float().div(127.5).sub(1)
     latents = codec.encode(frames).float()
     assert latents.shape == geometry.latent_shape(1, latent_frames(len(pixels))), latents.shape
@@ -85,9 +84,10 @@ def encode_conditioning(codec: Codec, pixels: np.ndarray, geometry: Geometry, de
 def conditioning_warnings(
     card: Mapping[str, Any], picture: np.ndarray, latents: Tensor, codec: Codec | None = None
 ) -> list[str]:
-    """Why what follows may not fit a start: its student never saw one, or its codec, if given, cannot show `picture`.
+    """Warnings if the video may not continue its conditioning frames well: because the student was not trained with
+    such frames, or because the codec, if given, reconstructs `picture` badly.
 
-    picture: the start's first frame, uint8 [H, W, 3]; latents: those of the start, [1, F, C, h, w].
+    picture: first conditioning frame, uint8 [H, W, 3]; latents: of the conditioning frames, [1, F, C, h, w].
     """
     found = []
     if not card.get("trained_image_start"):

@@ -1,8 +1,8 @@
-"""Videos that are watched, or may be killed, while they grow: to standard output, to a pipe, or recorded without end.
+"""Output of videos while they are generated: to standard output, to a pipe, or as an endless recording.
 
-A recording `long.mp4` grows under the visible name `long.partial.mp4`, beside `long.partial.json`, which says how it is
-made. It plays at any time, and gets its own name when it ends: by Ctrl-C, SIGTERM, or a full disk. Of a process that
-was killed, or stopped by an error, the partial files stay, and a later recording begins beside them.
+An endless recording `long.mp4` is written to `long.partial.mp4`, with its metadata in `long.partial.json`. It can be
+played at any time and is renamed when it ends by Ctrl-C, SIGTERM, or a full disk. If the process is killed or stops
+with an error, the partial files stay, and later recordings use other names.
 """
 
 import json
@@ -18,12 +18,12 @@ from utils.files import translate_os_errors
 from utils.logs import get_logger
 
 log = get_logger(__name__)
-ROOM = 1024  # bytes that a recording's JSON may grow by in the end, set aside while the disk has them
+ROOM = 1024  # bytes by which the JSON may grow when the recording ends; reserved in case the disk is full then
 
 
 @contextmanager
 def open_stream_output(target: Path | None) -> Iterator[BinaryIO]:
-    """The open end of a pipe or device, None for standard output. A reader that goes ends the block, and no more."""
+    """Open a pipe or device for writing; None = standard output. If the reader goes away, the block ends silently."""
     try:
         with _standard_output() if target is None else target.open("wb") as out:
             yield out
@@ -33,7 +33,7 @@ def open_stream_output(target: Path | None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
-    """Standard output for the video alone: whatever else is printed goes to standard error meanwhile."""
+    """Standard output, reserved for the video: other output goes to standard error inside the block."""
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
@@ -46,10 +46,10 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 
 class Recording:
-    """The two files of a video without end; `partial` is where it grows.
+    """The files of an endless video; `partial` is the path to write it to.
 
-    about: contents of the JSON as far as they are known at the start.
-    Raises UserError where the files cannot be made.
+    about: contents of the JSON that are known at the start.
+    Raises UserError if the files cannot be created.
     """
 
     def __init__(self, video: Path, about: dict[str, Any]):
@@ -61,7 +61,7 @@ class Recording:
             self._record.write_bytes(_as_json(about) + b" " * ROOM)
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Give the files their names, the JSON with its final contents last."""
+        """Rename the files; the JSON comes last, with its final contents."""
         os.replace(self.partial, self.video)
         with (
             translate_os_errors(self._record),
@@ -72,7 +72,7 @@ class Recording:
         os.replace(self._record, self.video.with_suffix(".json"))
 
     def remove(self) -> None:
-        """Take both files away."""
+        """Remove both files."""
         self.partial.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
 
@@ -82,7 +82,7 @@ def partial_name(video: Path, number: int = 1) -> Path:
 
 
 def _unused(video: Path) -> Path:
-    """A new partial file that is nobody else's, of this machine or another."""
+    """Create a new partial file; exclusive also among machines that share the folder."""
     for number in count(1):
         path = partial_name(video, number)
         if path.with_suffix(".json").exists():

@@ -1,7 +1,7 @@
-"""Noise of a batch of streams, each a function of its own seed.
+"""Noise of a batch of streams; that of each stream depends only on its own seed.
 
-Drawn on the CPU in float32, sample by sample, and copied: a video is the same on any device, in any batch, on any
-number of processes, and whatever was generated before it.
+Noise is drawn on the CPU in float32, sample by sample, and copied to the device. A video is therefore the same on any
+device, in any batch, with any number of processes, and whatever was generated before it.
 """
 
 from collections.abc import Sequence
@@ -23,22 +23,22 @@ class NoiseSource:
         self._ahead: tuple[int, Tensor] | None = None  # of a chunk to come, still on the host
 
     def initial(self, chunk: int) -> Tensor:
-        """What chunk `chunk` is denoised from."""
+        """Initial noise of chunk `chunk`."""
         if self._ahead is not None and self._ahead[0] == chunk:
             return self._ahead[1].to(self.device, self.dtype, non_blocking=True)
         return self._draw("initial", chunk)
 
     def prefetch(self, chunk: int) -> None:
-        """Draw what `initial(chunk)` will be asked for while a GPU is busy; on a CPU nothing would be gained."""
+        """Draw `initial(chunk)` in advance while the GPU is busy; does nothing on a CPU."""
         if self.device.type == "cuda":
             self._ahead = (chunk, self._on_host("initial", chunk))
 
     def renoise(self, chunk: int, step: int) -> Tensor:
-        """Fresh noise that takes the prediction of step `step` - 1 to the timestep of step `step` >= 1."""
+        """Fresh noise with which the prediction of step `step` - 1 is noised to the timestep of step `step` >= 1."""
         return self._draw("renoise", chunk, step)
 
     def context(self, chunk: int) -> Tensor:
-        """Noise of the extra pass that `context: renoise` makes."""
+        """Noise of the extra pass of `context: renoise`."""
         return self._draw("context", chunk)
 
     def _draw(self, *names: str | int) -> Tensor:

@@ -1,5 +1,5 @@
-"""What inference leaves behind: for each prompt and sample a video, its contact sheet, and a JSON that says how it was
-made. The JSON is written last, so that a clip that has one is whole.
+"""Output files of inference: for each prompt and sample a video, its contact sheet, and a JSON with its metadata. The
+JSON is written last, so a clip that has one is complete.
 """
 
 import time
@@ -28,12 +28,12 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RenderedClip:
-    """A finished job and where its time went, all in seconds."""
+    """A finished job and its timings in seconds."""
 
     job: Job
     frames: int = 0  # pixel frames
     total: float = 0.0
-    first_frames: float = 0.0  # until the first chunk's frames were there
+    first_frames: float = 0.0  # time to the first chunk's frames
     num_chunks: int = 0
     chunks: Sequence[dict[str, float]] = ()  # ChunkResult.timings, and `write`; none of a video without end
 
@@ -51,11 +51,11 @@ def render(
     position: int = 0,
     conditioning: Tensor | None = None,
 ) -> RenderedClip:
-    """Make one video: frames are written as they arrive, and files appear only when they are whole.
+    """Generate one video. Frames are written as they arrive, and files appear when they are complete.
 
-    A video without end plays while it grows, and Ctrl-C ends it well (pipeline/live.py).
-    conditioning: latents that it begins with.
-    position: line of the progress bar, where several processes share a terminal.
+    An endless video can be played while it is written, and ends with Ctrl-C (pipeline/live.py).
+    conditioning: latents [1, F, C, h, w] that it begins with.
+    position: line of the progress bar, if several processes share a terminal.
     """
     video = pipe.config.video
     making = _Making(pipe, job, conditioning, position)
@@ -84,7 +84,7 @@ def render(
 
 
 def _record(making: "_Making", weights: Sequence[WeightCheck]) -> RenderedClip:
-    """A video without end in a file. What was recorded gets its name whenever that can be played to its end."""
+    """Record an endless video to a file. It gets its final name unless it ends with an error."""
     pipe, job, video = making.pipe, making.job, making.pipe.config.video
     recording = Recording(job.video, clip_metadata(pipe, making.clip(), weights))
     writer = LiveWriter(recording.partial, video.fps, (video.height, video.width), job.kind)
@@ -111,7 +111,7 @@ def _record(making: "_Making", weights: Sequence[WeightCheck]) -> RenderedClip:
 
 
 class _Making:
-    """One job on its way: it is played into a writer, and what happened meanwhile is kept."""
+    """Generates the video of a job into a writer and collects timings and thumbnails."""
 
     def __init__(self, pipe: DiagonalPipeline, job: Job, conditioning: Tensor | None, position: int):
         self.pipe, self.job, self.conditioning, self.position = pipe, job, conditioning, position
@@ -123,7 +123,7 @@ class _Making:
         self._borders: list[int] = []
 
     def run(self, writer: VideoWriter | LiveWriter) -> None:
-        """Play the whole of it; one without end until Ctrl-C."""
+        """Generate the whole video; an endless one until Ctrl-C."""
         pipe, job = self.pipe, self.job
         length = None if job.endless else pipe.num_chunks()
         total = None if job.endless else pipe.num_pixel_frames
@@ -163,7 +163,7 @@ class _Making:
 
 
 def clip_metadata(pipe: DiagonalPipeline, clip: RenderedClip, weights: Sequence[WeightCheck]) -> dict[str, Any]:
-    """Contents of a video's JSON: enough to make it again."""
+    """Contents of a video's JSON, with which it can be reproduced."""
     job = clip.job
     story = zip(job.story.frames, job.story.prompts, strict=True)
     told = {"story": [{"latent_frame": frame, "prompt": prompt} for frame, prompt in story]}
@@ -189,7 +189,7 @@ def clip_metadata(pipe: DiagonalPipeline, clip: RenderedClip, weights: Sequence[
 
 
 def profile_table(clips: Sequence[RenderedClip]) -> str:
-    """Milliseconds of each span, one line a chunk, mean over `clips`, and their sum."""
+    """Milliseconds of each span, one line per chunk, averaged over `clips`, and their sum."""
     names = {name for clip in clips for chunk in clip.chunks for name in chunk}
     steps = sorted(name for name in names if name.startswith("step"))
     columns = [name for name in ("text", *steps, "context", "decode", "write") if name in names]

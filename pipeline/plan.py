@@ -1,4 +1,4 @@
-"""What a run of inference will do, decided and checked before anything heavy is loaded."""
+"""The plan of an inference run: jobs, checked before weights are loaded."""
 
 import json
 import os
@@ -42,26 +42,26 @@ MAX_VIDEOS = 1_000_000  # of one run
 
 @dataclass(frozen=True)
 class Job:
-    """One video to be made: sample `sample` of story number `index`."""
+    """One video to be generated: sample `sample` of story `index`."""
 
     index: int
     story: Story
     sample: int
     seed: int
     video: Path | None  # None = standard output
-    digest: str  # of all that makes the video what it is
-    kind: str | None = None  # of utils/video_live.py; None = a file that is whole when it appears
+    digest: str  # hash of everything that determines the video
+    kind: str | None = None  # a format of utils/video_live.py; None = a file that is written atomically
     endless: bool = False
     named: bool = False  # the user gave the file's name; no contact sheet then
 
     @property
     def prompt(self) -> str:
-        """The first one."""
+        """The story's first prompt."""
         return self.story.prompts[0]
 
     @property
     def piped(self) -> bool:
-        """Whether it goes to a pipe or a device, of which nothing stays."""
+        """Whether the output is a pipe or a device and not a file."""
         return self.video is None or (os.path.exists(self.video) and not os.path.isfile(self.video))
 
     @property
@@ -74,7 +74,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run has made it."""
+        """Whether an earlier run has generated it."""
         if self.piped:
             return False
         if self.named:
@@ -82,7 +82,7 @@ class Job:
         return all(path.exists() for path in (self.video, self.sheet, self.record))
 
     def check_output_path(self, overwrite: bool) -> None:
-        """Refuse a name that the user gave and that cannot be had without loss. UserError."""
+        """Raise a UserError if the user's output path cannot be written, or would overwrite another video."""
         if self.piped:
             return
         check_writable(self.video.parent, "--output")
@@ -97,7 +97,7 @@ class Job:
             raise UserError(f"--output={self.video} is there and is another video; choose another name, or --overwrite")
 
     def _earlier(self) -> dict[str, Any]:
-        """The JSON beside the video, {} where there is none that can be read."""
+        """The JSON beside the video, or {} if it is missing or unreadable."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -107,7 +107,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """This process's jobs, those to do and those that an earlier run has finished, and what they will run on."""
+    """The jobs of this process, to do and finished by an earlier run, and what they run on."""
 
     config: Config
     ranks: Ranks
@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def piped(self) -> bool:
-        """Whether standard output is the video's."""
+        """Whether a video goes to standard output."""
         return any(job.video is None for job in self.jobs)
 
     def summary(self) -> str:
@@ -136,7 +136,7 @@ class Plan:
         return line
 
     def describe(self) -> str:
-        """Everything that was decided, as text: settings, weights, files."""
+        """The plan as text: settings, weights, files."""
         settings = {name: value for name, value in to_dict(self.config).items() if name != "training"}
         weights = [f"{check.role:<14}{check.path}  {size_text(check.size)}  {check.kind}" for check in self.weights]
         files = [f"{job.video or PIPE}  seed {job.seed}" for job in self.jobs]
@@ -154,15 +154,16 @@ def make_plan(
     output: str | None = None,
     kind: str | None = None,
 ) -> Plan:
-    """Check everything that can be checked without loading weights. `prompts`: instead of the configured file.
+    """Make the plan and check everything that can be checked without loading weights.
 
-    endless: videos without an end, whose length cannot be too short for what they begin with.
-    output: the file of the one video, PIPE for standard output; None = files of the output folder, named by the job.
-    kind: one of utils/video_live.py; None = by the file's ending.
-    All jobs are shared out before finished ones are left out: processes that start at different times see different
-    files, and would otherwise disagree about who makes what.
+    prompts: replace the configured file.
+    endless: videos have no end.
+    output: the file of a single video, PIPE for standard output; None = files in the output folder, named by the job.
+    kind: a format of utils/video_live.py; None = by the file's suffix.
+    Jobs are distributed to processes before finished ones are removed, since processes that start at different times
+    see different files and would otherwise disagree about the distribution.
 
-    Raises UserError for the first thing that is wrong; nothing has been written then.
+    Raises UserError for the first problem; nothing has been written then.
     """
     ranks = ranks or Ranks()
     Geometry.from_config(config).num_chunks(config.video.num_latent_frames)
@@ -202,7 +203,7 @@ def make_plan(
 
 
 def check_room(config: Config, jobs: Sequence[Job], ranks: Ranks) -> None:
-    """Refuse what the disk cannot hold, as far as its size is known; `jobs` are those of one of the ranks."""
+    """Raise a UserError if the disk is too small for the videos. jobs: those of this rank; others have as many."""
     videos = [job for job in jobs if not (job.piped or job.endless)]
     if not videos:
         return
@@ -216,13 +217,13 @@ def check_room(config: Config, jobs: Sequence[Job], ranks: Ranks) -> None:
 
 
 def least_bytes(config: Config, job: Job) -> int:
-    """What a video with an end takes on the disk: exactly where nothing is compressed, else rather too little."""
+    """Bytes of a video on disk: exact for uncompressed formats, otherwise a lower estimate."""
     pixels = pixel_frames(config.video.num_latent_frames) * config.video.height * config.video.width
     return {"raw": 3 * pixels, "y4m": 3 * pixels // 2}.get(job.kind, pixels // 100) + RECORD_BYTES
 
 
 def check_count(prompts: int, samples: int) -> None:
-    """Refuse more videos than can be planned at once."""
+    """Raise a UserError for more than MAX_VIDEOS videos."""
     if prompts * samples > MAX_VIDEOS:
         raise UserError(
             f"inference.num_samples={samples} of {prompts:,} prompts are {prompts * samples:,} videos, and one run "
@@ -233,10 +234,11 @@ def check_count(prompts: int, samples: int) -> None:
 def plan_jobs(
     config: Config, stories: Sequence[Story], folder: Path, settings: str, kind: str | None = None
 ) -> list[Job]:
-    """The jobs of a run, story by story. A job's seed does not depend on the prompt's place in the file.
+    """The jobs of a run, story by story. A job's seed does not depend on the position of the prompt in the file.
 
-    A file's name ends in a hash of all that makes the video what it is: prompts, seed, sample and `settings` (schedule,
-    sizes, weights). No two different videos share a name, and one of another schedule is not taken for finished.
+    File names end in a hash of everything that determines the video: prompts, seed, sample and `settings` (schedule,
+    sizes, weights). Different videos thus have different names, and a video with another schedule does not count as
+    finished.
     """
     check_count(len(stories), config.inference.num_samples)
     jobs = {}
@@ -255,7 +257,7 @@ def plan_jobs(
 def plan_output(
     config: Config, stories: Sequence[Story], output: str, settings: str, kind: str | None, endless: bool
 ) -> Job:
-    """The one job of `--output`. UserError where there is more to be made, or its ending says nothing."""
+    """The job of `--output`. Raises UserError if there is more than one video, or for an unknown suffix."""
     asked = len(stories) * config.inference.num_samples
     if asked > 1:
         raise UserError(f"--output={output} holds one video and {asked} were asked for; give one prompt and one sample")

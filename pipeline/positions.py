@@ -1,18 +1,19 @@
-"""Rotary positions of a stream without end: how far the sink may fall behind.
+"""Rotary positions of endless streams: the distance between the sink and the current chunk.
 
     frames      0 1 2 | . . . . . . . . . . . | 1014 .. 1022 | 1023 1024 1025
                 sink    evicted                 ring           the next chunk
 
-Attention depends on differences of positions alone, and angles are made in float64 at any index (model/causal_wan.py),
-so nothing has to be done for the ring: its frames are never further apart than the window. Only the sink falls behind,
-without bound. Once a chunk would lie beyond the `position_frames`-th position counted from the sink, the sink moves up
-to just before the ring, where positions count the cache's slots and no more; then it falls behind again. Until then
-every number is the ordinary one. Moving turns the sink's keys by the angle of the difference (rotations compose), in
-place: nothing is computed anew, and a captured graph finds its buffers where they were.
+Attention depends only on differences of positions, and angles are computed in float64 for any index
+(model/causal_wan.py). The frames in the ring are never further apart than the window; only the distance to the sink
+grows without bound. When a chunk would lie beyond the `position_frames`-th position, counted from the sink, the sink is
+shifted to the position just before the ring. Until then all positions are the ordinary ones. A shift rotates the sink's
+keys in place by the angle of the difference (rotations compose), so nothing is recomputed, and the buffers of captured
+CUDA graphs stay where they are.
 
-Each move rounds the sink's keys to their dtype once more: in bfloat16 a thousand moves are off by some 6%, and in the
-default 1,024 positions they take a million latent frames. `position_frames` = the window moves the sink with every
-chunk, as cache-relative positions do (LongLive's unbounded variant); a few chunks more make it seldom.
+Each shift rounds the sink's keys to their dtype: in bfloat16 the error after a thousand shifts is about 6%; with the
+default of 1,024 positions that is after a million latent frames. With `position_frames` equal to the window the sink is
+shifted with every chunk, like the cache-relative positions of LongLive's unbounded variant; a few chunks more make
+shifts rare.
 """
 
 from configs.geometry import Geometry
@@ -21,9 +22,9 @@ from model.causal_wan import CausalWanModel
 
 
 def sink_offset(geometry: Geometry, chunk: int) -> int:
-    """Latent frames by which the sink has moved up when `chunk` is made, counted from the sink's own start.
+    """Latent frames by which the sink has been shifted when `chunk` is generated.
 
-    With P positions and a window of W, in chunks: it first moves at chunk P, by P + 1 - W, and again so many later.
+    With P positions and a window of W, in chunks, shifts by P + 1 - W happen at chunk P and every P + 1 - W chunks.
     """
     limit = geometry.position_frames // geometry.chunk_frames
     if not limit or not geometry.window_chunks or chunk < limit:

@@ -1,6 +1,6 @@
-"""What can be known before anything heavy is loaded: machine, disk, weights, prompts, schedule, batch, memory.
+"""Checks before weights are loaded: machine, disk, weights, prompts, schedule, batch, memory. Needs no torch.
 
-Needs no torch: `scripts/doctor.py` shows it in a second, and inference and training refuse by it what cannot work.
+`scripts/doctor.py` prints them within a second; inference and training stop if one fails.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ TORCH = ("2.11", "2.12", "2.13", "2.14")  # the range of setup.py
 VIDEO_SPACE = 200_000_000  # bytes that must be free where videos go
 ROLES_WITH_EMA = ("student",)
 NETWORKS = ("student", "teacher", "critic")
-SIZED = ("student", "text_encoder")  # whose headers say what the plan needs
+SIZED = ("student", "text_encoder")  # whose headers the memory plan needs
 
 SMALL = (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"))
 # Settings of inference, each smaller than the one before it, by section and key.
@@ -42,7 +42,7 @@ GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass
 class Report:
-    """Lines to show, and those of them that say what has to be mended."""
+    """Lines (name, text) of the report, and the problems among them."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Report:
 
 
 def check_environment(config: Config, *, training: bool = False, world: int | None = None) -> Report:
-    """Everything, in order; what is wrong is a line among others. world: processes of a training run (None: GPUs)."""
+    """All checks. Problems are lines of the report. world: processes of a training run (None = number of GPUs)."""
     report, gpus = Report(), []
     try:
         gpus = machine.gpus()
@@ -189,9 +189,9 @@ def _batch(report: Report, config: Config, world: int) -> None:
 def memory_plan(
     config: Config, peeks: dict[str, WeightInfo], *, training: bool = False, world: int = 1
 ) -> MemoryPlan | None:
-    """The plan of one GPU, with sizes of the weights that are there, and of Wan 2.1's where they are not.
+    """The memory plan of one GPU, with the sizes in the weights' headers, or Wan 2.1's if files are missing.
 
-    None for a stage of training for which there are no formulas.
+    None for a training stage for which there are no formulas.
     """
 
     def network(role: str, otherwise: TransformerSize) -> TransformerSize:
@@ -240,13 +240,13 @@ def _memory(
 
 
 def memory_problem(plan: MemoryPlan, memory: int) -> str:
-    """The sentence for a plan that a GPU cannot hold."""
+    """The error message for a plan that does not fit a GPU with `memory` bytes."""
     needed, there = machine.size_text(plan.peak.total), machine.size_text(memory)
     return f"{plan.peak.name} needs some {needed} and the GPU has {there}; `python scripts/doctor.py` says what fits"
 
 
 def largest_inference(config: Config, peeks: dict[str, WeightInfo], card: int) -> str:
-    """The least that has to be changed for a card of so many GiB, as settings."""
+    """The settings with the smallest change from `config` that fit a GPU with `card` GiB."""
     for rung in SMALLER_SETTINGS:
         smaller = config
         for section, key, value in rung:
@@ -259,7 +259,7 @@ def largest_inference(config: Config, peeks: dict[str, WeightInfo], card: int) -
 
 
 def largest_training(config: Config, peeks: dict[str, WeightInfo], card: int) -> str:
-    """How few cards of so many GiB hold the run, sharded, with its prompts encoded ahead."""
+    """The smallest number of GPUs with `card` GiB for the run, sharded and with precomputed prompt embeddings."""
     distill = replace(config.training.distill, encoded_prompts="ahead")
     sharded = replace(config, training=replace(config.training, sharding="full", distill=distill))
     for count in GPU_COUNTS:
@@ -274,9 +274,9 @@ def largest_training(config: Config, peeks: dict[str, WeightInfo], card: int) ->
 
 
 def check_inference(config: Config, memory: int | None) -> None:
-    """Refuse what a GPU of `memory` bytes (None: there is none) cannot hold.
+    """Raise a UserError if inference does not fit a GPU with `memory` bytes (None = no GPU).
 
-    Formulas may be off by a tenth, so only what is beyond that. Weights are checked by `check_weights`.
+    The formulas are accurate to a tenth, so the plan may exceed the memory by that. Weights: see `check_weights`.
     """
     report = Report()
     if memory is not None:
@@ -293,10 +293,10 @@ def check_inference(config: Config, memory: int | None) -> None:
 
 
 def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]:
-    """Bytes of a checkpoint and of an export, as far as the headers of what a run starts from say their sizes.
+    """Bytes of a checkpoint and of an export, from the sizes in the headers of the initial weights, as far as known.
 
-    A trained network is saved in float32 with its moments (one of AdamW's where the first beta is 0) and its average;
-    an export has two bytes a parameter.
+    A trained network is saved in float32 with AdamW's moments (one if the first beta is 0) and its EMA; an export has
+    two bytes per parameter.
     """
     t = config.training
     critic = peeks.get("critic", peeks.get("teacher"))
@@ -313,9 +313,9 @@ def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]
 
 
 def check_room(config: Config, logdir: Path, export: Path, there: int) -> None:
-    """Refuse a run whose checkpoints and export the disk cannot hold.
+    """Raise a UserError if the disk is too small for the checkpoints and the export of a run.
 
-    there: checkpoints that the run has already. One more than `training.max_checkpoints` is there while one is written.
+    there: number of existing checkpoints. While one is written there is one more than `training.max_checkpoints`.
     """
     named = [entry for entry in required_weights(config, training=True) if entry[0] in NETWORKS]
     peeks = {role: inspect_weights(role, path, name=name) for role, path, name in named}
@@ -334,8 +334,8 @@ def check_room(config: Config, logdir: Path, export: Path, there: int) -> None:
 
 
 def check_training(config: Config, world: int, memory: int | None) -> None:
-    """Refuse, before anything is loaded, a run whose files are missing, whose batch does not come out, or that is too
-    large for GPUs of `memory` bytes (None: there are none)."""
+    """Raise a UserError, before weights are loaded, if files are missing, the batch cannot be divided among processes,
+    or the run does not fit GPUs with `memory` bytes (None = no GPU)."""
     report = Report()
     peeks = {
         role: inspect_weights(role, path, name=name) for role, path, name in required_weights(config, training=True)

@@ -1,4 +1,4 @@
-"""What a video was made from: the weights' hashes, the versions, and the settings that its pixels depend on."""
+"""Provenance of a video: hashes of the weights, versions, and the settings that its pixels depend on."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that touch the pixels."""
+    """Versions of Python and of the libraries that pixels depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """The commit of this code, with `-dirty` where files differ from it; None where it is no checkout of git."""
+    """The git commit of this code, with `-dirty` if files were changed; None outside of a git checkout."""
     if not (CHECKOUT / ".git").exists():
         return None
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -40,7 +40,7 @@ def commit() -> str | None:
 
 
 def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
-    """Everything but prompt and seed that a video's pixels depend on, as text. Reads little of the weights."""
+    """Everything that a video's pixels depend on except prompt and seed, as text. Reads only samples of the weights."""
     values = to_dict(config)
     parts = {
         "video": values["video"],
@@ -66,7 +66,7 @@ def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
 
 @lru_cache(maxsize=1)
 def weight_hashes(weights: tuple[WeightCheck, ...]) -> dict[str, str]:
-    """Role -> SHA-256 of the file; of several files, of their hexadecimal hashes by order of their names."""
+    """SHA-256 of the weights by role; for several files the hash of their hexadecimal hashes, sorted by name."""
     return {check.role: _combined(check, sha256_of) for check in weights}
 
 

@@ -1,4 +1,4 @@
-"""A stream's state between two chunks, to go back to and branch from."""
+"""Snapshots of a stream between two chunks, to restore or to branch from."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from pipeline.switch import CachedForward, TextState
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """All that a StreamSession carries. Nothing in it is written to later, so any number may be kept."""
+    """The state of a StreamSession. Its tensors are never written again, so any number of snapshots may be kept."""
 
     identity: str  # of weights and sizes
-    chunk: int  # the next one to be made
+    chunk: int  # the next chunk
     seeds: tuple[int, ...]
     text: TextState
     cache: CacheState
     passes: dict[int, CachedForward]  # by slot, for recaching
     decoder: Any
-    conditioning: Tensor | None = None  # what the stream began with, as long as it is not played
+    conditioning: Tensor | None = None  # latents of conditioning frames that are still to come
 
     def check(self, identity: str) -> None:
-        """UserError where this was taken from another model, or at another size."""
+        """Raise a UserError if the snapshot is of another model or size."""
         if identity != self.identity:
             raise UserError(
                 f"snapshot={self.identity} was taken from another model or size than this session's {identity}; "
@@ -37,9 +37,10 @@ class Snapshot:
 
 
 def identity(model: CausalWanModel, geometry: Geometry) -> str:
-    """Ten digits that tell a student at a size from others. Reads the first and last weights back: waits for the GPU.
+    """Ten hexadecimal digits that identify a student and the size of the video. Synchronizes with the GPU, since it
+    reads the first and last weights.
 
-    Adapters put on or taken off later do not change it.
+    Adapters that are added or removed later do not change it.
     """
     digest = hashlib.sha256(repr((geometry, model.config.num_layers, model.config.num_attention_heads)).encode())
     for weight in (model.patch_embedding.weight, model.proj_out.weight):

@@ -1,11 +1,11 @@
-"""Stories: prompts that follow one another in a single video, from a JSONL file.
+"""Stories: several prompts in a single video, one after another, from a JSONL file.
 
-LongLive's format, one story a line; a switch takes effect at the first chunk that starts at or after its latent frame:
+LongLive's format, one story per line; a prompt starts with the first chunk at or after its latent frame:
 
     {"prompts": ["a red circle ...", "a blue circle ..."], "switch_frame_indices": "12"}
 
-The indices may also be given once for all lines (`inference.switch_frame_indices`); without any, the prompts share the
-clip evenly. Ours, the whole file one story, times in seconds of the video:
+The indices may also be given for all lines (`inference.switch_frame_indices`); without any, prompts are distributed
+evenly over the clip. A format with times in seconds, in which the whole file is one story:
 
     {"at": 0, "prompt": "a red circle ..."}
     {"at": 2.5, "prompt": "a blue circle ..."}
@@ -30,32 +30,32 @@ from utils.prompts import check_prompt, is_story, read_prompts, read_records
 
 @dataclass(frozen=True)
 class Story:
-    """Prompts and the latent frames that they come in at; the first at 0."""
+    """Prompts and the latent frames at which they start; the first starts at 0."""
 
     prompts: tuple[str, ...]
     frames: tuple[int, ...]
 
     @classmethod
     def of(cls, prompt: str) -> "Story":
-        """One prompt from beginning to end."""
+        """A story with a single prompt."""
         return cls((prompt,), (0,))
 
     def chunk_prompts(self, chunk_frames: int) -> dict[int, str]:
-        """The prompt that comes in at a chunk; of several at one chunk, the last."""
+        """Prompts by the chunk at which they start; of several at one chunk, the last."""
         pairs = zip(self.frames, self.prompts, strict=True)
         return {math.ceil(frame / chunk_frames): prompt for frame, prompt in pairs}
 
 
 def holds_stories(path: str | os.PathLike) -> bool:
-    """Whether a file of prompts holds stories; its content says so."""
+    """Whether a file of prompts contains stories, by its content."""
     return any(is_story(record) for record in read_records(path) or ())
 
 
 def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, indices: str = "") -> list[Story]:
-    """Stories of a file of JSON. `latent_frames`: length of a clip, None = no end. `indices`: of lines without any.
+    """The stories in a JSON file. latent_frames: length of a clip; None = endless. indices: for lines without any.
 
-    Raises a UserError that names the line, for what is no JSON, bad prompts, and times that are negative, out of
-    order, or beyond the end.
+    Raises a UserError that names the line for invalid JSON, invalid prompts, and times that are negative, not
+    ascending, or beyond the end.
     """
     records = read_records(path)
     if not records:
@@ -70,7 +70,7 @@ def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, i
 
 
 def planned_stories(config: Config, prompts: Sequence[str] | None = None, *, endless: bool = False) -> list[Story]:
-    """What the configuration's file of prompts asks for, or `prompts` in its place; a prompt alone is a story, too."""
+    """The stories of the configured file, or of `prompts` instead; a single prompt is a story too."""
     names = config.inference
     if prompts is not None:
         return [Story.of(check_prompt(prompt, "--prompt")) for prompt in prompts]
@@ -150,7 +150,7 @@ def latent_frame_at(seconds: float, fps: int) -> int:
 
 
 def _checked(prompts: Sequence[str], frames: Sequence[int], said: Sequence[str], where: str, length: int | None):
-    """A Story, or the sentence that says why not; `said` is each time as the user wrote it."""
+    """The Story, after checks that raise UserErrors. said: each time as the user wrote it."""
     for prompt in prompts:
         check_prompt(prompt, f"{where}: a prompt")
     for i, frame in enumerate(frames):

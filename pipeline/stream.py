@@ -1,9 +1,9 @@
-"""A streaming session: prompts in, chunks of frames out as they are made.
+"""A streaming session, which generates video chunk by chunk.
 
-    for result in session.play("a red circle moves right", seeds=0):    # for ever; num_chunks ends it
+    for result in session.play("a red circle moves right", seeds=0):    # endless without num_chunks
         session.set_prompt("a blue circle moves right")                 # from the next chunk on
-        here = session.snapshot()                                       # all that the stream carries
-    session.restore(here)                                               # back to it, and on, bit by bit the same ...
+        here = session.snapshot()                                       # the state of the stream
+    session.restore(here)                                               # continues bit-identically from there ...
     session.reseed(1)                                                   # ... or along another branch
     for result in session.resume(): ...
 
@@ -36,7 +36,7 @@ from pipeline.snapshot import Snapshot, identity
 from pipeline.switch import CachedForward, InputRecorder, PromptTrack, RecacheState
 from utils.timers import SpanTimer
 
-Length = int | None | Sequence[int | None]  # chunks; None = without end; one for all streams, or one each
+Length = int | None | Sequence[int | None]  # number of chunks; None = endless; one for all streams, or one each
 
 
 def longest(lengths: Sequence[int | None]) -> int | None:
@@ -51,7 +51,7 @@ FIX_OF = {
 
 
 class NonFiniteChunk(UserError):
-    """What was made holds NaN or infinity: no picture."""
+    """A chunk contains NaN or infinity."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +62,14 @@ class ChunkResult:
     latents: Tensor  # [B, f, C, h, w], on the device
     frames: Tensor  # uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f
     timer: SpanTimer
-    prompts: tuple[str, ...]  # what the chunk was made under
-    active: tuple[bool, ...]  # streams that last up to here; what the others' rows hold is for nobody
+    prompts: tuple[str, ...]  # of the chunk
+    active: tuple[bool, ...]  # streams that have not ended yet; ignore the rows of the others
     finite: Tensor  # bool [2, B], on the host: whether the latents, and the pixels, are
     dtype: torch.dtype  # that the student computes in
     check: Callable[[], None] | None = None  # the student's
 
     def wait(self) -> "ChunkResult":
-        """Until the frames are there. Raises NonFiniteChunk where they are made of NaN or infinity."""
+        """Wait until the frames have arrived. Raises NonFiniteChunk if they contain NaN or infinity."""
         self.timer.wait(self.check)
         if self.check is not None:
             self.check()
@@ -86,16 +86,16 @@ class ChunkResult:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of `text` (chunk 0, and where it changed), `step 0`, ..., `context` where made, and `decode`."""
+        """Seconds of `text` (chunk 0, and when it changed), `step 0`, ..., `context` if there is a pass, `decode`."""
         return self.timer.spans()
 
 
 class Cancelled(Exception):
-    """`StreamSession.cancel` was called: no further step is run."""
+    """`StreamSession.cancel` was called; raised before the next step."""
 
 
 class _CancellableStudent(InputRecorder):
-    """The student as one chunk uses it: it stops before a step once cancelled, and its last input is remembered."""
+    """The student of one chunk: records its last input, and raises Cancelled before a step once cancelled."""
 
     def __init__(self, student: Student, cancelled: threading.Event):
         super().__init__(student)
@@ -108,7 +108,7 @@ class _CancellableStudent(InputRecorder):
 
 
 class StreamSession:
-    """Student, codec and text encoder playing prompts chunk by chunk, in memory that does not grow with length."""
+    """Generates streams with a student, a codec and a text encoder, in memory that does not grow with their length."""
 
     def __init__(
         self,
@@ -128,11 +128,11 @@ class StreamSession:
         weight = student.model.patch_embedding.weight  # other weights may be kept in float32
         self.device, self.dtype = weight.device, weight.dtype
         self.async_decoder = AsyncDecoder(self.device, overlap)
-        self.chunk = 0  # the next one to be made
+        self.chunk = 0  # the next chunk
         self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
         self._cache_batch = 0
-        self._conditioning: Tensor | None = None  # what is given of the stream, until it is played
+        self._conditioning: Tensor | None = None  # latents of conditioning frames that are still to come
         self._playing: object | None = None  # stands for the newest play()
         self._cancelled = threading.Event()
         self._prompt_track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.text_kv)
@@ -146,10 +146,7 @@ class StreamSession:
         text_encoder: TextEncoder,
         schedule: Schedule | None = None,
     ) -> "StreamSession":
-        """A session of these networks as `config` says; every session of the program is made here.
-
-        schedule: instead of the configured one.
-        """
+        """A session with the settings of `config`. schedule: replaces the configured one."""
         network, stream = student.model.config, config.stream
         geometry = Geometry.from_config(config, latent_channels=network.in_channels, patch=tuple(network.patch_size))
         return cls(
@@ -166,7 +163,7 @@ class StreamSession:
         *,
         decode: bool = True,
     ) -> Iterator[ChunkResult]:
-        """Make `num_chunks` chunks (None: for ever) of one video a prompt, each from its own seed.
+        """Generate `num_chunks` chunks (None = endless) of one video per prompt, each from its own seed.
 
         A single seed serves all prompts, and so does a single number of chunks; of several, `ChunkResult.active` says
         whose have been reached. The batch keeps its size, so that nothing is compiled or captured anew; no stream
@@ -194,22 +191,22 @@ class StreamSession:
         return self._run(playing, lengths, timer)
 
     def resume(self, num_chunks: Length = None) -> Iterator[ChunkResult]:
-        """Go on from where the stream stands: after `restore`, `cancel`, or the end of `play`."""
+        """Continue the stream: after `restore`, `cancel`, or the end of `play`."""
         assert self._cache is not None, "nothing has been played"
         self._cancelled.clear()
         self._playing = playing = object()
         return self._run(playing, self._lengths(num_chunks, len(self._noise.seeds)), SpanTimer(self.device))
 
     def set_prompt(self, prompts: str | Sequence[str | None], switch: str | None = None) -> None:
-        """Change the prompt from the next chunk on: one for all streams, or one each (None: as it was).
+        """Change the prompt from the next chunk on: one for all streams, or one each (None = unchanged).
 
-        switch: as `stream.switch` (pipeline/switch.py); None = the session's. UserError for what is no prompt.
+        switch: as `stream.switch` (pipeline/switch.py); None = the session's. Raises UserError for an invalid prompt.
         """
         assert self._cache is not None, "nothing is played"
         self._prompt_track.set_prompt(prompts, switch or self.switch, self.switch_chunks)
 
     def reseed(self, seeds: int | Sequence[int]) -> None:
-        """Draw the noise of the next chunks from other seeds: another branch of the same past."""
+        """Use other seeds from the next chunk on, for another continuation of the same stream."""
         old = self._noise.seeds
         seeds = [seeds] * len(old) if isinstance(seeds, int) else list(seeds)
         assert len(seeds) == len(old), f"{len(seeds)} seeds for {len(old)} streams"
@@ -217,15 +214,15 @@ class StreamSession:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache, which is most of what a snapshot takes; 0 before anything was played."""
+        """Bytes of the KV cache, which is most of a snapshot; 0 before the first `play`."""
         return 0 if self._cache is None else self._cache.bytes
 
     def cancel(self) -> None:
-        """End the running `play` or `resume` before its next step. The chunk it was at is made again by `resume`."""
+        """End the running `play` or `resume` before its next step. `resume` repeats the interrupted chunk."""
         self._cancelled.set()
 
     def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
-        """All that the stream carries between chunks; the cache, which is most of it, copied to `device`."""
+        """The state of the stream between chunks; the KV cache, most of it, is copied to `device` (None = the same)."""
         assert self._cache is not None, "nothing has been played"
         self.async_decoder.synchronize()
         return Snapshot(
@@ -241,9 +238,10 @@ class StreamSession:
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to `snapshot`, of this session or of another with the same weights; `resume` goes on from there.
+        """Restore `snapshot`, of this session or of another with the same weights; `resume` continues from there.
 
-        Chunks made from here are bit by bit those that were made then. UserError for another model's snapshot.
+        The chunks that follow are bit-identical to those that followed then. Raises UserError for a snapshot of another
+        model.
         """
         snapshot.check(identity(self.student.model, self.geometry))
         self._playing = None
@@ -263,13 +261,13 @@ class StreamSession:
         self._conditioning = snapshot.conditioning
 
     def _lengths(self, num_chunks: Length, streams: int) -> list[int | None]:
-        """Chunks of each stream from here on."""
+        """Number of chunks to come of each stream."""
         lengths = [num_chunks] * streams if num_chunks is None or isinstance(num_chunks, int) else list(num_chunks)
         assert len(lengths) == streams, f"{len(lengths)} lengths for {streams} streams"
         return lengths
 
     def _run(self, playing: object, lengths: list[int | None], timer: SpanTimer) -> Iterator[ChunkResult]:
-        """Chunks from where the stream stands, until the longest count is reached or `cancel` is called."""
+        """Generate chunks until the longest stream ends or `cancel` is called."""
         last = longest(lengths)
         for done in count() if last is None else range(last):
             if self._playing is not playing:
@@ -293,7 +291,7 @@ class StreamSession:
         self._prepare_cache(len(prompts), num_chunks)
 
     def _prepare_cache(self, batch: int, num_chunks: int | None) -> None:
-        """An empty cache for `batch` streams; the memory of the last clip's is used again where it fits."""
+        """Make an empty cache for `batch` streams; reuses the memory of the previous one if it fits."""
         bounded = self.geometry.window_chunks > 0
         same = self._cache is not None and self._cache_batch == batch
         if same and (bounded or (num_chunks or 0) <= self._cache.capacity):
@@ -304,7 +302,7 @@ class StreamSession:
 
     @torch.no_grad()
     def _next(self, timer: SpanTimer, active: tuple[bool, ...]) -> ChunkResult:
-        """Denoise, leave the context, decode: everything is queued, nothing is waited for."""
+        """Queue denoising, context pass and decoding of the next chunk, without waiting for any of it."""
         chunk, row = self.chunk, self.schedule.timesteps(self.chunk)
         student = _CancellableStudent(self.student, self._cancelled)
         text = self._text_of_next(student, timer)
@@ -340,7 +338,7 @@ class StreamSession:
         )
 
     def _checked(self, conditioning: Tensor, batch: int) -> Tensor:
-        """Latents that the streams begin with, as [batch, g, C, h, w] on the device."""
+        """Latents of conditioning frames as [batch, g, C, h, w] on the device."""
         shape = self.geometry.latent_shape(len(conditioning), conditioning.shape[1])
         assert conditioning.shape == shape and len(conditioning) in (1, batch), (
             f"conditioning {tuple(conditioning.shape)} for {shape}, {batch}"
@@ -348,7 +346,7 @@ class StreamSession:
         return conditioning.to(self.device, torch.float32).expand(batch, *shape[1:])
 
     def _given(self, chunk: int) -> tuple[Tensor | None, ConditioningFrames | None]:
-        """What is given of `chunk`: all of its latents, or its first frames; and neither once the start is played."""
+        """The given part of `chunk`: (all of its latents, None), (None, its first frames), or (None, None)."""
         if self._conditioning is None:
             return None, None
         part = self._conditioning[:, self.geometry.chunk(chunk)]
@@ -358,7 +356,7 @@ class StreamSession:
         return None, ConditioningFrames.at_timestep(part, context_timestep, lambda: self._noise.context(chunk))
 
     def _text_of_next(self, student: _CancellableStudent, timer: SpanTimer):
-        """Keys of the text that the next chunk is made under; the past is made to fit it where that is due."""
+        """Keys and values of the next chunk's text; recaches the window if the prompt has changed."""
         before = self._prompt_track.state
         state = self._prompt_track.advance(blend=self.chunk != self._blended)
         self._blended = self.chunk

@@ -1,18 +1,17 @@
-"""Prompts that change while a stream runs, and how the past is made to fit the new one.
+"""Changes of the prompt within a stream, and recaching of the window.
 
-Four ways, `stream.switch`, each from the next chunk on:
+There are four modes, `stream.switch`; each takes effect with the next chunk:
 
-    cut             the new text at once; the window keeps keys that were computed under the old text
-    blend           embeddings go from the old text to the new one in equal steps over `stream.switch_chunks` chunks
-    recache         the new text at once, and the window is run again under it (LongLive, arXiv 2509.22622)
-    recache_window  the same but for the sink, whose keys stay those of the text it was made under (LongLive's
-                    `global_sink: true`): less is run again, and the stream's beginning goes on asking for the old text
+    cut             use the new text; the window keeps the keys that were computed with the old text
+    blend           interpolate the embedding linearly from the old text to the new in `stream.switch_chunks` chunks
+    recache         use the new text, and recompute the keys of the window with it (LongLive, arXiv 2509.22622)
+    recache_window  the same except for the sink, which keeps its keys (LongLive's `global_sink: true`): fewer passes,
+                    and the beginning of the stream still represents the old text
 
-LongLive recaches clean latents in one pass over the whole window, which attends in both directions. Here the passes
-that left the window's keys are made again, chunk by chunk and in order: same noisy inputs, same timesteps, so the same
-noise level as the context policy wants, and no chunk sees a later one. Under the same text this gives back the very
-same cache, bit by bit, as long as nothing has been evicted (tests/pipeline/test_session.py); afterwards a chunk
-misses those of its predecessors that are gone.
+LongLive recaches clean latents in one bidirectional pass over the whole window. Here the passes that wrote the window's
+keys are repeated chunk by chunk, with the same noisy inputs and timesteps, so that the context mode holds and no chunk
+attends to a later one. With the same text the result is bit-identical as long as nothing has been evicted
+(tests/pipeline/test_session.py); after that, evicted chunks are missing from the repeated passes.
 
 Legend: B streams, f latent frames a chunk; inputs `[B, f, C, H, W]`; text `[B, text tokens, dim]`.
 """
@@ -36,16 +35,16 @@ from utils.prompts import check_prompt
 
 @dataclass(frozen=True, eq=False)
 class CachedForward:
-    """The pass that left a chunk's keys: its input and timestep."""
+    """Input and timestep of the pass that wrote a chunk's keys and values."""
 
     chunk: int
     x_t: Tensor  # [B, f, C, H, W]
-    t: Tensor  # [B], or [B, f] where the chunk began with given frames
-    offset: int = 0  # latent frames by which its keys have been moved since
+    t: Tensor  # [B], or [B, f] with conditioning frames
+    offset: int = 0  # latent frames by which its keys have been shifted since
 
 
 class InputRecorder:
-    """A student that knows the input and the timestep of its newest pass."""
+    """A student that records input and timestep of its last pass."""
 
     def __init__(self, student: Student):
         self.model = student.model
@@ -58,27 +57,27 @@ class InputRecorder:
 
 
 class RecacheState:
-    """The passes by which the cache's slots were written, so that they can be made again."""
+    """The passes that wrote the cache's slots, so that they can be repeated."""
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
         self.slots: dict[int, CachedForward] = {}
 
     def record(self, done: CachedForward) -> None:
-        """`done` has written its chunk's slot."""
+        """Record that pass `done` has written its chunk's slot."""
         self.slots[slot(self.geometry, done.chunk)] = done
 
     @torch.no_grad()
     def recache(
         self, student: Student, cache: StreamCache | GraphCache, text: TextKV | Tensor, *, keep_sink: bool = False
     ) -> None:
-        """Write all slots again under `text`, oldest first, without a graph. If it is broken off, call it again.
+        """Rewrite all slots with `text`, oldest first, without a graph. After an interruption, call it again.
 
-        keep_sink: but for those of the sink, which all others see as they are.
+        keep_sink: except for the sink, which all others attend to unchanged.
         """
         kept = self.geometry.sink_chunks if keep_sink else 0
         order = sorted(self.slots, key=lambda i: (0, i) if i < kept else (1, self.slots[i].chunk))
-        for position, i in enumerate(order):  # a chunk sees a prefix of the slots, so they are filled from the left
+        for position, i in enumerate(order):  # a chunk attends to a prefix of the slots
             if i < kept:
                 continue
             done = self.slots[i]
@@ -87,7 +86,7 @@ class RecacheState:
         cache.permute([order.index(i) for i in range(len(order))])
 
     def shift_sink(self, model: CausalWanModel, cache: StreamCache | GraphCache, chunk: int) -> None:
-        """Before `chunk` is made: slots of the sink that would be out of reach move up (pipeline/positions.py)."""
+        """Shift the sink's slots that would be too far from `chunk`, before it is generated (pipeline/positions.py)."""
         for i in range(self.geometry.sink_chunks):
             done = self.slots.get(i)
             due = 0 if done is None else sink_offset(self.geometry, chunk - (done.chunk - i))
@@ -102,7 +101,7 @@ def blend_embeddings(embedding: Tensor, target: Tensor, chunks_left: int) -> Ten
 
 
 def embeddings_after_switch(embedding: Tensor, target: Tensor, switch: str, chunks: int) -> Iterator[Tensor]:
-    """Embeddings of a chunk and of those after it, without end, where `target` is said before it: what a track gives.
+    """The embeddings of a chunk and of all later ones, if the text changes to `target` before it, as in PromptTrack.
 
     switch, chunks: as in `PromptTrack.set_prompt`.
     """
@@ -115,19 +114,19 @@ def embeddings_after_switch(embedding: Tensor, target: Tensor, switch: str, chun
 
 @dataclass(frozen=True, eq=False)
 class TextState:
-    """Text of the chunk that comes next, and where a blend stands."""
+    """Text of the next chunk, and progress of a blend."""
 
     prompts: tuple[str, ...]
-    embedding: Tensor  # [B, text tokens, dim], what `kv` was made of
+    embedding: Tensor  # [B, text tokens, dim], from which `kv` was computed
     kv: TextKV
-    target: Tensor  # the embedding that a blend ends at
-    chunks_left: int = 0  # chunks until it does
-    needs_recache: bool = False  # the cache still has to be made again
-    keep_sink: bool = False  # but for the sink
+    target: Tensor  # embedding at the end of a blend
+    chunks_left: int = 0  # chunks until then
+    needs_recache: bool = False  # the window is not recached yet
+    keep_sink: bool = False  # recache without the sink
 
 
 class PromptTrack:
-    """The text of each chunk. `set_prompt` may be called from any thread; all else belongs to the one that plays."""
+    """The text of each chunk. `set_prompt` may be called from any thread, other methods only from the stream's."""
 
     def __init__(self, encode: Callable[[Sequence[str]], Tensor], text_kv: Callable[[Tensor], TextKV]):
         self._encode, self._text_kv = encode, text_kv
@@ -135,13 +134,16 @@ class PromptTrack:
         self.state: TextState
 
     def start(self, prompts: Sequence[str]) -> None:
-        """Forget what was said and begin with `prompts`."""
+        """Begin with `prompts` and drop pending changes."""
         self._pending.clear()
         embedding = self._encode(list(prompts))
         self.state = TextState(tuple(prompts), embedding, self._text_kv(embedding), embedding)
 
     def set_prompt(self, prompts: str | Sequence[str | None], switch: str, chunks: int) -> None:
-        """New prompts for the next chunk: one for all streams, or one each with None where nothing changes."""
+        """Queue new prompts for the next chunk: one for all streams, or one each (None = unchanged).
+
+        switch, chunks: as `stream.switch` and `stream.switch_chunks`. Raises UserError for invalid prompts.
+        """
         if switch not in SWITCHES:
             raise UserError(f"switch={switch} is unknown; use one of {', '.join(SWITCHES)}")
         streams = len(self.state.prompts)
@@ -154,11 +156,14 @@ class PromptTrack:
         self._pending.append((prompts, switch, chunks))
 
     def clear_pending(self) -> None:
-        """Drop what was said and has not come in."""
+        """Drop pending changes."""
         self._pending.clear()
 
     def advance(self, blend: bool = True) -> TextState:
-        """Before each chunk: take in what was said, and take one step of a blend (not for a chunk made again)."""
+        """Apply pending changes and one step of a blend; call it before each chunk.
+
+        blend: False for a chunk that is repeated.
+        """
         while self._pending:
             new, switch, chunks = self._pending.popleft()
             self._apply(new, switch, chunks)
@@ -171,7 +176,7 @@ class PromptTrack:
         return self.state
 
     def mark_recached(self) -> None:
-        """The cache fits the text again."""
+        """Record that the window has been recached."""
         self.state = replace(self.state, needs_recache=False)
 
     def _apply(self, new: tuple[str | None, ...], switch: str, chunks: int) -> None:
@@ -182,7 +187,7 @@ class PromptTrack:
             self.state = replace(old, prompts=prompts, target=target, chunks_left=chunks)
         else:
             needs_recache, keep_sink = switch in RECACHES or old.needs_recache, switch == "recache_window"
-            if old.needs_recache:  # what was said just before has not come in yet: the more thorough of both does
+            if old.needs_recache:  # an earlier change is still pending: the more thorough mode wins
                 keep_sink = old.keep_sink and switch != "recache"
             kv = self._text_kv(target)
             self.state = TextState(prompts, target, kv, target, needs_recache=needs_recache, keep_sink=keep_sink)

@@ -1,14 +1,14 @@
-"""What can be said of a clip from its pixels alone, whatever it shows: seams, flicker, motion, drift, sharpness.
+"""Measures of a clip's pixels, independent of its content: seams, flicker, motion, drift, sharpness.
 
 Legend: B clips, T pixel frames, H x W pixels. Frames are uint8 in 0..255 or float in [-1, 1], [B, T, 3, H, W] or one
 clip [T, 3, H, W]. Brightness and chroma are in [0, 1]; luma is BT.709's 0.2126 R + 0.7152 G + 0.0722 B of the values
 as they are stored; chroma is max(R, G, B) - min(R, G, B). `borders` are the first frames of chunks: 9, 21, 33, ...
 
-None of these measures knows what is right: a pan drifts, a strobe light flickers, fog is not sharp. They are for
-comparing clips of the same prompts, and for finding those that are worth looking at (scripts/quality/clip_defects.py).
+The measures do not know what is intended: a pan drifts, a strobe light flickers, fog is not sharp. They are for
+comparing clips of the same prompts and for finding suspicious ones (scripts/quality/clip_defects.py).
 
-Optical flow (FLOW_MEASURES) needs OpenCV, an optional package. It is DIS (Kroeger et al., arXiv 1603.03590), which runs
-on a CPU and has no weights; a network such as RAFT would be nearer the truth where motion is large, and is not used.
+Optical flow (FLOW_MEASURES) needs OpenCV, an optional package. The algorithm is DIS (Kroeger et al., arXiv 1603.03590),
+which runs on a CPU and has no weights. A network such as RAFT would be more accurate for large motion.
 """
 
 import math
@@ -30,7 +30,7 @@ LEAST_FLOW_SIDE = 12  # pixels along the longer side; OpenCV refuses less
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is to be read. better: low, high, or none where neither end is good as such."""
+    """Description of a measure. better: low, high, or none if neither is better."""
 
     unit: str
     better: str
@@ -49,7 +49,7 @@ MEASURES = {
     "repeated": Measure("share", "low", "frames that repeat the one before"),
 }
 
-# Where OpenCV is installed. Pixels are the clip's own: at twice the resolution the same motion has twice the flow.
+# Available if OpenCV is installed. Lengths are in pixels of the clip: at twice the resolution flow is twice as long.
 FLOW_MEASURES = {
     "flow": Measure("pixels", "none", "mean length of the optical flow from a frame to the next"),
     "flow_warp": Measure(
@@ -105,13 +105,13 @@ def seam_score(frames: Tensor, borders: Sequence[int]) -> Tensor:
 
 
 def motion_energy(frames: Tensor) -> Tensor:
-    """[B] mean absolute difference between frames, brightness in [0, 1]: what moves, and how fast, without a track."""
+    """[B] mean absolute difference between consecutive frames, brightness in [0, 1]."""
     return frame_distances(frames).mean(1)
 
 
 @dataclass(frozen=True, eq=False)
 class FrameSeries:
-    """One clip frame by frame; all float32 on the CPU."""
+    """Measures of each frame of a clip; all float32 on the CPU."""
 
     steps: Tensor  # [T - 1] difference of frame t + 1 to frame t (`frame_distances`)
     far_steps: Tensor  # [T - 4] difference of frame t + 4 to frame t
@@ -128,15 +128,15 @@ class FrameSeries:
         return len(self.luma)
 
 
-FAR = 4  # frames; longer than the longest flash that is looked for
+FAR = 4  # frames; longer than the longest flash that is detected
 
 
 def series(clip: Tensor, flow: bool = False) -> FrameSeries:
-    """Frame by frame figures of one clip [T, 3, H, W]; flow: those of optical flow too (where `has_flow`).
+    """Measures of each frame of a clip [T, 3, H, W]. flow: include optical flow (requires `has_flow`).
 
-    Sharpness is 1 minus the blur metric of Crete et al. (SPIE 6492, 2007): blurring a sharp picture takes much of the
-    differences between its neighbouring pixels away, and blurring a blurred one takes little. Contrast drops out.
-    Images are averaged over 2 x 2 pixels first where both sides are above 256, so that grain counts less.
+    Sharpness is 1 minus the blur metric of Crete et al. (SPIE 6492, 2007): blurring removes much of the differences
+    between neighbouring pixels from a sharp image, and little from a blurred one. It does not depend on contrast.
+    Images larger than 256 on both sides are first averaged over 2 x 2 pixels, so that grain counts less.
     """
     rows, meter = [], FlowMeter() if flow else None
     for image in map(unit_frames, clip):
@@ -172,7 +172,7 @@ def _frame(image: Tensor, grey: Tensor) -> list[float]:
 
 
 def _sharpness(grey: Tensor) -> Tensor:
-    """Share of the differences between neighbours in grey [H, W] that a box of BLUR_PIXELS takes away, in [0, 1]."""
+    """Share of the differences between neighbours in grey [H, W] that a box blur of BLUR_PIXELS removes, in [0, 1]."""
     reach = BLUR_PIXELS // 2
     padded = F.pad(grey[None, None], (reach,) * 4, mode="replicate")
     lost, total = [], []
@@ -187,7 +187,7 @@ def _sharpness(grey: Tensor) -> Tensor:
 
 
 def has_flow() -> bool:
-    """Whether OpenCV is here, which FLOW_MEASURES need: opencv-python-headless, in the extra `report`."""
+    """Whether OpenCV is installed, which FLOW_MEASURES need (opencv-python-headless, in the extra `report`)."""
     try:
         import cv2  # noqa: F401
     except ImportError:
@@ -196,12 +196,12 @@ def has_flow() -> bool:
 
 
 class FlowMeter:
-    """Optical flow from frame to frame, of frames that are given one after another; one pair in memory at a time.
+    """Optical flow between consecutive frames, which are added one by one; keeps one frame in memory.
 
-    The warping error is E_warp of Lai et al. (arXiv 1808.00449): frame t + 1, read where the flow from
-    t to t + 1 points, against frame t, over pixels that both frames show. Theirs is squared and of RGB, ours absolute
-    and of luma. Flow that leads out of the frame, or from which the flow back does not return, marks what only one
-    frame shows (the test of Ruder et al., arXiv 1604.08610). Interpolation between pixels leaves an error of its own.
+    The warping error is E_warp of Lai et al. (arXiv 1808.00449): frame t + 1, warped by the flow from t to t + 1, is
+    compared with frame t where both frames show the same point. It is absolute and of luma, while theirs is squared and
+    of RGB. Occlusions are where flow leaves the frame or backward flow does not return (Ruder et al., arXiv
+    1604.08610). Interpolation between pixels adds an error of its own.
     """
 
     def __init__(self) -> None:
@@ -214,7 +214,7 @@ class FlowMeter:
         self.last: np.ndarray | None = None
 
     def add(self, grey: Tensor, shrunk: int = 1) -> None:
-        """The next frame, luma [h, w] in [0, 1]; shrunk: pixels of the clip across one of its own."""
+        """Add the next frame, luma [h, w] in [0, 1]. shrunk: pixels of the clip per pixel of this frame."""
         frame = grey.mul(255).round().byte().cpu().numpy()
         if self.last is not None:
             length, error = self._pair(self.last, frame) if max(frame.shape) >= LEAST_FLOW_SIDE else (math.nan,) * 2
@@ -240,8 +240,8 @@ class FlowMeter:
 def flicker(values: Tensor) -> Tensor:
     """[T] distance of each frame's luma [T] to the median of the frames within FLICKER_REACH around it.
 
-    A ramp gives 0 and so does a cut, since the window is symmetric (it shrinks towards the clip's ends); what comes and
-    goes within 3 frames gives its height.
+    Ramps and cuts give 0, since the window is symmetric (it shrinks towards the clip's ends); a change that lasts at
+    most 3 frames gives its amplitude.
     """
     frames = len(values)
     found = torch.zeros_like(values)
@@ -252,10 +252,10 @@ def flicker(values: Tensor) -> Tensor:
 
 
 def repeats(steps: Tensor) -> Tensor:
-    """[T - 1] bool: frame t + 1 repeats frame t. steps [T - 1] of `frame_distances`.
+    """[T - 1] bool: whether frame t + 1 repeats frame t. steps [T - 1]: `frame_distances`.
 
-    Smaller than a tenth of the clip's middling step, or below a hundredth of an 8-bit level, is a repeat: codecs store
-    a repeated frame as one that is nearly, not always exactly, the same.
+    A repeat has a difference below a tenth of the clip's median, or below a hundredth of an 8-bit level: after a codec
+    a repeated frame is not always exactly the same.
     """
     typical = float(steps.median()) if len(steps) else 0.0
     return steps <= max(0.1 * typical, 0.01 / 255)
@@ -268,7 +268,7 @@ def quarters(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_change(values: Tensor) -> float:
-    """|last quarter / first quarter - 1| of values [T]; 0 where there is nothing to change."""
+    """|last quarter / first quarter - 1| of values [T]."""
     first, last = quarters(values)
     return float((last - first).abs() / first.clamp_min(0.01))
 
@@ -280,7 +280,7 @@ def colour_change(rgb: Tensor) -> float:
 
 
 def summary(found: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
-    """MEASURES of one clip, and FLOW_MEASURES if its series has them; NaN where one is not defined (a single frame)."""
+    """MEASURES of one clip, and FLOW_MEASURES if its series has them; NaN if one is undefined (a single frame)."""
     flow = {} if found.flow is None else {name: math.nan for name in FLOW_MEASURES}
     if found.frames < 2:
         return {name: math.nan for name in MEASURES} | {"sharpness": float(found.sharpness.median())} | flow
@@ -302,7 +302,7 @@ def summary(found: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
 
 
 def as_clip(frames) -> Tensor:
-    """uint8 array [T, H, W, 3], as videos are read -> tensor [T, 3, H, W]."""
+    """uint8 array [T, H, W, 3], as `read_video` returns -> tensor [T, 3, H, W]."""
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 

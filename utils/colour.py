@@ -1,6 +1,6 @@
-"""Pixels of HDR and wide-gamut video as sRGB.
+"""Conversion of HDR and wide-gamut video to sRGB.
 
-ITU-R BT.2100 defines PQ and HLG, BT.2408 where white lies in them: 203 cd/m2, as which 1.0 counts here.
+ITU-R BT.2100 defines PQ and HLG, and BT.2408 their reference white, 203 cd/m2, which is 1.0 here.
 """
 
 from functools import cache
@@ -39,7 +39,7 @@ def to_srgb(signal: np.ndarray, trc: int, primaries: int) -> np.ndarray:
 
 
 def _tone(brightest: np.ndarray) -> np.ndarray:
-    """The factor of a pixel by the largest of its three values: 1 up to KNEE, then extended Reinhard, 1.0 at PEAK."""
+    """Tone mapping factor by the largest of a pixel's values: 1 up to KNEE, then extended Reinhard, white at PEAK."""
     above = (brightest.clip(KNEE, PEAK / WHITE) - KNEE) / (1 - KNEE)
     most = (PEAK / WHITE - KNEE) / (1 - KNEE)
     mapped = KNEE + (1 - KNEE) * above * (1 + above / most**2) / (1 + above)
@@ -48,7 +48,7 @@ def _tone(brightest: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(trc: int) -> np.ndarray:
-    """Light of each of 65,536 signal values, float32."""
+    """Linear light for each of 65,536 signal values, float32."""
     signal = np.linspace(0, 1, 65_536)
     if trc == ColorTrc.SMPTE2084:
         root = signal ** (32 / 2523)
@@ -62,7 +62,7 @@ def _light(trc: int) -> np.ndarray:
 
 @cache
 def _srgb_codes() -> np.ndarray:
-    """The sRGB value 0 to 255 of each of 65,536 amounts of light, uint8."""
+    """The sRGB value 0 to 255 for each of 65,536 values of linear light, uint8."""
     light = np.linspace(0, 1, 65_536)
     signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return (signal * 255).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""torch.compile as it is used here: each use counts its own variants, and gradients are right."""
+"""torch.compile with a recompile limit for each use, and with correct gradients."""
 
 from collections.abc import Callable
 from types import FunctionType
@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 
-# torch 2.10 to 2.13 make one Triton kernel of reductions over rows and over columns, and leave parts of a modulation
-# table's gradient unwritten (pytorch/pytorch issue 193061, found on Wan): what was there before passes for a gradient.
+# torch 2.10 to 2.13 fuse reductions over rows and columns into one Triton kernel that leaves parts of the gradient of
+# the AdaLN table uninitialized (pytorch/pytorch issue 193061, found on Wan).
 TRAINING_OPTIONS = {"triton.mix_order_reduction": False}
-RECOMPILE_LIMIT = 32  # of one function: widths, batch sizes, numbers of frames, with a graph and without
+RECOMPILE_LIMIT = 32  # per function: widths, batch sizes, numbers of frames, with and without gradients
 
 
 def compile_function(function: Callable, **options: Any) -> Callable:
-    """`function`, compiled for itself: dynamo counts variants by code object, also those that other networks need, and
-    what comes after the limit, 8 by default, is silently run as it is. options: of torch.compile.
+    """Compile a copy of `function` with its own code object. options: of torch.compile.
+
+    Dynamo counts variants per code object, including those for other networks, and silently runs further ones without
+    compilation once there are 8 (by default).
     """
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)

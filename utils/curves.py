@@ -1,4 +1,4 @@
-"""Metrics over steps as one picture: a panel each, in groups, so that a run can be judged without any other program."""
+"""Plots of metrics over steps in a single picture, one panel per metric, without matplotlib."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +12,12 @@ from utils.files import atomic_path
 PANEL, COLUMNS, TITLE, GAP = (270, 130), 4, 22, 14  # pixels
 HEAD, MARGIN = 30, 16
 INK, DIM, LINE, RAW, MEAN = "#1b1f24", "#6a7280", "#d5d8dd", "#b5cdf0", "#1756a9"
-MEMORY = 10  # logged rows that the exponential mean reaches over, in a hundred rows or more
+MEMORY = 10  # logged rows over which the exponential moving average reaches, for a hundred rows or more
 LEFT_OUT = ("step", "seconds_per_step")
 
 
 def group_of(name: str) -> str:
-    """The heading that a metric stands under."""
+    """The heading of the group to which a metric belongs."""
     if name.startswith("validation_"):
         return "validation"
     if name.endswith("norm") or name.endswith("_gradient"):
@@ -28,7 +28,7 @@ def group_of(name: str) -> str:
 
 
 def draw_curves(rows: Iterable[Mapping[str, Any]], title: str) -> Image.Image:
-    """A picture of all finite numbers in `rows`, each of which has its "step". Thin: as logged; thick: their mean."""
+    """Plot all finite numbers in `rows`, each of which has a "step": thin lines as logged, thick lines smoothed."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -56,13 +56,13 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], title: str) -> Image.Image:
 
 
 def write_curves(path: str | PathLike, rows: Iterable[Mapping[str, Any]], title: str) -> None:
-    """`draw_curves` as a PNG, whole or not at all."""
+    """Write `draw_curves` as a PNG, atomically."""
     with atomic_path(path) as temporary:
         draw_curves(rows, title).save(temporary, "PNG")
 
 
 def _panel(picture: Image.Image, place: tuple[int, int], name: str, points: Sequence[tuple[int, float]]) -> None:
-    """One metric: its name and last value above, the range of values at the left, that of steps below."""
+    """Draw one metric: name and last value above, range of values at the left, range of steps below."""
     (x, y), (width, height), font = place, PANEL, ImageFont.load_default(12)
     draw = ImageDraw.Draw(picture)
     draw.text((x, y + 2), name, INK, font)
@@ -100,7 +100,7 @@ def _panel(picture: Image.Image, place: tuple[int, int], name: str, points: Sequ
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value to show: a hundredth at either end may lie outside, so that one peak hides nothing."""
+    """Range of values to show: percentiles 1 and 99, so that a single peak does not flatten the curve."""
     ordered = sorted(values)
     cut = len(ordered) // 100
     low, high = ordered[cut], ordered[len(ordered) - 1 - cut]

@@ -1,4 +1,4 @@
-"""Which device and which precision `auto` means on this machine."""
+"""Device, precision and CPU threads, and what `auto` means on this machine."""
 
 import ctypes
 import functools
@@ -16,9 +16,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto`: CUDA if there is one, else the CPU. A CUDA device without an index is that of `local_rank`.
+    """The device `name`; `auto` is CUDA if available, else the CPU. `cuda` without an index is that of `local_rank`.
 
-    Raises UserError for a device that does not exist here.
+    Raises UserError for a device that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,8 +43,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that computes in it, else float32; `fp8`: bfloat16, around its linears' float8.
-    Otherwise one of `DTYPES`."""
+    """The dtype of weights and activations. `auto`: bfloat16 on a GPU that supports it, else float32; `fp8`: bfloat16,
+    the dtype outside of float8 linear layers; otherwise one of `DTYPES`."""
     if name == "fp8":
         return torch.bfloat16
     if name == "auto":
@@ -76,16 +76,16 @@ def release_memory() -> None:
 
 
 def gpu_memory(device: torch.device) -> int | None:
-    """Bytes of memory that a GPU has; None for a CPU."""
+    """Total bytes of a GPU's memory; None for a CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def set_threads(threads: int, *, training: bool = False) -> None:
-    """Let torch compute with so many CPU threads.
+    """Set torch's number of CPU threads.
 
-    0: one for videos, because float sums, and with them a video's last bits, depend on the number; for training what
-    OMP_NUM_THREADS says, which torchrun sets, too, else this rank's share of the CPUs that are available. Left to
-    itself torch starts one for each core of the machine, also in a container that may use two of them.
+    0: for videos one, since sums, and thus the last bits of a video, depend on the number; for training that of
+    OMP_NUM_THREADS, which torchrun sets, else this rank's share of the available CPUs. torch's own default is one per
+    core of the machine, even in a container with fewer CPUs.
     """
     if not threads and training:
         if "OMP_NUM_THREADS" in os.environ:
@@ -95,13 +95,13 @@ def set_threads(threads: int, *, training: bool = False) -> None:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use at once: its affinity, cut to the quotas of its control groups (Linux)."""
+    """Number of CPUs that this process may use: its affinity, limited by the quotas of its control groups (Linux)."""
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min([cpus, *(math.ceil(quota) for quota in cpu_quotas())]))
 
 
 def cpu_quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """CPUs that the control groups of this process may use, its own and those around it; versions 2 and 1."""
+    """CPU quotas of this process's control group and its parents, for cgroups versions 2 and 1."""
     quotas = []
     try:
         groups = [line.split(":", 2) for line in own.read_text().splitlines()]

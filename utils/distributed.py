@@ -1,4 +1,4 @@
-"""Processes started by torchrun: who am I, what is my share, and the process group for training."""
+"""Processes started by torchrun: ranks, distribution of work, and the process group for training."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class Ranks:
 
     @classmethod
     def from_env(cls) -> "Ranks":
-        """From what torchrun sets; one process where nothing is set."""
+        """From the environment variables of torchrun; a single process if they are not set. Raises UserError."""
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         try:
             values = [int(os.environ.get(name, default)) for name, default in names.items()]
@@ -54,7 +54,7 @@ class Ranks:
         return Ranks(self.rank // degree, self.world // degree, self.local_rank // degree)
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's items, round robin: over all ranks each item exactly once."""
+        """This rank's items, distributed round robin."""
         return list(items[self.rank :: self.world])
 
 
@@ -82,5 +82,5 @@ def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -
         yield
         ended_well = True
     finally:
-        if ended_well or device.type != "cuda":  # NCCL waits for the others, which may be gone; the process ends anyway
+        if ended_well or device.type != "cuda":  # NCCL would wait for ranks that may be gone
             dist.destroy_process_group()

@@ -1,5 +1,5 @@
-"""How a program ends: one line for what the user did wrong or a machine lacks, one for Ctrl-C, and an exit code that
-says which. Mistakes of the program itself stay tracebacks.
+"""Exit of programs: one line and an exit code for wrong input, for what a machine lacks, and for Ctrl-C. Programming
+errors keep their tracebacks.
 """
 
 from __future__ import annotations  # an older Python, too, must get as far as the sentence about its age
@@ -24,11 +24,11 @@ from configs.errors import UserError, shown
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 OLDEST_PYTHON = (3, 11)
-LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes all that was given
+LONGEST_MESSAGE = 300  # characters of argparse's message, which quotes all arguments
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
 WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh", "serve.py": "serve.sh"}
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # whose modules have other names
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # packages whose modules have other names
 
 # what to do about an error of the operating system
 FIXES = {
@@ -44,9 +44,9 @@ FIXES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one sentence, too, and name the flag that was meant.
+    """An ArgumentParser that raises UserErrors, which suggest the flag with the nearest name.
 
-    Its numbers are digits, of 18 at most, or finite decimals.
+    Integers have at most 18 digits; floats are finite.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean {near[0]}?)" if near else ""
 
     def _flags(self) -> list[str]:
-        """All flags, those of subcommands included."""
+        """All flags, including those of subcommands."""
         flags = []
         for action in self._actions:
             flags += action.option_strings
@@ -88,23 +88,23 @@ def _finite(text: str) -> float:
 
 
 def guard(name: str) -> None:
-    """In `__main__`, before other imports: what goes wrong until `run` takes over ends as it would there."""
+    """Call in `__main__` before other imports: errors before `run` then end the program as they do in `run`."""
     if name == "__main__":
         _check_python()
-        # threads that wait for others give their CPU away: where other programs work, too, spinning made steps of
-        # training 20 times as slow. It must be said before torch is loaded
+        # waiting threads yield their CPU: beside other programs, spinning made training steps 20 times slower. Must be
+        # set before torch is loaded
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         sys.excepthook = _end
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `main` returns, or with the sentence and code that `explain` has for what it raises.
+    """Run `main` and exit with its result, or with the message and code of `explain` for its exception.
 
-    SIGTERM and a closed terminal, cleaned up: 143, 129. A reader of standard output that goes away (`| head -1`) ends
-    nothing.
+    SIGTERM and a closed terminal: clean-up, exit codes 143 and 129. A reader of standard output that goes away
+    (`| head -1`) does not end the program.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup makes it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _terminate)
     with _lasting_streams():
         try:
@@ -130,10 +130,10 @@ def end_now(error: UserError) -> NoReturn:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit code for what was to be expected of users and machines; None for a programming error.
+    """The message and the exit code for an expected error; None for a programming error.
 
-    By kind: UserError, Ctrl-C, any error of the operating system (paths that cannot be read or written, a full disk, a
-    closed pipe), memory that ran out, a package that is not installed, a name that the locale cannot write.
+    Expected are UserError, Ctrl-C, errors of the operating system (unreadable paths, a full disk, a closed pipe), lack
+    of memory, a package that is not installed, and text that cannot be encoded in the locale.
     """
     if isinstance(error, UserError):
         sentence = str(error)
@@ -165,7 +165,7 @@ def _is_path(value: object) -> bool:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host where torch asked for it; torch is not imported for this."""
+    """Whether a GPU's memory, or the host's in a call of torch, is exhausted. Does not import torch."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(error, RuntimeError):
         return False
@@ -173,7 +173,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _missing_package(module: str) -> str:
-    """What to run, where the Python that runs this has no `module`."""
+    """The message for a package that this Python does not have: what to run instead."""
     program = Path(sys.argv[0]).resolve()
     inside = program.relative_to(CHECKOUT) if program.is_relative_to(CHECKOUT) else program
     here = Path.cwd() == CHECKOUT
@@ -197,7 +197,7 @@ def _missing_package(module: str) -> str:
 
 
 def _listing(distribution: str) -> list[str]:
-    """The other requirements file that lists a package, if one does."""
+    """The requirements file, other than requirements.txt, that lists a package; [] if none does."""
     pattern = re.compile(rf"^{re.escape(distribution).replace('_', '[-_]')}\b", re.MULTILINE | re.IGNORECASE)
     names = ("requirements-demo.txt", "requirements-dev.txt")
     return [name for name in names if pattern.search((CHECKOUT / name).read_text(encoding="utf-8"))][:1]
@@ -214,7 +214,7 @@ def _check_python() -> None:
 
 
 class _Lasting:
-    """A stream of text whose reader may go: what is written then goes nowhere, and nothing is raised."""
+    """A text stream that discards its output after its reader has gone away, instead of raising."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -236,16 +236,16 @@ class _Lasting:
         try:
             yield
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # for this, what is buffered, and all that follows
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # receives buffered and all later output
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            if not isinstance(error, BrokenPipeError):  # a full disk, which is said once
+            if not isinstance(error, BrokenPipeError):  # a full disk: reported once
                 raise
 
 
 @contextmanager
 def _lasting_streams() -> Iterator[None]:
-    """Standard output and error that take any character and outlive their reader, for as long as the block runs."""
+    """Inside the block, standard output and error accept any character and discard output without a reader."""
     before = sys.stdout, sys.stderr
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         if stream is None:  # closed by whoever started this
@@ -267,7 +267,7 @@ def _terminate(signum, frame) -> NoReturn:
 
 
 def _say(error: BaseException) -> int | None:
-    """Write the line for `error` and return its code; None where there is none."""
+    """Print the message for `error` and return its exit code; None for a programming error."""
     explained = explain(error)
     if explained is None:
         return None
