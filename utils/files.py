@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and names that any file system takes."""
+"""Atomic writing of files and folders, locks, hashes, and portable file names."""
 
 import errno
 import fcntl
@@ -24,21 +24,21 @@ from typing import Any, NoReturn
 from configs.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PREFIX = ".partial-"  # of temporary names: .partial-<machine>-<random>-<what for>
+PREFIX = ".partial-"  # of temporary names: .partial-<machine>-<random>-<purpose>
 _NAMES = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}-.+", re.DOTALL)
-_ASIDE = "-aside"  # ending of a temporary folder that holds what is being replaced, under its own name
+_ASIDE = "-aside"  # suffix of a temporary folder that contains the folder that is being replaced
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-ABANDONED_S = 86_400  # seconds untouched after which a temporary file of another machine counts as abandoned
-_used: set[Path] = set()  # folders that this process has for itself
-_cleared: set[Path] = set()  # folders that this process has cleared of leftovers
+ABANDONED_S = 86_400  # seconds without modification after which a temporary file of another machine counts as abandoned
+_used: set[Path] = set()  # folders that this process has locked
+_cleared: set[Path] = set()  # folders in which this process has removed leftovers
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix; move it into place when the block ends well.
+    """Yield a temporary path beside `path`, with its suffix; rename it to `path` when the block ends without an error.
 
-    On any failure, Ctrl-C included, the temporary file is removed and `path` stays what it was. Raises UserError for a
-    path that cannot be or is something else than a file, and for a disk that gets full.
+    After an exception, Ctrl-C included, the temporary file is removed and `path` is unchanged. Raises UserError if
+    `path` is invalid or not a file, and if the disk gets full.
     """
     path = replaceable_file(path)
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # the name itself may be as long as names get
@@ -48,7 +48,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def replaceable_file(path: str | os.PathLike, field: str = "file") -> Path:
-    """`path`, if it is a file or nothing; UserError about `field` for a folder, a device or a pipe."""
+    """`path`, if it is a file or does not exist. Raises a UserError about `field` for a folder, a device or a pipe."""
     path = Path(path)
     with translate_os_errors(path, every=True):
         there = path.exists() and not path.is_file()
@@ -59,13 +59,13 @@ def replaceable_file(path: str | os.PathLike, field: str = "file") -> Path:
 
 @dataclass(frozen=True)
 class OwnedFolder:
-    """What makes a folder one of ours: the file that marks it, and the names of all that we put into it."""
+    """A kind of folder that this program writes: the file that marks it, and the names of its contents."""
 
     marker: str  # JSON, an object
     names: re.Pattern[str]  # of a folder with a slash behind it
 
     def foreign_entries(self, folder: Path) -> list[str]:
-        """What `folder` holds that we have not put there, links included; everything where the marker is missing."""
+        """Entries of `folder` that are not of this kind, links included; all of them if the marker is missing."""
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         try:
             marked = isinstance(json.loads((folder / self.marker).read_bytes()), dict)
@@ -93,10 +93,10 @@ def replaceable(
     kind: OwnedFolder = EXPORT,
     keep: Iterable[str | os.PathLike] = (),
 ) -> Path:
-    """`folder`, resolved, if it may be replaced: it is absent, empty, or ours and holds nothing else.
+    """`folder`, resolved, if it may be replaced: it does not exist, is empty, or is of `kind` without other entries.
 
-    keep: paths that must not lie in it, beside the working folder, the home and the checkout.
-    Raises UserError about `field` for anything else. All that replaces a folder goes by this.
+    keep: paths that must not lie in it, besides the working directory, the home and the checkout.
+    Raises a UserError about `field` otherwise. Everything that replaces a folder uses this check.
     """
     folder = Path(folder)
     check_writable(folder.parent, field)
@@ -125,19 +125,19 @@ def replaceable(
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; put it in its place, and what was there away, when the block ends well.
+    """Yield an empty folder beside `folder`, which replaces `folder` when the block ends without an error.
 
-    Raises UserError, with `folder` as it was, where that is not `replaceable`.
+    Raises UserError if `folder` is not `replaceable`; it is unchanged then.
     """
     folder = replaceable(folder)
     with translate_os_errors(folder), temporary_path(folder, "folder", folder=True) as partial:
         yield partial
-        replaceable(folder)  # somebody may have put something there meanwhile
+        replaceable(folder)  # it may have changed meanwhile
         if not folder.exists():
             os.replace(partial, folder)
             return
         with temporary_path(folder, f"folder{_ASIDE}", folder=True) as aside:
-            try:  # a folder cannot be replaced in one step, so the old one steps aside first
+            try:  # folders cannot be replaced in one step, so the old one is moved away first
                 os.replace(folder, aside / folder.name)
                 os.replace(partial, folder)
             finally:
@@ -147,9 +147,9 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def temporary_path(beside: Path, ending: str, *, folder: bool = False) -> Iterator[Path]:
-    """A new, empty file or folder next to `beside` that no other process uses; removed at the end if still there.
+    """Yield a new, empty file or folder beside `beside`; it is removed at the end if it still exists.
 
-    This process holds a lock on it for as long as the block runs: that is how others know that it is in use.
+    The process holds a lock on it inside the block, so that others do not take it for a leftover.
     """
     with translate_os_errors(beside, every=True):
         beside.parent.mkdir(parents=True, exist_ok=True)
@@ -167,18 +167,18 @@ def temporary_path(beside: Path, ending: str, *, folder: bool = False) -> Iterat
 
 
 class DiskFull(UserError):
-    """A disk took no more, or may not be written to."""
+    """A disk is full or read-only."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk has no room or cannot be written to, in the words of whichever library."""
+    """Whether an error, of any library, means that a disk is full or read-only."""
     said = ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "inline_container")
     return (isinstance(error, OSError) and error.errno in NO_ROOM) or any(words in str(error) for words in said)
 
 
 @contextmanager
 def translate_os_errors(path: Path, *, every: bool = False) -> Iterator[None]:
-    """Raise DiskFull, about `path`, where the disk is full or read-only; with `every`, UserError for any OSError."""
+    """Turn an OSError into DiskFull about `path` if the disk is full or read-only; with `every`, else UserError."""
     try:
         yield
     except OSError as error:
@@ -192,7 +192,7 @@ def translate_os_errors(path: Path, *, every: bool = False) -> Iterator[None]:
 
 
 def _claimed(parent: Path, ending: str, folder: bool) -> tuple[Path, int]:
-    """A new temporary path and the descriptor that locks it."""
+    """Create and lock a new temporary path; returns it with its file descriptor."""
     _clear_leftovers(parent)
     while True:
         path = parent / f"{PREFIX}{_machine()}-{secrets.token_hex(8)}-{ending}"
@@ -201,14 +201,14 @@ def _claimed(parent: Path, ending: str, folder: bool) -> tuple[Path, int]:
         else:
             path.touch(exist_ok=False)
         held = _locked(path)
-        if held is not None:  # else another process took it for a leftover before it was locked
+        if held is not None:  # otherwise another process removed it before it was locked
             return path, held
 
 
 def _locked(path: Path) -> int | None:
-    """An open descriptor of `path` with a lock that ends with this process; None if somebody else holds or removed it.
+    """A file descriptor of `path` with a lock that ends with this process; None if it is locked or was removed.
 
-    Where the file system knows no locks the descriptor is without one.
+    On file systems without locks there is only the descriptor.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -229,9 +229,9 @@ def _locked(path: Path) -> int | None:
 
 @contextmanager
 def exclusive_use(folder: Path, field: str) -> Iterator[None]:
-    """Keep every other process out of a folder, as far as it asks, for as long as the block runs; blocks may nest.
+    """Hold an advisory lock on a folder inside the block; blocks may nest.
 
-    Raises UserError about `field` where another process uses it. The lock ends with the process, and leaves no file.
+    Raises a UserError about `field` if another process holds it. The lock ends with the process and leaves no file.
     """
     real = folder.resolve()
     if real in _used:
@@ -249,10 +249,10 @@ def exclusive_use(folder: Path, field: str) -> Iterator[None]:
 
 
 def _clear_leftovers(parent: Path) -> None:
-    """Remove what killed processes have left in `parent`, once a process. What a live process uses stays.
+    """Remove temporary files that killed processes have left in `parent`, once per process.
 
-    On this machine, its containers included, a temporary file without a lock has no owner. Another machine's locks may
-    not be visible here, so its files must also have been untouched for a day.
+    A temporary file of this machine, its containers included, is a leftover if it is not locked. Locks of other
+    machines may not be visible, so their files must also be unmodified for a day.
     """
     parent = parent.absolute()
     if parent in _cleared:
@@ -266,12 +266,12 @@ def _clear_leftovers(parent: Path) -> None:
             if machine != _machine() and time.time() - entry.stat(follow_symlinks=False).st_mtime < ABANDONED_S:
                 continue
             held = _locked(path)
-        except OSError:  # of another user, or gone meanwhile
+        except OSError:  # another user's, or removed meanwhile
             continue
         if held is None:
             continue
         try:
-            if path.name.endswith(_ASIDE):  # killed between the two renames of atomic_folder: undo the first
+            if path.name.endswith(_ASIDE):  # the process was killed between the two renames of atomic_folder: undo the first
                 for kept in path.iterdir():
                     if not os.path.lexists(parent / kept.name):
                         os.replace(kept, parent / kept.name)
@@ -291,20 +291,20 @@ def _remove(path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
-    """Eight digits that all processes of a running kernel share, those of its containers included."""
+    """Eight hexadecimal digits that identify the running kernel, the same in its containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return hashlib.sha256((boot.read_text() if boot.exists() else platform.node()).encode()).hexdigest()[:8]
 
 
 def write_json_atomic(path: str | os.PathLike, data: Any) -> None:
-    """Write `data` as indented UTF-8 JSON. Values that JSON cannot hold are an error, not a string."""
+    """Write `data` as indented UTF-8 JSON, atomically. Raises ValueError or TypeError for values that JSON lacks."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON text says; ValueError where it is none, has NaN, infinite or endless numbers, or is too deep."""
+    """Parse JSON. Raises ValueError if it is invalid, too deep, or has NaN, infinite or extremely long numbers."""
 
     def refused(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number")
@@ -323,9 +323,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def safe_name(prompt: str, limit: int = 60) -> str:
-    """Letters and digits of `prompt` joined by `_`, at most `limit` bytes of UTF-8, cut at a word where there is one.
+    """Letters and digits of `prompt` joined by `_`, truncated to `limit` bytes of UTF-8, at a word if possible.
 
-    Two prompts can have the same safe name: add a hash (`short_hash`) where that matters.
+    Names are not unique; add a `short_hash` if they have to be.
     """
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt))
     name = "_".join(words)
@@ -337,7 +337,7 @@ def safe_name(prompt: str, limit: int = 60) -> str:
 
 
 def short_hash(*values: str | int) -> str:
-    """Ten hexadecimal digits that tell `values` from any others."""
+    """A hash of `values` with ten hexadecimal digits."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:10]
 
 
@@ -348,7 +348,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 class HashedFile:
-    """A new file that is written from start to end, and its SHA-256, which a thread computes beside the writing."""
+    """A new file that is written sequentially while a thread computes its SHA-256."""
 
     def __init__(self, path: str | os.PathLike):
         self._file, self._digest, self._thread = open(path, "wb"), hashlib.sha256(), ThreadPoolExecutor(1)
@@ -361,7 +361,7 @@ class HashedFile:
         self._file.close()
 
     def write(self, data: bytes | memoryview) -> int:
-        """All of `data`, which is no longer looked at when this returns."""
+        """Write all of `data`; the buffer may be reused afterwards."""
         hashed = self._thread.submit(self._digest.update, data)
         try:
             return self._file.write(data)
@@ -372,14 +372,14 @@ class HashedFile:
         self._file.flush()
 
     def hexdigest(self) -> str:
-        """Of what has been written so far."""
+        """SHA-256 of what has been written so far."""
         return self._digest.hexdigest()
 
 
 def sampled_hash(path: str | os.PathLike, blocks: int = 16, size: int = 65536) -> str:
-    """Hash of a file's length and of `blocks` blocks of `size` bytes at even distances, the first and last included.
+    """Hash of a file's length and of `blocks` evenly spaced blocks of `size` bytes, including the first and last.
 
-    Tells weights of different training steps apart without reading gigabytes; not proof against someone who tries.
+    Distinguishes weights of different training steps without reading gigabytes; not cryptographically secure.
     """
     length = os.path.getsize(path)
     digest = hashlib.sha256(str(length).encode())
@@ -391,7 +391,7 @@ def sampled_hash(path: str | os.PathLike, blocks: int = 16, size: int = 65536) -
 
 
 def check_writable(folder: str | os.PathLike, field: str) -> Path:
-    """Refuse, with a UserError about `field`, a folder that files cannot be written to; nothing is left behind."""
+    """Raise a UserError about `field` if files cannot be created in `folder`. Creates nothing."""
     folder = Path(folder)
     nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():

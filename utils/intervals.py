@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Z95 = 1.959964
-# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them an expansion is exact enough.
+# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; for more, see `t95`.
 T95 = (
     *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
     *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
@@ -38,14 +38,14 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def mean_interval(values: Tensor) -> Interval:
-    """Mean of values [n] with its 95% interval by the normal approximation; a NaN does not count."""
+    """Mean of values [n] with its 95% interval by the normal approximation; NaN is ignored."""
     return _mean(values, lambda n: Z95)
 
 
 def paired_interval(a: Tensor, b: Tensor) -> Interval:
-    """Mean of b - a over pairs [n] with Student's 95% interval, which holds for few pairs too; NaN pairs do not count.
+    """Mean of b - a over pairs [n] with Student's 95% interval, valid for few pairs too; pairs with NaN are ignored.
 
-    The difference is taken pair by pair, so that what all clips of a prompt and seed share drops out.
+    Differences within pairs remove the variation between prompts and seeds.
     """
     return _mean(b - a, t95)
 

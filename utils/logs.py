@@ -1,4 +1,4 @@
-"""What is said on the terminal, and metrics as lines of JSON."""
+"""Logging to the terminal, and metrics as JSON lines."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ from tqdm import tqdm
 from configs.errors import UserError
 from utils.files import atomic_path, parse_json
 
-ROOT = "diagonal"  # parent of all our loggers, so that other libraries keep their own settings
+ROOT = "diagonal"  # parent of all loggers of this program; those of libraries are unaffected
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a running progress bar instead of through it; warnings and errors go to stderr."""
+    """Prints above a running progress bar; warnings and errors go to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
@@ -30,7 +30,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def console(level: int = logging.INFO, *, quiet: bool = False) -> None:
-    """Show our log lines on the terminal: once, in an entry point. `quiet` (ranks other than 0) shows warnings only."""
+    """Print log messages to the terminal; call once, in entry points. quiet: only warnings (ranks other than 0)."""
     logger = logging.getLogger(ROOT)
     logger.handlers = [_ConsoleHandler()]
     logger.propagate = False
@@ -38,7 +38,7 @@ def console(level: int = logging.INFO, *, quiet: bool = False) -> None:
 
 
 class Sink(Protocol):
-    """Where metrics go; a context manager."""
+    """A destination of metrics; a context manager."""
 
     def write(self, step: int, **values: Any) -> None: ...
 
@@ -48,9 +48,9 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Metrics, one JSON object a line: `{"step": 20, "loss": 0.5}`. Flushed at each write: a killed run keeps its own.
+    """Writes metrics as JSON lines: `{"step": 20, "loss": 0.5}`. Each line is flushed.
 
-    `resume_step`: lines after this step are dropped first, so that a resumed run continues them without doubles.
+    resume_step: lines after this step are removed first, so that a resumed run does not repeat them.
     """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
@@ -63,7 +63,7 @@ class JsonlSink:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, step: int, **values: Any) -> None:
-        """Append the values of one step. Tensors of one element are read (a host sync); NaN and inf become strings."""
+        """Append the values of a step. Scalar tensors are read, which synchronizes; NaN and inf become strings."""
         row = {"step": step} | {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -79,7 +79,7 @@ class JsonlSink:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All whole lines of a file of metrics; a last one cut off by a kill is ignored. UserError for other damage."""
+    """All lines of a file of metrics; an incomplete last line is ignored. Raises UserError for other damage."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""What this machine has, found out without importing torch, which takes seconds."""
+"""Properties of this machine, without importing torch, which takes seconds."""
 
 import importlib.metadata
 import importlib.util
@@ -14,24 +14,24 @@ from configs.errors import UserError, shown
 
 MIB = 1 << 20
 DRIVER_FIX = "restart the machine or install the driver again, or set CUDA_VISIBLE_DEVICES= to do without"
-# attention kernel -> modules that bring it; torch's own need none
+# attention kernel -> modules that provide it; torch's own need none
 KERNELS = {"fa2": ("flash_attn",), "fa3": ("flash_attn_interface", "fa3_fwd_interface")}
 CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}  # oldest driver of each CUDA, on Linux
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as its driver describes it; bytes."""
+    """One GPU, as described by its driver; sizes in bytes."""
 
     name: str
-    memory: int | None  # None: it has none of its own and takes the host's
+    memory: int | None  # None: it shares the host's memory
     free: int
     driver: str
     capability: str  # compute capability, "9.0"
 
 
 def gpus() -> list[Gpu]:
-    """GPUs that a process started here would see; none where there is no driver. UserError where it is broken."""
+    """GPUs that are visible to a new process; [] without a driver. Raises UserError if the driver does not work."""
     tool = shutil.which("nvidia-smi")
     if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
@@ -53,13 +53,13 @@ def gpus() -> list[Gpu]:
 
 
 def _gpu(name: str, memory: str, free: str, driver: str, capability: str) -> Gpu:
-    """From the cells of a row; a GPU without memory of its own has no numbers there."""
+    """From a row of nvidia-smi; a GPU that shares the host's memory has no numbers for memory."""
     known = memory.isdecimal() and free.isdecimal()
     return Gpu(name, int(memory) * MIB if known else None, int(free) * MIB if known else 0, driver, capability)
 
 
 def _visible(found: list[Gpu]) -> list[Gpu]:
-    """Those that CUDA_VISIBLE_DEVICES lets through, where it names them by number."""
+    """The GPUs in CUDA_VISIBLE_DEVICES, if it lists them by number."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return found
@@ -70,7 +70,7 @@ def _visible(found: list[Gpu]) -> list[Gpu]:
 
 
 def torch_build() -> tuple[str, str | None]:
-    """Version of torch and of the CUDA that it was built with (None: a build for CPUs); ("", None) without torch."""
+    """Version of torch and of the CUDA that it was built with (None = CPU only); ("", None) without torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return "", None
@@ -85,20 +85,20 @@ def kernels() -> list[str]:
 
 
 def driver_is_old(driver: str, cuda: str) -> bool:
-    """Whether a driver is older than that CUDA needs; not where it does not say its version."""
+    """Whether a driver is too old for this version of CUDA; False if its version is unknown."""
     major = int(cuda.split(".")[0])
     own = driver.split(".")[0]
     return own.isdecimal() and int(own) < CUDA_DRIVERS.get(major, 0)
 
 
 def size_text(size: float) -> str:
-    """Bytes as text, in the largest unit that has a digit to show: `31.6 GiB`, `7.2 MiB`, `0.5 KiB`."""
+    """Bytes as text with a suitable unit: `31.6 GiB`, `7.2 MiB`, `0.5 KiB`."""
     unit, power = next(u for u in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if size >= 0.1 * (1 << u[1]) or u[1] == 10)
     return f"{size / (1 << power):.1f} {unit}"
 
 
 def host_memory() -> int:
-    """Bytes of the machine's memory; 0 where that cannot be told."""
+    """Bytes of the machine's memory; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -107,7 +107,7 @@ def host_memory() -> int:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free where `folder` is, or would be."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
 
 

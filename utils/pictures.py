@@ -1,12 +1,12 @@
-"""Pictures and clips that a video begins with: decoded with limits, and cut to the size that is generated.
+"""Reading of the pictures and clips that a video begins with, with limits, at the size that is generated.
 
-A picture is turned as its EXIF says, converted to sRGB by its ICC profile, laid on white where it is transparent,
-scaled to cover the size and cropped about its centre. A clip is the same, frame by frame, at the frame rate that is
-generated: at each time the newest frame, turned as its display matrix says, with square pixels, and tone-mapped to
-standard dynamic range where it is HDR (PQ or HLG).
+A picture is rotated by its EXIF orientation, converted to sRGB by its ICC profile, composited on white if it is
+transparent, scaled to cover the size, and cropped around its centre. Clips are treated alike, frame by frame, and
+resampled to the generated frame rate: at each time the newest frame, rotated by its display matrix, with square pixels,
+and tone-mapped to standard dynamic range if it is HDR (PQ or HLG).
 
-Nothing here trusts its input: bytes are counted before they are read, pixels before they are decoded, and Pillow is
-offered JPEG, PNG and WebP alone. Every failure is a UserError that begins with `name`.
+Input is not trusted: bytes are counted before reading, pixels before decoding, and Pillow may only decode JPEG, PNG and
+WebP. Every failure is a UserError that begins with `name`.
 """
 
 import io
@@ -30,7 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_CLIP_BYTES = 2 * 2**30
 MAX_PIXELS = 64 * 10**6  # of one picture, before it is scaled
-MAX_CLIP_FRAMES = 36_000  # that are decoded: ten minutes at 60 a second
+MAX_CLIP_FRAMES = 36_000  # ten minutes at 60 frames per second
 SRGB = ImageCms.createProfile("sRGB")
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray  # a file, its content, or pixels uint8 [H, W, 3]
@@ -38,7 +38,7 @@ Clip = str | os.PathLike | np.ndarray  # a file, or frames uint8 [T, H, W, 3] at
 
 
 def read_picture(source: Picture, size: tuple[int, int], name: str = "image") -> np.ndarray:
-    """uint8 [H, W, 3] of `size` (height, width). bytes are a file's content; only str and PathLike name files."""
+    """The picture as uint8 [H, W, 3] of `size` (height, width). source: bytes are the content of a file."""
     if isinstance(source, np.ndarray):
         return fit(_pixels(source, 3, name), size)
     if isinstance(source, Image.Image):
@@ -53,9 +53,9 @@ def read_picture(source: Picture, size: tuple[int, int], name: str = "image") ->
                 raise UserError(
                     f"{name}: {shown} has {width}x{height} pixels, more than {MAX_PIXELS:,}; make it smaller"
                 )
-            image.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG is decoded no larger than is useful
+            image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes a JPEG at reduced size if possible
             return fit(image, size)
-    except UserError:  # which is a ValueError, too
+    except UserError:  # is a ValueError
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "no whole JPEG, PNG or WebP picture"
@@ -63,7 +63,7 @@ def read_picture(source: Picture, size: tuple[int, int], name: str = "image") ->
 
 
 def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: str = "video") -> np.ndarray:
-    """The last frames of a clip, at most `frames`, at `fps` a second: uint8 [T, H, W, 3] of `size` (height, width)."""
+    """The last `frames` or fewer frames of a clip at `fps`: uint8 [T, H, W, 3] of `size` (height, width)."""
     if isinstance(source, np.ndarray):
         pixels = [_pixels(frame, 3, name) for frame in source[-frames:]]
         return np.stack([fit(frame, size) for frame in pixels])
@@ -112,10 +112,10 @@ def fit(image: Image.Image | np.ndarray, size: tuple[int, int], pixel_aspect: Fr
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit sRGB: mode RGBA where parts are transparent, else RGB."""
+    """Any picture as 8-bit sRGB; mode RGBA if it has transparency, else RGB."""
     profile = image.info.get("icc_profile")
     alpha = None
-    if image.mode.startswith("I"):  # 16-bit greys, which Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion clips at 255
         grey = np.asarray(image)
         if image.has_transparency_data:
             alpha = Image.fromarray(np.where(grey == image.info["transparency"], 0, 255).astype(np.uint8))
@@ -126,7 +126,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         image = image.convert({"LA": "L", "P": "RGB", "RGBA": "RGB", "1": "L"}.get(image.mode, image.mode))
         try:
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), SRGB, outputMode="RGB")
-        except ImageCms.PyCMSError:  # damaged, or of another kind of pixels: viewers leave it out of account
+        except ImageCms.PyCMSError:  # damaged, or for another mode: viewers ignore it
             profile = None
     image = image.convert("RGB")
     if alpha is not None:
@@ -148,7 +148,7 @@ def _pixels(array: np.ndarray, dims: int, name: str) -> np.ndarray:
 
 
 def _at_rate(frames: Iterator[av.VideoFrame], stream: av.VideoStream, fps: int) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Every frame, with how many of the times 0, 1 / fps, 2 / fps, ... it shows at; the last one shows once at most."""
+    """Every frame, and at how many of the times 0, 1 / fps, 2 / fps, ... it is shown; the last frame at most once."""
     rate = stream.base_rate or stream.average_rate or Fraction(fps)
     before, time, begin, due = None, Fraction(0), None, 0
     for number, frame in enumerate(frames):
@@ -169,16 +169,16 @@ def _at_rate(frames: Iterator[av.VideoFrame], stream: av.VideoStream, fps: int) 
 
 
 def _exact(time: Fraction, rate: Fraction, rounding: Fraction) -> Fraction:
-    """The time of a frame of `rate` a second that a container rounded to `time`; `time` itself if it fits none.
+    """The exact time, at `rate` frames per second, of a frame whose time the container rounded; `time` if none fits.
 
-    Matroska, WebM and FLV count milliseconds, GIF hundredths: at 16 a second their frame 1 begins at 0.063 and 0.06 s.
+    Matroska, WebM and FLV store milliseconds, GIF hundredths: at 16 frames per second frame 1 is at 0.063 or 0.06 s.
     """
     nearest = round(time * rate) / rate
     return nearest if abs(nearest - time) <= rounding else time
 
 
 def _displayed(frame: av.VideoFrame, pixels: np.ndarray, pixel_aspect: Fraction) -> tuple[np.ndarray, Fraction]:
-    """Pixels turned and mirrored as the frame's display matrix says, and the aspect of one of them then."""
+    """Pixels rotated and mirrored by the frame's display matrix, and the pixel aspect ratio after that."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels, pixel_aspect
@@ -190,7 +190,7 @@ def _displayed(frame: av.VideoFrame, pixels: np.ndarray, pixel_aspect: Fraction)
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame's stored pixels as uint8 [H, W, 3], sRGB."""
+    """The stored pixels of a decoded frame as uint8 [H, W, 3], sRGB."""
     if not needs_mapping(frame.color_trc, frame.color_primaries):
         return to_rgb(frame)
     return to_srgb(to_rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)

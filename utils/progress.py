@@ -1,4 +1,4 @@
-"""Progress bars: one line that is redrawn in place and vanishes at its end; nothing where there is no terminal."""
+"""Progress bars on terminals, removed when they are finished; nothing without a terminal."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Prompts: what may be one, and files that hold them: text with one a line, JSON, JSON lines, CSV, TSV."""
+"""Checks of prompts, and reading of files with prompts: text with one per line, JSON, JSON lines, CSV, TSV."""
 
 import csv
 import io
@@ -11,17 +11,17 @@ from configs.errors import UserError, shown
 from configs.reading import ordinary_file
 from utils.files import parse_json
 
-MAX_PROMPT = 10_000  # characters; a text encoder reads some 2,500 and cleaning takes time that grows with length
-MAX_TEXT, MAX_STRUCTURED = 1 << 29, 1 << 25  # bytes of a file with one prompt a line, and of any other
-COLUMNS = ("prompt", "prompt_en")  # names that a prompt has in an object or a table; the second is VBench's
+MAX_PROMPT = 10_000  # characters; a text encoder uses about 2,500, and cleaning time grows with length
+MAX_TEXT, MAX_STRUCTURED = 1 << 29, 1 << 25  # bytes of a file with one prompt per line, and of any other
+COLUMNS = ("prompt", "prompt_en")  # keys of prompts in objects and tables; the second is VBench's
 JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 NO_PROMPTS = (".yaml", ".yml", ".toml", ".xml", ".html", ".htm")
-JSON_START = re.compile(r'\{\s*["}]|\[[\[\s]*["{\]]')  # a sentence may begin with a bracket, but hardly so
+JSON_START = re.compile(r'\{\s*["}]|\[[\[\s]*["{\]]')  # prompts may begin with a bracket, but not like this
 MARKUP_START = re.compile(r"<\?xml|<!doctype|<html|---\s*$", re.IGNORECASE | re.MULTILINE)
 
 
 def check_prompt(prompt: str, source: str = "prompt") -> str:
-    """`prompt` itself; a UserError naming `source` where no text encoder can make sense of it."""
+    """`prompt`, if it is valid. Raises a UserError about `source` if it is empty, too long, or not valid text."""
     if not prompt.strip():
         raise UserError(f"{source} is empty; describe the video in a sentence")
     if len(prompt) > MAX_PROMPT:
@@ -36,12 +36,12 @@ def check_prompt(prompt: str, source: str = "prompt") -> str:
 
 
 def read_prompts(path: str | os.PathLike, field: str = "inference.prompts") -> list[str]:
-    """Prompts of a UTF-8 file, without the white space around them.
+    """The prompts in a UTF-8 file, stripped of white space.
 
-    What it is, its content says: JSON (texts, or objects with `prompt` or VBench's `prompt_en`, in a list or one a
-    line), a table (CSV or TSV, whose first line names a column `prompt`), or else text with one prompt a line, where
-    blank lines do not count. A byte order mark and any of the three line ends are fine. Raises a UserError that names
-    `field` and the line or entry.
+    The format is detected from the content: JSON (strings, or objects with `prompt` or VBench's `prompt_en`, in a list
+    or one per line), a table (CSV or TSV with a column `prompt` in the first line), or text with one prompt per line;
+    blank lines are ignored. A byte order mark and any line ending are accepted. Raises a UserError that names `field`
+    and the line or entry.
     """
     where, text = f"{field}={path}", _read_text(path, field)
     records = _records(text, where, Path(path).suffix.lower())
@@ -74,7 +74,7 @@ def _read_text(path: str | os.PathLike, field: str) -> str:
 
 
 def _records(text: str, where: str, suffix: str) -> list[Any] | None:
-    """Entries of a structured text, None for plain lines; UserError for what claims to be structured and is not."""
+    """Entries of structured text; None for plain lines. Raises UserError for invalid structured text."""
     start = text.lstrip()
     if suffix in NO_PROMPTS or MARKUP_START.match(start):
         raise UserError(f"{where} is no file of prompts; give text with one prompt a line, JSON, or CSV")
@@ -106,7 +106,7 @@ def _json_records(text: str, where: str) -> list[Any]:
 
 
 def _delimiter(first: str, suffix: str) -> str | None:
-    """What stands between the columns of a table that begins with the line `first`; None where that is no header."""
+    """The delimiter of a table with the first line `first`; None if that is not a header."""
     if suffix in TABLE_SUFFIXES:
         return "\t" if suffix == ".tsv" else max(",;\t", key=first.count)
     for delimiter in ",;\t":
@@ -150,7 +150,7 @@ def _prompt_of(record: Any, where: str) -> str:
 
 
 def _line(line: str, where: str) -> str:
-    """A line of plain text, checked; JSON among such lines is a mistake and no prompt."""
+    """A line of plain text, checked. Raises UserError for JSON among lines of text."""
     if JSON_START.match(line):
         try:
             parse_json(line)

@@ -1,4 +1,4 @@
-"""Random numbers as functions of (seed, names): what is drawn never depends on what was drawn before."""
+"""Random numbers as functions of (seed, names), independent of what was drawn before."""
 
 import hashlib
 import json
@@ -23,15 +23,15 @@ def stable_hash(seed: int, *names: str | int) -> int:
 def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by (seed, names), e.g. `generator(0, "noise", chunk)`.
 
-    The same seed gives other numbers on another device: draw on the CPU what has to be the same everywhere.
+    The same seed gives different numbers on different devices: draw on the CPU if they have to be the same.
     """
     return torch.Generator(device=device).manual_seed(stable_hash(seed, *names))
 
 
 def resolve_seed(seed: int, ranks: Ranks) -> int:
-    """`seed` itself, and for `RANDOM_SEED` one that is drawn now, the same in all processes of a run.
+    """`seed`, or for RANDOM_SEED a random one, which is the same in all processes of a run.
 
-    Raises UserError where processes have nothing in common to draw it from.
+    Raises UserError if there are several processes without a common run id.
     """
     if seed != RANDOM_SEED:
         return seed
@@ -46,5 +46,5 @@ def resolve_seed(seed: int, ranks: Ranks) -> int:
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """Seed of sample `sample` of a prompt: `seed` itself for sample 0; each works as `--seed` to make it alone."""
+    """Seed of sample `sample` of a prompt; `seed` itself for sample 0. As `--seed` it gives the same video."""
     return seed if sample == 0 else stable_hash(seed, "sample", sample) % LARGEST_DRAWN

@@ -1,4 +1,4 @@
-"""Metric sinks beside the JSON lines: Weights & Biases and TensorBoard, where they are installed and asked for."""
+"""Optional metric sinks: Weights & Biases and TensorBoard."""
 
 import hashlib
 import importlib.util
@@ -21,7 +21,7 @@ NO_TENSORBOARD = (
 
 
 def check_loggers(loggers: Sequence[str], *, wandb: bool = True) -> None:
-    """Refuse what WandbSink and TensorboardSink would fail at, before a network is made. wandb: False leaves it out."""
+    """Raise a UserError if WandbSink or TensorboardSink would fail. wandb: False = without Weights & Biases."""
     if "tensorboard" in loggers and not _installed("tensorboard"):
         raise UserError(NO_TENSORBOARD)
     if "wandb" not in loggers or not wandb:
@@ -42,7 +42,7 @@ def _installed(module: str) -> bool:
 
 
 def _wandb_key() -> bool:
-    """Whether wandb finds a key where it looks for one: in its environment, or in ~/.netrc for its host."""
+    """Whether wandb finds an API key: in the environment, or for its host in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -54,7 +54,7 @@ def _wandb_key() -> bool:
 
 
 class WandbSink:
-    """A Weights & Biases run that a resumed training continues: its id is that of the folder."""
+    """A Weights & Biases run. Its id is derived from the folder, so that a resumed training continues it."""
 
     def __init__(self, name: str, folder: Path, config: Mapping[str, Any], save_dir: Path | None = None):
         try:

@@ -1,4 +1,4 @@
-"""Where the time goes, measured without making the GPU wait."""
+"""Timing without synchronizing with the GPU."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +12,9 @@ POLL_S = 0.0005  # between two looks at whether a GPU is done
 
 
 class SpanTimer:
-    """Named spans of time, one after another: each `mark` ends the span that began at the mark before it.
+    """Measures consecutive spans of time; each `mark` ends the span that began at the mark before it.
 
-    On CUDA a mark is an event in the current stream and costs no synchronisation; on other devices it reads the clock.
+    On CUDA a mark is an event in the current stream, without synchronization; on other devices it reads the clock.
     """
 
     def __init__(self, device: torch.device):
@@ -23,7 +23,7 @@ class SpanTimer:
         self._marks = [self._now()]
 
     def mark(self, name: str) -> None:
-        """End the running span and call it `name`."""
+        """End the current span, which is called `name`."""
         self._names.append(name)
         self._marks.append(self._now())
 
@@ -53,9 +53,9 @@ class SpanTimer:
 
 
 class PhaseTimer:
-    """Time and peak memory by phase, where phases lie within each other: what is inside counts for the inner one alone.
+    """Time and peak memory of nested phases; time in an inner phase does not count for the outer one.
 
-    A phase is a `with phases.of(name)`, or a method that `wrap` has put into one.
+    A phase is a block `with phases.of(name)`, or a method that is wrapped by `wrap`.
     """
 
     OUTSIDE = "outside"
@@ -63,11 +63,11 @@ class PhaseTimer:
     def __init__(self, device: torch.device):
         self.device, self._open = device, [self.OUTSIDE]
         self._cuda = device.type == "cuda"
-        self.peaks: dict[str, int] = {}  # bytes that the allocator had in use, at most; GPUs only
+        self.peaks: dict[str, int] = {}  # peak bytes in use by the allocator; GPUs only
         self.restart()
 
     def restart(self) -> None:
-        """Forget all times so far."""
+        """Reset all times."""
         self._timer = SpanTimer(self.device)
 
     @contextmanager
@@ -81,7 +81,7 @@ class PhaseTimer:
             self._open.pop()
 
     def wrap(self, owner: object, method: str, name: Callable[[], str]) -> None:
-        """Put a method of this one object into the phase that `name` gives at each call."""
+        """Count calls of a method of `owner` as the phase that `name` returns at each call."""
         inner = getattr(owner, method)
 
         @wraps(inner)

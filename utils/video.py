@@ -28,15 +28,15 @@ BORDER = (255, 200, 0)  # the bar at the left of a chunk's first frame
 
 
 class VideoWriter:
-    """A video file of the kind that its ending names, written as frames arrive.
+    """A video file in the format of its suffix, written as frames arrive.
 
         .mp4   H.264, yuv420p, BT.709: plays in a browser
         .webm  VP9, yuv420p, BT.709
-        .gif, .webp  animations that are shown as pictures are; kept in memory until the end
+        .gif, .webp  animated images; frames are kept in memory until the end
 
-    A context manager: the file appears at `path` when the block ends well, and not at all otherwise.
-    `size` is (height, width) in pixels; both even for .mp4 and .webm. UserError for another ending, an odd side, and a
-    path or disk that cannot take the file.
+    A context manager: the file appears at `path` if the block ends without an error.
+    size: (height, width) in pixels; both even for .mp4 and .webm. Raises UserError for another suffix, an odd size, and
+    a path or disk that cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, fps: int, size: tuple[int, int]):
@@ -61,14 +61,14 @@ class VideoWriter:
             stream = (add_vp9 if webm else add_h264)(file, self.fps, self.size)
             self._container, self._stream = file, stream
             yield
-            file.mux(stream.encode(None))  # what the encoder still holds back
+            file.mux(stream.encode(None))  # flushes the encoder
 
     @contextmanager
     def _animation(self) -> Iterator[None]:
         self._images: list[np.ndarray] = []
         with atomic_path(self.path) as temporary:
             yield
-            # of whole hundredths of a second, as GIF has them, that add up to the right time
+            # GIF stores hundredths of a second: round the end of each frame
             ends = [round(100 * (i + 1) / self.fps) for i in range(len(self._images))]
             times = [10 * (end - begin) for begin, end in pairwise([0, *ends])]
             kind = self.path.suffix.lower()
@@ -98,10 +98,10 @@ class VideoWriter:
 
 @cache
 def x264_params() -> dict[str, str]:
-    """Options that make equal frames give equal files.
+    """x264 options for reproducible files.
 
-    x264's AVX-512 code reads memory that nobody has written (its macroblock tree: without it files are equal, too, and
-    up to 1.6 dB worse at their size). Its AVX2 code does not, at the same quality, size and speed.
+    x264's AVX-512 code reads uninitialized memory (in its macroblock tree; without the tree files are reproducible too,
+    but up to 1.6 dB worse at equal size). Its AVX2 code does not, with the same quality, size and speed.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -120,7 +120,7 @@ def add_h264(
 
 
 def add_vp9(file: av.container.OutputContainer, fps: int, size: tuple[int, int]) -> av.VideoStream:
-    """The same in VP9, about as good."""
+    """Add a VP9 stream of similar quality to `file`."""
     options = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4"}
     return _with_colours(file.add_stream("libvpx-vp9", rate=fps, options=options), size)
 
@@ -143,12 +143,12 @@ def to_yuv(image: np.ndarray, index: int, fps: int, matrix: Colorspace = Colorsp
 
 
 def assumed_matrix(height: int, width: int) -> Colorspace:
-    """The YCbCr matrix that players assume where a file names none: BT.601 up to the size of a DVD, then BT.709."""
+    """The YCbCr matrix that players assume for untagged video: BT.601 up to the size of a DVD, else BT.709."""
     return Colorspace.ITU709 if height > 576 or width >= 1280 else Colorspace.ITU601
 
 
 def to_rgb(frame: av.VideoFrame, format: str = "rgb24") -> np.ndarray:
-    """A decoded frame's stored pixels `[H, W, 3]`, by the YCbCr matrix that it names or that players assume."""
+    """The stored pixels `[H, W, 3]` of a decoded frame, by its tagged YCbCr matrix or the one that players assume."""
     matrix = None
     if frame.colorspace == UNSPECIFIED and not (frame.format.is_rgb or frame.format.has_palette):
         matrix = assumed_matrix(frame.height, frame.width)
@@ -156,7 +156,7 @@ def to_rgb(frame: av.VideoFrame, format: str = "rgb24") -> np.ndarray:
 
 
 def read_video(path: str | os.PathLike) -> np.ndarray:
-    """All frames of a video file, uint8 `[T, H, W, 3]`. UserError for a file that is missing or holds no video."""
+    """All frames of a video file, uint8 `[T, H, W, 3]`. Raises UserError if the file is missing or not a video."""
     try:
         with av.open(str(path)) as container:
             frames = [to_rgb(frame) for frame in container.decode(video=0)]
@@ -168,7 +168,7 @@ def read_video(path: str | os.PathLike) -> np.ndarray:
 
 
 def shrink(frames: np.ndarray, width: int = CELL_WIDTH) -> np.ndarray:
-    """`frames` resized to at most `width` pixels across, aspect kept; uint8 `[T, h, w, 3]`."""
+    """`frames` resized to at most `width` pixels, with the same aspect ratio; uint8 `[T, h, w, 3]`."""
     if frames.shape[2] <= width:
         return frames
     height = max(1, round(frames.shape[1] * width / frames.shape[2]))
@@ -176,17 +176,17 @@ def shrink(frames: np.ndarray, width: int = CELL_WIDTH) -> np.ndarray:
 
 
 def sheet_frames(frames: int, max_cells: int = 81) -> np.ndarray:
-    """Numbers of the frames that a contact sheet shows of so many: all, or `max_cells` at even distances."""
+    """Indices of the frames that a contact sheet of `frames` frames shows: all, or `max_cells` evenly spaced ones."""
     return np.unique(np.linspace(0, frames - 1, min(frames, max_cells)).round().astype(int))
 
 
 def contact_sheet(
     frames: np.ndarray, columns: int = 9, chunk_borders: Collection[int] | None = None, max_cells: int = 81
 ) -> Image.Image:
-    """All frames on one picture, row by row; a bar marks the frames in `chunk_borders` (each a chunk's first).
+    """Frames in a grid, row by row; a bar marks those in `chunk_borders` (first frames of chunks).
 
-    Of more than `max_cells` frames, that many are shown at even distances, and the mark of a chunk whose first frame
-    is not among them moves to the next one that is.
+    At most `max_cells` evenly spaced frames are shown. If the first frame of a chunk is not among them, the next one is
+    marked.
     """
     shown = sheet_frames(len(frames), max_cells)
     cells = shrink(frames[shown])
@@ -198,7 +198,7 @@ def contact_sheet(
 def clip_sheet(
     cells: np.ndarray, shown: Sequence[int], chunk_borders: Collection[int], title: str, columns: int = 9
 ) -> Image.Image:
-    """A contact sheet that explains itself: title, a line that says what is shown, a number below each frame.
+    """A contact sheet with a title, a legend, and the number of each frame below it.
 
     cells: the frames to show, uint8 `[N, h, w, 3]`; shown: their numbers in the clip.
     """
@@ -220,7 +220,7 @@ def clip_sheet(
 
 
 def _grid(cells: np.ndarray, columns: int, strip: int) -> tuple[Image.Image, list[tuple[int, int]]]:
-    """A picture of the cells, row by row, `strip` pixels below each left empty; and where each one's corner is."""
+    """The cells in a grid, with `strip` empty pixels below each, and the upper left corner of each cell."""
     height, width = cells.shape[1] + strip, cells.shape[2]
     sheet = Image.new("RGB", (min(columns, len(cells)) * width, math.ceil(len(cells) / columns) * height))
     places = [(i % columns * width, i // columns * height) for i in range(len(cells))]
@@ -236,7 +236,7 @@ def _mark(
     shown: Sequence[int],
     borders: Collection[int],
 ) -> None:
-    """A bar at the left of the first frame shown of each chunk that begins at `borders`."""
+    """Draw a bar at the left of the first shown frame of each chunk that begins at `borders`."""
     marked = {int(np.searchsorted(shown, border)) for border in borders}
     for i in marked & set(range(len(places))):
         x, y = places[i]
@@ -244,7 +244,7 @@ def _mark(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
-    """`text` in at most so many lines of `width` pixels; what is too long is cut off."""
+    """`text` wrapped to at most `most` lines of `width` pixels; the rest is cut off."""
     lines = [""]
     for word in text.split():
         word = word[:width]

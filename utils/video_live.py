@@ -1,9 +1,9 @@
-"""Video that is written while it grows and may never end: to a file or a pipe, each frame there soon after it is given.
+"""Writing of video that may be endless, to a file or a pipe, with low latency.
 
-    fmp4   H.264 in fragments of at most a second: what was written plays, whenever the writing stops, even if killed
-    y4m    YUV4MPEG2, 4:2:0, limited range: what ffplay, mpv and x264 read from a pipe; its header cannot name a matrix,
-           so the colours are written by the one that players assume for the size
-    raw    RGB, 8 bits each, frame after frame, and nothing else
+    fmp4   H.264 in fragments of at most a second: can be played at any time, even if the process is killed
+    y4m    YUV4MPEG2, 4:2:0, limited range, which ffplay, mpv and x264 read from a pipe. Its header has no YCbCr matrix,
+           so the one is used that players assume for the size
+    raw    RGB with 8 bits per channel, frame after frame
 
 Frames are uint8 `[T, H, W, 3]`, RGB.
 """
@@ -27,9 +27,9 @@ FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov+default_base_moof", "flush_p
 
 
 class LiveWriter:
-    """A context manager. `target` is a path, written in place, or an open binary stream that need not be seekable.
+    """A context manager that writes frames to `target`: a path, or an open binary stream that need not be seekable.
 
-    A path on a disk that gets full keeps all whole frames (fmp4: fragments), and DiskFull is raised.
+    If the disk gets full, the file keeps all complete frames (fmp4: fragments), and DiskFull is raised.
     """
 
     def __init__(self, target: str | os.PathLike | BinaryIO, fps: int, size: tuple[int, int], kind: str = "fmp4"):
@@ -51,7 +51,7 @@ class LiveWriter:
         path = Path(self.target)
         with translate_os_errors(path, every=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("wb", buffering=0)  # what was written is on its way to the disk, whatever comes after
+            file = path.open("wb", buffering=0)  # unbuffered
         with translate_os_errors(path):
             try:
                 with file, self._sink(file):
@@ -63,7 +63,7 @@ class LiveWriter:
                 self._cut(path)
 
     def _cut(self, path: Path) -> None:
-        """Leave what reads of a file that could not be written on, and count its frames again."""
+        """Truncate the file to its complete frames or fragments and count its frames."""
         length, pixels = path.stat().st_size, self.size[0] * self.size[1]
         if self.kind != "fmp4":
             frame = 3 * pixels if self.kind == "raw" else len(FRAME) + 3 * pixels // 2
@@ -88,7 +88,7 @@ class LiveWriter:
             yield
             return
         with av.open(out, "w", format="mp4", options=FRAGMENTS) as container:
-            # no frames are held back, a fragment ends at each key frame, and a GPU is not held up much
+            # no delay, a fragment at each key frame, and fast encoding
             live = {"tune": "zerolatency", "g": str(self.fps), "preset": "veryfast"}
             self._container, self._stream = container, add_h264(container, self.fps, self.size, **live)
             yield
@@ -102,7 +102,7 @@ class LiveWriter:
         return self._open_file.__exit__(*exception)
 
     def write(self, frames: np.ndarray) -> None:
-        """Append uint8 `[T, H, W, 3]`. BrokenPipeError once nobody reads any more."""
+        """Append uint8 `[T, H, W, 3]`. Raises BrokenPipeError if the reader has gone away."""
         assert frames.dtype == np.uint8 and frames.shape[1:] == (*self.size, 3), f"{frames.dtype} {frames.shape}"
         for image in frames:
             if self.kind == "raw":
@@ -117,7 +117,7 @@ class LiveWriter:
 
 
 class _Forward:
-    """A file that PyAV can only append to, as a pipe is. All of what is given to it is written, or OSError raised."""
+    """An append-only file for PyAV. Writes all data or raises OSError."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -133,7 +133,7 @@ class _Forward:
 
 
 def _whole_fragments(path: Path) -> int:
-    """Bytes of a fragmented MP4 up to the end of its last whole fragment; 0 where there is none."""
+    """Bytes of a fragmented MP4 up to the end of its last complete fragment; 0 if there is none."""
     whole, end, length = 0, 0, path.stat().st_size
     with open(path, "rb") as file:
         while len(head := file.read(8)) == 8:
