@@ -1,12 +1,12 @@
-"""What each part of the method does, on the tiny world: every row trained from one start, measured, and set in a table.
+"""Ablation of the method on the tiny world: trains and measures one student per row, and writes a table.
 
-Every row is the run that made the shipped student, but for what its title says.
+Every row trains the shipped student from the same initial weights, with the change that its title names.
 
     bash scripts/ablate_tiny.sh --output logs/ablation                 # one GPU, or a CPU
     bash scripts/ablate_tiny.sh --rows teacher 4322222 no_flow --steps 500 --num_prompts 128 training.micro_batch=32
 
-A row that is finished is not made again; its training alone is not when only the prompts changed. The table is written
-after each row: table.md, table.json; rows/<row>.json holds a row, runs/<row>-<settings>/ its training.
+Finished rows are skipped, and so is their training if only the prompts changed. table.md and table.json are written
+after each row; rows/<row>.json holds a row, runs/<row>-<settings>/ its training.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def measured(row: ablation.Row, config: Config, weights: Path, system: System, bench: Bench, seconds: float | None):
-    """What the table says of a row, as its JSON; `seconds` of CPU a clip, if they are known."""
+    """The measures of a row, for its JSON. seconds: CPU time per clip, if known."""
     begin, teacher = time.perf_counter(), row.start == "teacher"
     schedule = Schedule.from_config(config.schedule, config.stream)
     make = system.teacher(weights) if teacher else system.student(weights, schedule)
@@ -84,13 +84,13 @@ def measured(row: ablation.Row, config: Config, weights: Path, system: System, b
 
 
 def cost_of(row: ablation.Row, config: Config) -> str:
-    """Rows with the same words here take the same time."""
+    """A key for the cost of a row: rows with the same key take the same time."""
     which = "teacher" if row.start == "teacher" else str(Schedule.from_config(config.schedule, config.stream))
     return short_hash(which, config.video.num_latent_frames)
 
 
 def read_rows(folder: Path, rows: list[ablation.Row]) -> dict[str, dict]:
-    """Finished rows, in the table's order, but for those that an earlier version measured otherwise."""
+    """Finished rows in the table's order, without those that an earlier version measured differently."""
     files = [folder / f"{row.name}.json" for row in rows]
     found = [json.loads(file.read_text()) for file in files if file.is_file()]
     return {row["name"]: row for row in found if row["asked"].keys() == ASKED}

@@ -1,12 +1,12 @@
-"""The speed card of a configuration on this machine: what a clip, its steps and its parts take, against the ceilings.
+"""The speed report of a configuration: times of a clip, its steps and parts, beside the peak rates of the machine.
 
     python scripts/benchmark.py                                                     # the tiny model, on a CPU too
     python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --random_weights model.codec=taehv
-    python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --json card.json --stream 60
+    python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --json report.json --stream 60
     python scripts/benchmark.py --compare before.json after.json
     python scripts/benchmark.py --suite h100 --json suite.json --budget 520         # many settings, a table last
 
-Weights that are missing are replaced by random ones of the same sizes, and the card says so: speed and memory are the
+Weights that are missing are replaced by random ones of the same sizes, and the report says so: speed and memory are the
 same. Figures are of a prompt that is encoded already, medians of --repeats runs after two that warm up.
 """
 
@@ -70,8 +70,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stream", type=float, default=0, metavar="SECONDS", help="watch a stream of that length, too")
     parser.add_argument("--text", action="store_true", help="time text encoding, too (11 GB more at full size)")
     parser.add_argument("--cold", action="store_true", help="with empty compile caches, as on a new machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the card there, too")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="CARD", help="two cards side by side; runs nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="compare two reports; runs nothing")
     parser.add_argument("--suite", choices=SUITES, help="run its settings one after another")
     parser.add_argument("--only", default="", metavar="A,B", help="of the suite, those with these names")
     parser.add_argument("--budget", type=float, default=520, help="seconds of a suite (default: %(default)s)")
@@ -80,8 +80,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @dataclass
-class Bench:
-    """A session that is ready to play, and what must be known of it."""
+class BenchmarkSession:
+    """A session to be measured, with its fast plan and weights."""
 
     session: StreamSession
     plan: FastPlan
@@ -91,7 +91,7 @@ class Bench:
 
 
 class CachedTextEncoder:
-    """A text encoder that encodes each prompt once: the card's clips start from an embedding that is there."""
+    """A text encoder with a cache, so that timed clips start from an embedding that is already computed."""
 
     def __init__(self, encode):
         self._encode = encode
@@ -104,7 +104,7 @@ class CachedTextEncoder:
         return self._known[key]
 
 
-def build(config: Config, args: argparse.Namespace) -> Bench:
+def build(config: Config, args: argparse.Namespace) -> BenchmarkSession:
     """The networks that `config` names, or random ones of their sizes, as the pipeline would run them."""
     device = pick_device(config.device)
     plan = FastPlan.from_config(config.inference, device)
@@ -117,7 +117,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
         else:
             made = DiagonalPipeline.from_config(config).session
             session = _session(made.student, made.codec, made.text_encoder, config)
-            return Bench(session, plan, "as configured", made.text_encoder, {})
+            return BenchmarkSession(session, plan, "as configured", made.text_encoder, {})
     size = args.network or ("tiny" if config.model.student.startswith("assets/tiny") else "1.3B")
     model = random_student(size, load_device(config.inference.student, device), dtype)
     if config.inference.student == "stream":
@@ -129,7 +129,7 @@ def build(config: Config, args: argparse.Namespace) -> Bench:
         encoder = random_umt5(size, device, dtype)
         text = TextEncoder(encoder, word_tokenizer(speed.PROMPT.split()), config.model.text_tokens)
     session = _session(*build_student(config, model, codec, plan, device), encode, config)
-    return Bench(session, plan, f"random, {size}", text, errors)
+    return BenchmarkSession(session, plan, f"random, {size}", text, errors)
 
 
 def _session(student: Student, codec, encode, config: Config) -> StreamSession:
@@ -156,7 +156,7 @@ def layer_errors(model, config: Config) -> dict[str, float]:
 
 
 def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | None = None) -> dict[str, Any]:
-    """A card; the tensor under `latents` is not for JSON."""
+    """The report of a configuration; the tensor `latents` in it is not for JSON. rates: peak rates, if measured."""
     torch._dynamo.reset()
     began = time.perf_counter()
     bench = build(config, args)
@@ -165,7 +165,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     built = time.perf_counter() - began
     chunks = session.geometry.num_chunks(config.video.num_latent_frames)
     first = speed.play(session, chunks, args.batch)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "config": config.name,
         "weights": bench.weights,
         "machine": machine_of(device),
@@ -190,31 +190,31 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
         "since_start_s": time.perf_counter() - START,  # of the process, to the end of its first clip
     }
     if bench.layer_errors:
-        found["fp8_layer_errors"] = bench.layer_errors
+        report["fp8_layer_errors"] = bench.layer_errors
     settings = {"chunks": chunks, "batch": args.batch, "repeats": args.repeats, "fps": config.video.fps}
-    found |= speed.card(session, network, text_tokens=config.model.text_tokens, **settings)
-    found |= speed.parts(session, args.batch)
-    found["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
+    report |= speed.report(session, network, text_tokens=config.model.text_tokens, **settings)
+    report |= speed.parts(session, args.batch)
+    report["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
     tokens = args.batch * session.geometry.tokens_per_chunk
-    found["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
+    report["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
     fast, gpus = bench.plan.fp8 is not None, config.inference.sequence_parallel
     settings = {"batch": args.batch, "fp8": fast, "gpus": gpus}
-    found["steps"] = speed.efficiency(session, network, found, found["ceilings"], **settings)
+    report["steps"] = speed.efficiency(session, network, report, report["ceilings"], **settings)
     if args.stream:
-        found["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)
+        report["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)
     if isinstance(session.student, ParallelStudent):
         session.student.close()  # another variant may want the GPUs
-    return found
+    return report
 
 
-def plain(found: dict[str, Any]) -> dict[str, Any]:
-    """A card without its tensor."""
-    return {key: value for key, value in found.items() if not isinstance(value, Tensor)}
+def plain(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its tensor."""
+    return {key: value for key, value in report.items() if not isinstance(value, Tensor)}
 
 
 def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every variant of a suite, each result written as it comes; those that do not fit the time are named."""
-    cards: dict[str, dict[str, Any]] = {}
+    """Reports of all variants of a suite, written as they are finished. Variants without time left are named."""
+    reports: dict[str, dict[str, Any]] = {}
     reference: Tensor | None = None
     latents: dict[str, Tensor] = {}
     rates = None
@@ -224,31 +224,31 @@ def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             continue
         left = args.budget - (time.perf_counter() - START)
         if left < min(LONGEST, args.budget / 4):
-            cards[variant.name] = {"failed": f"left out: {left:.0f} s were left"}
+            reports[variant.name] = {"failed": f"left out: {left:.0f} s were left"}
             continue
         began = time.perf_counter()
-        found = run_variant(variant, args, rates)
-        found["variant_s"] = time.perf_counter() - began
-        rates = rates or (found.get("ceilings") if variant.standard else None)
-        if "latents" in found:
-            latents[variant.name] = found["latents"]
+        report = run_variant(variant, args, rates)
+        report["variant_s"] = time.perf_counter() - began
+        rates = rates or (report.get("ceilings") if variant.standard else None)
+        if "latents" in report:
+            latents[variant.name] = report["latents"]
         if variant.reference:
-            reference = found.get("latents")
+            reference = report.get("latents")
         against = latents.get(variant.against) if variant.against else reference if variant.standard else None
-        if against is not None and not variant.reference and "latents" in found:
-            found["error_to_plain"] = float((found["latents"] - against).norm() / against.norm())
-        cards[variant.name] = plain(found)
-        print(suite_table({variant.name: cards[variant.name]}).splitlines()[-1], flush=True)
+        if against is not None and not variant.reference and "latents" in report:
+            report["error_to_plain"] = float((report["latents"] - against).norm() / against.norm())
+        reports[variant.name] = plain(report)
+        print(suite_table({variant.name: reports[variant.name]}).splitlines()[-1], flush=True)
         if args.json:
-            write_json_atomic(args.json, cards)
+            write_json_atomic(args.json, reports)
         gc.collect()  # the session is in cycles with its graphs, and counts in the next one's peak otherwise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return cards
+    return reports
 
 
 def run_variant(variant: Variant, args: argparse.Namespace, rates: dict[str, float] | None) -> dict[str, Any]:
-    """Its card; what went wrong where it does not work here."""
+    """The report of a variant; only the error if it fails."""
     mine = argparse.Namespace(**vars(args) | variant.arguments)
     try:
         config = load_config(variant.config, [*variant.settings, *args.settings])
@@ -270,15 +270,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.cold:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = folder
         if args.suite:
-            cards = run_suite(args)
-            print(suite_table(cards))
-            return int(all("failed" in card for card in cards.values()))
+            reports = run_suite(args)
+            print(suite_table(reports))
+            return int(all("failed" in report for report in reports.values()))
         config = load_config(args.config_path, args.settings)
         set_threads(config.cpu_threads)
-        found = plain(measure(config, args))
-    print(table(found))
+        report = plain(measure(config, args))
+    print(table(report))
     if args.json:
-        write_json_atomic(args.json, found)
+        write_json_atomic(args.json, report)
     return 0
 
 

@@ -76,7 +76,7 @@ from utils.files import check_writable, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 
 FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
-LEAST = 20.0  # seconds below which a layout is not begun
+MIN_SECONDS = 20.0  # seconds below which a layout is not begun
 CYCLE, COMPARED, COMPILED = 90.0, 30.0, 60.0  # seconds, about: a layout at full size; a check's; more, if compiled
 BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not: losses, gradient norms, weights
 PLAIN = ("training.compile", "training.distill.fast_rollout")  # what the rank that others are compared with has off
@@ -153,7 +153,7 @@ class Job:
         return self.layout.text, self.batch
 
 
-class Bench:
+class Benchmark:
     """Runs layouts one after another within the budget."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
@@ -197,7 +197,7 @@ class Bench:
             return found | {"why": f"refused: {error}"}
         if there < layout.gpus:
             return found | {"why": f"needs GPUs: {layout.gpus}; there are {there}"}
-        if self.left < LEAST:
+        if self.left < MIN_SECONDS:
             return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
         cost = self.cost(job)
         share = self.left * cost / (cost + sum(self.cost(one) for one in ahead))
@@ -299,7 +299,7 @@ def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
     return pairs
 
 
-def check_all(bench: Bench, layouts: Sequence[Layout], timed: Sequence[Layout] = ()) -> list[dict[str, Any]]:
+def check_all(bench: Benchmark, layouts: Sequence[Layout], timed: Sequence[Layout] = ()) -> list[dict[str, Any]]:
     """Run and compare what `check_jobs` lists; `timed` layouts follow within the same budget."""
     pairs = check_jobs(layouts, bench.micro)
     jobs = list({job.key: job for ours, one in pairs for job in (one, ours)}.values())
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console(quiet=True)
     found: dict[str, Any] = {"config": str(args.config_path), "settings": args.settings, "card_gb": args.card_gb}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, Path(folder))
+        bench = Benchmark(args, Path(folder))
         found["sizes"] = bench.sizes
         where = (args.config_path, args.settings, bench.networks)
         if args.fake_ranks:

@@ -105,7 +105,7 @@ def prompts_of(args: argparse.Namespace, config: Config, quality: str) -> list[s
     return read_prompts(resolve_path(config.inference.prompts))[: args.num_prompts]
 
 
-class Bench:
+class Benchmark:
     """One set of networks, prompts and seeds, on which schedules are run."""
 
     def __init__(self, config: Config, prompts: Sequence[str], seed: int, quality: str, reference: str):
@@ -183,7 +183,7 @@ def predictor(costs: Costs, config: Config) -> Callable[[Candidate], float]:
     return lambda candidate: costs.clip(candidate.schedule(config))
 
 
-def explore(bench: Bench, args: argparse.Namespace) -> list[Run]:
+def explore(bench: Benchmark, args: argparse.Namespace) -> list[Run]:
     """Run the grid, and from there the search where there is a budget."""
     grid = dict.fromkeys(Candidate.parse(text, bench.chunks) for text in args.schedules)
     for candidate in grid:
@@ -249,7 +249,7 @@ def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -
     plt.close(figure)
 
 
-def write(runs: Sequence[Run], bench: Bench, args: argparse.Namespace, out: Path) -> None:
+def write(runs: Sequence[Run], bench: Benchmark, args: argparse.Namespace, out: Path) -> None:
     best = front([run.point for run in runs])
     text = table(runs, best, bench.quality, args.budget_ms)
     for point in best:
@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     if quality == "tiny" and not all(any(parse_caption(prompt).values()) for prompt in prompts):
         raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
     set_threads(config.cpu_threads)
-    bench = Bench(config, prompts, args.seed, quality, args.reference)
+    bench = Benchmark(config, prompts, args.seed, quality, args.reference)
     write(bench.in_turns(explore(bench, args), args.rounds), bench, args, out)
     return 0
 

@@ -1,5 +1,5 @@
-"""Hold the memory plan to a GPU: run at full size with empty weights, phase by phase, planned beside measured.
-Or see what loading takes of the host.
+"""Compare the memory plan with a GPU: run each phase at full size with weights of zeros. Or measure the host memory of
+loading.
 
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b_12gb.yaml --card 12
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b.yaml --json memory.json

@@ -1,9 +1,9 @@
-"""The paper's settings, diagdistill's (commit 24ef1c9), ours, the keys that hold them, and where and why ours depart.
+"""A table of settings: the paper's, diagdistill's (commit 24ef1c9) and ours, with our keys and the reasons to differ.
 
     python scripts/paper_table.py            # print the table
     python scripts/paper_table.py --write    # put it into docs/paper-settings.md, between its two marks
 
-Values of ours come from the YAML files, so that the table cannot say one thing and the files do another.
+Our values are read from the YAML files, so that the table agrees with them.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""A short run that stands for a long one: does it need more memory as it goes on, do its steps become slower, and does
-it resume exactly?
+"""A soak test of training: whether memory grows, whether steps become slower, and whether resuming is exact.
 
     python scripts/soak.py --gpus 2 --config_path configs/train_wan2.1_t2v_1.3b.yaml video.num_latent_frames=15
     python scripts/soak.py --gpus 2 --cycles 12 --every 3 --student tiny/1 --teacher tiny/1 --critic tiny/1 device=cpu

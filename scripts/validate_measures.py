@@ -1,4 +1,4 @@
-"""How often clip defects are found, and how often one is found that is not there, on clips with one known defect each.
+"""Detection rates and false alarms of the clip defects, on clips with one known defect each.
 
     python scripts/validate_measures.py            # a table: injected defect by alarm, shares of clips
     python scripts/validate_measures.py --decoded  # after H.264, as files are read

@@ -1,4 +1,4 @@
-"""The field's benchmark: videos as VBench wants them, its scores, and a table beside published rows.
+"""VBench: generates its videos, runs its scores, and prints them beside published results.
 
     python scripts/vbench.py generate --config_path configs/wan2.1_t2v_1.3b.yaml --prompts VBench_full_info.json
     torchrun --nproc_per_node=8 scripts/vbench.py generate ...                 # shared out over GPUs

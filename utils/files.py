@@ -271,7 +271,7 @@ def _clear_leftovers(parent: Path) -> None:
         if held is None:
             continue
         try:
-            if path.name.endswith(_ASIDE):  # the process was killed between the two renames of atomic_folder: undo the first
+            if path.name.endswith(_ASIDE):  # killed between the renames of atomic_folder: undo the first
                 for kept in path.iterdir():
                     if not os.path.lexists(parent / kept.name):
                         os.replace(kept, parent / kept.name)

@@ -1,10 +1,10 @@
-"""What a step costs by counting: operations of its matrix products, and bytes that must move through GPU memory.
+"""FLOPs and memory traffic of a step, by formulas.
 
-A multiplication and an addition are two operations. Norms, activations and rotations are left out of the operations
-(under 1% at full size) and are in the bytes only as the inputs and outputs of the products around them. Time is at
-least operations / matrix rate and at least bytes / copy rate; a step that takes longer has that much left to gain.
+Only matrix products are counted; a multiplication and an addition are two FLOPs. Norms, activations and rotations have
+less than 1% of the FLOPs at full size, and their memory traffic counts only as inputs and outputs of products. The time
+of a step is at least FLOPs / matrix rate and at least bytes / copy rate.
 
-tests/scripts/bench/test_cost.py holds the operations to what torch's FlopCounterMode sees of a real step.
+tests/scripts/bench/test_cost.py compares the FLOPs with torch's FlopCounterMode.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class StepCost:
         return sum(self.bytes.values())
 
     def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Seconds below which no program runs it."""
+        """Lower bound of the time in seconds."""
         return max(self.total_flops / flops_per_second, self.total_bytes / bytes_per_second)
 
 
@@ -39,10 +39,10 @@ def step_cost(
     network: TransformerSize, geometry: Geometry, *, visible: int, text_tokens: int, batch: int = 1, fp8: bool = False,
     key_bytes: int = 2,
 ) -> StepCost:  # fmt: skip
-    """A step whose chunk sees `visible` chunks, itself included, and whose text keys are made already.
+    """Cost of a step of a chunk that attends to `visible` chunks, itself included; the text's keys are given.
 
-    fp8: weights of the blocks are one byte a number (which blocks keep theirs is left out).
-    key_bytes: of a number in the cache.
+    fp8: weights of all blocks have one byte per element (blocks without float8 are neglected).
+    key_bytes: bytes per element of the KV cache.
     """
     n, d, f = batch * geometry.tokens_per_chunk, network.dim, network.ffn
     keys, cell = visible * geometry.tokens_per_chunk, network.channels * network.patch[1] * network.patch[2]
@@ -66,7 +66,7 @@ def step_cost(
 def clip_flops(
     network: TransformerSize, geometry: Geometry, schedule: Schedule, chunks: int, *, text_tokens: int, batch: int = 1
 ) -> int:
-    """Operations of all passes of a clip, context passes included."""
+    """FLOPs of all passes of a clip, context passes included."""
     total = 0
     for chunk in range(chunks):
         passes = len(schedule.timesteps(chunk)) + (schedule.context_timestep(chunk) is not None)

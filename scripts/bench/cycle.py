@@ -1,8 +1,8 @@
-"""One layout of distillation, run and timed by phase: what scripts/benchmark_training.py starts on every rank.
+"""Timing of distillation by phase in one layout; scripts/benchmark_training.py starts it on every rank.
 
-The stage is the real one. Its parts are put into phases from outside, so that what is timed is what trains: on a GPU a
-phase is the time between two events of the compute stream, waiting for other ranks' data included. How much of that is
-waiting, a profile of one step tells (`communication`).
+The stage is the one of training; its methods are wrapped to time the phases. On a GPU a phase is the time between two
+events of the compute stream, including waiting for data of other ranks. `communication` profiles a step for the share
+of waiting.
 """
 
 import time
@@ -37,7 +37,7 @@ CHECK_STEPS = 5
 
 
 def cost_of(stage: Distill) -> DistillCost:
-    """Operations of a stage's updates."""
+    """FLOPs of a stage's updates."""
     d, config = stage.settings, stage.config
     networks = {"student": stage.student.model, "teacher": stage.teacher.model, "critic": stage.critic.model}
     return DistillCost(
@@ -55,8 +55,8 @@ def cost_of(stage: Distill) -> DistillCost:
     )
 
 
-class Watch:
-    """Phases of a stage's updates, by whom they belong to."""
+class PhaseWatch:
+    """Times the phases of a stage's updates, for generator and critic separately."""
 
     def __init__(self, stage: Distill, device: torch.device):
         self.phases, self.who = PhaseTimer(device), "critic"
@@ -103,14 +103,14 @@ class Watch:
 
 
 def cap_memory(card_gb: float, device: torch.device) -> None:
-    """Let torch's allocator take what it could on a card of so many GB (1e9 bytes), driver and kernels aside."""
+    """Limit torch's allocator to a GPU of `card_gb` GB (1e9 bytes), minus driver and kernels."""
     if device.type == "cuda" and card_gb:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gb * GB - CONTEXT) / total), device)
 
 
-def memory_of(device: torch.device, watch: Watch) -> dict[str, Any]:
-    """Bytes on this rank's GPU: in use at most by phase, reserved at most, and taken on the card by everything."""
+def memory_of(device: torch.device, watch: PhaseWatch) -> dict[str, Any]:
+    """Bytes on this rank's GPU: peak in use by phase, peak reserved, and in use by all programs."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
@@ -169,7 +169,7 @@ def saving(stage: Distill, folder: Path, device: torch.device, control: ControlG
 
 
 def matrix_peak(device: torch.device) -> float:
-    """Operations a second of a large product in the precision of training."""
+    """FLOPs per second of a large matrix product in the precision of training."""
     dtype, edge = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 512)
     return matrix_rate(device, dtype, edge, edge, edge)
 
@@ -186,7 +186,7 @@ def measure(
     """
     peak, began = matrix_peak(device), time.perf_counter()
     stage = Distill(config, device, ranks)
-    watch, ratio = Watch(stage, device), config.training.distill.dfake_gen_update_ratio
+    watch, ratio = PhaseWatch(stage, device), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
     found: dict[str, Any] = {
         "machine": machine_of(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
@@ -229,9 +229,9 @@ def measure(
 
 
 def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, stage: Distill) -> dict[str, Any]:
-    """Median seconds of each phase, this GPU's share of its operations, and what checkpointing added.
+    """Median seconds of each phase, this GPU's share of its FLOPs, and the FLOPs of recomputation.
 
-    What several GPUs compute alike counts once. The mean of what is made in turns: some updates wait for none.
+    What several GPUs compute redundantly counts once. Rollout sharing uses the mean, since some updates make none.
     """
     share = stage.micro_batches / stage.config.training.sequence_parallel
     out = {}

@@ -1,4 +1,4 @@
-"""What scripts/benchmark_training.py found, as text."""
+"""Tables of the results of scripts/benchmark_training.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def _percent(value: float | None) -> str:
 
 
 def overview(results: Sequence[Result], card_gb: float) -> str:
-    """A row for each layout that ran."""
+    """A row per layout that ran."""
     head = ["layout", "batch", "generator s", "critic s", "cycle s", "samples/s", "MFU", "peak GB", "reserved GB"]
     head += ["on card GB", "exposed comm. s", "idle s", "build s", "warm-up s", "timed"]
     rows = [head]
@@ -43,7 +43,7 @@ def overview(results: Sequence[Result], card_gb: float) -> str:
 
 
 def left_out(results: Sequence[Result], checks: Sequence[Result]) -> str:
-    """What the tables lack, a sentence each; empty if nothing."""
+    """Sentences about layouts and checks that are missing in the tables; empty if there are none."""
     lines = [f"{one['layout']}: {one['why']}" for one in results if "updates" not in one]
     lines += [f"{one['layout']}: {one['ended']}" for one in results if "updates" in one and not one["whole"]]
     lines += [f"check of {one['layout']}: {one['why']}" for one in checks if "why" in one]
@@ -51,7 +51,7 @@ def left_out(results: Sequence[Result], checks: Sequence[Result]) -> str:
 
 
 def phase_table(one: Result) -> str:
-    """A row a phase of one layout."""
+    """A row per phase of one layout."""
     rows = [["", "s", "share of cycle", "TFLOP", "MFU", "with recomputation", "peak GB"]]
     for who, phases in one["updates"].items():
         times = one["ratio"] if who == "critic" else 1
@@ -66,13 +66,13 @@ def phase_table(one: Result) -> str:
 
 
 def error_text(one: Result) -> list[str]:
-    """How far off a teacher in float8 is."""
+    """The error of a teacher in float8."""
     errors = one["teacher_errors"].items()
     return [f"teacher in float8: v off by {', '.join(f'{e:.1%} at t={t}' for t, e in errors)}"] if errors else []
 
 
 def saving_text(one: Result) -> list[str]:
-    """What a checkpoint took, if one was made."""
+    """Time and size of a checkpoint, if one was written."""
     if "saving" not in one:
         return []
     made = one["saving"]
@@ -128,7 +128,7 @@ def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Resul
 
 
 def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -> str:
-    """What to set on few GPUs."""
+    """Recommended settings for few GPUs."""
     table = [["GPUs", "layout that fits", "planned peak GB"]]
     for gpus, layout, peak in rows:
         table.append([str(gpus), layout or "none of the ladder", f"{peak / GB:.1f}" if layout else ""])

@@ -1,4 +1,4 @@
-"""The most host memory that something takes: what is its own, apart from pages of files that the kernel may drop."""
+"""Peak host memory of a block of code, without mapped pages of files, which the kernel may drop."""
 
 import threading
 from pathlib import Path
@@ -16,7 +16,7 @@ def resident() -> tuple[int, int]:
 class HostPeak:
     """`with HostPeak() as peak:` then `peak.own` and `peak.files`, the most bytes beyond those at its start.
 
-    A thread looks every 2 ms, so what is there for less may be missed.
+    A thread samples every 2 ms, so shorter peaks may be missed.
     """
 
     def __enter__(self) -> "HostPeak":

@@ -1,4 +1,4 @@
-"""Ways to lay a distillation out on GPUs: written as text, turned into settings, planned from formulas, projected.
+"""Layouts of distillation on GPUs: parsing, settings, memory plans and projections.
 
 KIND:GPUS[,OPTION=VALUE...]      full:2    hybrid:4    sequence:2    sequence2:4    none:1,teacher=1.3B,card=140
 
@@ -31,7 +31,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way; `sizes` and `settings` are what differs from the rest of the call."""
+    """One layout; `sizes` and `settings` are its differences from the rest of the call."""
 
     text: str
     kind: str
@@ -44,7 +44,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """Of the form above; UserError for any other."""
+        """Parse the form above. Raises UserError for any other."""
         head, *options = text.split(",")
         found = re.fullmatch(rf"({'|'.join(KINDS)})(\d*):(\d+)", head)
         if not found or (found[2] and found[1] != "sequence") or int(found[3]) < 1:
@@ -100,7 +100,7 @@ def planned(
 
 
 def layouts_for(world: int) -> list[Layout]:
-    """Those that make sense on so many GPUs."""
+    """The layouts that make sense on this number of GPUs."""
     if world == 1:
         return [Layout.parse("none:1")]
     texts = [f"full:{world}"]

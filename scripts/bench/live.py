@@ -1,7 +1,7 @@
-"""What is claimed of long and driven streams, measured: flatness, every frame once, new prompts seen, drift, seams.
+"""Measures of long streams and of changes of the prompt: constant memory and time, complete frames, drift, seams.
 
-A stream is watched while it plays, chunk by chunk, so that its length costs no memory. Frames get their number written
-into them as they leave the decoder (16 bits, black and white, across the top eighth); pixel measures look below that.
+A stream is measured while it plays, chunk by chunk, in constant memory. The number of each frame is drawn into it after
+decoding (16 bits, black and white, across the top eighth); pixel measures use the rest of the frame.
 """
 
 import os
@@ -37,8 +37,8 @@ ROWS = 120  # of a frame, about, that are looked at: more would take longer than
 AGREE = 2  # chunks within which a new colour has to be there
 
 
-class Numbered:
-    """Writes each frame's number into it, in place of the session's own `to_frames`."""
+class FrameNumbering:
+    """Replaces the session's `to_frames`, and draws the number of each frame into it."""
 
     def __init__(self, to_frames):
         self._to_frames, self.count = to_frames, 0
@@ -55,7 +55,7 @@ class Numbered:
 
 
 def read_numbers(path: Path) -> list[int]:
-    """The number in each frame of a video, in the order in which they are shown."""
+    """The numbers in the frames of a video, in order of presentation."""
     numbers = []
     with av.open(str(path)) as file:
         file.streams.video[0].thread_type = "AUTO"  # several frames at a time
@@ -78,8 +78,8 @@ def random_pipeline(config: Config, size: str, rank: int = 0) -> DiagonalPipelin
 
 
 @dataclass
-class Watch:
-    """Figures of a stream, a few numbers a chunk."""
+class StreamMeasures:
+    """Measures of a stream, a few numbers per chunk."""
 
     seconds: list[float] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Watch:
 
 
 def change(values: Sequence[float], middle=mean) -> float:
-    """Last quarter against the second one, as a share; the first is warming up."""
+    """Relative change from the second to the last quarter; the first one is warm-up."""
     n = len(values) // 4
     return middle(values[-n:]) / middle(values[n : 2 * n]) - 1 if n else 0.0
 
@@ -134,7 +134,7 @@ def watch_stream(session: StreamSession, prompt: str, chunks: int, fps: int, pat
     drift_frames: latent frames over which the drift of saturation is taken.
     """
     geometry, plain = session.geometry, session.async_decoder.to_frames
-    watch, numbered = Watch(), Numbered(plain)
+    watch, numbered = StreamMeasures(), FrameNumbering(plain)
     session.async_decoder.to_frames = numbered
     begin = perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: matrix products, copies. And what a run of it consumed."""
+"""Measured peak rates of this machine for matrix products and copies, and the energy of a run."""
 
 import ctypes
 import os
@@ -58,7 +58,7 @@ def copy_rate(device: torch.device, size: int) -> float:
 
 
 def roofline(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str, float]:
-    """Rates in operations and bytes a second: the machine's, and those of products of the network's own shapes."""
+    """Peak FLOPs and bytes per second of the machine, and FLOPs per second of products with the network's shapes."""
     gpu = device.type == "cuda"
     dtype, edge = (torch.bfloat16, 8192) if gpu else (torch.float32, 512)
     shapes = {"peak": (edge,) * 3, "qkv": (tokens, 3 * dim, dim)}
@@ -71,7 +71,7 @@ def roofline(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str,
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
-    """Hardware and software that figures belong to."""
+    """Hardware and software of a measurement."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in PACKAGES:
         try:
@@ -92,7 +92,7 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 
 
 class Energy:
-    """Joules that a GPU has used, by its own counter (NVML); None where it has none."""
+    """Energy of a GPU in joules, by its counter (NVML); None if it has none."""
 
     def __init__(self, device: torch.device):
         self._handle = None

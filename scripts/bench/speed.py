@@ -1,12 +1,12 @@
-"""The speed card: how long a clip and its parts take, what it costs, and how near that is to what the machine can do.
+"""The speed report: times of a clip and its parts, their cost, and the ratio to the peak rates of the machine.
 
-Times are medians over repeats after warm-up. Three rates, in pixel frames a second, that are often taken for another:
+Times are medians over repeats after warm-up. There are three rates in pixel frames per second:
 
     clip       frames of a clip / seconds from the call to its last frame in host memory
     steady     frames of a chunk / seconds between two chunks of a stream that is under way
     denoising  frames of a chunk / seconds of its denoising steps alone; neither decoding nor transfer
 
-All start from a prompt whose embedding is there; its keys are made within the clip. Encoding is timed by itself.
+They include the keys of the prompt but not its encoding, which is timed by itself.
 """
 
 import time
@@ -57,7 +57,7 @@ def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROM
     return out
 
 
-def card(
+def report(
     session: StreamSession,
     network: TransformerSize,
     *,
@@ -67,7 +67,7 @@ def card(
     fps: int,
     text_tokens: int,
 ) -> dict[str, Any]:
-    """Everything but ceilings and the 60-second stream, for a session that may be cold. Rates are of all streams."""
+    """The report of a session, which may be cold, without the peak rates of the machine. Rates sum over streams."""
     device, gpu = session.device, session.device.type == "cuda"
     began = time.perf_counter()
     for _ in range(WARM_UPS):
@@ -115,7 +115,7 @@ def _denoising(spans: dict[str, float]) -> float:
 
 
 def _memory(session: StreamSession) -> dict[str, int]:
-    """Bytes by part; peak and reserved are the whole process's since the warm-up."""
+    """Bytes by part; peak and reserved are those of the whole process since the warm-up."""
     gpu, model = session.device.type == "cuda", session.student.model
     found = {
         "student": nbytes([*model.parameters(), *model.buffers()]),
@@ -133,7 +133,7 @@ def _memory(session: StreamSession) -> dict[str, int]:
 
 @torch.no_grad()
 def parts(session: StreamSession, batch: int = 1, repeats: int = 10) -> dict[str, float]:
-    """Seconds of decoding and of the transfer of one chunk after the first, nothing else going on."""
+    """Seconds of decoding and of transferring a chunk (not the first) by themselves."""
     geometry, device = session.geometry, session.device
     decoder = session.codec.stream()
     latents = torch.randn(geometry.latent_shape(batch, geometry.chunk_frames), device=device)
@@ -196,7 +196,7 @@ def efficiency(
 
 @dataclass(frozen=True)
 class Steadiness:
-    """A stream watched at content rate. Seconds, of chunks after the first."""
+    """Timing of a stream that is watched in real time. Seconds, for chunks after the first."""
 
     chunks: int
     interval_median: float
@@ -213,7 +213,7 @@ class Steadiness:
 
 
 def steadiness(played: Playback, fps: int) -> Steadiness:
-    """What a viewer at `fps` frames a second would see of it."""
+    """Timing for a viewer at `fps` frames per second."""
     assert len(played.arrivals) >= 4, "too short to tell"
     intervals = [b - a for a, b in zip(played.arrivals, played.arrivals[1:], strict=False)]
     quarter = max(1, len(intervals) // 4)
@@ -237,7 +237,7 @@ def steadiness(played: Playback, fps: int) -> Steadiness:
 
 
 def time_stream(session: StreamSession, seconds: float, fps: int, batch: int = 1) -> dict[str, Any]:
-    """A stream of so many seconds of video."""
+    """Measure a stream of `seconds` of video."""
     geometry = session.geometry
     chunks = max(4, -(-int(seconds * fps) // (4 * geometry.chunk_frames)) + 1)
     found = steadiness(play(session, chunks, batch), fps)

@@ -1,4 +1,4 @@
-"""Which settings a suite of `scripts/benchmark.py` runs, most important first: what has no time left is left out."""
+"""The settings of the suites of `scripts/benchmark.py`, most important first; the last ones may get no time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Cards as text: one card in full, a suite as rows, two cards side by side."""
+"""Speed reports as text: one report in full, a suite as rows, two reports side by side."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,53 +18,53 @@ def ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.1f}"
 
 
-def table(card: Mapping[str, Any]) -> str:
-    """A whole card."""
-    machine, settings = card["machine"], card["settings"]
+def table(report: Mapping[str, Any]) -> str:
+    """A whole report."""
+    machine, settings = report["machine"], report["settings"]
     lines = [
-        f"{card['config']} on {machine['device']}, torch {machine.get('torch')}, weights: {card['weights']}",
+        f"{report['config']} on {machine['device']}, torch {machine.get('torch')}, weights: {report['weights']}",
         ", ".join(f"{key} {value}" for key, value in settings.items() if key != "schedule"),
         "",
-        grid(_chunk_rows(card)),
+        grid(_chunk_rows(report)),
         "",
-        grid(_figures(card)),
+        grid(_figures(report)),
     ]
-    if "stream" in card:
-        lines += ["", _stream(card["stream"])]
-    if "fp8_layer_errors" in card:
-        lines += ["", grid([[name, f"{error:.4f}"] for name, error in card["fp8_layer_errors"].items()])]
+    if "stream" in report:
+        lines += ["", _stream(report["stream"])]
+    if "fp8_layer_errors" in report:
+        lines += ["", grid([[name, f"{error:.4f}"] for name, error in report["fp8_layer_errors"].items()])]
     return "\n".join(lines)
 
 
-def _chunk_rows(card: Mapping[str, Any]) -> list[list[str]]:
-    names = list(dict.fromkeys(name for chunk in card["chunks"] for name in chunk if name != "arrives_s"))
+def _chunk_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    names = list(dict.fromkeys(name for chunk in report["chunks"] for name in chunk if name != "arrives_s"))
     rows = [["chunk", "key frames", *(f"{name} ms" for name in names), "arrives ms", "TFLOP", "of matrix peak"]]
-    for k, (chunk, step) in enumerate(zip(card["chunks"], card["steps"], strict=True)):
+    for k, (chunk, step) in enumerate(zip(report["chunks"], report["steps"], strict=True)):
         cells = [ms(chunk.get(name)) for name in names]
         cost = [f"{step['flops'] / 1e12:.3g}", f"{step['matrix_share']:.0%}"]
         rows.append([str(k), str(step["key_frames"]), *cells, ms(chunk["arrives_s"]), *cost])
     return rows
 
 
-def _figures(card: Mapping[str, Any]) -> list[list[str]]:
-    rates, peaks, last = card["rates_fps"], card["ceilings"], card["steps"][-1]
+def _figures(report: Mapping[str, Any]) -> list[list[str]]:
+    rates, peaks, last = report["rates_fps"], report["ceilings"], report["steps"][-1]
     rows = [
-        ["clip", f"{card['clip_s']:.3f} s"],
-        ["clip, quickest to slowest", " to ".join(f"{x:.3f} s" for x in card["clip_spread_s"])],
-        ["first frames", f"{card['first_frames_s']:.3f} s"],
+        ["clip", f"{report['clip_s']:.3f} s"],
+        ["clip, quickest to slowest", " to ".join(f"{x:.3f} s" for x in report["clip_spread_s"])],
+        ["first frames", f"{report['first_frames_s']:.3f} s"],
         ["rate: clip", f"{rates['clip']:.1f} FPS"],
         *([["rate: steady stream", f"{rates['steady']:.1f} FPS"]] if "steady" in rates else []),
         ["rate: denoising alone", f"{rates['denoising']:.1f} FPS"],
-        ["decoding of a chunk alone", f"{ms(card['decode_s'])} ms"],
-        ["transfer of a chunk alone", f"{ms(card['transfer_s'])} ms"],
-        ["text encoding", "not measured" if card["text_encoding_s"] is None else f"{ms(card['text_encoding_s'])} ms"],
-        ["building the networks", f"{card['build_s']:.1f} s"],
-        ["first clip, compilation included", f"{card['first_clip_s']:.1f} s"],
-        ["process start to first clip", f"{card['since_start_s']:.1f} s"],
+        ["decoding of a chunk alone", f"{ms(report['decode_s'])} ms"],
+        ["transfer of a chunk alone", f"{ms(report['transfer_s'])} ms"],
+        ["text encoding", f"{ms(text)} ms" if (text := report["text_encoding_s"]) is not None else "not measured"],
+        ["building the networks", f"{report['build_s']:.1f} s"],
+        ["first clip, compilation included", f"{report['first_clip_s']:.1f} s"],
+        ["process start to first clip", f"{report['since_start_s']:.1f} s"],
         ["last step", f"{ms(last['step_s'])} ms; floor {ms(last['floor_s'])} ms"],
-        ["energy", "no counter" if card["joules_a_clip"] is None else f"{card['joules_a_clip']:.0f} J a clip"],
+        ["energy", "no counter" if report["joules_a_clip"] is None else f"{report['joules_a_clip']:.0f} J a clip"],
     ]
-    rows += [[f"memory: {name}", f"{size / GB:.2f} GB"] for name, size in card["memory_bytes"].items()]
+    rows += [[f"memory: {name}", f"{size / GB:.2f} GB"] for name, size in report["memory_bytes"].items()]
     rows += [[f"ceiling: {n}", f"{r / 1e12:.3g} {'TB/s' if n == 'copy' else 'TFLOP/s'}"] for n, r in peaks.items()]
     return rows
 
@@ -78,32 +78,32 @@ def _stream(found: Mapping[str, Any]) -> str:
     )
 
 
-def suite_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a setting."""
+def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row per variant."""
     head = ["setting", "clip s", "first s", "step ms", "of peak", "FPS clip", "steady", "decode ms", "peak GB"]
     head += ["error", "first clip s", "notes"]
     rows, failed = [head], []
-    for name, card in cards.items():
-        if "failed" in card:
-            failed.append(f"{name}: {card['failed']}")
+    for name, report in reports.items():
+        if "failed" in report:
+            failed.append(f"{name}: {report['failed']}")
             continue
-        rates, last = card["rates_fps"], card["steps"][-1]
-        error, notes = card.get("error_to_plain"), []
-        if "stream" in card:
-            seen = card["stream"]
+        rates, last = report["rates_fps"], report["steps"][-1]
+        error, notes = report.get("error_to_plain"), []
+        if "stream" in report:
+            seen = report["stream"]
             notes.append(f"{'keeps' if seen['keeps_up'] else 'misses'} {seen['fps']} FPS, x{seen['slowdown']:.2f}")
-        if card["text_encoding_s"] is not None:
-            notes.append(f"text {ms(card['text_encoding_s'])} ms")
-        cells = [f"{card['clip_s']:.3f}", f"{card['first_frames_s']:.3f}", ms(last["step_s"])]
+        if report["text_encoding_s"] is not None:
+            notes.append(f"text {ms(report['text_encoding_s'])} ms")
+        cells = [f"{report['clip_s']:.3f}", f"{report['first_frames_s']:.3f}", ms(last["step_s"])]
         cells += [f"{last['matrix_share']:.0%}", f"{rates['clip']:.1f}", f"{rates.get('steady', 0):.1f}"]
-        cells += [ms(card["decode_s"]), f"{card['memory_bytes'].get('peak', 0) / GB:.2f}"]
-        cells += ["" if error is None else f"{error:.1e}", f"{card['first_clip_s']:.1f}", "; ".join(notes)]
+        cells += [ms(report["decode_s"]), f"{report['memory_bytes'].get('peak', 0) / GB:.2f}"]
+        cells += ["" if error is None else f"{error:.1e}", f"{report['first_clip_s']:.1f}", "; ".join(notes)]
         rows.append([name, *cells])
     return "\n".join([grid(rows), *failed])
 
 
 def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Every figure that both have, and the ratio of the second to the first. Says which settings differ."""
+    """All figures that both reports have, the ratio of the second to the first, and the settings that differ."""
     first, second = dict(_numbers(a)), dict(_numbers(b))
     rows = [["", "first", "second", "second / first"]]
     for name, value in first.items():
@@ -119,8 +119,8 @@ def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     return "\n".join([grid(rows), "", *(differ or ["same machine and settings"])])
 
 
-def _numbers(card: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in card.items():
+def _numbers(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in report.items():
         if key in ("machine", "settings"):
             continue
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """Defects of a clip: flashes, cuts, freezes, blurred stretches, drifting colours, seams at chunk borders.
 
-Each is a rule on the figures of utils/clip_measures.py, made so that one defect does not set off another's alarm:
-colour and sharpness are compared within a shot, a jump that ends a freeze is no cut, a flash is no pair of cuts. How
-often they are right on clips with known defects is in docs/evaluation.md; `scripts/validate_measures.py` counts it.
+Each is a rule for the measures of utils/clip_measures.py. A defect should not trigger the rule of another: colour and
+sharpness are compared within a shot, the jump after a freeze is no cut, and a flash is no pair of cuts. Their accuracy
+on clips with known defects is in docs/evaluation.md, measured by `scripts/validate_measures.py`.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A folder of videos as inference leaves it, measured: each clip with the JSON beside it, and two folders in pairs."""
+"""Measures of the videos in a folder and of their JSON files, and pairs of clips in two folders."""
 
 import base64
 import io

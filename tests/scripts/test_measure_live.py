@@ -9,7 +9,7 @@ import torch
 from test_session import PROMPT, make  # noqa: F401  (fixture)
 
 from configs.load import CHECKOUT
-from scripts.bench.live import Numbered, Watch, change, lines, read_numbers, recoloured, watch_stream
+from scripts.bench.live import FrameNumbering, StreamMeasures, change, lines, read_numbers, recoloured, watch_stream
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.world import TinyWorld
 from utils.video_live import LiveWriter
@@ -24,7 +24,7 @@ def plain(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_numbers_survive_the_file_and_a_lost_or_repeated_frame_is_seen(tmp_path):
-    numbered = Numbered(plain)
+    numbered = FrameNumbering(plain)
     frames = torch.cat([numbered(torch.full((1, 9, 64, 96, 3), 90, dtype=torch.uint8)) for _ in range(8)], 1)[0].numpy()
     cases = {"good": frames, "lost": np.delete(frames, 31, 0), "twice": np.insert(frames, 31, frames[30], 0)}
     for name, shown in cases.items():
@@ -50,7 +50,7 @@ def test_a_long_stream_is_watched_and_left_as_it_was(make, tmp_path, tiny_geomet
 
 def test_drift_and_seams_of_a_made_up_stream():
     """Chroma falls by half, and a jump at each border is four times a step inside."""
-    watch, level, number = Watch(), 10.0, 0
+    watch, level, number = StreamMeasures(), 10.0, 0
     for chunk in range(10):
         frames = []
         for i in range(12):
@@ -77,7 +77,7 @@ def test_large_frames_are_thinned():
     small = rng.integers(0, 256, (24, 120, 120, 3), dtype=np.uint8)
     found = []
     for frames in (small, small.repeat(4, 1).repeat(4, 2)):
-        watch = Watch()
+        watch = StreamMeasures()
         for chunk in np.split(frames, 2):
             watch.see(chunk, 0.1, 100)
         found.append(watch)

@@ -1,4 +1,4 @@
-"""The speed card: what is in it, what it refuses, how it reads."""
+"""The speed report: what is in it, what it refuses, how it reads."""
 
 import json
 import time
@@ -38,55 +38,55 @@ def small_ceilings(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory) -> dict:
+def report(tmp_path_factory) -> dict:
     """Of the tiny model, through the command line."""
-    file = tmp_path_factory.mktemp("card") / "card.json"
+    file = tmp_path_factory.mktemp("report") / "report.json"
     assert benchmark.main([*SMALL, "--json", str(file), "--stream", "2", "--text", "device=cpu"]) == 0
     return json.loads(file.read_text())
 
 
-def test_the_card_holds_what_the_figures_need(card):
-    assert card["weights"] == "random, tiny"
-    assert card["settings"]["frames"] == card["frames"] == 21
-    assert card["settings"]["schedule"][0][0] == 1000
-    assert len(card["chunks"]) == len(card["steps"]) == 2
-    assert {"step 0", "step 3", "decode", "arrives_s"} <= set(card["chunks"][0])
-    assert set(card["rates_fps"]) == {"clip", "steady", "denoising"}
-    assert card["rates_fps"]["clip"] == pytest.approx(21 / card["clip_s"])
-    assert 0 < card["first_frames_s"] < card["clip_s"] <= card["since_start_s"]
-    assert card["text_encoding_s"] > 0 and card["decode_s"] > 0
-    assert {"student", "KV cache", "text keys"} <= set(card["memory_bytes"])
-    assert card["machine"]["torch"] == torch.__version__
-    assert "latents" not in card
-    assert card["stream"]["keeps_up"] in (True, False) and card["stream"]["chunks"] >= 4
-    for step in card["steps"]:
-        assert step["matrix_share"] == pytest.approx(step["flops"] / step["step_s"] / card["ceilings"]["matrix peak"])
-        peaks = card["ceilings"]
+def test_the_report_holds_what_the_figures_need(report):
+    assert report["weights"] == "random, tiny"
+    assert report["settings"]["frames"] == report["frames"] == 21
+    assert report["settings"]["schedule"][0][0] == 1000
+    assert len(report["chunks"]) == len(report["steps"]) == 2
+    assert {"step 0", "step 3", "decode", "arrives_s"} <= set(report["chunks"][0])
+    assert set(report["rates_fps"]) == {"clip", "steady", "denoising"}
+    assert report["rates_fps"]["clip"] == pytest.approx(21 / report["clip_s"])
+    assert 0 < report["first_frames_s"] < report["clip_s"] <= report["since_start_s"]
+    assert report["text_encoding_s"] > 0 and report["decode_s"] > 0
+    assert {"student", "KV cache", "text keys"} <= set(report["memory_bytes"])
+    assert report["machine"]["torch"] == torch.__version__
+    assert "latents" not in report
+    assert report["stream"]["keeps_up"] in (True, False) and report["stream"]["chunks"] >= 4
+    for step in report["steps"]:
+        assert step["matrix_share"] == pytest.approx(step["flops"] / step["step_s"] / report["ceilings"]["matrix peak"])
+        peaks = report["ceilings"]
         assert step["floor_s"] == pytest.approx(
             max(step["flops"] / peaks["matrix peak"], step["bytes"] / peaks["copy"])
         )
 
 
-def test_it_reads_as_a_table(card):
-    text = table(card)
+def test_it_reads_as_a_table(report):
+    text = table(report)
     for words in ("rate: clip", "rate: steady stream", "rate: denoising alone", "process start to first clip"):
         assert words in text
     assert "16 FPS is" in text and "no counter" in text
 
 
-def test_two_cards_side_by_side(card, tmp_path, capsys):
-    other = json.loads(json.dumps(card))
+def test_two_reports_side_by_side(report, tmp_path, capsys):
+    other = json.loads(json.dumps(report))
     other["clip_s"] *= 2
     other["settings"]["batch"] = 3
     files = []
-    for name, content in (("a", card), ("b", other)):
+    for name, content in (("a", report), ("b", other)):
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(content))
     assert benchmark.main(["--compare", *map(str, files)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("clip_s")).endswith("2.000")
     assert "settings.batch: 1 | 3" in lines
-    assert "same machine and settings" in comparison(card, card)
+    assert "same machine and settings" in comparison(report, report)
 
 
 def test_a_suite_goes_on_after_what_fails(tmp_path, capsys, monkeypatch):
@@ -95,10 +95,10 @@ def test_a_suite_goes_on_after_what_fails(tmp_path, capsys, monkeypatch):
     args = ["--suite", "cpu", "--only", "plain,5432222,fp8", "--json", str(file), "--budget", "3600"]
     args += ["device=cpu", *SMALL[:2]]
     assert benchmark.main(args) == 0
-    cards = json.loads(file.read_text())
-    assert list(cards) == ["plain", "5432222", "fp8"]
-    assert cards["fp8"]["failed"].startswith("UserError: inference.precision=fp8 needs a GPU")
-    assert cards["5432222"]["chunks"][0].keys() > cards["plain"]["chunks"][0].keys()
+    reports = json.loads(file.read_text())
+    assert list(reports) == ["plain", "5432222", "fp8"]
+    assert reports["fp8"]["failed"].startswith("UserError: inference.precision=fp8 needs a GPU")
+    assert reports["5432222"]["chunks"][0].keys() > reports["plain"]["chunks"][0].keys()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("fp8: UserError")
 
@@ -106,9 +106,9 @@ def test_a_suite_goes_on_after_what_fails(tmp_path, capsys, monkeypatch):
 def test_a_suite_without_time_names_what_it_left_out(monkeypatch):
     monkeypatch.setattr(benchmark, "START", -1e6)
     args = benchmark.parse(["--suite", "h100"])
-    cards = benchmark.run_suite(args)
-    assert list(cards) == [variant.name for variant in SUITES["h100"]]
-    assert all(card["failed"].startswith("left out") for card in cards.values())
+    reports = benchmark.run_suite(args)
+    assert list(reports) == [variant.name for variant in SUITES["h100"]]
+    assert all(report["failed"].startswith("left out") for report in reports.values())
 
 
 def test_every_variant_is_a_configuration():
@@ -155,10 +155,10 @@ def test_the_session_s_parts(session):
     found = speed.parts(session, repeats=1)
     assert found["decode_s"] > 0 and found["transfer_s"] >= 0
     network = TransformerSize.from_config(session.student.model.config)
-    card = speed.card(session, network, chunks=2, batch=2, repeats=1, fps=16, text_tokens=12)
-    assert card["frames"] == 2 * 21
-    assert card["latents"].shape[0] == 2
-    assert card["memory_bytes"]["KV cache"] == session._cache.bytes
+    report = speed.report(session, network, chunks=2, batch=2, repeats=1, fps=16, text_tokens=12)
+    assert report["frames"] == 2 * 21
+    assert report["latents"].shape[0] == 2
+    assert report["memory_bytes"]["KV cache"] == session._cache.bytes
 
 
 def test_ceilings_of_a_cpu():

@@ -22,7 +22,7 @@ from configs.load import load_config
 from model.sizes import WAN_1_3B, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
-from scripts.bench.cycle import Watch, covered, exposed, summary
+from scripts.bench.cycle import PhaseWatch, covered, exposed, summary
 from scripts.bench.cycle_tables import left_out, phase_table, saving_text
 from scripts.bench.fake_ranks import count_shards
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
@@ -68,9 +68,9 @@ def test_what_compiles_has_more_of_the_budget(tmp_path, monkeypatch):
         limits["training.compile=true" in spec["settings"], spec["check"]] = spec["deadline"] - 1000 + 10
         return "not run"
 
-    monkeypatch.setattr(script.Bench, "_start", start)
+    monkeypatch.setattr(script.Benchmark, "_start", start)
     args = script.parse(["--layouts", "none:1", "none:1,training.compile=true", "--budget", "3600", *SMALL])
-    bench, jobs = script.Bench(args, tmp_path), [script.Job(layout) for layout in args.layouts]
+    bench, jobs = script.Benchmark(args, tmp_path), [script.Job(layout) for layout in args.layouts]
     for job in (*jobs, script.Job(args.layouts[0], layers=2), script.Job(args.layouts[1], layers=2)):
         bench.run(job, [job, *jobs])
     total, plain, compiled = bench.left, script.CYCLE, script.CYCLE + script.COMPILED
@@ -107,7 +107,7 @@ def test_watching_changes_no_number_and_misses_no_time(tiny_assets, monkeypatch)
     """By a clock that moves on whenever it is read."""
     monkeypatch.setattr(timers.time, "perf_counter", itertools.count().__next__)
     plain, watched = distill_stage(tiny_assets), distill_stage(tiny_assets)
-    watch, seconds = Watch(watched, CPU), 0.0
+    watch, seconds = PhaseWatch(watched, CPU), 0.0
     for step in range(3):
         plain.update(step)
         began = time.perf_counter()
@@ -141,7 +141,7 @@ def test_layouts_are_read_and_refused():
 
 def test_a_call_ends_with_tables_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "START", time.time())
-    monkeypatch.setattr(script.Bench, "_start", in_this_process)
+    monkeypatch.setattr(script.Benchmark, "_start", in_this_process)
     file = tmp_path / "found.json"
     layouts = ["none:1,accumulate=2", "none:1,training.sharding=most"]
     assert script.main(["--layouts", *layouts, "--json", str(file), "--budget", "3600", *SMALL]) == 0
@@ -177,9 +177,9 @@ def test_a_checkpoint_is_timed_and_removed(tmp_path, monkeypatch):
         made.append((folder, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())))
         assert list(folder.glob("export/*.safetensors")) and list(folder.rglob("manifest.json"))
 
-    monkeypatch.setattr(script.Bench, "_start", started)
+    monkeypatch.setattr(script.Benchmark, "_start", started)
     args = script.parse(["--layouts", "none:1", "--save", str(tmp_path / "disk"), *SMALL])
-    found = script.Bench(args, tmp_path).run(script.Job(args.layouts[0]))
+    found = script.Benchmark(args, tmp_path).run(script.Job(args.layouts[0]))
     ((folder, size),) = made
     assert folder.parent == tmp_path / "disk" and not folder.exists()
     assert found["saving"]["bytes"] == size > 0 and found["saving"]["s"] > 0 and found["saving"]["gpu_bytes"] == 0
@@ -195,9 +195,10 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
     """Through torchrun, in float32; and a difference is seen."""
     monkeypatch.setattr(script, "START", time.time())
     args = script.parse(["--layouts", "full:2", "--budget", "3600", *SMALL])
-    bench, starts = script.Bench(args, tmp_path), script.Bench._start
+    bench, starts = script.Benchmark(args, tmp_path), script.Benchmark._start
     monkeypatch.setattr(
-        script.Bench, "_start", lambda self, gpus, *rest: (starts if gpus > 1 else in_this_process)(self, gpus, *rest)
+        script.Benchmark, "_start",
+        lambda self, gpus, *rest: (starts if gpus > 1 else in_this_process)(self, gpus, *rest),
     )
     (row,) = script.check_all(bench, args.layouts)
     assert row["passed"], row
@@ -214,7 +215,7 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
 def test_without_time_layouts_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "START", time.time() - 1e6)
     args = script.parse(["--layouts", "none:1", *SMALL])
-    assert script.Bench(args, tmp_path).run(script.Job(args.layouts[0]))["why"].startswith("left out: 0 s")
+    assert script.Benchmark(args, tmp_path).run(script.Job(args.layouts[0]))["why"].startswith("left out: 0 s")
 
 
 def test_why_a_process_ended():

@@ -121,14 +121,14 @@ def test_the_script_on_random_weights(tiny_assets, tmp_path, capsys):
 
 def test_the_reference_agrees_with_itself(tiny_assets):
     config = load_config(tiny_assets / "tiny.yaml")
-    bench = explore.Bench(config, ["a red circle moves right"], 0, "reference", "2")
+    bench = explore.Benchmark(config, ["a red circle moves right"], 0, "reference", "2")
     assert bench.run(Candidate((2, 2))).quality.value == 100
     assert bench.run(Candidate((1, 1))).quality.value < 100
 
 
 def test_times_are_taken_in_turns():
     """On a machine that gets slower and slower, schedules of equal work come out equal."""
-    bench, calls = explore.Bench.__new__(explore.Bench), []
+    bench, calls = explore.Benchmark.__new__(explore.Benchmark), []
 
     def pipe(name):
         def make(prompt, seed):
@@ -147,7 +147,7 @@ def test_times_are_taken_in_turns():
 
 
 def test_tiny_quality_is_the_share_of_attributes(tiny_assets):
-    bench = explore.Bench.__new__(explore.Bench)
+    bench = explore.Benchmark.__new__(explore.Benchmark)
     world = explore.TinyWorld()
     scenes = world.scenes(1, 3)
     bench.reference, bench.prompts = None, [explore_caption(scene) for scene in scenes]
