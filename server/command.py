@@ -104,6 +104,8 @@ def run(program: Program) -> int:
     log.info(f"{place} answers; the model is being loaded")
     # uvicorn ends well on SIGTERM, and then raises it once more for whoever handled it before
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal, without nohup
+        signal.signal(signal.SIGHUP, lambda number, frame: setattr(server, "should_exit", True))
     server.run([listener])
     for fault in faults:
         raise fault

@@ -251,7 +251,7 @@ class JobStore:
         return len(old)
 
     def recover(self, running: Collection[str] = ()) -> None:
-        """Run again, or report as failed, what is marked as running and is not; remove files that no job has.
+        """Run again, or report as failed, what is marked as running and is not; remove files that no job needs.
 
         running: ids of the jobs that do run.
         """
@@ -265,7 +265,8 @@ class JobStore:
                 self.finish(job.id, "interrupted", message)
         for file in self.folder.iterdir():
             match = FILE.fullmatch(file.name)
-            known = match and self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (match[1],)).fetchone()
+            query = "SELECT 1 FROM jobs WHERE id = ? AND status != ?"
+            known = match and self._db.execute(query, (match[1], FAILED)).fetchone()
             if match and not known:
                 file.unlink(missing_ok=True)
 

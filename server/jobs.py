@@ -91,8 +91,8 @@ class JobQueue:
     async def cancel(self, owner: str, id: str) -> Job:
         """The job, which has failed then; ApiError if it had ended before."""
         job = await self.get(owner, id)
-        await self._end(id, "cancelled")
-        await self._on_disk(self.store.finish, id, "cancelled", "the video was cancelled")  # if it waited
+        await self._on_disk(self.store.finish, id, "cancelled", "the video was cancelled")
+        await self._end(id, "cancelled")  # after the row, so that it is not begun in between
         ended = await self.get(owner, id)
         if job.status not in (QUEUED, RUNNING) or ended.status == DONE:
             raise ApiError(400, f"the video is {ended.status} already; only what waits or runs can be cancelled")
@@ -101,8 +101,9 @@ class JobQueue:
     async def remove(self, owner: str, id: str) -> None:
         """Delete a job and its files, and stop it if it runs."""
         await self.get(owner, id)
-        await self._end(id, "cancelled")
         await self._on_disk(self.store.remove, id)
+        await self._end(id, "cancelled")
+        await self._on_disk(self.store.remove, id)  # files that have come meanwhile
 
     async def _end(self, id: str, reason: str) -> None:
         """Cancel a job's task, if it runs, and wait for its end."""

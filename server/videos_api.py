@@ -8,6 +8,7 @@ import asyncio
 import base64
 import binascii
 import io
+import math
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from configs.errors import UserError
-from configs.geometry import pixel_frames
+from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from configs.schema import DATED, Config
 from model.schedule import PRESETS
 from server.errors import ApiError, ErrorBody, sentence_of
@@ -170,11 +171,9 @@ class Served:
         """Pixel frames of the fewest whole chunks that last so long."""
         if seconds is None:
             return pixel_frames(self.config.video.num_latent_frames)
-        wanted, chunk = seconds * self.config.video.fps, self.config.stream.chunk_frames
-        latents = chunk
-        while pixel_frames(latents) < wanted:
-            latents += chunk
-        return pixel_frames(latents)
+        frames, chunk = max(1, math.ceil(seconds * self.config.video.fps)), self.config.stream.chunk_frames
+        latents = 1 + math.ceil((frames - 1) / TEMPORAL_STRIDE)
+        return pixel_frames(math.ceil(latents / chunk) * chunk)
 
 
 class _Uploads:

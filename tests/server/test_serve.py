@@ -58,9 +58,9 @@ class Served:
         except OSError:
             return "no answer"
 
-    def stop(self) -> str:
-        """SIGTERM; what it has said."""
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, number: int = signal.SIGTERM) -> str:
+        """What it has said until this signal ended it."""
+        self.process.send_signal(number)
         said = self.process.communicate(timeout=60)[0]
         assert self.process.returncode == 0, said
         return said
@@ -148,7 +148,7 @@ def test_a_stop_in_the_middle_and_a_new_start(server, tiny_assets, tmp_path):
         assert again.videos.retrieve(done.id).status == "completed"
         assert until(lambda: again.videos.retrieve(job.id).status == "completed", 120)
         assert len(decoded(again.videos.download_content(job.id).read())) == job.model_extra["frames"]
-        again.stop()
+        assert "Traceback" not in again.stop(signal.SIGHUP)
     finally:
         again.process.kill()
     assert not [file for file in folder.iterdir() if file.name.startswith(".partial")]
@@ -186,10 +186,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_a_sentence(monkeypat
 
     monkeypatch.setattr("server.command.WorkerPool", Faulty)
     monkeypatch.setattr("sys.argv", ["serve.py", "--jobs_folder", str(tmp_path), "--port", "0"])
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as stop:
             serve.exits.run(serve.main)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: model.student=x does not exist; fetch it\n"

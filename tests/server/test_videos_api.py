@@ -14,7 +14,9 @@ from api_case import ALICE, BOB, PROMPT, Running, until
 from conftest import ROOT
 from PIL import Image
 
+from configs.load import load_config
 from server.job_store import JobLimits
+from server.videos_api import Served
 from server.workers import JobFailed, WorkerDied
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # OpenAI's own service ends; the shape stays
@@ -178,6 +180,11 @@ def test_malformed_requests_are_answered_in_one_shape(server, method, path, body
     got, answer = send(server, method, path, body, Content_Type=kind)
     assert got == status, answer
     assert set(answer["error"]) == {"message", "type", "param", "code"} and "\n" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.001, 9), (9 / 16, 9), (0.6, 21), (21 / 16, 21), (5, 81), (60, 969)])
+def test_lengths_are_rounded_up_to_whole_chunks(seconds, frames):
+    assert Served(load_config("configs/tiny.yaml"), 60).frames(seconds) == frames
 
 
 def test_each_key_sees_its_own_videos_and_none_sees_none(server, videos):
