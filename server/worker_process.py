@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from multiprocessing.connection import Connection
@@ -387,6 +388,8 @@ class Stream:
         try:
             step(what, made, *arguments)
         except Exception as error:
+            if self.worker.stopped.is_set() and not isinstance(error, UserError):
+                return  # pools take no more work
             self.worker.inbox.put(("fault", self.number, 0.0, made.take, error))
             if not isinstance(error, UserError):
                 log.exception("a stream broke off")
@@ -477,6 +480,14 @@ class Job:
             self._chunks.close()
             return False
         return next(self._chunks, None) is not None
+
+    def abandon(self) -> None:
+        """End it from outside its turns: its file does not appear."""
+        self.cancelled = True
+        with suppress(Empty):
+            while True:
+                self._frames.get_nowait()
+        self._frames.put_nowait(None)
 
     def _making(self) -> Iterator[int]:
         worker, spec = self.worker, self._spec
@@ -607,8 +618,14 @@ class WorkerProcess:
                 self._make(turn)
                 continue
             if kind == "stop":
-                return self.stopped.set()
+                return self._stop()
             self._handle(kind, number, arrived, content)
+
+    def _stop(self) -> None:
+        """Let go of what threads wait for: the process ends when they have finished what they are at."""
+        self.stopped.set()
+        for job in self.jobs.values():
+            job.abandon()
 
     def _turn(self) -> Stream | Job | None:
         """Whose turn it is to make a chunk: streams in the order of their last turns, before jobs in the same."""

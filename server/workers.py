@@ -374,7 +374,6 @@ def begin(line: Connection, source: ModelSource, number: int, limits: Limits, pa
     from server.worker_process import run
 
     run(line, source, number, limits, parent)
-    os._exit(0)  # its threads hold nothing that has to be put away
 
 
 class WorkerPool:
