@@ -18,46 +18,50 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import UserError, shown
 from configs.geometry import TEMPORAL_STRIDE, Geometry, pixel_frames
 from configs.load import PIPELINE, load_config
-from configs.schema import Config, InferenceConfig, ModelConfig, ScheduleConfig, StreamConfig
+from configs.schema import Config
 from model.attention import set_attention
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
-from model.fast.codec import optimize_codec
-from model.fast.int8 import quantize_linears
-from model.fast.offload import BlockOffload, OffloadedTextEncoder, SlicedDecodeCodec
-from model.fast.student import FastPlan, optimize_student
+from model.fast.offload import BlockOffload, SlicedDecodeCodec
+from model.fast.student import FastPlan
 from model.schedule import Schedule, as_schedule
 from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoderCodec, cast_to_best_dtype
-from model.weights.load import load_student, load_text_encoder, load_tiny_decoder, load_vae
-from model.weights.lora import LoraAdapters, plan_lora
+from model.weights.load import load_student, load_text_encoder
+from model.weights.lora import LoraAdapters
 from model.weights.plain import plain
 from pipeline.arguments import as_lengths, as_prompts, as_seeds, refuse, whole
 from pipeline.async_decoder import prefetch
 from pipeline.conditioning import conditioning_warnings, encode_conditioning, read_conditioning
+from pipeline.model_warnings import prompt_warnings, size_warnings, warn_of_schedule
+from pipeline.networks import (
+    build_student,
+    load_codec,
+    load_device,
+    load_loras,
+    place_text,
+    precision_of,
+    text_load_device,
+)
 from pipeline.pretrained import save_folder, settings_of
-from pipeline.sequence_parallel import ParallelStudent, SequenceRanks, check_tokens, rank_devices
+from pipeline.sequence_parallel import ParallelStudent
 from pipeline.story import Story, play_story
 from pipeline.stream import ChunkResult, StreamSession
 from pipeline.video import OUTPUT_TYPES, DiagonalPipelineOutput, Video
-from utils.device import DTYPES, pick_device, pick_dtype, set_threads
+from utils.device import pick_device, pick_dtype, set_threads
 from utils.logs import get_logger
 from utils.pictures import Clip, Picture
 from utils.progress import progress_bar
 from utils.prompts import check_prompt
 
 log = get_logger(__name__)
-SELF_FORCING = Schedule.from_config(ScheduleConfig(preset="self_forcing"), StreamConfig())
-
-MAX_SIZE_RATIO = 1.3  # times as high or as wide as what a student was trained for
 MAX_SIDE, MAX_VIDEOS = 8192, 1000  # pixels; videos of one prompt in one call
 Frames = int | None | Sequence[int]  # pixel frames of a clip, None = as configured; one for all, or one each
 Seeds = int | None | Sequence[int]
@@ -504,118 +508,3 @@ class DiagonalPipeline:
         """uint8 [T, H, W, 3] of each video; T = 0 of one that has ended."""
         frames = result.frames.numpy()
         return [own if active else own[:0] for own, active in zip(frames, result.active, strict=True)]
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """What `inference.precision` calls `dtype`."""
-    names = [name for name, known in DTYPES.items() if known == dtype]
-    if not names:
-        raise UserError(f"dtype={shown(dtype)} is none that networks compute in; use torch's {', '.join(DTYPES)}")
-    return names[0]
-
-
-def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> LoraAdapters:
-    """Put the adapters that `model.lora` names on `student`; with `model.lora_merge` they go into its weights."""
-    loras = LoraAdapters(student)
-    shapes = {name: tuple(value.shape) for name, value in student.state_dict().items()}
-    scales = config.lora_scales or [1.0] * len(config.lora)
-    for i, (path, scale) in enumerate(zip(config.lora, scales, strict=True)):
-        # in float32 where they are added once, so that only their sum is rounded
-        loras.add(plan_lora(path, shapes), scale, f"lora_{i}", torch.float32 if config.lora_merge else None)
-    if config.lora and config.lora_merge:
-        loras.merge_and_unload()
-    return loras
-
-
-def load_device(place: str, device: torch.device) -> torch.device:
-    """Where a network is loaded to that has this place."""
-    return device if place == "keep" else torch.device("cpu")
-
-
-def text_load_device(config: InferenceConfig, device: torch.device) -> torch.device:
-    """Where the text encoder is loaded to; one that is to be in 8 bits is made so a layer at a time."""
-    return load_device("stream" if config.text_int8 else config.text_encoder, device)
-
-
-def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device) -> TextEncoder:
-    """The text encoder as `config` wants it, where it wants it."""
-    place = config.text_encoder
-    if config.text_int8:
-        quantize_linears(text.encoder.encoder, device, load_device(place, device))
-    return text.to(device) if place == "keep" else OffloadedTextEncoder(text, device, stream=place == "stream")
-
-
-def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Codec:
-    """The codec that `model.codec` names, beside a student of `dtype`."""
-    if config.codec == "taehv":
-        return TinyDecoderCodec(cast_to_best_dtype(load_tiny_decoder(config.tiny_decoder, device), dtype))
-    return WanCodec(load_vae(config.vae, device, dtype))
-
-
-def build_student(
-    config: Config, model: CausalWanModel, codec: Codec, plan: FastPlan, device: torch.device
-) -> tuple[Student, Codec]:
-    """Student and codec as `plan` wants them, changed in place; on as many GPUs as share a stream."""
-    size, attention = config.inference.sequence_parallel, config.inference.attention
-    if size == 1:
-        return apply_fast_plan(Student(model), codec, plan)
-    check_tokens(size, Geometry.from_config(config).for_network(model.config))
-    devices = rank_devices(device, size)
-    ranks = SequenceRanks(model, devices, None if plan.is_noop else plan, None if attention == "auto" else attention)
-    student, codec = apply_fast_plan(Student(model), codec, plan)
-    return ParallelStudent(student, ranks), codec
-
-
-def apply_fast_plan(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
-    """Student and codec as `plan` wants them, changed in place."""
-    if plan.is_noop:
-        return student, codec
-    return optimize_student(student, plan), optimize_codec(codec, compiled=plan.compile)
-
-
-def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
-    """What of `prompt` does not reach the model: what is too long, and words that it does not know."""
-    found = []
-    tokens = encoder.count_tokens(prompt)
-    if tokens > encoder.text_tokens:
-        found.append(
-            f"the prompt is {tokens} tokens long and only the first {encoder.text_tokens} count "
-            f"(model.text_tokens={encoder.text_tokens}): {prompt[:40]}..."
-        )
-    unknown = encoder.unknown_words(prompt)
-    if unknown:
-        named = ", ".join(word[:40] for word in unknown[:20]) + (", ..." if len(unknown) > 20 else "")
-        known = encoder.known_words
-        found.append(
-            f"this model does not know, and leaves out of the prompt: {named}"
-            + (f". It knows these words: {', '.join(known)}" if known else "")
-        )
-    return found
-
-
-def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:
-    """Whether a video is far from the size that its student was trained for, as its card says."""
-    if card.get("size") is None:
-        return []
-    size, trained = (config.video.height, config.video.width), card["size"]
-    if all(1 / MAX_SIZE_RATIO <= ours / theirs <= MAX_SIZE_RATIO for ours, theirs in zip(size, trained, strict=True)):
-        return []
-    (height, width), (trained_height, trained_width) = size, trained
-    return [
-        f"this student was trained for {trained_height}x{trained_width} pixels (height x width) and makes "
-        f"{height}x{width} now, which may look wrong; set video.height={trained_height} video.width={trained_width}"
-    ]
-
-
-def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
-    """Say so where a checkpoint was trained with another schedule than the one it is to run by, or does not tell."""
-    if not card and schedule.timesteps_by_chunk != SELF_FORCING.timesteps_by_chunk:  # a file of somebody else's
-        log.warning(
-            "this student's file does not say which schedule it was trained with; those that Self-Forcing and LongLive "
-            "published were trained with schedule.preset=self_forcing, and with no other"
-        )
-    if card.get("schedule") is None:
-        return
-    trained = Schedule.from_dict(card["schedule"])
-    if str(trained) != str(schedule):  # rows that only repeat the last one make no difference
-        log.warning(f"this student was trained with another schedule\ntrained:\n{trained}\nused:\n{schedule}")

@@ -44,7 +44,8 @@ from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
 from model.weights.random import RandomTextEncoder, random_codec, random_student, random_umt5, transformer_size  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, build_student, load_device  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline  # noqa: E402
+from pipeline.networks import build_student, load_device  # noqa: E402
 from pipeline.sequence_parallel import ParallelStudent  # noqa: E402
 from pipeline.stream import StreamSession  # noqa: E402
 from scripts.bench import speed  # noqa: E402

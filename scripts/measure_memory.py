@@ -48,7 +48,8 @@ from model.weights.files import StoredTensors  # noqa: E402
 from model.weights.load import load_score, materialize  # noqa: E402
 from model.weights.names import original_config, original_name  # noqa: E402
 from model.weights.plans import WeightPlan, unique_state_dict  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline, load_device  # noqa: E402
+from pipeline.diagonal import DiagonalPipeline  # noqa: E402
+from pipeline.networks import load_device  # noqa: E402
 from scripts.bench.host_peak import HostPeak  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.files import write_json_atomic  # noqa: E402

@@ -17,7 +17,8 @@ from configs.schema import Config
 from model.denoiser import Student
 from model.fast.student import FastPlan, optimize_student
 from model.weights.load import load_student
-from pipeline.diagonal import DiagonalPipeline, load_loras
+from pipeline.diagonal import DiagonalPipeline
+from pipeline.networks import load_loras
 
 
 class Adapters:

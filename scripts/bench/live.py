@@ -23,7 +23,8 @@ from model.denoiser import Student
 from model.fast.student import FastPlan
 from model.weights.random import RandomTextEncoder, random_codec, random_student
 from pipeline.async_decoder import prefetch
-from pipeline.diagonal import DiagonalPipeline, apply_fast_plan
+from pipeline.diagonal import DiagonalPipeline
+from pipeline.networks import apply_fast_plan
 from pipeline.stream import ChunkResult, StreamSession
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.measures import measure

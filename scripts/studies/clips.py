@@ -23,7 +23,7 @@ from model.text import TextEncoder
 from model.weights.load import load_score, load_student, load_text_encoder
 from pipeline.async_decoder import to_frames
 from pipeline.bidirectional import sample
-from pipeline.diagonal import load_codec
+from pipeline.networks import load_codec
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
 from scripts.quality.tiny_features import (

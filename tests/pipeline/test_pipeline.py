@@ -14,7 +14,7 @@ from model.codec import WanCodec
 from model.schedule import Schedule
 from pipeline import DiagonalPipeline
 from pipeline.async_decoder import to_frames
-from pipeline.diagonal import warn_of_schedule
+from pipeline.model_warnings import warn_of_schedule
 from pipeline.stream import StreamSession
 from utils.video import read_video
 
