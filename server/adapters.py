@@ -41,9 +41,11 @@ class Adapters:
 
     @torch.no_grad()
     def use(self, name: str | None) -> None:
-        """Compute with this adapter from now on; None = with none."""
+        """Compute with this adapter from now on; None = with none. UserError for a name that there is not."""
         if name == self._active:
             return
+        if name not in self._sets:  # of a job that an earlier server took
+            raise UserError(f"lora={name} is not served any more; start the server with --lora {name}=FILE")
         wanted = {key: self._plain[key] for key in self._sets[self._active]} | self._sets[name]
         for key, value in wanted.items():
             self._present[key].copy_(value)

@@ -194,7 +194,8 @@ class JobQueue:
             await self._on_disk(self.store.finish, job.id, "server_error", "the server's log says why")
             raise
         finally:
-            self.metrics.jobs_finished.labels(outcome).inc()
+            if outcome != "put_back":
+                self.metrics.jobs_finished.labels(outcome).inc()
             for kept in (self._running, self._progress, self._ended_by_us):
                 kept.pop(job.id, None)
             self._wake.set()
@@ -211,7 +212,10 @@ class JobQueue:
         await asyncio.to_thread(_write, self.store.path(job.id, THUMBNAIL), thumbnail)
 
     def _spec(self, job: Job) -> JobSpec:
-        request, image = job.request, None
+        """For the workers. JobFailed where the server does not make such a video any more."""
+        request, image, video = job.request, None, self.pool.config.video
+        if request.size != (video.height, video.width):  # of a job that an earlier server took
+            raise JobFailed(f"the server makes {video.width}x{video.height} pixels by now; create the video again")
         schedule = None
         if request.schedule is not None:
             schedule = Schedule.from_config(ScheduleConfig(preset=request.schedule), self.pool.config.stream)

@@ -1,5 +1,6 @@
 """What is left of jobs after a stop, a kill and a crash in between."""
 
+import dataclasses
 import json
 import sqlite3
 import time
@@ -160,6 +161,16 @@ def test_a_disk_that_is_full_is_told_and_waited_for(tmp_path, monkeypatch, caplo
             job = videos(server).create(prompt=PROMPT)
             assert until(lambda: "tried again" in caplog.text)
         assert until(lambda: videos(server).retrieve(job.id).status == "completed")
+
+
+def test_a_job_of_another_size_is_not_made_at_this_one(tmp_path):
+    store = JobStore(tmp_path, JobLimits())
+    old = dataclasses.replace(REQUEST, size=(480, 832))
+    job = store.add("alice", old, "", None, None)[0]
+    store.close()
+    with Running(tmp_path) as server:
+        assert until(lambda: videos(server).retrieve(job.id).status == "failed")
+        assert "96x64" in videos(server).retrieve(job.id).error.message and not server.pool.specs
 
 
 def test_limits_out_of_range_are_a_sentence():

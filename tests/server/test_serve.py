@@ -26,6 +26,7 @@ import serve
 from configs.errors import UserError
 from model.weights.lora import save_lora
 from pipeline import DiagonalPipeline
+from server.adapters import Adapters
 from utils.video import VideoWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -87,6 +88,11 @@ def server(tiny_assets, tmp_path_factory, lora):
     if served.process.poll() is None:
         served.process.kill()
         served.process.communicate()
+
+
+def test_an_adapter_that_is_not_served_any_more_is_a_sentence(tiny_assets):
+    with pytest.raises(UserError, match="--lora cartoon=FILE"):
+        Adapters(DiagonalPipeline.from_config(tiny_assets / "tiny.yaml"), {}).use("cartoon")
 
 
 def decoded(content: bytes) -> np.ndarray:
