@@ -60,6 +60,7 @@ def settings(tmp_path) -> list[str]:
         "training.global_batch": 2, "training.log_every": 1, "training.checkpoint_every": 0,
         "training.validate_every": 0, "training.validation_clips": 1, "training.loggers": "[]",
         "training.steps": STEPS, "training.precision": "float32", "training.ema_start_step": 0, "device": "cpu",
+        "training.compile": "false",  # in C++, for minutes; compiled training: test_gathered.py, test_compiled_parts.py
     }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
 
