@@ -78,21 +78,23 @@ class ODERegression(Supervised):
         rows, frames = torch.arange(size, device=self.device)[:, None], torch.arange(self.frames, device=self.device)
         x_t, text = states[rows, state, frames], self.prompts.batch(index)
         batch = {"x_t": x_t, "t": self.noisy[state], "target": states[:, -1], "text": text}
-        return batch | self._past(batch["target"], host) if self.causal else batch
+        return batch | self._noised_context(batch["target"], host) if self.causal else batch
 
-    def _past(self, ends: Tensor, host: torch.Generator) -> dict[str, Tensor]:
+    def _noised_context(self, ends: Tensor, host: torch.Generator) -> dict[str, Tensor]:
         """The noised clean ends [B, F, C, H, W] that later chunks are conditioned on, and their timesteps [B, F]."""
         levels = torch.tensor(self.config.training.flow.context_timesteps)
         t = levels[torch.randint(len(levels), (len(ends), 1), generator=host)].expand(-1, self.frames).to(self.device)
         eps = torch.randn(ends.shape, generator=host).to(self.device)
-        return {"past": add_noise(ends, eps, t), "past_t": t}
+        return {"context": add_noise(ends, eps, t), "context_t": t}
 
     def loss(
-        self, x_t: Tensor, t: Tensor, target: Tensor, text: Tensor, past: Tensor | None = None,
-        past_t: Tensor | None = None,
+        self, x_t: Tensor, t: Tensor, target: Tensor, text: Tensor, context: Tensor | None = None,
+        context_t: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        seen, times = (x_t, t) if past is None else (torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1))
-        v = self.module(seen, times, text, mask=self.mask, frame_ids=self.frame_ids)[:, -self.frames :]
+        x, times = x_t, t
+        if context is not None:
+            x, times = torch.cat([context, x_t], dim=1), torch.cat([context_t, t], dim=1)
+        v = self.module(x, times, text, mask=self.mask, frame_ids=self.frame_ids)[:, -self.frames :]
         return {"loss": F.mse_loss(x0_from_v(x_t, v.float(), t), target)}
 
     @torch.no_grad()

@@ -152,9 +152,9 @@ def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
         seen = torch.cat([batch["t"][:, 3 * chunk] for batch in batches])
         assert all((row - t).abs().min() < 0.01 for t in seen) and len(seen.unique()) == len(row)
     for batch in batches:
-        clean = batch["past_t"][:, 0] == 0
-        same = (batch["past"] == batch["target"]).flatten(1).all(1)
-        assert torch.equal(clean, same) and batch["past_t"].unique().numel() <= 2
+        clean = batch["context_t"][:, 0] == 0
+        same = (batch["context"] == batch["target"]).flatten(1).all(1)
+        assert torch.equal(clean, same) and batch["context_t"].unique().numel() <= 2
     losses = [stages[0].update(step)["loss"].item() for step in range(30)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     with pytest.raises(UserError, match="lacks states at timesteps"):

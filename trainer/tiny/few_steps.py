@@ -1,17 +1,16 @@
-"""Stage `few_steps`: a causal student practises the timesteps that its schedule takes, and its own mistakes.
+"""Stage `few_steps`: a causal student is trained at the timesteps of its schedule and on its own predictions.
 
-Flow matching at the timesteps of each chunk's row. A chunk after the first follows from its past but for a little, so
-in a share of clips it is shown as the student itself would have it: its prediction from the step before, noised to the
-timestep of the step at hand, after a past that is predicted, too. The target stays the real clip, so errors of one step
-are mended in the next and do not grow from chunk to chunk. One forward pass without gradients gives the predictions,
-of all chunks at once, each from its real past.
+Flow matching at the timesteps of each chunk. In a share of clips (`flow.self_rollout_ratio`) later chunks and their
+context are replaced by the student's own predictions: those of the previous step, noised to the current timestep. The
+target stays the real clip, so the student learns to correct errors and they do not accumulate over chunks. One forward
+pass without gradients gives the predictions of all chunks at once, each conditioned on real context.
 
-A first chunk has no past, and what its first steps predict is a blur of all that the prompt allows. So first chunks can
-be learnt from trajectories of a many-step student in place of real clips (`flow.first_chunk_trajectories`): each noise
-then has one end, and that is sharp (CausVid, arXiv 2412.07772, sec. 4.3).
+First chunks have no context, so their first steps predict a blurred mean. They can be trained on trajectories of a
+many-step student instead of real clips (`flow.first_chunk_trajectories`): each noise then has one sharp end point
+(CausVid, arXiv 2412.07772, sec. 4.3).
 
-In a share of clips the prompt changes at the border of a chunk (`flow.switched_share`). The chunks before it are then
-only the past of those after it, under the later prompt, as a stream's cache holds them after the change.
+In a share of clips the prompt changes at the border of a chunk (`flow.switched_share`). Chunks before the change then
+only serve as context, under the new prompt, as in a recached stream.
 
     x_t = (1 - sigma) x0(x_s, s) + sigma eps       s the timestep before t in the row
     L = mean | v(x_t, t) - (x_t - x0) / sigma |^2  which is eps - x0 where the prediction is right
@@ -31,11 +30,11 @@ from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 
-TEACHER_BATCH = 128  # first chunks that a teacher makes at once
+TEACHER_BATCH = 128  # first chunks that the teacher generates at once
 
 
 class FewSteps(TeacherForcing):
-    """Of the clips of `training.flow.self_rollout_ratio`, every chunk but the first is the student's own."""
+    """In a share `training.flow.self_rollout_ratio` of clips all chunks but the first are predictions."""
 
     name = "few_steps"
 
@@ -73,16 +72,16 @@ class FewSteps(TeacherForcing):
         return torch.cat(parts)
 
     def _first_chunks(self, step: int, micro: int) -> dict[str, Tensor]:
-        """First chunks at a timestep of their trajectories, as the loss of teacher forcing takes them."""
+        """First chunks at a timestep of their trajectories, as arguments of the loss of teacher forcing."""
         rng, name = self._rng(step, micro), step * self.micro_batches + micro
         size = self.config.training.flow.first_chunk_batch
         index = draw(len(self.states), size, self.config.seed, name, self.ranks.rank, self.device)
         steps = torch.randint(self.states.shape[1] - 1, (size,), generator=rng, device=self.device)
         x_t, x0 = self.states[index, steps].float(), self.states[index, -1].float()
-        t = self.rows[0, steps][:, None].expand(x0.shape[:2])
+        t = self.timesteps[0, steps][:, None].expand(x0.shape[:2])
         return {
-            "past": x0[:, :0], "past_t": t[:, :0], "past_target": x0[:, :0], "past_counts": t[:, :0],
-            "x_t": x_t, "t": t, "target": v_from_x0(x_t, x0, t), "counts": torch.ones_like(t),
+            "context": x0[:, :0], "context_t": t[:, :0], "context_target": x0[:, :0], "context_mask": t[:, :0],
+            "x_t": x_t, "t": t, "target": v_from_x0(x_t, x0, t), "loss_mask": torch.ones_like(t),
             "text": self.first_chunks.text[index],
         }  # fmt: skip
 
@@ -94,22 +93,25 @@ class FewSteps(TeacherForcing):
         rng = self._rng(step, micro)
         x0, text, late = self._with_changes(*self._clips(step, micro, rng), rng)
         drawn = self._steps((len(x0), self.chunks), rng)
-        t, before = (level.repeat_interleave(self.geometry.chunk_frames, dim=1) for level in drawn)
-        own = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.flow.self_rollout_ratio
-        own = own & late & (torch.arange(x0.shape[1], device=self.device) >= self.geometry.chunk_frames)
-        before = torch.where(own, before, t)
-        past, past_t, _ = self._context(x0, rng)
-        first, before, counts = self._begin_with_image(x0, add_noise(x0, self._noise(x0, rng), before), before, rng)
-        if self.states is not None:  # first chunks are learnt from trajectories, but for those that a frame begins
-            counts[:, : self.geometry.chunk_frames] *= 1 - counts[:, :1]
+        t, previous_t = (level.repeat_interleave(self.geometry.chunk_frames, dim=1) for level in drawn)
+        ratio, frames = self.config.training.flow.self_rollout_ratio, torch.arange(x0.shape[1], device=self.device)
+        self_rollout = torch.rand(len(x0), 1, generator=rng, device=self.device) < ratio
+        self_rollout = self_rollout & late & (frames >= self.geometry.chunk_frames)
+        previous_t = torch.where(self_rollout, previous_t, t)
+        context, context_t, _ = self._context(x0, rng)
+        x_previous = add_noise(x0, self._noise(x0, rng), previous_t)
+        x_previous, previous_t, loss_mask = self._begin_with_image(x0, x_previous, previous_t, rng)
+        if self.states is not None:  # only first chunks with a conditioning frame are trained on here
+            loss_mask[:, : self.geometry.chunk_frames] *= 1 - loss_mask[:, :1]
         return {
-            "x0": x0, "text": self._drop(text, rng), "past": past, "past_t": past_t, "first": first, "before": before,
-            "t": torch.where(own, t, before), "own": own, "counts": counts * late, "past_counts": late.float(),
-            "eps": self._noise(x0, rng), "past_eps": self._noise(x0, rng),
+            "x0": x0, "text": self._drop(text, rng), "context": context, "context_t": context_t,
+            "x_previous": x_previous, "previous_t": previous_t, "t": torch.where(self_rollout, t, previous_t),
+            "self_rollout": self_rollout, "loss_mask": loss_mask * late, "context_mask": late.float(),
+            "eps": self._noise(x0, rng), "context_eps": self._noise(x0, rng),
         }  # fmt: skip
 
     def _with_changes(self, x0: Tensor, text: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Some clips replaced by such whose prompt changes; bool [B, F] says which frames follow from the prompt."""
+        """Replace a share of clips by clips whose prompt changes; bool [B, F]: frames that follow the prompt."""
         late = torch.ones(x0.shape[:2], dtype=torch.bool, device=self.device)
         if self.switched is None:
             return x0, text, late
@@ -123,28 +125,35 @@ class FewSteps(TeacherForcing):
         )
 
     def _timesteps(self, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
-        """[B, chunks]: for each chunk one of the timesteps of its row."""
+        """[B, chunks]: one of the timesteps of each chunk."""
         return self._steps(shape, rng)[0]
 
     def _steps(self, shape: tuple[int, int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """[B, chunks] each: for each chunk a timestep of its row, and the one before it (of the first, itself)."""
+        """[B, chunks] each: a timestep of each chunk, and the one before it (for the first, itself)."""
         chunks = torch.arange(shape[1], device=self.device)
         share = torch.rand(shape, generator=rng, device=self.device)
-        index = (share * self.row_lengths[: shape[1]]).long()
-        return self.rows[chunks, index], self.rows[chunks, (index - 1).clamp_min(0)]
+        index = (share * self.num_steps[: shape[1]]).long()
+        return self.timesteps[chunks, index], self.timesteps[chunks, (index - 1).clamp_min(0)]
 
     def loss(self, **batch: Tensor) -> dict[str, Tensor]:
-        return super().loss(**(self._own(**batch) if "own" in batch else batch))
+        return super().loss(**(self._roll_out(**batch) if "self_rollout" in batch else batch))
 
     @torch.no_grad()
-    def _own(self, x0, text, past, past_t, first, before, t, own, eps, past_eps, **counts) -> dict[str, Tensor]:
-        """What the loss of teacher forcing takes: `own` frames as predicted from `first`, at the timestep `before`."""
-        predicted = x0_from_v(first, self._v(self.module, past, past_t, first, before, text).float(), before)
-        again, shown = (own & (t < before))[:, :, None, None, None], (own & (past_t > 0))[:, :, None, None, None]
-        x_t = torch.where(again, add_noise(predicted, eps, t), first)
-        past = torch.where(shown, add_noise(predicted, past_eps, past_t), past)
+    def _roll_out(
+        self, x0: Tensor, text: Tensor, context: Tensor, context_t: Tensor, x_previous: Tensor, previous_t: Tensor,
+        t: Tensor, self_rollout: Tensor, eps: Tensor, context_eps: Tensor, **masks: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Arguments of the loss of teacher forcing: frames of `self_rollout` are predicted by the student from
+        `x_previous`, at the timestep `previous_t`."""
+        v = self._v(self.module, context, context_t, x_previous, previous_t, text).float()
+        predicted = x0_from_v(x_previous, v, previous_t)
+        in_chunks, in_context = self_rollout & (t < previous_t), self_rollout & (context_t > 0)
+        x_t = torch.where(in_chunks[:, :, None, None, None], add_noise(predicted, eps, t), x_previous)
+        noised = add_noise(predicted, context_eps, context_t)
+        context = torch.where(in_context[:, :, None, None, None], noised, context)
         return {
-            "past": past, "past_t": past_t, "x_t": x_t, "t": t, "text": text, **counts,
-            # A clean frame (t = 0) is not graded
-            "past_target": v_from_x0(past, x0, past_t.clamp_min(1)), "target": v_from_x0(x_t, x0, t.clamp_min(1)),
+            "context": context, "context_t": context_t, "x_t": x_t, "t": t, "text": text, **masks,
+            # clean frames (t = 0) are masked
+            "context_target": v_from_x0(context, x0, context_t.clamp_min(1)),
+            "target": v_from_x0(x_t, x0, t.clamp_min(1)),
         }  # fmt: skip

@@ -27,14 +27,14 @@ from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 
-CONTEXT_LOSS_WEIGHT = 0.5  # of the loss of a noisy past, beside that of the chunks
+CONTEXT_LOSS_WEIGHT = 0.5  # weight of the loss of noisy context
 
 Bank = TypeVar("Bank", LatentBank, SwitchedBank)
 WHOLE, FIRST, CROPPED = "whole clips", "first chunks", "first chunks about the subject"  # kinds of steps
 
 
 class FlowStage(Supervised):
-    """What both have in common: a bank of latents, timesteps, noise, dropped prompts."""
+    """Common part of both: a bank of latents, timesteps, noise, dropped prompts."""
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks, module: nn.Module):
         super().__init__(config, device, ranks, module)
@@ -60,9 +60,8 @@ class FlowStage(Supervised):
         return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
 
     def plan(self, step: int) -> str:
-        """A step on whole clips, or one on many first chunks: what words mean shows there at a fraction of the cost.
-
-        What the rarer words mean, shapes above all, shows about the subject alone, so some are cut down to that.
+        """Kind of step: whole clips; first chunks, which teach the words of captions at a fraction of the cost; or first
+        chunks cropped around the subject, which teach shapes.
         """
         flow = self.config.training.flow
         first, cropped = torch.rand(2, generator=generator(self.config.seed, "first chunk", step)).tolist()
@@ -118,7 +117,7 @@ class Pretrain(FlowStage):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Attributes of sampled clips, and the loss that a wrong word costs, attribute by attribute."""
+        """Attributes of sampled clips, and caption gaps by attribute."""
         score = ScoreModel(self.averaged)
         prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
         frames = teacher_clips(score, self.codec, self.text, prompts, self.geometry, self.config)
@@ -130,10 +129,10 @@ class Pretrain(FlowStage):
 
 
 class TeacherForcing(FlowStage):
-    """A causal student that learns from real pasts: one pass over [past ; noisy], a timestep a chunk.
+    """A causal student conditioned on real context: one pass over [context ; noisy chunks], one timestep per chunk.
 
-    The past is shown at one of `context_timesteps` (drawn a clip), which is how a later chunk finds it in the cache:
-    clean after a refresh pass, at the last timestep of the row under diagonal forcing.
+    The context is noised to one of `context_timesteps` (drawn per clip), as in the KV cache of inference: 0 after a
+    clean pass, the last timestep of the schedule with diagonal forcing.
     """
 
     name = "teacher_forcing"
@@ -145,15 +144,15 @@ class TeacherForcing(FlowStage):
         self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
         self.frame_ids = torch.arange(frames, device=device).repeat(2)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
-        rows = [torch.tensor(self.schedule.timesteps(k)) for k in range(self.chunks)]
-        self.rows = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [chunks, steps], zeros at the end
-        self.row_lengths = torch.tensor([len(row) for row in rows], device=device)
-        self.context_levels = torch.tensor(config.training.flow.context_timesteps, device=device)
+        timesteps = [torch.tensor(self.schedule.timesteps(k)) for k in range(self.chunks)]
+        self.timesteps = nn.utils.rnn.pad_sequence(timesteps, batch_first=True).to(device)  # [chunks, steps], 0-padded
+        self.num_steps = torch.tensor([len(t) for t in timesteps], device=device)
+        self.context_timesteps = torch.tensor(config.training.flow.context_timesteps, device=device)
 
     def _context(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The past as it is shown, its timesteps [B, F], and v of it."""
-        drawn = torch.randint(len(self.context_levels), (len(x0), 1), generator=rng, device=self.device)
-        t = self.context_levels[drawn].expand(-1, x0.shape[1])
+        """The context, noised; its timesteps [B, F]; its target v."""
+        drawn = torch.randint(len(self.context_timesteps), (len(x0), 1), generator=rng, device=self.device)
+        t = self.context_timesteps[drawn].expand(-1, x0.shape[1])
         eps = self._noise(x0, rng)
         return add_noise(x0, eps, t), t, v_target(x0, eps)
 
@@ -162,57 +161,63 @@ class TeacherForcing(FlowStage):
         x0, text = self._clips(step, micro, rng)
         chunks = self.geometry.num_chunks(x0.shape[1])
         t = self._timesteps((len(x0), chunks), rng).repeat_interleave(self.geometry.chunk_frames, dim=1)
-        past, past_t, past_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
+        context, context_t, context_target = self._context(x0[:, :0] if chunks == 1 else x0, rng)
         eps = self._noise(x0, rng)
-        x_t, t, counts = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
+        x_t, t, loss_mask = self._begin_with_image(x0, add_noise(x0, eps, t), t, rng)
         return {
-            "past": past, "past_t": past_t, "past_target": past_target, "past_counts": torch.ones_like(past_t),
-            "x_t": x_t, "t": t, "counts": counts, "target": v_target(x0, eps), "text": self._drop(text, rng),
+            "context": context, "context_t": context_t, "context_target": context_target,
+            "context_mask": torch.ones_like(context_t),
+            "x_t": x_t, "t": t, "loss_mask": loss_mask, "target": v_target(x0, eps), "text": self._drop(text, rng),
         }  # fmt: skip
 
     def _begin_with_image(self, x0: Tensor, x_t: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """x_t and t with the first frame given in a share of clips, and which frames [B, F] count in the loss."""
+        """x_t and t with a conditioning frame in a share of clips, and the mask [B, F] of frames in the loss."""
         given = torch.rand(len(x0), 1, generator=rng, device=self.device) < self.config.training.image_start
         shown, level, _ = self._context(x0[:, :1], rng)
         first = torch.where(given[:, :, None, None, None], shown, x_t[:, :1])
         times = torch.where(given, level, t[:, :1])
-        counts = torch.cat([(~given).float(), torch.ones_like(t[:, 1:])], dim=1)
-        return torch.cat([first, x_t[:, 1:]], dim=1), torch.cat([times, t[:, 1:]], dim=1), counts
+        loss_mask = torch.cat([(~given).float(), torch.ones_like(t[:, 1:])], dim=1)
+        return torch.cat([first, x_t[:, 1:]], dim=1), torch.cat([times, t[:, 1:]], dim=1), loss_mask
 
-    def _both(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor):
-        """v [B, F, C, h, w] of the past and of every chunk, each given the past before it. A first chunk has none."""
-        if not past.shape[1]:
-            return past, module(x_t, t, text)
-        both, times = torch.cat([past, x_t], dim=1), torch.cat([past_t, t], dim=1)
+    def _velocities(self, module: nn.Module, context: Tensor, context_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor):
+        """v [B, F, C, h, w] of the context and of every chunk, conditioned on earlier chunks of the context."""
+        if not context.shape[1]:
+            return context, module(x_t, t, text)
+        both, times = torch.cat([context, x_t], dim=1), torch.cat([context_t, t], dim=1)
         return module(both, times, text, mask=self.mask, frame_ids=self.frame_ids).chunk(2, dim=1)
 
     def _v(self, *args) -> Tensor:
-        return self._both(*args)[1]
+        return self._velocities(*args)[1]
 
-    def _guided(self, module: nn.Module, past: Tensor, past_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def _guided(
+        self, module: nn.Module, context: Tensor, context_t: Tensor, x_t: Tensor, t: Tensor, text: Tensor
+    ) -> Tensor:
         """v of every chunk, float32, with `training.flow.guidance`."""
-        v, guidance = self._v(module, past, past_t, x_t, t, text).float(), self.config.training.flow.guidance
+        v, guidance = self._v(module, context, context_t, x_t, t, text).float(), self.config.training.flow.guidance
         if not guidance:
             return v
         null = self.bank.null.expand_as(text)
-        return v + guidance * (v - self._v(module, past, past_t, x_t, t, null).float())
+        return v + guidance * (v - self._v(module, context, context_t, x_t, t, null).float())
 
-    def loss(self, past, past_t, past_target, past_counts, x_t, t, counts, target, text) -> dict[str, Tensor]:
-        """A noisy past is itself a chunk in its row's last step, so its own error counts too."""
-        v_past, v = self._both(self.module, past, past_t, x_t, t, text)
-        noisy = (past_t > 0).float() * past_counts
-        past_error = (v_past.float() - past_target).square().mean((2, 3, 4))
-        past_loss = (past_error * noisy).sum() / noisy.sum().clamp_min(1)
+    def loss(
+        self, context: Tensor, context_t: Tensor, context_target: Tensor, context_mask: Tensor, x_t: Tensor, t: Tensor,
+        loss_mask: Tensor, target: Tensor, text: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Noisy context is a chunk at its last denoising step, so its error is part of the loss."""
+        v_context, v = self._velocities(self.module, context, context_t, x_t, t, text)
+        noisy = (context_t > 0).float() * context_mask
+        context_error = (v_context.float() - context_target).square().mean((2, 3, 4))
+        context_loss = (context_error * noisy).sum() / noisy.sum().clamp_min(1)
         error = (v.float() - target).square().mean((2, 3, 4))
-        loss = (error * counts).sum() / counts.sum()
+        loss = (error * loss_mask).sum() / loss_mask.sum()
         return {
-            "loss": loss + CONTEXT_LOSS_WEIGHT * past_loss,
-            "chunk_loss": loss, "past_loss": past_loss,
+            "loss": loss + CONTEXT_LOSS_WEIGHT * context_loss,
+            "chunk_loss": loss, "past_loss": context_loss,
         }  # fmt: skip
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Attributes of clips generated along `schedule`, as inference does it."""
+        """Attributes of clips generated as in inference."""
         prompts = self.world.prompts(self.config.seed + 1, self.config.training.validation_clips)
         frames = causal_clips(self.averaged, self.codec, self.text, prompts, self.schedule, self.config)
         return evaluate_clips(prompts, frames, folder / f"{self.name}_{step:06d}.png")

@@ -62,25 +62,25 @@ def test_all_kinds_of_steps_come_up_and_learn(tiny_assets, kind, stage):
 def test_a_first_chunk_alone_is_what_it_is_in_a_clip(tiny_assets):
     made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing"), CPU, Ranks())
     batch = made.batch(0, 0)
-    keep = {name: batch[name] for name in ("past", "past_t", "x_t", "t", "text")}
+    keep = {name: batch[name] for name in ("context", "context_t", "x_t", "t", "text")}
     with torch.no_grad():
-        whole = made._both(made.module, **keep)[1][:, :3]
+        whole = made._velocities(made.module, **keep)[1][:, :3]
         alone = {name: value[:, :3] if name in ("x_t", "t") else value[:, :0] for name, value in keep.items()}
-        first = made._both(made.module, **(alone | {"text": keep["text"]}))[1]
+        first = made._velocities(made.module, **(alone | {"text": keep["text"]}))[1]
     torch.testing.assert_close(first, whole, atol=1e-5, rtol=0)
 
 
-def test_a_noisy_past_is_graded_and_a_clean_one_is_not(tiny_assets):
+def test_noisy_context_is_in_the_loss_and_clean_context_is_not(tiny_assets):
     """Independent: the loss put together from the network's output, clip by clip."""
     made = TeacherForcing(flow_config(tiny_assets, "teacher_forcing"), CPU, Ranks())
     batch = made.batch(0, 0)
-    batch["past_t"] = torch.tensor([0.0, 357.0])[:, None].expand(-1, 12).contiguous()
-    batch["counts"] = torch.ones_like(batch["t"])
+    batch["context_t"] = torch.tensor([0.0, 357.0])[:, None].expand(-1, 12).contiguous()
+    batch["loss_mask"] = torch.ones_like(batch["t"])
     with torch.no_grad():
         logs = made.loss(**batch)
-        sequence = torch.cat([batch["past"], batch["x_t"]], 1), torch.cat([batch["past_t"], batch["t"]], 1)
+        sequence = torch.cat([batch["context"], batch["x_t"]], 1), torch.cat([batch["context_t"], batch["t"]], 1)
         v = CausalWanModel.forward(made.module, *sequence, batch["text"], mask=made.mask, frame_ids=made.frame_ids)
-    torch.testing.assert_close(logs["past_loss"], F.mse_loss(v[1, :12], batch["past_target"][1]))
+    torch.testing.assert_close(logs["past_loss"], F.mse_loss(v[1, :12], batch["context_target"][1]))
     torch.testing.assert_close(logs["loss"], F.mse_loss(v[:, 12:], batch["target"]) + 0.5 * logs["past_loss"])
 
 
@@ -92,7 +92,7 @@ def test_a_given_first_frame_is_shown_as_the_context_shows_it_and_not_graded(tin
         batch = made.batch(0, 0)
         assert torch.equal(batch["x_t"][:, 0], x0[:, 0]) == (share == 1)
         assert (batch["t"][:, 0] == 0).all() == (share == 1) and (batch["t"][:, 1:] > 0).all()
-        assert (batch["counts"][:, 0] == 1 - share).all() and (batch["counts"][:, 1:] == 1).all()
+        assert (batch["loss_mask"][:, 0] == 1 - share).all() and (batch["loss_mask"][:, 1:] == 1).all()
         before = made.loss(**batch)["chunk_loss"]
         batch["target"] = batch["target"].clone()
         batch["target"][:, 0] += 1
@@ -107,7 +107,7 @@ def few_steps(tiny_assets, **flow) -> FewSteps:
 def test_timesteps_of_the_schedule(tiny_assets):
     made = few_steps(tiny_assets, self_rollout_ratio=0.5)
     batches = [made.batch(step, 0) for step in range(40)]
-    t, before = (torch.cat([batch[name] for batch in batches]).view(-1, 4, 3) for name in ("t", "before"))
+    t, before = (torch.cat([batch[name] for batch in batches]).view(-1, 4, 3) for name in ("t", "previous_t"))
     assert (t == t[:, :, :1]).all()
     for chunk in range(4):
         row = made.schedule.timesteps(chunk)
@@ -131,52 +131,52 @@ def test_after_a_change_of_prompt_the_loss_begins(tiny_assets):
             if from_bank:
                 assert torch.equal(batch["text"][clip], made.switched.text[from_bank[0]])
             late = [float(frame >= at) for frame in range(12)]
-            assert batch["counts"][clip].tolist() == batch["past_counts"][clip].tolist() == late
-            assert batch["own"][clip].tolist() == [frame >= max(at, 3) for frame in range(12)]
-        ready = made._own(**batch)
+            assert batch["loss_mask"][clip].tolist() == batch["context_mask"][clip].tolist() == late
+            assert batch["self_rollout"][clip].tolist() == [frame >= max(at, 3) for frame in range(12)]
+        ready = made._roll_out(**batch)
         before = made.loss(**batch)
-        for name in ("target", "past_target"):
-            wrong = torch.where(batch["counts"][:, :, None, None, None] > 0, ready[name], torch.inf)
+        for name in ("target", "context_target"):
+            wrong = torch.where(batch["loss_mask"][:, :, None, None, None] > 0, ready[name], torch.inf)
             ready[name] = wrong.nan_to_num(posinf=1e3)
         after = super(FewSteps, made).loss(**ready)
         assert torch.equal(before["loss"], after["loss"])
     assert seen == {True, False}
 
 
-def test_chunks_of_ones_own(tiny_assets):
+def test_self_rollout_predicts_chunks_from_the_step_before(tiny_assets):
     """Independent: chunk after chunk through the bidirectional network, which a chunk with its past alone is."""
     made = few_steps(tiny_assets, self_rollout_ratio=1.0)
     batch = next(b for b in map(lambda step: made.batch(step, 0), range(50)) if (b["t"][:, 6] < 900).all())
-    own = made._own(**batch)
-    for name, given in (("past", "past"), ("x_t", "first")):
+    own = made._roll_out(**batch)
+    for name, given in (("context", "context"), ("x_t", "x_previous")):
         assert torch.equal(own[name][:, :3], batch[given][:, :3])
-    seen = torch.cat([batch["past"][:, :6], batch["first"][:, 6:9]], 1)
-    times = torch.cat([batch["past_t"][:, :6], batch["before"][:, 6:9]], 1)
+    seen = torch.cat([batch["context"][:, :6], batch["x_previous"][:, 6:9]], 1)
+    times = torch.cat([batch["context_t"][:, :6], batch["previous_t"][:, 6:9]], 1)
     mask = chunk_causal_mask(made.geometry, 9, CPU)
     with torch.no_grad():
         v = CausalWanModel.forward(made.module, seen, times, batch["text"], mask=mask)[:, 6:]
-    x0 = batch["first"][:, 6:9] - v * (batch["before"][:, 6:9] / 1000)[:, :, None, None, None]
+    x0 = batch["x_previous"][:, 6:9] - v * (batch["previous_t"][:, 6:9] / 1000)[:, :, None, None, None]
     level = (batch["t"][:, 6:9] / 1000)[:, :, None, None, None]
     expected = (1 - level) * x0 + level * batch["eps"][:, 6:9]
     torch.testing.assert_close(own["x_t"][:, 6:9], expected, atol=1e-4, rtol=0)
-    shown = (1 - 0.357142857) * x0 + 0.357142857 * batch["past_eps"][:, 6:9]
-    torch.testing.assert_close(own["past"][:, 6:9], shown, atol=1e-4, rtol=0)
-    for state, target, t in (("x_t", "target", "t"), ("past", "past_target", "past_t")):
+    shown = (1 - 0.357142857) * x0 + 0.357142857 * batch["context_eps"][:, 6:9]
+    torch.testing.assert_close(own["context"][:, 6:9], shown, atol=1e-4, rtol=0)
+    for state, target, t in (("x_t", "target", "t"), ("context", "context_target", "context_t")):
         real = own[state] - own[target] * (own[t] / 1000)[:, :, None, None, None]
         torch.testing.assert_close(real, batch["x0"], atol=1e-4, rtol=0)
 
 
-def test_without_own_chunks_it_is_flow_matching(tiny_assets):
+def test_without_self_rollout_it_is_flow_matching(tiny_assets):
     made = few_steps(tiny_assets)
     batch = made.batch(0, 0)
-    same = ("past", "past_t", "past_counts", "t", "counts", "text")
-    plain = {name: batch[name] for name in same} | {"x_t": batch["first"]}
-    noise = (batch["first"] - batch["x0"]) / (batch["t"] / 1000)[:, :, None, None, None] + batch["x0"]
-    past_noise = (batch["past"] - batch["x0"]) / 0.357142857 + batch["x0"]
+    same = ("context", "context_t", "context_mask", "t", "loss_mask", "text")
+    plain = {name: batch[name] for name in same} | {"x_t": batch["x_previous"]}
+    noise = (batch["x_previous"] - batch["x0"]) / (batch["t"] / 1000)[:, :, None, None, None] + batch["x0"]
+    context_noise = (batch["context"] - batch["x0"]) / 0.357142857 + batch["x0"]
     with torch.no_grad():
         ours = made.loss(**batch)
         theirs = TeacherForcing.loss(
-            made, **plain, target=noise - batch["x0"], past_target=past_noise - batch["x0"]
+            made, **plain, target=noise - batch["x0"], context_target=context_noise - batch["x0"]
         )
     torch.testing.assert_close(ours["loss"], theirs["loss"])
 
@@ -200,7 +200,7 @@ def test_first_chunks_from_trajectories(tiny_assets):
     first, whole = made.batch(plans.index(FIRST), 0), made.batch(plans.index(WHOLE), 0)
     end = first["x_t"] - first["target"] * (first["t"] / 1000)[:, :, None, None, None]
     assert all(any(torch.allclose(e, s.float(), atol=1e-4) for s in made.states[:, -1]) for e in end)
-    assert not whole["counts"][:, :3].any() and whole["counts"][:, 3:].all()
+    assert not whole["loss_mask"][:, :3].any() and whole["loss_mask"][:, 3:].all()
     for kind in (FIRST, WHOLE):
         assert made.update(plans.index(kind))["gradient_norm"] > 0
 
