@@ -1,4 +1,4 @@
-"""Knobs of stage `distill`: distribution matching along the diagonal schedule."""
+"""Settings of stage `distill`: distribution matching along the diagonal schedule."""
 
 from dataclasses import dataclass, field
 
@@ -21,9 +21,10 @@ class FlowLossConfig:
 
     weight: float = number(4.0, 0, 1_000_000)  # lambda_flow; 0 = off
     half: bool = True  # the factor 1/2 that the spatial loss has, too; false: as in commit 24ef1c9
-    frame_weights: bool = True  # later frames, and those after more of the error, count more
-    frame_error: str = "motion"  # of the critic's motion; release: of the loss's gradient against the latents
-    gradient_cut: bool = False  # true: as in commit 4ea418d and before, which moves nothing; for comparison only
+    frame_weights: bool = True  # weight frames by position and accumulated error
+    # error that frame weights depend on: of the critic's motion, or (release) of the gradient against the latents
+    frame_error: str = "motion"
+    gradient_cut: bool = False  # true: no gradient, as up to commit 4ea418d; for comparison only
 
     def __post_init__(self):
         check_bounds("training.distill.flow", self)
@@ -32,19 +33,20 @@ class FlowLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MotionRegressionConfig:
-    """Regression of motion on a frozen copy of the student that training starts from, through a trained head.
+    """Regression of motion on the frozen initial student, through a trained head.
 
-    As in diagdistill's commit 24ef1c9, whose values the defaults are but for the weight, 1 there. The head is a network
-    of `layers` convolutions over single frames of motion; that of the target is its average.
+    As in diagdistill's commit 24ef1c9; so are the defaults, except for the weight (1 there). The head has `layers`
+    convolutions over single frames of motion; the target's head is its EMA.
     """
 
     weight: float = number(0.0, 0, 1_000_000)  # times gamma; 0 = off
     layers: int = number(2, 1, 16)
     hidden: int = number(64, 1, 4096)  # channels between them
     kernel: int = number(1, 1, 15)  # pixels of a latent frame, odd
-    decay: float = number(0.95, 0, 1)  # of the average
+    decay: float = number(0.95, 0, 1)  # of the EMA
     lr: float = number(1e-4, 0, 10)  # of the head
-    timesteps: list[float] = number([1000.0, 750.0, 500.0, 250.0], 1, 1000)  # of the copy, in every chunk, un-warped
+    # of the initial student in every chunk, un-warped
+    timesteps: list[float] = number([1000.0, 750.0, 500.0, 250.0], 1, 1000)
 
     def __post_init__(self):
         check_bounds("training.distill.motion_regression", self)
@@ -60,17 +62,17 @@ class MotionRegressionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LongConfig:
-    """Long tuning: rollouts of more chunks than the loss looks at. Off at 0."""
+    """Long tuning: rollouts of more chunks than the loss window has. Off at 0."""
 
     # latent frames of the longest rollout; 0 = video.num_latent_frames, no long tuning
     max_frames: int = number(0, 0, 100_000)
     # of the shortest; 0 = video.num_latent_frames. Each step draws a whole number of chunks
     min_frames: int = number(0, 0, 100_000)
-    # share of rollouts whose prompt changes before the window that the loss looks at
+    # share of rollouts whose prompt changes before the loss window
     switch_share: float = number(0.0, 0, 1)
     rollout: str = "inference"  # before the window as inference; release: Self-Forcing (trainer/distill/long_tuning.py)
-    reencode_first: bool = True  # the window's first latent is encoded again as an image, as a clip's first one is
-    decode_frames: int = number(6, 0, 1024)  # latent frames decoded for that image, itself last; 0 = all up to it
+    reencode_first: bool = True  # re-encode the window's first latent as an image, like the first latent of a clip
+    decode_frames: int = number(6, 0, 1024)  # latents decoded for that image, itself the last; 0 = all before it, too
 
     def __post_init__(self):
         check_bounds("training.distill.long", self)
@@ -99,10 +101,10 @@ def _critic_optimizer() -> OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """A step is one critic update; every `dfake_gen_update_ratio`-th step begins with one of the generator."""
+    """A step is one critic update; every `dfake_gen_update_ratio`-th step begins with a generator update."""
 
     dfake_gen_update_ratio: int = number(5, 1, 1_000_000)  # critic updates for each of the generator
-    # critic updates before the generator's first: a critic that starts from the teacher lags
+    # critic updates before the first generator update, since a critic that starts from the teacher lags
     critic_warmup: int = number(0, 0, 1_000_000_000)
     critic_optimizer: OptimizerConfig = field(default_factory=_critic_optimizer)  # the student: training.optimizer
 
@@ -111,7 +113,7 @@ class DistillConfig:
     gamma: float = number(1.0, 0, 1_000_000)  # weight of motion against space
     flow: FlowLossConfig = field(default_factory=FlowLossConfig)
     motion_regression: MotionRegressionConfig = field(default_factory=MotionRegressionConfig)
-    regression_weight: float = number(1.0, 0, 1_000_000)  # of L_reg and L_reg^F, which are on when `pairs` is given
+    regression_weight: float = number(1.0, 0, 1_000_000)  # of L_reg and L_reg^F, which are on if `pairs` is given
     pairs: str | None = None  # teacher's trajectories: a folder or LMDB made by scripts/generate_ode_pairs.py
 
     # teacher and critic
@@ -120,21 +122,21 @@ class DistillConfig:
     fake_guidance: float = number(0.0, 0, 1000)  # the same for the critic
     negative_prompt: str = ""  # text of the branch without the prompt
     teacher_fp8: bool = False  # the teacher's large linears in float8: 17 GB of 14B, not 29; scores a few percent off
-    # timesteps are drawn evenly in un-warped time, then shifted, for teacher and critic alike
+    # timesteps of teacher and critic are drawn evenly in un-warped time, then shifted
     shift: float = number(5.0, 1, 100)
     min_timestep: float = number(20.0, 1, 1000)  # then clamped to
     max_timestep: float = number(980.0, 1, 1000)
 
     # the rollout
-    exit: str = "random"  # step with the gradient: random (one share of every chunk's row, drawn a step), last, release
-    rollout_context: str = "inference"  # later chunks see what inference leaves; release = re-noise the exit's x0
+    exit: str = "random"  # step with the gradient: random (one relative position for all chunks), last, release
+    rollout_context: str = "inference"  # context mode of inference; release = re-noise the exit's x0
     context_noise: float = number(100.0, 0, 1000)  # of release: to this timestep, not warped; 0 in commit 4ea418d
-    context_grad: bool = True  # the loss of later chunks reaches earlier ones through their keys and values
+    context_grad: bool = True  # gradients of later chunks reach earlier ones through their keys and values
     long: LongConfig = field(default_factory=LongConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fast_rollout: bool = False  # rollouts for the critic by inference's fast student, a copy in training.precision
+    fast_rollout: bool = False  # critic's rollouts by the fast student of inference, a copy in training.precision
 
-    # what it is fed and what is looked at
+    # prompts and validation
     prompts: str | None = None  # text file, one a line; None = training.bank_clips prompts of the tiny world
     encode_ahead: bool = True  # embed all prompts before the first step and keep them on the device
     encoded_prompts: str | None = None  # folder of scripts/encode_prompts.py; no text encoder is loaded then
@@ -153,7 +155,7 @@ class DistillConfig:
         return self.generator_updates(step + 1) > self.generator_updates(step)
 
     def same_student(self, step: int, steps: int) -> tuple[int, int]:
-        """From the last step up to `step` that begins with one to the next that does, or to the end of `steps`."""
+        """The range of steps around `step` without a generator update in between; it ends at `steps` at the latest."""
         start = next((s for s in range(step, 0, -1) if self.updates_generator(s)), 0)
         return start, next((s for s in range(step + 1, steps) if self.updates_generator(s)), max(steps, step + 1))
 
@@ -168,8 +170,8 @@ class DistillConfig:
             )
         if self.fast_rollout and self.lora.student_rank:
             raise UserError(
-                f"training.distill.fast_rollout=true copies a student that is trained whole, and training.distill.lora."
-                f"student_rank={self.lora.student_rank} trains adapters; set fast_rollout=false or student_rank=0"
+                f"training.distill.fast_rollout=true copies a student that is fully fine-tuned, and training.distill."
+                f"lora.student_rank={self.lora.student_rank} trains adapters; set fast_rollout=false or student_rank=0"
             )
         if not self.spatial_weight and not (self.gamma and self.flow.weight):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exception for errors of the user."""
 
 from pathlib import PurePath
 from typing import Any
@@ -7,9 +7,9 @@ SHOWN = 80  # characters of a value in a sentence
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message is one sentence naming the field, its value and a fix.
+    """Invalid input; the message is one sentence with the field, its value and a fix.
 
-    Entry points print the message and exit with code 2. Everything else that is raised is our own mistake.
+    Entry points print the message and exit with code 2. Any other exception is a bug.
     """
 
 

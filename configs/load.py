@@ -4,9 +4,8 @@ A YAML file may start from another one: `base: tiny.yaml` (relative to the file 
 over earlier: defaults of the schema, the base, the file, the overrides. Lists are replaced, sections are merged. A
 folder that `DiagonalPipeline.save_pretrained` has written stands for its pipeline.json and its weights.
 
-Values are read as they are written, and it is the schema that says what they are: `010` is ten where a number belongs
-and the text 010 elsewhere, `on` is true where a switch belongs. There are no tags, aliases or `${...}`: a file of a
-stranger states values and can do nothing else.
+Scalars are interpreted by the type of their setting: `010` is ten for a number and the text 010 elsewhere, `on` is true
+for a boolean. Tags, aliases and `${...}` are refused, so untrusted files can only state values.
 """
 
 import dataclasses
@@ -84,10 +83,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def as_meant(values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, where a stored tree names a preset whose meaning has changed, with the name of what it meant then.
+    """`values` with a preset whose meaning has changed under its dated name, if they are a stored tree.
 
-    What is stored has every key and, since presets are dated, a date: `release` there is from before and was the
-    release of March 2026. In a file that somebody wrote it is today's.
+    A stored tree has every key. `release` in it was stored before presets were dated and means the release of March
+    2026; in a hand-written file it means today's.
     """
     schedule = values.get("schedule")
     if not isinstance(schedule, dict) or not STORED <= schedule.keys() or schedule["preset"] != "release":
@@ -97,9 +96,9 @@ def as_meant(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_context(groups: list[list[dict[str, Any]]]) -> None:
-    """Refuse a stream.context that has no effect because a preset's own goes before it; what is stored has both.
+    """Refuse a stream.context that a preset overrides; stored trees may have both.
 
-    groups: layers, together where their order means nothing.
+    groups: lists of layers; within a list the order is irrelevant.
     """
     preset = context = None
     for group in groups:
@@ -133,7 +132,7 @@ def presets() -> list[str]:
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
-    """Contents of `path` and of the bases under it, the undermost first. `seen` are the files that led here."""
+    """Contents of `path` and of its bases, the lowest base first. seen: files that led here."""
     file = path if path.exists() else CHECKOUT / path
     if file.is_dir():
         if not (file / PIPELINE).is_file():
@@ -161,7 +160,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
 
 
 class _Loader(yaml.BaseLoader):
-    """Scalars stay text but for null and whole numbers in their plainest form; no aliases, no tags, no key twice."""
+    """Scalars stay text except null and plain integers; aliases, tags and duplicate keys are refused."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
@@ -188,7 +187,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def _parse(text: str, where: str) -> Any:
-    """The value of a YAML text; UserError beginning with `where` for what is none, or can be no setting."""
+    """The value of a YAML text; UserError starting with `where` for invalid YAML."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -291,9 +290,9 @@ def _check(values: dict, section: type, prefix: str) -> dict:
 
 
 def _check_text(name: str, value: Any) -> None:
-    """Refuse text that no setting can hold, in `value` and in what it contains, keys included."""
+    """Refuse text that no setting can hold, in `value` and in everything nested in it, keys included."""
     for part in _texts(value):
-        if "${" in part or part == "???":  # what OmegaConf would fill in: resolvers read the environment
+        if "${" in part or part == "???":  # OmegaConf interpolation, whose resolvers read the environment
             raise UserError(f"{name}={shown(part)} is not filled in here; write the value out")
         if "\0" in part:
             raise UserError(f"{name} holds a NUL character; give plain text")
@@ -314,7 +313,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _unknown(name: str) -> str:
-    """What to say of a key that does not exist: the nearest one that does, by its whole name or by its last part."""
+    """Message for an unknown key, with the nearest known key by full name or last part."""
     known = list(_fields(Config, ""))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if not near:
@@ -368,7 +367,7 @@ def _leaves(values: dict, fields: dict[str, Any], prefix: str) -> Iterator[tuple
 
 
 def _type_name(hint: Any) -> str:
-    """A type as a person would say it: `an integer`, `text or null`, `a list of lists of numbers`."""
+    """A type in words: `an integer`, `text or null`, `a list of lists of numbers`."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if hint in words:
         return words[hint]

@@ -1,4 +1,4 @@
-"""Knobs of one optimiser."""
+"""Settings of an optimizer."""
 
 from dataclasses import dataclass
 

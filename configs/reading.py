@@ -1,4 +1,4 @@
-"""Files that are read: whether they can be, before one is opened."""
+"""Checks of input files before they are opened."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from configs.errors import UserError
 def ordinary_file(
     field: str, path: str | os.PathLike, most: int | None = None, *, fix: str = "give another path"
 ) -> int:
-    """The bytes of a file, if it can be read to its end.
+    """The size of a regular, readable file in bytes.
 
     Raises:
         UserError: it is missing, no ordinary file (opening a pipe waits for ever, a device has no end), may not be

@@ -1,7 +1,7 @@
-"""Every knob, typed, with its unit and its default, once.
+"""Every setting with its type, unit and default, defined once.
 
 `configs.load.load_config` reads YAML and `key.sub=value` overrides into this tree. A value is checked here, when the
-tree is built, and never again. Sizes of a network (layers, heads, widths) are not knobs: they come with its weights,
+tree is built, and never again. Sizes of a network (layers, heads, widths) are not settings: they come with its weights,
 in the `config.json` beside them.
 """
 
@@ -58,7 +58,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How a clip is cut into chunks and what a chunk sees of the past."""
+    """How a clip is divided into chunks, and the context of a chunk."""
 
     chunk_frames: int = number(3, 1, 1024)  # latent frames denoised together
     # latent frames that attention sees, sink and current chunk included; 0 = all
@@ -69,7 +69,7 @@ class StreamConfig:
     context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
     context_timestep: float = number(0.0, 0, 1000)  # timestep of the extra pass of `renoise`; `clean` always uses 0
     context_by_chunk: dict[int, str] = number({}, 0, 100_000)  # exceptions, e.g. {0: clean}
-    switch: str = "recache"  # how a new prompt comes in (pipeline/switch.py): recache, recache_window, blend, cut
+    switch: str = "recache"  # handling of a new prompt (pipeline/switch.py): recache, recache_window, blend, cut
     switch_chunks: int = number(3, 1, 10_000)  # chunks that a blend takes
 
     def __post_init__(self):

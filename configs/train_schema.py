@@ -1,4 +1,4 @@
-"""Knobs of `train.py`, a section of the tree in configs/schema.py."""
+"""Settings of `train.py`, a section of the tree in configs/schema.py."""
 
 from dataclasses import dataclass, field
 
@@ -17,24 +17,24 @@ LOGGERS = ("wandb", "tensorboard")
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Flow matching: which timesteps are drawn, and what the past looks like to a causal student."""
+    """Flow matching: timesteps, and the context of a causal student."""
 
     shift: float = number(5.0, 1, 100)  # timesteps are drawn evenly in un-warped time, then shifted
     text_dropout: float = number(0.1, 0, 1)  # share of samples trained without a prompt, for guidance
-    context_timesteps: list[float] = number([0.0], 0, 1000)  # causal: noise level of the past, one drawn
+    context_timesteps: list[float] = number([0.0], 0, 1000)  # causal: noise level of the context, drawn per clip
     # pretrain, teacher_forcing, few_steps: share of steps on first chunks alone
     first_chunk_share: float = number(0.0, 0, 1)
     first_chunk_batch: int = number(64, 1, 1_000_000)  # clips in a micro-batch of such a step
     # first chunks made ahead for such steps; 0 = those of the whole clips
     first_chunk_clips: int = number(0, 0, 10_000_000)
-    # few_steps: first chunks of a many-step student, learnt in place of real ones
+    # few_steps: trajectories of a many-step student's first chunks, used instead of real first chunks
     first_chunk_trajectories: int = number(0, 0, 10_000_000)
     crop_share: float = number(0.0, 0, 1)  # the same stages: share of those on a square around the subject
     crop: int = number(6, 2, 1024)  # latent cells: side of that square, even
     crop_batch: int = number(160, 1, 1_000_000)  # clips in a micro-batch of such a step
-    # few_steps: share of clips whose chunks, but for the first, are the student's own
+    # few_steps: share of clips whose chunks, except the first, are the student's own predictions
     self_rollout_ratio: float = number(0.5, 0, 1)
-    switched_share: float = number(0.0, 0, 1)  # few_steps: share of clips whose prompt changes on the way
+    switched_share: float = number(0.0, 0, 1)  # few_steps: share of clips whose prompt changes
     switched_clips: int = number(2048, 1, 10_000_000)  # such clips made ahead
     bank_cache: str | None = None  # folder that keeps encoded clips for later runs, from the checkout on; None = none
     ode_interval: float = number(50.0, 1, 1000)  # Euler step of a teacher's trajectory, in un-warped time
@@ -49,9 +49,9 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecLossConfig:
-    """Codec training on the tiny world: what is shown, and the weights of the loss terms."""
+    """Codec training on the tiny world: training clips and weights of the loss terms."""
 
-    clip_frames: list[int] = number([17], 1, 10_001)  # lengths of training clips, each 1 + 4 n; one a step
+    clip_frames: list[int] = number([17], 1, 10_001)  # lengths of training clips, each 1 + 4 n; one is drawn per step
     # pixels: side of a square around the subject, where there is something to learn; 0 = whole frames
     crop: int = number(0, 0, 8192)
     gradient: float = number(0.5, 0, 1_000_000)  # L1 between spatial finite differences, for sharp edges
@@ -63,7 +63,7 @@ class CodecLossConfig:
     chroma: float = number(20.0, 0, 1_000_000)
     kl: float = number(1e-5, 0, 1_000_000)  # KL to the unit normal, mean over latent values
     stills: float = number(0.0, 0, 1)  # world_vae: share of the steps, the first ones, that see single frames alone
-    decoder_only: bool = False  # the encoder stays as it is, and so do the latents that other networks have learnt
+    decoder_only: bool = False  # freeze the encoder, so that latents stay the same
 
     def __post_init__(self):
         check_bounds("training.codec", self)
@@ -78,7 +78,7 @@ class TrainingConfig:
     """One stage of training."""
 
     stage: str = "pretrain"
-    steps: int = number(1000, 1, 1_000_000_000)  # optimiser steps
+    steps: int = number(1000, 1, 1_000_000_000)  # optimizer steps
     global_batch: int = number(64, 1, 1_000_000)  # samples a step, over all ranks and accumulated micro-batches
     micro_batch: int = number(64, 1, 1_000_000)  # samples a forward pass on one rank
     bank_clips: int = number(4096, 1, 10_000_000)  # tiny world: clips made ahead and drawn from
@@ -88,14 +88,14 @@ class TrainingConfig:
     image_start: float = number(0.0, 0, 1)
     init: dict[str, str] = field(default_factory=dict)  # module -> weights, or a config.json for fresh ones
     ema_decay: float = number(0.999, 0, 1)
-    ema_start_step: int = number(200, 0, 1_000_000_000)  # before this step the average is the weights themselves
-    precision: str = "auto"  # of activations under autocast; weights and optimiser stay float32
+    ema_start_step: int = number(200, 0, 1_000_000_000)  # before this step the EMA is a copy of the weights
+    precision: str = "auto"  # of activations under autocast; weights and optimizer state stay float32
     compile: bool = False  # torch.compile the repeated blocks (distill: but for self-attention)
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
     attention: str = "auto"  # distill: kernel of all networks; auto = cuDNN in half precision on Hopper and newer
     checkpointing: bool = False  # distill: recompute blocks in the backward pass (critic's: but for self-attention)
-    sharding: str = "none"  # over ranks: none (each holds all), full (FSDP2 by block), hybrid (within groups of ranks)
-    # hybrid: ranks of a group, which together hold one copy of everything; 0 = those of a machine
+    sharding: str = "none"  # over ranks: none (replicated), full (FSDP2), hybrid (FSDP2 within groups of ranks)
+    # hybrid: ranks of a group, which share one copy of everything; 0 = those of a machine
     shard_ranks: int = number(0, 0, 100_000)
     timeout_s: float = number(900.0, 1, 604_800)  # seconds that a rank waits for the others before it ends the run
     # ranks that share each sample's tokens and heads; the rest of them see other samples
@@ -145,7 +145,7 @@ class TrainingConfig:
             raise UserError(f"training.sequence_parallel={n} is for stage distill; use 1 for stage {self.stage}")
         if self.sharding != "none" and (self.optimizer.muon_lr or self.distill.critic_optimizer.muon_lr):
             raise UserError(
-                f"training.sharding={self.sharding} cuts the matrices that muon_lr moves whole; set muon_lr to 0"
+                f"training.sharding={self.sharding} shards the matrices that Muon needs in full; set muon_lr to 0"
             )
         if self.distill.fast_rollout and self.cuda_graphs:
             raise UserError(

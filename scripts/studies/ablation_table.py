@@ -1,4 +1,4 @@
-"""The ablation's rows as a table, and what is hoped of the distilled student."""
+"""The rows of the ablation as a table, and goals of the distilled student."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,8 +1,8 @@
-"""What a row of the ablation is measured by: clips of many captions, made in batches, compared with rendered ones.
+"""Measures of the ablation: clips of many captions, generated in batches and compared with rendered ones.
 
-Captions are balanced over all attributes; the same captions, seeds and noise serve every row. A caption that states
-everything leaves open where the subject starts; for the spread of headings another set says neither where it goes nor
-how fast. Columns are `Interval`s of 95%: Wilson's for shares, the normal one for means, a bootstrap's for sets.
+Captions are balanced over all attributes; every row uses the same captions, seeds and noise. A full caption leaves the
+start position open; for the spread of headings a second set states neither direction nor speed. Columns are 95%
+`Interval`s: Wilson's for shares, the normal one for means, a bootstrap's for sets.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What the stages are fed: clips of the tiny world, made ahead on the training device and drawn at random."""
+"""Training data of the stages: clips of the tiny world, rendered ahead on the training device and drawn at random."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def draw(clips: int, count: int, seed: int, step: int, rank: int, device: torch.
 
 
 class PixelBank:
-    """Clips as uint8, which start anywhere in their scene's life, so that edges are crossed too.
+    """Clips as uint8, starting at random times of their scenes, so that edges are crossed, too.
 
     `pixels` [N, T, 3, H, W] on the training device; `scenes` as they are at frame 0.
     """
@@ -72,7 +72,7 @@ class LatentBank:
 
     `latents` [N, F, C, h, w] and `text` [N, L, D] on the training device; `scenes` says what each clip shows and
     `starts` [N, 2] where its subject begins, (x, y) in pixels.
-    cache: folder in which latents are kept for later runs that want the same clips through the same VAE.
+    cache: folder that stores latents for later runs with the same clips and VAE.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class SwitchedBank:
     """Clips whose prompt changes at the border of a chunk: `latents` [N, F, C, h, w], `text` [N, L, D] of the later
     prompt, and `switch` [N], the latent frame with which it begins.
 
-    That is what a stream is to the student from the change on: its past is kept and put in the cache again under the
-    new prompt (LongLive, arXiv 2509.22622). What is to be seen then follows from the prompt, where from the past.
+    This is a stream after the change: its context is recached under the new prompt (LongLive, arXiv 2509.22622).
+    Appearance then follows the prompt, position the context.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class SwitchedBank:
 
 
 def _captions(text: TextEncoder, scenes: Sequence[TinyScene], open_share: float = 0.0) -> Tensor:
-    """[N, L, D]: what the scenes show, in varied words."""
+    """[N, L, D]: varied captions of the scenes."""
     captions = [training_caption(scene, open_share=open_share) for scene in scenes]
     return torch.cat([text(captions[i : i + 64]) for i in range(0, len(captions), 64)])
 
@@ -161,7 +161,7 @@ def encoded_clips(
 
 
 def _encoder_digest(codec: WanCodec, dtype: torch.dtype) -> bytes:
-    """A hash of all that latents depend on beside the pixels; the decoder may change."""
+    """A hash of everything that latents depend on besides pixels; the decoder is left out."""
     config = codec.vae.config
     digest = hashlib.sha256(repr((dtype, config.latents_mean, config.latents_std)).encode())
     for name, value in sorted(codec.vae.state_dict().items()):
@@ -171,7 +171,7 @@ def _encoder_digest(codec: WanCodec, dtype: torch.dtype) -> bytes:
 
 
 def _kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives, or gave to this file before."""
+    """The result of `make`, cached in a file."""
     if path.exists():
         return load_file(path)["latents"]
     latents = make()

@@ -60,8 +60,8 @@ class FlowStage(Supervised):
         return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
 
     def plan(self, step: int) -> str:
-        """Kind of step: whole clips; first chunks, which teach the words of captions at a fraction of the cost; or first
-        chunks cropped around the subject, which teach shapes.
+        """Kind of step: whole clips; first chunks, which teach the words of captions at a fraction of the cost; or
+        first chunks cropped around the subject, which teach shapes.
         """
         flow = self.config.training.flow
         first, cropped = torch.rand(2, generator=generator(self.config.seed, "first chunk", step)).tolist()

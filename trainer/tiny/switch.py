@@ -1,4 +1,4 @@
-"""Scenes of the tiny world whose prompt changes while they run."""
+"""Scenes of the tiny world with a change of prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from trainer.tiny.world import TinyScene, TinyWorld, velocity
 
 @dataclass(frozen=True)
 class SwitchedScene:
-    """`before` until `frame`, `after` from it on; the subject is where it was."""
+    """`before` until `frame`, `after` from it on; the subject keeps its position."""
 
     before: TinyScene
     after: TinyScene
@@ -21,7 +21,7 @@ class SwitchedScene:
 
 
 def switched_scene(world: TinyWorld, scene: TinyScene, frame: int, rng: np.random.Generator) -> SwitchedScene:
-    """The scene with other attributes from `frame` on: one for certain, and each of the rest in one case of three."""
+    """The scene with new attributes from `frame` on: one always, each other one with probability 1/3."""
     certain = ATTRIBUTES[int(rng.integers(len(ATTRIBUTES)))]
     changed = {name: vars(scene)[name] for name in ATTRIBUTES}
     for name in ATTRIBUTES:

@@ -1,4 +1,4 @@
-"""Stage `text`: teach the tiny text encoder what captions of the tiny world say.
+"""Stage `text`: train the tiny text encoder on captions of the tiny world.
 
 The encoder is trained to let five linear heads read shape, colour, direction, speed and background (or that the
 caption does not say) off the mean of its output. After that it is frozen, as UMT5-XXL is at full size.
@@ -66,7 +66,7 @@ class TextStage(Supervised):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Share of captions of unseen scenes that every head reads right."""
+        """Accuracy of each head on captions of unseen scenes."""
         scenes = self.world.scenes(stable_hash(self.config.seed, "validation"), 512)
         prompts = [training_caption(scene) for scene in scenes]
         ids, mask = (x.to(self.device) for x in self.encoder.tokenize(prompts))
