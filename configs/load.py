@@ -62,6 +62,9 @@ MOVED = {  # old key -> new key
 PIPELINE = "pipeline.json"  # settings of a folder with all weights, which are in these places
 FOLDER_OF = {name: name for name in ("vae", "text_encoder", "tokenizer")}
 FOLDER_OF |= {"student": "transformer", "tiny_decoder": "tiny_decoder.safetensors"}
+# all that it may set, whole sections among it: such a folder may be a stranger's, and decides what videos look like
+PIPELINE_SETTINGS = ("name", "seed", "cpu_threads", "video", "schedule", "stream")
+PIPELINE_SETTINGS += ("model.codec", "model.text_tokens", "inference.precision", "inference.attention")
 MAX_FILE = 1_000_000  # bytes of a YAML file
 REFUSED = (OmegaConfBaseException, TypeError)  # a list where a mapping belongs is a TypeError inside OmegaConf
 
@@ -144,19 +147,33 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
     if not file.is_file():
         near = difflib.get_close_matches(f"configs/{path.name}", presets(), 3, cutoff=0.0)
         raise UserError(f"config_path={shown(path)} does not exist; configs/ has presets such as {', '.join(near)}")
+    folder, whole = file.parent.resolve(), file.name == PIPELINE  # of the folder's own entry, which may be a link
     file = file.resolve()
     if file in seen:
         chain = " -> ".join(base.name for base in (*seen, file))
         raise UserError(f"base={path} closes a circle ({chain}); remove one `base:` line")
     values = _read(file)
+    if whole:
+        _check_pipeline(path, values)
+        return [{"model": {name: str(folder / place) for name, place in FOLDER_OF.items()}}, values]
     base = values.pop("base", None)
-    places = {name: str(file.parent / place) for name, place in FOLDER_OF.items()}
-    under = [{"model": places}] if file.name == PIPELINE else []
     if base is None:
-        return [*under, values]
+        return [values]
     if not isinstance(base, str):
         raise UserError(f"base={shown(base)} in {path} is not a file name; write base: other.yaml")
     return [*_layers(file.parent / base, (*seen, file)), values]
+
+
+def _check_pipeline(path: Path, values: dict) -> None:
+    """Refuse settings of a pipeline.json that are not for it to make, such as paths."""
+    for section, inner in values.items():
+        keys = [f"{section}.{key}" for key in inner] if isinstance(inner, dict) else [section]
+        for key in () if section in PIPELINE_SETTINGS or inner is None else keys:
+            if key not in PIPELINE_SETTINGS:
+                raise UserError(
+                    f"config_path={shown(path)}: its {PIPELINE} sets {shown(key)}, which is not for a folder of "
+                    "weights to decide; remove it there, and give it yourself where you want it"
+                )
 
 
 class _Loader(yaml.BaseLoader):

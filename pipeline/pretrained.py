@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
-from configs.load import PIPELINE, to_dict
+from configs.load import PIPELINE, PIPELINE_SETTINGS, to_dict
 from configs.schema import Config
 from model.schedule import Schedule
 from model.weights.load import save_network
@@ -62,8 +62,11 @@ def settings_of(config: Config, schedule: Schedule) -> dict[str, Any]:
             "context_by_chunk": dict(schedule.context_exceptions),
             "context_timestep": schedule.renoise_timestep,
         }
-    model, inference = ("codec", "text_tokens"), ("precision", "attention")
-    return {key: values[key] for key in ("name", "seed", "cpu_threads", "video", "schedule", "stream")} | {
-        "model": {key: values["model"][key] for key in model},
-        "inference": {key: values["inference"][key] for key in inference},
-    }
+    kept: dict[str, Any] = {}
+    for name in PIPELINE_SETTINGS:
+        section, _, key = name.partition(".")
+        if key:
+            kept.setdefault(section, {})[key] = values[section][key]
+        else:
+            kept[section] = values[section]
+    return kept

@@ -420,6 +420,26 @@ def test_overrides_go_before_the_folder_s_settings(folder, tmp_path):
     assert (loaded.config.video.height, loaded.dtype, loaded.device.type) == (48, torch.bfloat16, "cpu")
     (tmp_path / "other.yaml").write_text(f"base: {folder / 'pipeline.json'}\nname: other\n")
     assert load_config(tmp_path / "other.yaml").model.vae == str(folder / "vae")
+    (tmp_path / "links").mkdir()  # as the hub's cache has folders
+    for entry in folder.iterdir():
+        (tmp_path / "links" / entry.name).symlink_to(entry)
+    assert load_config(tmp_path / "links").model.vae == str(tmp_path / "links" / "vae")
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        ({"inference": {"output_folder": "/"}}, "inference.output_folder"),
+        ({"model": {"student": "/elsewhere"}}, "model.student"),
+        ({"training": {"steps": 1}}, "training.steps"),
+        ({"device": "cpu"}, "device"),
+        ({"base": "../a.yaml"}, "base"),
+    ],
+)
+def test_a_folder_sets_nothing_but_what_its_videos_look_like(tmp_path, settings, name):
+    (tmp_path / "pipeline.json").write_text(json.dumps({"video": {"height": 64}} | settings))
+    with pytest.raises(UserError, match=f"pipeline.json sets {name}, which is not for a folder of weights to decide"):
+        load_config(tmp_path)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
