@@ -37,7 +37,7 @@ from configs.geometry import Geometry
 from model.cache import CacheState, StreamCache, StreamView
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student, as_timestep
-from model.fast.student import FastPlan
+from model.fast.student import FastPlan, FastStudent
 from model.sequence import SequenceGroup, check_shares
 from utils.logs import get_logger
 
@@ -117,6 +117,7 @@ class SequenceRanks:
         self.size = size
         self.failure: str | None = None
         self.newest: StreamView | None = None  # of all caches
+        self.release: Callable[[], None] = lambda: None  # lets go of CUDA graphs, for which NCCL would wait in the end
         self._closing, self._names, self._dropped = False, count(), deque()
         self._processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
@@ -258,6 +259,7 @@ class SequenceRanks:
         self._kill()
         for process in self._processes:
             process.wait()
+        self.release()
         if dist.is_initialized():
             leave = threading.Thread(target=self._leave, daemon=True)
             leave.start()
@@ -283,6 +285,8 @@ class ParallelStudent(Student):
         super().__init__(own.model)
         self.own, self.ranks = own, ranks
         self.cache_dtype = own.cache_dtype
+        if isinstance(own, FastStudent):
+            ranks.release = own.release_graphs
         self.check = ranks.check
         self.close: Callable[[], None] = weakref.finalize(self, ranks.close)
 

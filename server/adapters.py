@@ -57,6 +57,8 @@ def _student(config: Config, file: str, device: torch.device, dtype: torch.dtype
     names, places = config.model, config.inference
     if places.student != "keep":
         raise UserError(f"--lora needs the student on its device: leave out inference.student={places.student}")
+    if places.sequence_parallel > 1:
+        raise UserError(f"--lora needs one GPU: leave out inference.sequence_parallel={places.sequence_parallel}")
     if names.lora and not names.lora_merge:
         raise UserError("--lora needs merged weights below it: leave out model.lora_merge=false")
     scales = [*(names.lora_scales or [1.0] * len(names.lora)), 1.0]

@@ -250,6 +250,10 @@ class FastStudent(Student):
         """Number of captured CUDA graphs, over all caches that are alive."""
         return sum(len(graph_cache.replays) for graph_cache in self._graph_caches.values())
 
+    def release_graphs(self) -> None:
+        """Let go of all CUDA graphs; they are captured anew where they are wanted."""
+        self._graph_caches.clear()
+
     def x0(
         self,
         x_t: Tensor,

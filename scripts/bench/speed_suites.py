@@ -77,7 +77,14 @@ def _pair(network: str, name: str, *settings: str) -> tuple[Variant, Variant]:
     return _full(one, *settings, **case), _full(two, *settings, TWO, against=one, **case)
 
 
-TWO_GPUS = (*_pair("14B", "fp8", FP8), *_pair("14B", "bf16"), *_pair("1.3B", "fp8", FP8), *_pair("1.3B", "bf16"))
+TWO_GPUS = (
+    *_pair("14B", "fp8", FP8),
+    *_pair("14B", "bf16"),
+    *_pair("1.3B", "fp8", FP8),
+    *_pair("1.3B", "bf16"),
+    # what one GPU's latents differ by with another kernel
+    _full("1.3B bf16 with cuDNN", "inference.attention=cudnn", standard=False, against="1.3B bf16", repeats=1),
+)
 CPU = (
     _tiny("plain", reference=True),
     _tiny("compiled", "inference.compile=blocks"),

@@ -25,13 +25,14 @@ from model.attention import Kernels
 from model.causal_wan import CausalWanModel
 from model.codec import WanCodec
 from model.denoiser import Student
-from model.fast.student import FastPlan, optimize_student
+from model.fast.student import FastPlan, FastStudent, optimize_student
 from model.memory import inference_plan
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
 from pipeline.plan import make_plan
 from pipeline.sequence_parallel import ParallelStudent, SequenceRanks, rank_devices
 from pipeline.stream import StreamSession
+from server.adapters import _student
 from utils.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -163,6 +164,8 @@ def test_a_rank_that_dies_ends_the_stream_and_the_others(sessions):
     assert time.monotonic() - began < 10
     with pytest.raises(UserError, match="has ended"):
         next(several.play(PROMPTS[0]))
+    own = several.student.own
+    assert not (isinstance(own, FastStudent) and own.graphs), "NCCL would wait for them in the end"
     for process in ranks._processes:
         process.wait(10)
 
@@ -200,6 +203,9 @@ def test_what_cannot_be_shared_out_is_refused(tiny_assets, monkeypatch):
         )
     with pytest.raises(UserError, match="inference.sequence_parallel=2 needs the student on the GPU"):
         load_config(tiny_assets / "tiny.yaml", ["inference.sequence_parallel=2", "inference.student=stream"])
+    two = load_config(tiny_assets / "tiny.yaml", ["inference.sequence_parallel=2"])
+    with pytest.raises(UserError, match="--lora needs one GPU"):
+        _student(two, "x", CPU, torch.float32)
     with pytest.raises(UserError, match="inference.sequence_parallel=2 does not divide 3 ranks"):
         Ranks(0, 3, 0).groups(2, "inference.sequence_parallel")
     assert Ranks(6, 8, 2).groups(2, "x") == Ranks(3, 4, 1)

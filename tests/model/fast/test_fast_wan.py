@@ -186,6 +186,8 @@ class TestCompiled:
         fast.recorder = FakeRecorder  # what is captured has the layouts of what was compiled
         compare(play(plain, geo, 7), play(fast, geo, 7), 2e-6)
         assert fast.graphs and counter.frame_count == 6
+        fast.release_graphs()
+        assert not fast.graphs
         torch._dynamo.reset()
 
 
