@@ -179,7 +179,7 @@ class Config:
     """The whole tree."""
 
     name: str = "wan2.1_t2v_1.3b"
-    seed: int = number(0, -MAX_SEED, MAX_SEED)  # -1: inference draws one and says which
+    seed: int = number(0, -1, MAX_SEED)  # -1: inference draws one and says which
     device: str = "auto"  # auto = cuda if there is one, else cpu
     # threads that torch computes with on the CPU; 0 = for videos one, for rounding depends on the number; for training
     # those of the CPUs that are available, shared out over a machine's ranks, unless OMP_NUM_THREADS says how many

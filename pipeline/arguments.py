@@ -101,7 +101,7 @@ def as_seeds(seed: Any, generator: Any, prompts: int, samples: int, default: int
     seeds = list(seed) if several else [default if seed is None else seed] * prompts
     if len(seeds) != prompts:
         raise UserError(f"{len(seeds)} seeds were given for {prompts} prompts; give one seed, or one a prompt")
-    seeds = [whole("seed", one, -MAX_SEED, MAX_SEED) for one in seeds]
+    seeds = [whole("seed", one, RANDOM_SEED, MAX_SEED) for one in seeds]
     each = [one if one == RANDOM_SEED else sample_seed(one, i) for one in seeds for i in range(samples)]
     for i, one in enumerate(each):
         each[i] = resolve_seed(one, Ranks())

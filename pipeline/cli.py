@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from utils.exits import Parser
+from utils.exits import Parser, set_by_flags
 
 # flag -> (key, metavar, help); names as in Self-Forcing and its forks
 VALUES = {
@@ -52,6 +52,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     switches = [f"{key}=true" for flag, (key, _) in SWITCHES.items() if given[flag[2:]]]
     low_memory = list(LOW_MEMORY) if args.low_memory else []
     args.overrides = [f"{key}={_yaml(value)}" for key, value in values] + switches + low_memory + args.settings
+    typed = {key: flag for flag, (key, *_) in VALUES.items() if given[flag[2:]] is not None}
+    set_by_flags({key: flag for key, flag in typed.items() if not any(s.startswith(f"{key}=") for s in args.settings)})
     return args
 
 

@@ -153,8 +153,11 @@ class _Making:
     def sheet(self) -> Image.Image:
         """The contact sheet."""
         shown, borders = sheet_frames(self.frames), self._borders[1:]
-        prompts = " | ".join(self.job.story.prompts)
-        title = f"{prompts} (seed {self.job.seed}, {self.frames} frames, {self.pipe.config.video.fps} a second)"
+        story, video = self.job.story, self.pipe.config.video
+        times = story.times(self.pipe.config.stream.chunk_frames, video.fps)
+        facts = f"seed {self.job.seed}, {self.frames} frames, {video.fps} a second"
+        title = [f"{time:.1f} s: {prompt}" for time, prompt in zip(times, story.prompts, strict=True)]
+        title = [*title, facts] if len(title) > 1 else [f"{self.job.prompt} ({facts})"]
         return clip_sheet(np.concatenate(self._thumbnails), shown, borders, title)
 
     def clip(self) -> RenderedClip:
@@ -165,8 +168,9 @@ class _Making:
 def clip_metadata(pipe: DiagonalPipeline, clip: RenderedClip, weights: Sequence[WeightCheck]) -> dict[str, Any]:
     """Contents of a video's JSON, with which it can be reproduced."""
     job = clip.job
-    story = zip(job.story.frames, job.story.prompts, strict=True)
-    told = {"story": [{"latent_frame": frame, "prompt": prompt} for frame, prompt in story]}
+    times = job.story.times(pipe.config.stream.chunk_frames, pipe.config.video.fps)
+    story = zip(job.story.frames, times, job.story.prompts, strict=True)
+    told = {"story": [{"latent_frame": frame, "seconds": time, "prompt": prompt} for frame, time, prompt in story]}
     return {
         "prompt": job.prompt,
         **(told if len(job.story.prompts) > 1 or job.endless else {}),

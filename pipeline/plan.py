@@ -2,12 +2,13 @@
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -169,8 +170,9 @@ def make_plan(
     Geometry.from_config(config).num_chunks(config.video.num_latent_frames)
     stories = planned_stories(config, prompts, endless=endless)
     if endless and not output:
-        if sys.stdout.isatty():
-            raise UserError("--num_output_frames=0 streams without end to a terminal; give --output FILE, or a pipe")
+        if sys.stdout.isatty() or _is_file(sys.stdout):
+            place = "a terminal" if sys.stdout.isatty() else "a file, which would fill the disk"
+            raise UserError(f"--num_output_frames=0 would stream without end to {place}; give --output FILE, or a pipe")
         output = PIPE
     names, length = config.inference, None if endless else config.video.num_latent_frames
     conditioning = read_conditioning(
@@ -200,6 +202,14 @@ def make_plan(
     jobs = [job for job in jobs if job not in done]
     check_room(config, jobs, ranks)
     return Plan(config, ranks, jobs, finished, weights, device, dtype, conditioning)
+
+
+def _is_file(stream: TextIO) -> bool:
+    """Whether a stream is redirected to an ordinary file."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except OSError:  # closed, or not a file of the operating system
+        return False
 
 
 def check_room(config: Config, jobs: Sequence[Job], ranks: Ranks) -> None:

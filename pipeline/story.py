@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.geometry import TEMPORAL_STRIDE
+from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from configs.schema import Config
 from model.weights.files import resolve_path
 from pipeline.stream import ChunkResult, StreamSession
@@ -39,6 +39,11 @@ class Story:
     def of(cls, prompt: str) -> "Story":
         """A story with a single prompt."""
         return cls((prompt,), (0,))
+
+    def times(self, chunk_frames: int, fps: int) -> list[float]:
+        """Seconds at which the prompts start: with the first pixel frame of their chunk."""
+        starts = [math.ceil(frame / chunk_frames) * chunk_frames for frame in self.frames]
+        return [(pixel_frames(start) if start else 0) / fps for start in starts]
 
     def chunk_prompts(self, chunk_frames: int) -> dict[int, str]:
         """Prompts by the chunk at which they start; of several at one chunk, the last."""

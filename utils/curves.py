@@ -44,6 +44,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], title: str) -> Image.Image:
     picture = Image.new("RGB", (width, height), "white")
     draw, large = ImageDraw.Draw(picture), ImageFont.load_default(15)
     draw.text((MARGIN, 8), title, INK, large)
+    _legend(draw, width - MARGIN)
     top = HEAD
     for heading, names in groups.items():
         draw.text((MARGIN, top + 8), heading, DIM, large)
@@ -59,6 +60,16 @@ def write_curves(path: str | PathLike, rows: Iterable[Mapping[str, Any]], title:
     """Write `draw_curves` as a PNG, atomically."""
     with atomic_path(path) as temporary:
         draw_curves(rows, title).save(temporary, "PNG")
+
+
+def _legend(draw: ImageDraw.ImageDraw, right: int) -> None:
+    """What the two lines of a panel mean, ending at pixel `right` of the first row."""
+    font = ImageFont.load_default(12)
+    for text, colour, thick in (("moving average", MEAN, 2), ("logged values", RAW, 1)):
+        draw.text((right, 10), text, DIM, font, anchor="ra")
+        right -= round(font.getlength(text)) + 6
+        draw.line((right - 24, 17, right, 17), colour, thick)
+        right -= 24 + GAP
 
 
 def _panel(picture: Image.Image, place: tuple[int, int], name: str, points: Sequence[tuple[int, float]]) -> None:

@@ -14,7 +14,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
 WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh", "serve.py": "serve.sh"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # module -> package
+
+_flag_of: dict[str, str] = {}  # setting -> the flag that set it
 
 # what to do about an error of the operating system
 FIXES = {
@@ -129,6 +131,20 @@ def end_now(error: UserError) -> NoReturn:
     os._exit(code)
 
 
+def set_by_flags(flags: Mapping[str, str]) -> None:
+    """Name settings in messages by the flags that set them. flags: by name of the setting."""
+    _flag_of.clear()
+    _flag_of.update(flags)
+
+
+def _with_flags(sentence: str) -> str:
+    """`sentence` with `video.fps=0` as `--fps=0`, for settings that were set by flags."""
+    for setting, flag in _flag_of.items():
+        end = r"(?!\.?\w)" if "." in setting else "(?==)"  # one without a dot needs a value: it is a word, too
+        sentence = re.sub(rf"(?<![\w.-]){re.escape(setting)}{end}", flag, sentence)
+    return sentence
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code for an expected error; None for a programming error.
 
@@ -136,7 +152,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     of memory, a package that is not installed, and text that cannot be encoded in the locale.
     """
     if isinstance(error, UserError):
-        sentence = str(error)
+        sentence = _with_flags(str(error))
     elif isinstance(error, KeyboardInterrupt):
         return "interrupted: what was finished is kept, the rest has left no file", INTERRUPTED
     elif isinstance(error, ModuleNotFoundError):

@@ -24,6 +24,7 @@ ANIMATED = (".gif", ".webp")
 FILE_KINDS = (".mp4", ".webm", *ANIMATED)  # endings that VideoWriter knows
 CELL_WIDTH = 160  # pixels; frames of a contact sheet are shrunk to at most this
 FONT_SIZE = 11  # pixels
+SPACE = "  "  # between words: the font's space is 2 pixels wide at this size
 BORDER = (255, 200, 0)  # the bar at the left of a chunk's first frame
 
 
@@ -196,11 +197,11 @@ def contact_sheet(
 
 
 def clip_sheet(
-    cells: np.ndarray, shown: Sequence[int], chunk_borders: Collection[int], title: str, columns: int = 9
+    cells: np.ndarray, shown: Sequence[int], chunk_borders: Collection[int], title: Sequence[str], columns: int = 9
 ) -> Image.Image:
     """A contact sheet with a title, a legend, and the number of each frame below it.
 
-    cells: the frames to show, uint8 `[N, h, w, 3]`; shown: their numbers in the clip.
+    cells: the frames to show, uint8 `[N, h, w, 3]`; shown: their numbers in the clip; title: paragraphs.
     """
     font = ImageFont.load_default(FONT_SIZE)
     sheet, places = _grid(cells, columns, strip=FONT_SIZE + 4)
@@ -209,7 +210,7 @@ def clip_sheet(
     for (x, y), number in zip(places, shown, strict=True):
         draw.text((x + 4, y + cells.shape[1] + 1), str(number), "white", font)
     legend = "numbers count frames from 0; a yellow bar marks the first frame shown of each later chunk"
-    lines = [line for text in (title, legend) for line in _wrapped(text, font, sheet.width - 8)]
+    lines = [line for text in (*title, legend) for line in _wrapped(text, font, sheet.width - 8)]
     head = Image.new("RGB", (sheet.width, (FONT_SIZE + 4) * len(lines) + 4))
     for i, line in enumerate(lines):
         ImageDraw.Draw(head).text((4, 2 + i * (FONT_SIZE + 4)), line, "white", font)
@@ -250,11 +251,11 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3)
         word = word[:width]
         while font.getlength(word) > width:
             word = word[:-1]
-        joined = f"{lines[-1]} {word}".strip()
+        joined = f"{lines[-1]}{SPACE}{word}".strip()
         if font.getlength(joined) <= width:
             lines[-1] = joined
         elif len(lines) == most:
-            lines[-1] += " ..."
+            lines[-1] += f"{SPACE}..."
             break
         else:
             lines.append(word)

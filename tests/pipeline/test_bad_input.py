@@ -1,5 +1,6 @@
 """Everything that a person can get wrong gives one sentence and exit code 2, before anything is loaded or written."""
 
+import io
 import json
 import shutil
 import signal
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 
 import inference
+from configs.errors import UserError
+from configs.load import load_config
 from pipeline import DiagonalPipeline
+from pipeline.plan import make_plan
 from utils import exits
 
 # what is given -> words that the sentence holds: the field, and what is wrong with it
@@ -19,12 +23,12 @@ ARGUMENTS = {
     "unknown flag": (["--sead", "3"], "unrecognized arguments: --sead (did you mean --seed?)"),
     "flag without its value": (["--seed"], "--seed"),
     "no key=value": (["fast"], "override=fast"),
-    "text for a number": (["--seed", "three"], "seed=three has the wrong type; it must be an integer"),
-    "fraction for a whole number": (["--num_samples", "1.5"], "inference.num_samples=1.5"),
-    "no samples": (["--num_samples", "0"], "inference.num_samples=0"),
+    "text for a number": (["--seed", "three"], "--seed=three has the wrong type; it must be an integer"),
+    "fraction for a whole number": (["--num_samples", "1.5"], "error: --num_samples=1.5"),
+    "no samples": (["inference.num_samples=0"], "error: inference.num_samples=0"),
     "text for a switch": (["inference.overwrite=maybe"], "inference.overwrite=maybe"),
-    "frames in no whole chunks": (["--num_output_frames", "20"], "video.num_latent_frames=20"),
-    "fewer frames than none": (["--num_output_frames", "-3"], "video.num_latent_frames=-3"),
+    "frames in no whole chunks": (["--num_output_frames", "20"], "--num_output_frames=20"),
+    "fewer frames than none": (["--num_output_frames", "-3"], "--num_output_frames=-3"),
     "height in no whole patches": (["video.height=30"], "video.height=30 is not divisible by 16"),
     "width in no whole patches": (["video.width=100"], "video.width=100 is not divisible by 16"),
     "window in no whole chunks": (["stream.window_frames=10"], "stream.window_frames=10"),
@@ -39,16 +43,18 @@ ARGUMENTS = {
     "missing vae": (["model.vae=nowhere"], "model.vae="),
     "missing config": (["--config_path", "nowhere.yaml"], "config_path=nowhere.yaml"),
     "missing prompt file": (["--data_path", "nowhere.txt"], "nowhere.txt does not exist"),
-    "folder as prompt file": (["--data_path", "."], "inference.prompts="),
+    "folder as prompt file": (["--data_path", "."], "--data_path="),
     "empty prompt": (["--prompt", ""], "--prompt is empty"),
     "blank prompt": (["--prompt", " \n "], "--prompt is empty"),
     "one of two prompts empty": (["--prompt", "a circle", "--prompt", ""], "--prompt is empty"),
-    "output folder under a file": (["--output_folder", "file/out"], "inference.output_folder=file/out"),
-    "output folder is a file": (["--output_folder", "file"], "inference.output_folder=file"),
-    "unbounded samples": (["--num_samples", "1000000000"], "inference.num_samples=1000000000 is out of range"),
+    "output folder under a file": (["--output_folder", "file/out"], "--output_folder=file/out"),
+    "output folder is a file": (["--output_folder", "file"], "--output_folder=file"),
+    "unbounded samples": (["--num_samples", "1000000000"], "--num_samples=1000000000 is out of range"),
     "too many videos": (["--num_samples", "100000", *["--prompt", "a"] * 11], "are 1,100,000 videos, and one run"),
-    "unbounded frames": (["--num_output_frames", "999999999"], "video.num_latent_frames=999999999 is out of range"),
+    "unbounded frames": (["--num_output_frames", "999999999"], "--num_output_frames=999999999 is out of range"),
     "unbounded threads": (["cpu_threads=1000000"], "cpu_threads=1000000 is out of range"),
+    "seed below -1": (["--seed", "-2"], "--seed=-2 is out of range; it must lie in [-1, "),
+    "flag and setting": (["--seed", "1", "seed=-2"], "error: seed=-2"),
     "seed of 300 digits": (["--seed", "9" * 300], "is out of range"),
     "device without kernels": (["device=mps"], "device=mps is none that this runs on"),
     "unknown device": (["device=quantum"], "device=quantum"),
@@ -114,6 +120,16 @@ def test_truncated_weights(refused, tiny_assets, tmp_path, part, keep):
     assert f"model.{part}" in line or str(weights) in line
 
 
+def test_a_stream_without_end_does_not_fill_the_disk(tiny_assets, tmp_path, monkeypatch):
+    """Standard output is a file, by redirection; `--output -` says that it is meant so."""
+    config = load_config(tiny_assets / "tiny.yaml")
+    with open(tmp_path / "out", "wb") as file, monkeypatch.context() as redirected:
+        redirected.setattr(sys, "stdout", io.TextIOWrapper(file))
+        with pytest.raises(UserError, match="to a file, which would fill the disk; give --output FILE, or a pipe"):
+            make_plan(config, ["a circle"], endless=True)
+        assert make_plan(config, ["a circle"], endless=True, output="-").jobs[0].piped
+
+
 @pytest.mark.parametrize(("part", "other"), [("student", "vae"), ("vae", "student"), ("text_encoder", "student")])
 def test_weights_of_another_network(refused, tiny_assets, part, other):
     assert f"model.{part}" in refused(f"model.{part}={tiny_assets / other}")
@@ -123,7 +139,7 @@ def test_weights_of_another_size(refused, tiny_assets, tmp_path):
     folder = copy(tiny_assets, tmp_path, "student")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
-    assert "model.student" in refused("--checkpoint_path", str(folder))
+    assert "--checkpoint_path=" in refused("--checkpoint_path", str(folder))
 
 
 def test_no_averaged_weights(refused):

@@ -198,7 +198,8 @@ def test_a_story_is_made_as_clips_are(cli, tmp_path, story, capsys):  # noqa: F8
     assert f"{Path('out') / video.name}  seed 0" in said, "--dry_run told the name"
     assert read_video(video).shape == (21, 32, 48, 3) and video.with_suffix(".png").exists()
     record = json.loads(video.with_suffix(".json").read_text())
-    assert [part["prompt"] for part in record["story"]] == [A, B] and record["frames"] == 21
+    assert [(part["prompt"], part["seconds"]) for part in record["story"]] == [(A, 0), (B, 9 / 16)]
+    assert record["frames"] == 21
     assert record["video"] == video.name and record["weights_sha256"]["student"] and record["timings_s"]["chunks"]
     before = video.stat().st_mtime_ns
     capsys.readouterr()

@@ -23,6 +23,8 @@ def test_there_is_a_panel_for_each_metric_with_a_number_and_ink_in_it(tmp_path):
     one = draw_curves([{"step": 1, "loss": 1.0}], "a run")
     assert whole.height > one.height > draw_curves([], "a run").height
     assert draw_curves([row | {"more_loss": 1} for row in ROWS], "a run").height == whole.height, "beside the other"
+    corner = np.asarray(whole)[:30, 400:]
+    assert {(181, 205, 240), (23, 86, 169)} <= {tuple(pixel) for pixel in corner.reshape(-1, 3).tolist()}, "a legend"
     pixels = np.asarray(whole).reshape(-1, 3).astype(int)
     assert ((pixels[:, 2] - pixels[:, 0]) > 60).sum() > 1000, "blue lines"
     write_curves(tmp_path / "curves.png", ROWS, "a run")

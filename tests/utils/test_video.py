@@ -136,7 +136,7 @@ def test_contact_sheet_places_frames_and_marks_chunks():
 def test_a_clips_sheet_has_its_title_numbers_and_marks(title):
     shown = sheet_frames(200)
     cells = np.full((len(shown), 10, 30, 3), 90, np.uint8)
-    sheet = np.asarray(clip_sheet(cells, shown, [9], title))
+    sheet = np.asarray(clip_sheet(cells, shown, [9], [title]))
     head = sheet.shape[0] - 9 * 25
     assert 30 <= head <= 100 and sheet.shape[1] == 9 * 30
     assert sheet[:head].max() == 255, "what is shown is said"
@@ -145,6 +145,15 @@ def test_a_clips_sheet_has_its_title_numbers_and_marks(title):
     assert marked == [place]
     strips = [sheet[head + i // 9 * 25 + 10 : head + i // 9 * 25 + 25, i % 9 * 30 : i % 9 * 30 + 30] for i in range(81)]
     assert all(strip.max() > 200 for strip in strips) and not np.array_equal(strips[1], strips[2])
+
+
+def test_a_clips_sheet_shows_every_paragraph_with_spaces_between_words():
+    cells = np.zeros((9, 10, 90, 3), np.uint8)
+    heads = [clip_sheet(cells, range(9), [], title).height for title in (["one"], ["one", "two", "three"])]
+    assert heads[1] - heads[0] == 2 * 15, "a line each"
+    columns = np.asarray(clip_sheet(cells, range(9), [], ["i i"]))[2:15].max(axis=(0, 2))
+    first, last = np.flatnonzero(columns)[[0, -1]]
+    assert (columns[first:last] == 0).sum() >= 5, "more than between letters"
 
 
 def test_contact_sheet_of_a_long_clip_stays_small():
