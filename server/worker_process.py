@@ -29,6 +29,7 @@ from configs.errors import UserError
 from configs.geometry import pixel_frames
 from configs.schema import CONTEXTS, SWITCHES
 from model.schedule import PRESETS, Schedule
+from pipeline.async_decoder import prefetch
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.provenance import commit, versions
 from pipeline.sequence_parallel import ParallelStudent
@@ -744,7 +745,7 @@ class WorkerProcess:
         """Play until chunks cost the same; when each was there, and the spans of the last one."""
         geometry, times = self.pipe.geometry, []
         chunks = max(len(self.pipe.schedule.timesteps_by_chunk), geometry.window_chunks or self.pipe.num_chunks()) + 4
-        for result in session.play("a prompt", 0, chunks):
+        for result in prefetch(session.play("a prompt", 0, chunks), IN_FLIGHT - 1 if self.on_gpu else 0):
             frames = result.wait().frames[0].numpy()
             if not self.on_gpu:  # where encoding takes the model's time
                 self.encoder.encode(frames, 0)

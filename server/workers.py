@@ -306,12 +306,14 @@ class Worker:
 
     def _ended(self) -> None:
         """The process is gone: tell those who were on it, and start it again."""
+        stopping = self.state == "stopped"
+        message = "the process that made this stream has ended and is started again; open a new one"
         for session in self.sessions.values():
             session.put(
                 {
                     "type": "ended",
                     "reason": "worker",
-                    "message": "the process that made this stream has ended and is started again; open a new one",
+                    "message": "the server stops" if stopping else message,
                 }
             )
             session.lost = True
@@ -323,7 +325,7 @@ class Worker:
         code = self._process.exitcode
         if not self._since and not self.fault:  # what never ran is wrong from the start
             self.fault = UserError(f"worker {self.number} ended with exit code {code} while it loaded the model")
-        if self.state == "stopped" or not self._since:
+        if stopping or not self._since:
             self.settled.set()
             return
         ran_well = self.state == "ready" and time.monotonic() - self._since > STEADY_SECONDS
