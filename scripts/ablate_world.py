@@ -1,0 +1,124 @@
+"""Train and measure the rows that decide the method's claims on the moving world, and set the claims in a table.
+
+    python scripts/ablate_world.py --output logs/world_claims                      # all rows, three seeds each
+    python scripts/ablate_world.py --rows diagonal even --minutes 20               # some, for so long
+
+A row that is finished is not made again. rows/<row>-<seed>.json holds a value a clip; claims.md, the table, is written
+after each row. Rows and claims: scripts/studies/world_claims.py, fixed before any run.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import exits  # noqa: E402
+
+exits.guard(__name__)
+
+import torch  # noqa: E402
+
+from configs.errors import UserError  # noqa: E402
+from configs.geometry import pixel_frames  # noqa: E402
+from configs.load import load_config  # noqa: E402
+from configs.schema import Config  # noqa: E402
+from pipeline.preflight import check_training  # noqa: E402
+from scripts.evaluate_world import SEED, batches, generated  # noqa: E402
+from scripts.studies.ablation import Row, trained  # noqa: E402
+from scripts.studies.world_claims import CLIPS, HARD, LONGER, PARENT, QUICK, ROWS, SEEDS, table  # noqa: E402
+from trainer.world.measures import agreement, measure  # noqa: E402
+from trainer.world.scene import Scene, World, caption  # noqa: E402
+from utils.clip_measures import seam_score  # noqa: E402
+from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
+from utils.files import check_writable, write_json_atomic  # noqa: E402
+from utils.logs import console  # noqa: E402
+from utils.seeds import sample_seed  # noqa: E402
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    names = [row.name for row in ROWS]
+    parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default="configs/world/distill.yaml", help="the base (%(default)s)")
+    parser.add_argument("--start", default="logs/world/causal_start", help="where every row starts (%(default)s)")
+    parser.add_argument("--output", default="logs/world_claims", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of {' '.join(names)}")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, metavar="N", help="of training")
+    parser.add_argument("--num_prompts", type=int, default=CLIPS, help="clips a row and seed (%(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="clips made together (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="begin no row after so long")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for every row, below what a row changes")
+    args = parser.parse_intermixed_args(arguments)
+    for name in ("num_prompts", "batch"):
+        if vars(args)[name] < 1:
+            raise UserError(f"--{name} {vars(args)[name]} is too few; give at least 1")
+    return args
+
+
+def config_of(args: argparse.Namespace, row: Row, seed: int, folder: Path) -> Config:
+    """The base with the user's settings, then the row's."""
+    parent = PARENT.get(row.name)
+    start = args.start if parent is None else str(folder / "runs" / f"{parent}-{seed}" / "export")
+    base = load_config(args.config_path, args.settings)
+    steps = base.training.steps * LONGER.get(row.name, 1)
+    own = (f"training.init.student={start}", f"training.steps={steps}", f"seed={seed}")
+    return load_config(args.config_path, [*args.settings, *own, *row.overrides])
+
+
+def measured(config: Config, student: Path, scenes: list[Scene], batch: int) -> dict[str, list[float | None]]:
+    """A value a clip of each figure, None where there is none."""
+    made = replace(config, model=replace(config.model, student=str(student)))
+    play, chunk = generated(made, caption), config.stream.chunk_frames
+    chunks, found = config.video.num_latent_frames // chunk, []
+    borders = [pixel_frames(k * chunk) for k in range(1, chunks)]
+    for part in batches(len(scenes), batch, "clips"):
+        seeds = [sample_seed(SEED, i) for i in range(part.start, part.stop)]
+        frames = torch.cat(list(play(scenes[part], seeds, chunks, {})), dim=1)
+        values = measure(frames) | {"seam": seam_score(frames, borders)}
+        found.append({name: value.cpu() for name, value in values.items()})
+    whole = {name: torch.cat([row[name] for row in found]) for name in found[0]}
+    figures = agreement([caption(scene) for scene in scenes], whole) | {"seam": whole["seam"]}
+    return {name: [None if x != x else x for x in value.tolist()] for name, value in figures.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    console()
+    out, begin = check_writable(args.output, "--output"), time.monotonic()
+    scenes = World().scenes(SEED, args.num_prompts, balanced=True)
+    hard = [scene.motion in HARD and scene.rate in QUICK for scene in scenes]
+    rows = [row for row in ROWS if row.name in args.rows]
+    torch.set_float32_matmul_precision("high")
+    for seed in args.seeds:
+        for row in rows:
+            file = out / "rows" / f"{row.name}-{seed}.json"
+            if file.is_file() and len(json.loads(file.read_text())["all"]) == len(scenes):
+                continue
+            if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
+                return 0
+            config = config_of(args, row, seed, out)
+            device = pick_device(config.device)
+            set_threads(config.cpu_threads, training=True)
+            check_training(config, 1, gpu_memory(device))
+            student = trained(row, config, out / "runs" / f"{row.name}-{seed}", device)
+            if student is None:
+                return 0  # stopped by a signal; the same command continues
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(file, measured(config, student, scenes, args.batch))
+            (out / "claims.md").write_text(table(read(out), hard), encoding="utf-8")
+            print(f"{row.title}, seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
+    print(table(read(out), hard))
+    return 0
+
+
+def read(folder: Path) -> dict[tuple[str, int], dict[str, list[float | None]]]:
+    """Finished rows."""
+    places = {(row.name, seed): folder / "rows" / f"{row.name}-{seed}.json" for row in ROWS for seed in SEEDS}
+    return {key: json.loads(file.read_text()) for key, file in places.items() if file.is_file()}
+
+
+if __name__ == "__main__":
+    exits.run(main)

@@ -1,0 +1,124 @@
+"""What of the method's claims is tested on the moving world: rows, claims, and how a claim is decided.
+
+Written before any row was trained; docs/evaluation.md has the same in words. A claim compares two rows in a figure of
+their clips, seed by seed; claims about streams of ten minutes are measured by scripts/evaluate_world.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from scripts.studies.ablation import Row
+from utils.intervals import Interval, paired_interval
+
+SEEDS = (0, 1, 2)  # of training, of each row that decides
+CLIPS = 256  # of every row and seed, of captions from seed 4322222
+HARD = ("swing", "pulse", "bounce", "spin")  # motions in place
+QUICK = ("fast", "medium")
+NO_FLOW, TWO = "training.distill.flow.weight=0", "schedule.steps=2"
+CUT = "training.distill.flow.gradient_cut=true"
+NEWEST = (
+    "training.distill.flow.half=false", "training.distill.flow.frame_error=release",
+    "training.distill.motion_regression.weight=1",
+)  # fmt: skip
+ROWS = (
+    Row("four_no_flow", "4 steps in every chunk, no flow loss", ("schedule.steps=4", NO_FLOW)),
+    Row("two_no_flow", "2 steps in every chunk, no flow loss", (TWO, NO_FLOW)),
+    Row("two_flow", "2 steps, flow loss", (TWO,)),
+    Row("two_cut", "2 steps, flow loss without its gradient (4ea418d)", (TWO, CUT)),
+    Row("two_newest", "2 steps, flow loss as in 24ef1c9", (TWO, *NEWEST)),
+    Row("diagonal", "4322222, diagonal forcing"),
+    Row("clean", "4322222, clean refresh", ("stream.context=clean",)),
+    Row("mismatch", "4322222, context in training as in the releases", ("training.distill.rollout_context=release",)),
+    Row("even", "2232323, as many evaluations as 4322222", ("schedule.steps=2232323",)),
+    Row("four", "4 steps in every chunk", ("schedule.steps=4",)),
+    Row("two_stages", "4322222, from the row of 4 steps"),
+    Row("one_stage", "4322222, with the updates of both stages"),
+)  # fmt: skip
+PARENT = {"two_stages": "four"}  # starts from that row's student of the same seed
+LONGER = {"one_stage": 2}  # times as many steps
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` is above `worse` by `effect` in a figure. figure: a column of agreement(), or seam (lower is better)."""
+
+    number: int
+    title: str
+    better: str
+    worse: str
+    figure: str
+    effect: float
+    hard: bool = False  # on motions in place at fast and medium rates alone
+
+
+def _motion(number: int, title: str, better: str, worse: str) -> tuple[Claim, ...]:
+    return tuple(
+        Claim(number, f"{title}: {name}", better, worse, f"{name}_ratio", 0.05, hard=True)
+        for name in ("rate", "amplitude")
+    )
+
+
+CLAIMS = (
+    *_motion(1, "fewer steps lose motion", "four_no_flow", "two_no_flow"),
+    *_motion(2, "the flow loss restores it", "two_flow", "two_no_flow"),
+    *_motion(2, "without its gradient", "two_cut", "two_no_flow"),
+    *_motion(2, "as the newest release has it", "two_newest", "two_no_flow"),
+    Claim(3, "diagonal forcing against a clean refresh: seams", "diagonal", "clean", "seam", 0.03),
+    Claim(3, "diagonal forcing against a clean refresh", "diagonal", "clean", "all", 0.03),
+    Claim(3, "diagonal forcing against the releases' mismatch: seams", "diagonal", "mismatch", "seam", 0.03),
+    Claim(3, "diagonal forcing against the releases' mismatch", "diagonal", "mismatch", "all", 0.03),
+    Claim(4, "steps early", "diagonal", "even", "all", 0.03),
+    Claim(4, "steps early: rate", "diagonal", "even", "rate_near", 0.03),
+    Claim(4, "steps early: amplitude", "diagonal", "even", "amplitude_near", 0.03),
+    Claim(6, "two stages", "two_stages", "one_stage", "all", 0.03),
+)
+Figures = Mapping[tuple[str, int], Mapping[str, Sequence[float | None]]]  # (row, seed) -> figure -> a value a clip
+
+
+def difference(claim: Claim, figures: Figures, hard: Sequence[bool]) -> Interval:
+    """better - worse over training seeds, each a mean over the same clips, with Student's interval; NaN if not there.
+
+    hard: of each clip, whether its motion is in place and quick. A clip that does not show the caption's motion has
+    none of its rate and amplitude: 0.
+    """
+    keep = torch.tensor(hard) if claim.hard else torch.ones(len(hard), dtype=torch.bool)
+    rows = []
+    for seed in SEEDS:
+        if (claim.better, seed) not in figures or (claim.worse, seed) not in figures:
+            continue
+        rows.append([_mean(figures[name, seed][claim.figure], keep) for name in (claim.better, claim.worse)])
+    if not rows:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    better, worse = (torch.stack(column) for column in zip(*rows, strict=True))
+    return paired_interval(better, worse) if claim.figure == "seam" else paired_interval(worse, better)
+
+
+def _mean(values: Sequence[float | None], keep: torch.Tensor) -> torch.Tensor:
+    """Ratios count up to 2, so that a few clips read as very fast do not decide."""
+    clips = torch.tensor([0.0 if value is None else float(value) for value in values], dtype=torch.float64)
+    return clips.nan_to_num(0.0).clamp_max(2.0)[keep].mean()
+
+
+def decision(claim: Claim, found: Interval) -> str:
+    """holds: the interval excludes 0 on the claim's side and the mean reaches the effect; refuted: it excludes the
+    effect; undecided: neither, with the smallest effect that would have been seen."""
+    if found.n < len(SEEDS):
+        return f"not measured ({found.n} of {len(SEEDS)} seeds)"
+    if found.low > 0 and found.value >= claim.effect:
+        return "holds"
+    if found.high < claim.effect:
+        return "refuted"
+    return f"undecided; {(found.high - found.low) / 2:.3f} would have been seen"
+
+
+def table(figures: Figures, hard: Sequence[bool]) -> str:
+    """Markdown, a row a claim."""
+    lines = ["| | claim | better - worse | effect that matters | decision |", "| --- | --- | --- | --- | --- |"]
+    for claim in CLAIMS:
+        found = difference(claim, figures, hard)
+        value = "" if not found.n else f"{found.value:+.3f} ({found.low:+.3f} .. {found.high:+.3f})"
+        lines.append(f"| {claim.number} | {claim.title} | {value} | {claim.effect} | {decision(claim, found)} |")
+    return "\n".join(lines) + "\n"

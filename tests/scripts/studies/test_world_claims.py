@@ -1,0 +1,71 @@
+"""How claims about the method are decided on the moving world; rows differ in what their titles say alone."""
+
+import math
+
+import pytest
+
+from configs.errors import UserError
+from scripts import ablate_world
+from scripts.studies.world_claims import CLAIMS, PARENT, ROWS, SEEDS, Claim, decision, difference, table
+
+ROW = {row.name: row for row in ROWS}
+HARD = [True, True, False, False]
+
+
+def figures(name: str, *rows: list[float], figure: str = "all") -> dict:
+    return {(name, seed): {figure: row} for seed, row in zip(SEEDS, rows, strict=False)}
+
+
+def claim(figure: str = "all", effect: float = 0.03, hard: bool = False) -> Claim:
+    return Claim(1, "a claim", "diagonal", "even", figure, effect, hard)
+
+
+def test_a_clear_difference_holds_and_its_reverse_is_refuted():
+    better = figures("diagonal", [1, 1, 1, 1], [1, 1, 1, 0.9], [1, 1, 1, 0.95])
+    worse = figures("even", [0.5] * 4, [0.5] * 4, [0.5] * 4)
+    found = difference(claim(), better | worse, HARD)
+    assert found.n == 3 and found.low > 0 and decision(claim(), found) == "holds"
+    turned = Claim(1, "a claim", "even", "diagonal", "all", 0.03)
+    assert decision(turned, difference(turned, better | worse, HARD)) == "refuted"
+    seam = Claim(3, "seams", "even", "diagonal", "all", 0.03)  # of seams the lower is the better
+    assert difference(Claim(3, "seams", "diagonal", "even", "seam", 0.03),
+                      {k: {"seam": v["all"]} for k, v in (better | worse).items()}, HARD).value < 0  # fmt: skip
+    assert difference(seam, better | worse, HARD).value < 0
+
+
+def test_noise_is_undecided_and_says_what_would_have_been_seen():
+    rows = figures("diagonal", [0.9] * 4, [0.5] * 4, [0.7] * 4) | figures("even", [0.6] * 4, [0.8] * 4, [0.6] * 4)
+    assert decision(claim(), difference(claim(), rows, HARD)).startswith("undecided; ")
+
+
+def test_too_few_seeds_decide_nothing():
+    rows = figures("diagonal", [1.0] * 4) | figures("even", [0.0] * 4)
+    assert decision(claim(), difference(claim(), rows, HARD)) == "not measured (1 of 3 seeds)"
+    assert math.isnan(difference(claim(), {}, HARD).value)
+
+
+def test_hard_clips_alone_count_and_a_motion_that_is_not_there_is_none():
+    rows = figures("diagonal", *[[1.0, 1.0, 0.0, 0.0]] * 3, figure="rate_ratio")
+    rows |= figures("even", *[[0.8, None, 9.0, 9.0]] * 3, figure="rate_ratio")
+    assert difference(claim("rate_ratio", hard=True), rows, HARD).value == pytest.approx(0.6)
+
+
+def test_every_claim_names_rows_that_there_are_and_the_table_has_a_line_of_each():
+    assert all({c.better, c.worse} <= set(ROW) for c in CLAIMS) and set(PARENT) | set(PARENT.values()) <= set(ROW)
+    assert len(table({}, HARD).splitlines()) == 2 + len(CLAIMS)
+
+
+def test_rows_are_settings_that_load(tmp_path):
+    args = ablate_world.parse(["--output", str(tmp_path), "training.steps=400"])
+    configs = {name: ablate_world.config_of(args, row, 1, tmp_path) for name, row in ROW.items()}
+    assert {config.seed for config in configs.values()} == {1}
+    assert configs["one_stage"].training.steps == 800 and configs["diagonal"].training.steps == 400
+    assert configs["two_stages"].training.init["student"].endswith("runs/four-1/export")
+    assert configs["two_newest"].training.distill.motion_regression.weight == 1
+    evaluations = [sum(int(x) for x in str(configs[n].schedule.steps).ljust(7, "2")[:7]) for n in ("diagonal", "even")]
+    assert evaluations[0] == 17 and sum(map(int, "2232323")) == 17 and evaluations[1] == 17
+
+
+def test_no_clips_are_refused():
+    with pytest.raises(UserError, match="num_prompts 0 is too few"):
+        ablate_world.parse(["--num_prompts", "0"])
