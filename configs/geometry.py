@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import Config
+from configs.validate import check_shares
 
 SPATIAL_STRIDE = 8  # pixels to a latent cell, both ways (Wan2.1 VAE)
 TEMPORAL_STRIDE = 4  # pixel frames to a latent frame, the first excepted (Wan2.1 VAE)
@@ -70,6 +71,11 @@ class Geometry:
     @property
     def tokens_per_chunk(self) -> int:
         return self.chunk_frames * self.tokens_per_frame
+
+    def check_shares(self, setting: str, degree: int) -> None:
+        """Refuse `setting`=degree where it does not divide the tokens of a chunk."""
+        what = f"tokens of a chunk of {self.chunk_frames} latent frames of {self.width}x{self.height} pixels"
+        check_shares(setting, degree, self.tokens_per_chunk, what)
 
     @property
     def sink_chunks(self) -> int:

@@ -47,3 +47,11 @@ def one_of(choices: Iterable[str], section: str, values: Any, *names: str) -> No
         value = vars(values)[name]
         if value not in choices:
             raise UserError(f"{section}.{name}={shown(value)} is unknown; use one of {', '.join(choices)}")
+
+
+def check_shares(setting: str, degree: int, count: int, what: str) -> None:
+    """Refuse `setting`=degree where it does not divide `count` things, which `what` names."""
+    if count % degree:
+        *some, last = [str(i) for i in range(1, min(count, 16) + 1) if count % i == 0]
+        use = f"{', '.join(some)} or {last}" if some else last
+        raise UserError(f"{setting}={degree} does not divide the {count} {what}; use {use}")

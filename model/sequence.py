@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import UserError
-
 
 class SequenceGroup:
     """The ranks that share the tokens of a sample; this one is `rank` of `size`. group: None = no parallelism."""
@@ -113,14 +111,6 @@ class SequenceGroup:
 def _words(x: Tensor) -> Tensor:
     """x in words of eight bytes: what moves numbers of any type fast, and can send them."""
     return x.view(torch.int64)
-
-
-def check_shares(setting: str, degree: int, count: int, what: str) -> None:
-    """Refuse `setting`=degree where it does not divide `count` things, which `what` names."""
-    if count % degree:
-        *some, last = [str(i) for i in range(1, min(count, 16) + 1) if count % i == 0]
-        use = f"{', '.join(some)} or {last}" if some else last
-        raise UserError(f"{setting}={degree} does not divide the {count} {what}; use {use}")
 
 
 class _Exchange(torch.autograd.Function):

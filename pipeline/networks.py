@@ -17,7 +17,7 @@ from model.text import TextEncoder
 from model.tiny_decoder import TinyDecoderCodec, cast_to_best_dtype
 from model.weights.load import load_tiny_decoder, load_vae
 from model.weights.lora import LoraAdapters, plan_lora
-from pipeline.sequence_parallel import ParallelStudent, SequenceRanks, check_tokens, rank_devices
+from pipeline.sequence_parallel import SETTING, ParallelStudent, SequenceRanks, rank_devices
 from utils.device import DTYPES
 
 
@@ -74,7 +74,7 @@ def build_student(
     size, attention = config.inference.sequence_parallel, config.inference.attention
     if size == 1:
         return apply_fast_plan(Student(model), codec, plan)
-    check_tokens(size, Geometry.from_config(config).for_network(model.config))
+    Geometry.from_config(config).for_network(model.config).check_shares(SETTING, size)
     devices = rank_devices(device, size)
     ranks = SequenceRanks(model, devices, None if plan.is_noop else plan, None if attention == "auto" else attention)
     student, codec = apply_fast_plan(Student(model), codec, plan)

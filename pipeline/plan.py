@@ -24,7 +24,7 @@ from pipeline.conditioning import read_conditioning
 from pipeline.live import partial_name
 from pipeline.preflight import check_inference
 from pipeline.provenance import fingerprint
-from pipeline.sequence_parallel import check_tokens, rank_devices
+from pipeline.sequence_parallel import SETTING, rank_devices
 from pipeline.story import Story, planned_stories
 from utils.device import gpu_memory, pick_device, pick_dtype
 from utils.distributed import Ranks
@@ -184,7 +184,7 @@ def make_plan(
     degree = config.inference.sequence_parallel
     device = pick_device(config.device, ranks.local_rank * degree)
     FastPlan.from_config(config.inference, device)
-    check_tokens(degree, Geometry.from_config(config))
+    Geometry.from_config(config).check_shares(SETTING, degree)
     rank_devices(device, degree)
     dtype = pick_dtype(config.inference.precision, device)
     weights = tuple(check_weights(config.model))

@@ -72,6 +72,8 @@ def check_environment(config: Config, *, training: bool = False, world: int | No
     _schedule(report, config)
     if training:
         _batch(report, config, world or max(1, len(gpus)))
+    elif config.inference.sequence_parallel > 1:
+        _sharing(report, config, len(gpus))
     _memory(report, config, peeks, training, gpus, world)
     return report
 
@@ -181,6 +183,19 @@ def _batch(report: Report, config: Config, world: int) -> None:
         )
     else:
         report.add("batch", f"{t.global_batch} = {t.micro_batch} a pass x {world} {processes} x {rounds} accumulated")
+
+
+def _sharing(report: Report, config: Config, gpus: int) -> None:
+    """GPUs that share a stream."""
+    degree = config.inference.sequence_parallel
+    try:
+        Geometry.from_config(config).check_shares("inference.sequence_parallel", degree)
+        if 0 < gpus < degree:
+            raise UserError(f"inference.sequence_parallel={degree} needs as many GPUs and there are {gpus}; lower it")
+    except UserError as error:
+        report.add_problem("one stream", str(error))
+    else:
+        report.add("one stream", f"its tokens are shared by {degree} GPUs")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -34,11 +34,12 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import Geometry
+from configs.validate import check_shares
 from model.cache import CacheState, StreamCache, StreamView
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student, as_timestep
 from model.fast.student import FastPlan, FastStudent
-from model.sequence import SequenceGroup, check_shares
+from model.sequence import SequenceGroup
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -46,12 +47,6 @@ SETTING = "inference.sequence_parallel"
 START_S = 300  # seconds until a rank must have been started
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank may be compiling
 GRACE_S = 5  # seconds that ending a rank, or hearing of its end, may take
-
-
-def check_tokens(size: int, geometry: Geometry) -> None:
-    """Refuse tokens that cannot be shared out over `size` ranks."""
-    what = f"tokens of a chunk of {geometry.chunk_frames} latent frames of {geometry.width}x{geometry.height} pixels"
-    check_shares(SETTING, size, geometry.tokens_per_chunk, what)
 
 
 def rank_devices(device: torch.device, size: int) -> list[torch.device]:
@@ -302,7 +297,7 @@ class ParallelStudent(Student):
     def new_cache(
         self, geometry: Geometry, batch: int, max_chunks: int | None = None, dtype: torch.dtype | None = None
     ) -> StreamCache:
-        check_tokens(self.ranks.size, geometry)
+        geometry.check_shares(SETTING, self.ranks.size)
         cache = self.own.new_cache(geometry, batch, max_chunks, dtype)
         cache.__class__ = SharedCache
         cache.ranks, cache.name = self.ranks, self.ranks.name(cache)

@@ -30,6 +30,7 @@ from model.memory import inference_plan
 from model.schedule import Schedule
 from model.sequence import SequenceGroup
 from pipeline.plan import make_plan
+from pipeline.preflight import Report, _sharing
 from pipeline.sequence_parallel import ParallelStudent, SequenceRanks, rank_devices
 from pipeline.stream import StreamSession
 from server.adapters import _student
@@ -193,6 +194,13 @@ def test_what_cannot_be_shared_out_is_refused(tiny_assets, monkeypatch):
         make_plan(config)
     with pytest.raises(UserError, match=r"sequence_parallel=3 does not divide the 4 attention heads of the student"):
         SequenceRanks(network(), [CPU] * 3, None, None)
+    report = Report()
+    for degree, gpus in ((4, 8), (3, 2), (3, 0)):
+        inference = replace(config.inference, sequence_parallel=degree)
+        _sharing(report, replace(config, inference=inference), gpus)
+    assert "does not divide the 18 tokens" in report.problems[0]
+    assert "=3 needs as many GPUs and there are 2" in report.problems[1] and len(report.problems) == 2
+    assert report.lines[-1] == ("one stream", "its tokens are shared by 3 GPUs")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match=r"=2 needs the GPUs 3 to 4 and 4 are visible"):
         rank_devices(torch.device("cuda", 3), 2)

@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from configs.geometry import Geometry
 from configs.train_schema import TrainingConfig
+from configs.validate import check_shares
 from model.block_parts import split_blocks
 from model.causal_wan import CausalWanModel
-from model.sequence import SequenceGroup, check_shares
+from model.sequence import SequenceGroup
 from utils.distributed import Ranks
 from utils.logs import get_logger
 
@@ -42,10 +43,10 @@ def check_tokens(training: TrainingConfig, geometry: Geometry, frames: int) -> N
     """Refuse a number of tokens that the group size does not divide: those of a clip of `frames` latent frames, or of a
     chunk if the student is split, too."""
     degree = training.sequence_parallel
-    tokens, what = frames * geometry.tokens_per_frame, f"clip of {frames} latent frames"
     if training.sequence_student == "shared":
-        tokens, what = geometry.tokens_per_chunk, f"chunk of {geometry.chunk_frames} latent frames"
-    check_shares(SETTING, degree, tokens, f"tokens of a {what} of {geometry.width}x{geometry.height} pixels")
+        return geometry.check_shares(SETTING, degree)
+    what = f"tokens of a clip of {frames} latent frames of {geometry.width}x{geometry.height} pixels"
+    check_shares(SETTING, degree, frames * geometry.tokens_per_frame, what)
 
 
 def share_tokens(network: WanTransformer3DModel, group: SequenceGroup, name: str) -> None:
