@@ -45,6 +45,7 @@ REMOVED = {  # key -> what to do in its place
     "stream.restart_every": "a schedule starts once",
     "inference.fused_gelu": KERNELS,
     "inference.fused_norms": KERNELS,
+    "inference.fp8_scaling": "scales are by row, which is as fast as by tensor and more accurate",
 }
 IDLE = {  # as stored by default
     "training.distill.flow.head": "difference",
@@ -54,6 +55,7 @@ IDLE = {  # as stored by default
     "stream.restart_every": 0,
     "inference.fused_gelu": "true",
     "inference.fused_norms": "true",
+    "inference.fp8_scaling": "row",
 }
 MOVED = {  # old key -> new key
     "inference.cpu_threads": "cpu_threads",

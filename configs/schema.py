@@ -143,7 +143,6 @@ class InferenceConfig:
     attention: str = "auto"  # attention kernel; auto = the fastest for the GPU and the number of keys
     compile: str = "auto"  # blocks = parts of a block compiled once for all; auto = on a GPU; off
     cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
-    fp8_scaling: str = "row"  # scales of precision=fp8: one a row (token, output), or one a tensor
     fp8_attention: bool = True  # precision=fp8: keys and values in float8, too, where a kernel takes them (fa3)
     # GPUs that share each chunk's tokens (pipeline/sequence_parallel.py): one stream is faster, as many prompts are not
     sequence_parallel: int = number(1, 1, 64)
@@ -162,7 +161,6 @@ class InferenceConfig:
         one_of(PRECISION, "inference", self, "precision")
         one_of(("auto", "off", "blocks"), "inference", self, "compile")
         one_of(("auto", "on", "off"), "inference", self, "cuda_graphs")
-        one_of(("row", "tensor"), "inference", self, "fp8_scaling")
         one_of(ATTENTION, "inference", self, "attention")
         fast = (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on"))
         shared = (("sequence_parallel", self.sequence_parallel),) if self.sequence_parallel > 1 else ()

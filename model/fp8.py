@@ -2,8 +2,8 @@
 
     y = (x / s_x) (w / s_w)^T  s_x s_w + b      s = amax / 448, so that the largest number is the format's largest
 
-scaling "row": s_x per row of x (token), s_w per row of w (output channel), so that an outlier only affects its row; the
-kernel that computes a row also computes its amax. "tensor": one scale per tensor.
+There is one s_x per row of x (token) and one s_w per row of w (output channel), so that an outlier affects only its
+row. The kernel that computes a row of x also computes its amax.
 """
 
 from collections.abc import Sequence
@@ -35,18 +35,17 @@ def check_fp8(
 
 
 class Fp8Linear(nn.Module):
-    """Replacement of a linear layer for inference, with half the memory. scale: [out_features, 1], or [] by tensor.
+    """Replacement of a linear layer for inference, with half the memory. scale: [out_features, 1].
 
     Results have the dtype of the layer's original weights, whatever that of the inputs: since torch 2.12 autocast
     returns float32 from norms, which must not become the dtype of everything after them.
     """
 
-    def __init__(self, linear: nn.Linear, scaling: str = "row"):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        assert scaling in ("row", "tensor"), f"scaling={scaling}"
-        self.in_features, self.out_features, self.scaling = linear.in_features, linear.out_features, scaling
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
-        weight, scale = quantize(linear.weight.detach(), scaling)
+        weight, scale = quantize(linear.weight.detach())
         self.weight, self.scale = (nn.Parameter(x, requires_grad=False) for x in (weight, scale))
         # row scales go with bfloat16 results only
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
@@ -58,7 +57,7 @@ class Fp8Linear(nn.Module):
 
     def quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`quantize` of inputs [N, K]."""
-        return quantize(rows, self.scaling)
+        return quantize(rows)
 
     def matmul(self, value: Tensor, scale: Tensor) -> Tensor:
         """Quantized inputs [N, K] and their scale, as `quantize` returns them -> [N, out_features], bfloat16."""
@@ -67,18 +66,17 @@ class Fp8Linear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def quantize(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
-    """x [N, K] -> e4m3 [N, K], and its scale: float32 [N, 1] by row, [] for the tensor."""
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, K] -> e4m3 [N, K], and its scale by row, float32 [N, 1]."""
     wide = x.float()
-    amax = wide.abs().amax(dim=-1, keepdim=True) if scaling == "row" else wide.abs().amax()
-    scale = amax.clamp_min(TINY) / LARGEST
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp_min(TINY) / LARGEST
     return (wide / scale).to(E4M3), scale
 
 
-def quantize_block(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
+def quantize_block(block: nn.Module, kind: type[Fp8Linear] = Fp8Linear) -> list[str]:
     """Replace the large linear layers of a transformer block by `kind`; returns their names."""
     done = []
     for name in LINEARS:
@@ -88,30 +86,27 @@ def quantize_block(block: nn.Module, scaling: str = "row", kind: type[Fp8Linear]
         owner = block.get_submodule(parent)
         linear = dict(owner.named_children()).get(leaf)
         if type(linear) is nn.Linear and not (linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT):
-            setattr(owner, leaf, kind(linear, scaling))
+            setattr(owner, leaf, kind(linear))
             done.append(name)
     return done
 
 
 def quantize_blocks(
-    blocks: Sequence[nn.Module],
-    scaling: str = "row",
-    keep: Sequence[int] = UNQUANTIZED_BLOCKS,
-    kind: type[Fp8Linear] = Fp8Linear,
+    blocks: Sequence[nn.Module], keep: Sequence[int] = UNQUANTIZED_BLOCKS, kind: type[Fp8Linear] = Fp8Linear
 ) -> str:
     """Apply `quantize_block` to all blocks except those at indices `keep`; returns a summary for the log."""
     kept = {i % len(blocks) for i in keep}
-    names = [quantize_block(block, scaling, kind) for i, block in enumerate(blocks) if i not in kept]
+    names = [quantize_block(block, kind) for i, block in enumerate(blocks) if i not in kept]
     return f"float8: {sum(map(len, names))} linears in {len(names)} of {len(blocks)} blocks"
 
 
 @torch.no_grad()
-def layer_errors(linears: dict[str, nn.Linear], inputs: dict[str, Tensor], scaling: str = "row") -> dict[str, float]:
+def layer_errors(linears: dict[str, nn.Linear], inputs: dict[str, Tensor]) -> dict[str, float]:
     """Relative error ||fp8 - exact|| / ||exact|| of each layer for its input, by name."""
     errors = {}
     for name, linear in linears.items():
         exact = nn.functional.linear(*(x.double() for x in (inputs[name], linear.weight)), _double(linear.bias))
-        off = Fp8Linear(linear, scaling)(inputs[name]).double() - exact
+        off = Fp8Linear(linear)(inputs[name]).double() - exact
         errors[name] = float(off.norm() / exact.norm())
     return errors
 

@@ -55,7 +55,7 @@ def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
         "attention": config.inference.attention,
         "weights": {check.role: _combined(check, sampled_hash) for check in weights},
     }
-    fp8 = {"fp8_scaling": config.inference.fp8_scaling, "fp8_attention": config.inference.fp8_attention}
+    fp8 = {"fp8_scaling": "row", "fp8_attention": config.inference.fp8_attention}
     if config.inference.precision == "fp8" and fp8 != {"fp8_scaling": "row", "fp8_attention": True}:
         parts["fp8"] = fp8
     start = config.inference.image or config.inference.video

@@ -152,7 +152,7 @@ def layer_errors(model, config: Config) -> dict[str, float]:
     model(latents, torch.full((1,), 500.0, **place), text)
     for handle in handles:
         handle.remove()
-    errors = fp8.layer_errors(linears, inputs, config.inference.fp8_scaling)
+    errors = fp8.layer_errors(linears, inputs)
     return {f"block {middle} {name}": error for name, error in errors.items()}
 
 
@@ -198,7 +198,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     report["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
     tokens = args.batch * session.geometry.tokens_per_chunk
     report["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
-    fast, gpus = bench.plan.fp8 is not None, config.inference.sequence_parallel
+    fast, gpus = bench.plan.fp8, config.inference.sequence_parallel
     settings = {"batch": args.batch, "fp8": fast, "gpus": gpus}
     report["steps"] = speed.efficiency(session, network, report, report["ceilings"], **settings)
     if args.stream:

@@ -61,7 +61,7 @@ def reference_residual_norm(x, branch, modulation, gate, shift, weight, bias, ep
     y = (y if shift < 0 else _modulate(y, rows[shift], rows[shift + 1])).type_as(x)
     if not scaled:
         return [*out, y]
-    value, scale = quantize(y.flatten(0, 1), "row")
+    value, scale = quantize(y.flatten(0, 1))
     return [*out, value.view_as(y), scale]
 
 
@@ -143,7 +143,7 @@ def _(x: Tensor, gelu: bool):
 
 def reference_quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """What the kernel computes, in torch."""
-    return quantize(functional.gelu(x, approximate="tanh") if gelu else x, "row")
+    return quantize(functional.gelu(x, approximate="tanh") if gelu else x)
 
 
 @torch.library.custom_op("diagonal::linear_gelu", mutates_args=())

@@ -55,7 +55,7 @@ class FastPlan:
 
     kernels: Kernels
     fuse_qkv: bool = True
-    fp8: str | None = None  # scaling of float8 linear layers: row, tensor; None = no float8
+    fp8: bool = False  # linear layers in float8
     fp8_keep: tuple[int, ...] = UNQUANTIZED_BLOCKS  # blocks without float8
     fp8_cache: bool = False  # queries, keys and values of self-attention in float8
     fused_gelu: bool = False  # GELU in the epilogue of the matrix product
@@ -84,7 +84,7 @@ class FastPlan:
         return cls(
             kernels=kernels,
             fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.self_attention == "fa3",
-            fp8=config.fp8_scaling if config.precision == "fp8" else None,
+            fp8=config.precision == "fp8",
             fused_gelu=gpu,
             fused_norms=gpu and compiled,
             compile=compiled,
@@ -109,7 +109,7 @@ def optimize_student(student: Student, plan: FastPlan) -> "FastStudent":
         for block in model.blocks:
             fuse_qkv_projections(block.attn1)
     if plan.fp8:
-        log.info(fp8.quantize_blocks(model.blocks, plan.fp8, plan.fp8_keep))
+        log.info(fp8.quantize_blocks(model.blocks, plan.fp8_keep))
     return FastStudent(model, plan)
 
 

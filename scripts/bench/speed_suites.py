@@ -48,7 +48,6 @@ H100 = (
     _full("fp8 linears alone", "inference.precision=fp8", "inference.fp8_attention=false"),
     _full("bf16 with cuDNN", "inference.attention=cudnn"),
     _full("60 s stream", stream=60.0, repeats=2),
-    _full("fp8 by tensor", "inference.precision=fp8", "inference.fp8_scaling=tensor"),
     _full("no graphs", "inference.cuda_graphs=off", repeats=3),
     _full("decode not beside", "inference.overlap=false", repeats=3),
     _full("Wan VAE", "model.codec=wan", repeats=3),

@@ -73,7 +73,7 @@ def fill_parts(
     for key, value in iter_tensors(plan, network, device, dtype):
         name = adapted[key]
         if own[name].dtype == E4M3:
-            value, scale = quantize(value, "row")
+            value, scale = quantize(value)
             scales = f"{name.removesuffix('weight')}scale"
             state[scales] = _parameter(scale, own[scales])
         state[name] = _parameter(value.to(own[name].dtype), own[name])

@@ -58,20 +58,19 @@ class TestOperators:
 
 
 class TestStep:
-    @pytest.mark.parametrize("plan", [{}, dict(fp8="row"), dict(fp8_cache=True), dict(fused_gelu=True)], ids=str)
+    @pytest.mark.parametrize("plan", [{}, dict(fp8=True), dict(fp8_cache=True), dict(fused_gelu=True)], ids=str)
     def test_same_as_without(self, plan):
         geo = sizes(3, 1)
         for dtype in (BF16,) if "fp8_cache" in plan else (torch.float32, BF16):
             without, own = twins(dtype, **plan)
             compare(play(without, geo, 5), play(own, geo, 5), 0 if dtype is BF16 else 1e-6)
 
-    @pytest.mark.parametrize("changes", [dict(fuse_qkv=False), dict(fp8="tensor")], ids=str)
-    def test_what_they_do_not_fit_goes_the_other_way(self, changes):
-        student = optimize_student(Student(build(**WIDE)[0]), FastPlan(kernels=SDPA, fused_norms=True, **changes))
+    def test_what_they_do_not_fit_goes_the_other_way(self):
+        student = optimize_student(Student(build(**WIDE)[0]), FastPlan(kernels=SDPA, fused_norms=True, fuse_qkv=False))
         assert not student.step.fused
         play(student, sizes(2, 0), 1)
 
-    @pytest.mark.parametrize("fp8, kinds", [(None, 1), ("row", 2)])
+    @pytest.mark.parametrize("fp8, kinds", [(False, 1), (True, 2)])
     def test_nothing_is_compiled_after_the_first_step(self, fp8, kinds):
         """Patches, head, x0 and modulations once; three parts for each kind of block."""
         torch._dynamo.reset()
@@ -103,7 +102,7 @@ class TestOnGpu:
         for size in (width, 8960):
             kernels_case.compare_rows(fast_kernels.quantize_rows, size, BF16, "cuda")
 
-    @pytest.mark.parametrize("plan", [{}, dict(fp8="row"), dict(fp8="row", fp8_cache=True)], ids=str)
+    @pytest.mark.parametrize("plan", [{}, dict(fp8=True), dict(fp8=True, fp8_cache=True)], ids=str)
     @torch.no_grad()
     def test_a_stream_compiled_and_replayed(self, plan):
         """bfloat16 steps differ by its rounding; a graph's replay is the same numbers as the run before it."""
