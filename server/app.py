@@ -23,9 +23,7 @@ from server.metrics import Metrics
 from server.middleware import Access, AnswerHeaders, BoundedBodies
 from server.videos_api import MAX_BODY, Served, videos_router
 from server.workers import WorkerPool
-from utils.logs import get_logger
 
-log = get_logger(__name__)
 STATIC = Path(__file__).parent / "static"
 OPEN_PATHS = ("/", "/health", "/health/live", "/docs", "/openapi.json", "/favicon.ico")
 OPEN_FOLDERS = ("/static/", "/swagger/")
@@ -48,7 +46,7 @@ class ServerOptions:
 
 
 class Health(BaseModel):
-    status: str = Field(description="ready, warming, full (no live stream and no job is taken) or stopping.")
+    status: str = Field(description="ready, warming, full (no stream can be added, or the queue is full) or stopping.")
     workers: dict[str, int] = Field(description="Worker processes by state.")
 
 
