@@ -28,7 +28,7 @@ from configs.schema import Config  # noqa: E402
 from model.schedule import Schedule  # noqa: E402
 from pipeline.preflight import check_training  # noqa: E402
 from scripts.studies import ablation  # noqa: E402
-from scripts.studies.ablation_table import goals, markdown  # noqa: E402
+from scripts.studies.ablation_table import markdown  # noqa: E402
 from scripts.studies.clips import TEACHER_STEPS, Bench, System, cpu_seconds  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
 from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
@@ -98,7 +98,7 @@ def read_rows(folder: Path, rows: list[ablation.Row]) -> dict[str, dict]:
 
 def write_tables(out: Path, args: argparse.Namespace) -> str:
     found = list(read_rows(out / "rows", list(ablation.ROWS)).values())
-    text = markdown(found) + "\n" + goals({row["name"]: row for row in found})
+    text = markdown(found)
     (out / "table.md").write_text(text, encoding="utf-8")
     write_json_atomic(out / "table.json", {"settings": args.settings, "rows": found})
     return text

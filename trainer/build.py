@@ -20,7 +20,7 @@ from model.causal_wan import CausalWanModel
 from model.codec import WanCodec
 from model.text import TextEncoder, word_tokenizer
 from model.weights.load import load_score, load_student, load_text_encoder, load_vae, new_network
-from trainer.tiny.world import VOCABULARY
+from trainer.tiny.captions import VOCABULARY
 from utils.seeds import stable_hash
 
 CPU = torch.device("cpu")

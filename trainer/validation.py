@@ -22,9 +22,10 @@ from pipeline.bidirectional import sample
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
 from trainer.prompt_bank import validation_prompts
+from trainer.tiny.captions import ATTRIBUTES
 from trainer.tiny.data import LatentBank
 from trainer.tiny.measures import score as score_clips
-from trainer.tiny.world import ATTRIBUTES, caption, flip_attribute
+from trainer.tiny.world import caption, flip_attribute
 from utils.seeds import generator, sample_seed
 from utils.video import VideoWriter, contact_sheet
 

@@ -6,7 +6,6 @@ names it. The number of processes may change as long as `training.global_batch` 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from configs.schema import Config
 from model.weights.files import resolve_path
 from model.weights.run_folders import EXPORT as EXPORTS
 from model.weights.run_folders import MANIFEST, SHARDS, STATE, find_weights
-from trainer.checkpoint.save import folders
+from trainer.checkpoint.save import check_stage, folders
+from trainer.checkpoint.sharded import flat
 from utils.files import CARD, replaceable
 from utils.logs import get_logger
 
@@ -103,21 +103,13 @@ def check_resumable(config: Config, logdir: Path) -> None:
         return
 
 
-def check_stage(before: str, now: str, logdir: Path) -> None:
-    """Refuse to resume a run of another stage."""
-    if before != now:
-        raise UserError(
-            f"--logdir {logdir} holds a run of stage {before} and this is stage {now}; choose another --logdir"
-        )
-
-
 def check_changes(before: dict[str, Any], config: Config, logdir: Path, *, warn: bool = True) -> None:
     """Refuse changes from `before`, the configuration in a checkpoint's manifest, that are not allowed; warn of others.
 
     Settings that `before` lacks are ignored.
     """
-    now = dict(_leaves(to_dict(config)))
-    changed = {key: (old, now[key]) for key, old in _leaves(as_meant(moved(before))) if key in now and now[key] != old}
+    saved, now = flat(as_meant(moved(before))), flat(to_dict(config))
+    changed = {key: (old, now[key]) for key, old in saved.items() if key in now and now[key] != old}
     accepted = config.training.accept_changes
     refused = [key for key in changed if not _in(key, (*FREE, *TUNED, *accepted))]
     if refused:
@@ -138,11 +130,3 @@ def check_changes(before: dict[str, Any], config: Config, logdir: Path, *, warn:
 
 def _in(key: str, settings: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in settings)
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

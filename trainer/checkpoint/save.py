@@ -182,6 +182,14 @@ def verified(folder: Path, control: ControlGroup | None = None) -> dict[str, Any
     return None
 
 
+def check_stage(before: str, now: str, logdir: Path) -> None:
+    """Refuse to resume a run of another stage."""
+    if before != now:
+        raise UserError(
+            f"--logdir {logdir} holds a run of stage {before} and this is stage {now}; choose another --logdir"
+        )
+
+
 def newest(logdir: Path, stage: str, control: ControlGroup | None = None) -> tuple[Path, dict[str, Any]] | None:
     """(folder, manifest) of the newest intact checkpoint under `logdir`, or None. Refuses another stage's folder."""
     control = control or ControlGroup()
@@ -190,11 +198,7 @@ def newest(logdir: Path, stage: str, control: ControlGroup | None = None) -> tup
         manifest = verified(folder, control)
         if manifest is None:
             continue
-        if manifest["stage"] != stage:
-            raise UserError(
-                f"--logdir {logdir} holds a run of stage {manifest['stage']} and this is stage {stage}; "
-                f"choose another --logdir"
-            )
+        check_stage(manifest["stage"], stage, logdir)
         return folder, manifest
     return None
 

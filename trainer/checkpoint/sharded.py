@@ -6,6 +6,8 @@ Replicated tensors (of hybrid sharding, counters) are written once.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,17 @@ class ShardError(OSError):
     """Writing or reading failed on some rank; its message is that rank's."""
 
 
-def _plain(error: CheckpointException) -> ShardError:
-    """torch's exception, which holds the tracebacks of all ranks, as one sentence."""
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return ShardError(f"rank {rank}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}")
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raises torch's exception, which holds the tracebacks of all ranks, as one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a single process
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise ShardError(f"rank {rank}: {reason}") from error
 
 
 def train_state_tensors(name: str, train_state: TrainState) -> dict[str, Tensor]:
@@ -56,13 +65,9 @@ def write(
             tensors |= {f"{name}.optimizer.{parameter}.{key}": value for key, value in entries.items()}
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     assert not wrong, f"{wrong[:3]} are not tensors"
-    try:
+    with _plain_errors():
         writer = FileSystemWriter(folder, thread_count=WRITERS)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: it is
-            dcp.save(tensors, storage_writer=writer, process_group=control.group, no_dist=not control.group)
-    except CheckpointException as error:
-        raise _plain(error) from error
+        dcp.save(tensors, storage_writer=writer, process_group=control.group, no_dist=not control.group)
 
 
 def read(folder: Path, train_states: dict[str, TrainState], control: ControlGroup) -> dict[str, Any]:
@@ -80,13 +85,9 @@ def read(folder: Path, train_states: dict[str, TrainState], control: ControlGrou
             f"{folder} has no {lost[0]}, which this run needs; it is of another version or of other networks, so "
             f"choose another --logdir"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: it is
-            reader, alone = ShardedReader(folder), not control.group
-            dcp.load(tensors, storage_reader=reader, process_group=control.group, no_dist=alone)
-    except CheckpointException as error:
-        raise _plain(error) from error
+    with _plain_errors():
+        reader = ShardedReader(folder)
+        dcp.load(tensors, storage_reader=reader, process_group=control.group, no_dist=not control.group)
     for name, train_state in train_states.items():
         load_optimizer_state(train_state.module, train_state.optimizer, optimizers[name])
     return _nested({name.removeprefix(f"{STAGE}."): tensors[name] for name in _of(shapes, STAGE)})
@@ -123,12 +124,12 @@ def _of(shapes: Shapes, prefix: str) -> list[str]:
     return [name for name in shapes if name.startswith(f"{prefix}.")]
 
 
-def flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dictionaries, by dotted names."""
-    tensors = {}
+def flat(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries, by dotted names."""
+    values = {}
     for key, value in state.items():
-        tensors |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return tensors
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
 
 
 def _nested(flat: dict[str, Tensor]) -> dict[str, Any]:

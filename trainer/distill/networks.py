@@ -15,9 +15,11 @@ from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.fast.fp8_teacher import quantize_and_compare, quantize_network
 from model.sequence import SequenceGroup
+from model.sizes import RANDOM
 from model.weights.plans import WeightPlan
+from model.weights.random import random_transformer
+from trainer.build import causal_student, score_network
 from trainer.distill.motion_head import MotionHead
-from trainer.initial_network import initial_network
 from trainer.optim.train_state import EMA, TrainState
 from trainer.parallel.apply import ParallelPlan, parallelize
 from trainer.parallel.sharded_weights import copy_parts, empty, fill_parts, init_plan
@@ -29,6 +31,17 @@ log = get_logger(__name__)
 
 FLOAT = torch.float32  # dtype of trained weights and their EMA
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
+
+
+def initial_network(
+    config: Config, name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, causal: bool = False
+) -> WanTransformer3DModel:
+    """The network of `training.init.<name>`. `random:14B` has random weights, made on `device`, and needs no file."""
+    source = config.training.init.get(name, "")
+    if source.startswith(RANDOM):
+        seed = stable_hash(config.seed, "random", name)
+        return random_transformer(source.removeprefix(RANDOM), device, dtype, causal=causal, seed=seed)
+    return causal_student(config, name, dtype) if causal else score_network(config, name, dtype)
 
 
 def frozen_teacher(config: Config, parallel: ParallelPlan) -> tuple[WanTransformer3DModel, dict[float, float]]:

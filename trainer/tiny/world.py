@@ -19,35 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.tiny.captions import (
-    ATTRIBUTES,
-    COLOURS,
-    DEFAULT_PROMPT,
-    SHAPES,
-    VALUES,
-    VOCABULARY,
-    flip_stated,
-    parse_caption,
-    phrase,
-    varied_phrase,
-)
-
-__all__ = [
-    "ATTRIBUTES",
-    "CLIP_FRAMES",
-    "DEFAULT_PROMPT",
-    "OPEN",
-    "TinyScene",
-    "TinyWorld",
-    "VOCABULARY",
-    "background_image",
-    "caption",
-    "flip_attribute",
-    "parse_caption",
-    "shape_distance",
-    "training_caption",
-    "velocity",
-]
+from trainer.tiny.captions import ATTRIBUTES, COLOURS, SHAPES, VALUES, flip_stated, parse_caption, phrase, varied_phrase
 
 CLIP_FRAMES = 81  # frames over which the path stays inside the frame
 RADIUS = (9.0, 11.0)  # pixels; a shape of size r covers about as much as a disc of radius r

@@ -12,7 +12,7 @@ from distill_case import CPU, distill_config
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from scripts.studies import ablation
-from scripts.studies.ablation_table import badness, goals, markdown
+from scripts.studies.ablation_table import markdown
 from scripts.studies.clips import Bench, bootstrap
 from trainer.tiny.captions import parse_caption
 from trainer.tiny.world import TinyWorld
@@ -45,7 +45,6 @@ def test_rows_are_trained_measured_and_not_made_again(ablate, tmp_path):
     out = tmp_path / "out"
     names = ["teacher", "start", "self_forcing", "4322222"]
     said = ablate("--rows", *names)
-    assert "- [" in said and "not worse than Self-Forcing's" in said
     rows = {name: json.loads((out / "rows" / f"{name}.json").read_text()) for name in names}
     assert [rows[name]["nfe"] for name in names] == [100, 11, 20, 11]  # 4 chunks: 4+3+2+2, 4 x (4+1)
     assert rows["start"]["cpu_seconds"] == rows["4322222"]["cpu_seconds"], "the same schedule is timed once"
@@ -136,14 +135,12 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
     assert ours.high - ours.low == pytest.approx(known.high - known.low, rel=0.15)
 
 
-def test_the_table_leaves_out_what_is_not_known_and_goals_say_which_way_is_better():
+def test_the_table_leaves_out_what_is_not_known():
     figure = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     row = {"name": "4322222", "title": "ours", "nfe": 17, "cpu_seconds": 1.234, "steps": 3}
     columns = {"colour": figure, "axis": figure | {"low": 0.1}, "start_spread": {"value": 3, "low": None, "high": None}}
     row |= {"columns": columns, "asked": {"clips": 4, "open_clips": 9, "long_clips": 0, "long_frames": 81}}
     costs, rest = (table.splitlines() for table in markdown([row]).split("\n\n")[:2])
-    assert costs[2].startswith("| ours | 17 | 1.23 | 50.0 ± 25.0 | - |") and goals({"4322222": row}) == ""
+    assert costs[2].startswith("| ours | 17 | 1.23 | 50.0 ± 25.0 | - |")
     assert rest[2] == "| ours | 50.0 (10.0 .. 75.0) | - | - | 3.0 | - |"
     assert all(len({line.count("|") for line in table}) == 1 for table in (costs, rest))
-    assert badness("colour", 0.9) > badness("colour", 0.95) and badness("drift", -0.2) > badness("drift", 0.1)
-    assert badness("seam", 1.2) > badness("seam", 0.9)

@@ -8,12 +8,21 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from trainer.tiny.captions import ATTRIBUTES, DIRECTIONS, SHAPES, VALUES, opposite, parse_caption, phrase, words_of
+from trainer.tiny.captions import (
+    ATTRIBUTES,
+    DEFAULT_PROMPT,
+    DIRECTIONS,
+    SHAPES,
+    VALUES,
+    VOCABULARY,
+    opposite,
+    parse_caption,
+    phrase,
+    words_of,
+)
 from trainer.tiny.world import (
     CLIP_FRAMES,
-    DEFAULT_PROMPT,
     EXTENT,
-    VOCABULARY,
     TinyScene,
     TinyWorld,
     background_image,
