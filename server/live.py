@@ -137,7 +137,8 @@ class Connection:
         finally:
             if self.session:
                 self.session.close()
-                await asyncio.wait([self._sending])
+                if self._sending:
+                    await asyncio.wait([self._sending])
 
     async def _receive(self) -> str | None:
         """The next text, no sooner than RATE allows; None where the client has closed."""
@@ -174,7 +175,7 @@ class Connection:
     async def _act(self, control: Control) -> None:
         match control.type:
             case "shown":
-                if self.session and control.take == self._take:
+                if self.session and not self.session.lost and control.take == self._take:
                     self.session.control(replace(control, frame=min(control.frame, self._sent)))
             case "describe":
                 await self._refusable(control, self._describe)

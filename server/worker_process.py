@@ -702,6 +702,8 @@ class WorkerProcess:
 
     def _control(self, number: int, control: Control, arrived: float) -> None:
         if number not in self.streams:
+            if control.type != "open":  # a late word for a stream of the process before this one
+                return
             self.streams[number] = Stream(self, number)
         try:
             self.streams[number].act(control, arrived)

@@ -15,7 +15,10 @@ from websockets.exceptions import ConnectionClosed
 
 from configs.errors import UserError
 from pipeline.stream import StreamSession
+from server.controls import Control
 from server.limits import MAX_MESSAGE
+from server.live import Connection, Gone
+from server.worker_process import Stream
 
 UPGRADE = (
     f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\n"
@@ -208,6 +211,46 @@ def test_who_leaves_leaves_no_traceback(port, serve, tracebacks, last_words):  #
     for seconds in (0, 0.03, 0.06):
         asyncio.run(leave(seconds))
     assert not tracebacks()
+
+
+def test_who_leaves_before_the_first_receipt_leaves_nothing(serve, tracebacks, monkeypatch):  # noqa: F811
+    port = serve()
+    say = Connection.say
+
+    async def gone(connection, kind, **values):
+        if kind == "ack":
+            raise Gone
+        await say(connection, kind, **values)
+
+    async def script(me):
+        await me.send("open", prompt=PROMPT)
+        with pytest.raises(ConnectionClosed):
+            await me.next()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "say", gone)
+        visit(port, script)
+    assert until(lambda: not serve.live.connections) and not serve.live.pool.workers[0].sessions
+    assert not tracebacks()
+
+
+def test_a_late_word_for_a_stream_that_is_gone_makes_none(serve):  # noqa: F811
+    """`shown` of a client whose worker has just been replaced, for one."""
+    port = serve()
+
+    async def script(me):
+        await me.open()
+        await me.chunks(1)
+        worker, before = serve.live.pool.workers[0], streams()
+        for number in range(1000, 1100):
+            worker.send("control", number, Control("shown", take=1, frame=9))
+        await me.chunks(2)
+        return streams() - before
+
+    def streams() -> int:
+        return sum(type(thing) is Stream for thing in gc.get_objects())
+
+    assert visit(port, script) <= 0
 
 
 def test_cycles_of_connecting_playing_and_leaving_leave_nothing(serve):  # noqa: F811
