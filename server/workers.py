@@ -136,7 +136,7 @@ class WorkerSession:
 
     def __init__(self, worker: "Worker", number: int):
         self._worker, self.number = worker, number
-        self.share = 0.0  # of the worker's time
+        self.schedule: Schedule  # that it was let in with, or has changed to
         self._dearest: Schedule  # since `open`
         self.lost = False  # its worker has died
         self._items: asyncio.Queue[dict | Video | None] = asyncio.Queue()  # bounded by flow control
@@ -147,8 +147,9 @@ class WorkerSession:
         return self._worker.number
 
     @property
-    def fps(self) -> int:
-        return self._worker.costs.fps
+    def share(self) -> float:
+        """Of the worker's time, by what it measures now."""
+        return self._worker.costs.share(self.schedule)
 
     def control(self, control: Control) -> None:
         """Hand on a checked control. Refused where a schedule cannot be kept at its rate; nothing has changed then."""
@@ -354,7 +355,7 @@ class Worker:
             )
         if len(others) >= most:
             raise Refused(f"{len(others)} streams are all that a worker takes; try again later")
-        session.share = share
+        session.schedule = schedule
         self.sessions[session.number] = session
 
     async def stop(self) -> None:

@@ -174,6 +174,9 @@ def test_streams_are_let_in_as_long_as_they_can_be_kept(tiny_assets):
         session.close()
     alone = pool.open(replace(OPEN, schedule=dear))
     assert worker.load > HEADROOM, "a stream alone is let in, however slow"
+    for _ in range(200):
+        worker.costs.learn(0.4, nfe)
+    assert worker.load > 2 * HEADROOM, "what runs is counted by what it takes now"
     alone.close()
     for _ in range(200):
         worker.costs.learn(0.05, nfe)
