@@ -1,7 +1,7 @@
 """Folders that training leaves: which of the files in one hold the network that is asked for.
 
     <run>/export/                       what a run of ours made of its averaged weights, in our own format
-    <run>/checkpoint_000200/state.pt    its newest state: players, each with weights (module) and averages (average)
+    <run>/checkpoint_000200/state.pt    its newest state: train states with weights (module) and averages (average)
                            /manifest.json
                            /shards/             the same of a sharded run, in the place of state.pt
     <run>/checkpoint_model_000600/model.pt    Self-Forcing's and its forks'

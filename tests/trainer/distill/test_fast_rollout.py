@@ -1,4 +1,4 @@
-"""Rollouts for the critic by the student's fast twin are those of the student, and follow it."""
+"""Rollouts for the critic by the student's fast copy are those of the student, and follow it."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ def assert_same(alone: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("sharding, more", [("none", ()), ("full", ()), ("full", (FAST,))])
 def test_two_ranks_are_one_with_twice_the_batches(tiny_assets, alone, tmp_path, sharding, more):
-    """And where the sharded student is gathered for its fast twin."""
+    """And where the sharded student is gathered for its fast copy."""
     start(tiny_assets, tmp_path, 2, f"training.sharding={sharding}", *more)
     assert_same(alone, tmp_path)
 
@@ -71,7 +71,7 @@ SHARED = "training.sequence_student=shared"
 ])  # fmt: skip
 def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, sharding, looks):
     """Two share each sample's tokens; of four, the others see other samples. The first one also validates. Where each
-    has the student whole, or its fast twin, they make the critic's rollouts in turns: of two the micro-batches of a
+    has the student whole, or its fast copy, they make the critic's rollouts in turns: of two the micro-batches of a
     step, of four the steps."""
     more = ["training.sequence_parallel=2", f"training.sharding={sharding}", "training.checkpointing=true", *looks]
     start(tiny_assets, tmp_path, ranks, *more)
@@ -81,7 +81,7 @@ def test_ranks_that_share_samples_are_one(tiny_assets, alone, tmp_path, ranks, s
 
 def test_ranks_that_share_samples_begin_with_images_too(tiny_assets, tmp_path):
     """Which the whole student makes, and with the student changed before each update of the critic, so that the first
-    rank makes all of its rollouts and the other one gathers alone; also beside the fast twin."""
+    rank makes all of its rollouts and the other one gathers alone; also beside the fast copy."""
     image = ("training.image_start=1", "training.global_batch=2", "training.distill.dfake_gen_update_ratio=1")
     start(tiny_assets, tmp_path / "one", 1, *image)
     for name, more in (("two", ()), ("fast", (FAST,))):
