@@ -46,20 +46,20 @@ def main() -> int:
         print(f"{plan.describe()}\n\n{schedule}")
         return 0
 
-    said = sys.stderr if plan.piped else sys.stdout
+    log_file = sys.stderr if plan.piped else sys.stdout
     if ranks.first:
-        print(plan.summary(), file=said)
+        print(plan.summary(), file=log_file)
     if not plan.jobs:
         return 0
     pipe = DiagonalPipeline.from_config(config, local_rank=ranks.local_rank)
     conditioning, clips = None if plan.conditioning is None else pipe.encode(plan.conditioning), []
     for job in plan.jobs:
         clips.append(render(pipe, job, plan.weights, position=ranks.local_rank, conditioning=conditioning))
-        print(clips[-1].line(), file=said)
+        print(clips[-1].line(), file=log_file)
     if config.inference.profile:
-        print(profile_table(clips), file=said)
+        print(profile_table(clips), file=log_file)
     if ranks.first and not args.endless:
-        print(schedule, file=said)
+        print(schedule, file=log_file)
     return 0
 
 

@@ -165,13 +165,13 @@ class EncodedText:
             ends, sums = _tables(path)
         except (KeyError, SafetensorError):
             ends = sums = torch.zeros(0)
-        told = ends.flatten().tolist()
-        lengths = [end - begin for begin, end in pairwise(told)]
-        whole = _check(ends, sums) == self.manifest.checks[number] and text == (told[-1], self.dim)
-        whole = whole and told[0] == 0 and all(0 <= length <= most for length in lengths)
+        offsets = ends.flatten().tolist()
+        lengths = [end - begin for begin, end in pairwise(offsets)]
+        whole = _check(ends, sums) == self.manifest.checks[number] and text == (offsets[-1], self.dim)
+        whole = whole and offsets[0] == 0 and all(0 <= length <= most for length in lengths)
         if not whole or not len(lengths) == len(sums) == self.manifest.counts[number]:
             raise UserError(f"{FIELD}={self.folder}: {path.name} is not the file that was written; {REBUILD}")
-        return told, sums.tolist()
+        return offsets, sums.tolist()
 
     def require(self, prompts: Iterable[str]) -> None:
         """Refuse, before the first step, what would be missing at a later one."""
@@ -188,8 +188,8 @@ class EncodedText:
         shape, dtype = (len(prompts), self.text_tokens, self.dim), DTYPES[self.manifest.dtype]
         host = torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         for row, prompt in zip(host, prompts, strict=True):
-            found = self._read(prompt)
-            row[: len(found)] = found
+            embedding = self._read(prompt)
+            row[: len(embedding)] = embedding
         return host.to(self.device, non_blocking=True).float()
 
     def _read(self, prompt: str) -> Tensor:

@@ -89,9 +89,9 @@ def conditioning_warnings(
 
     picture: first conditioning frame, uint8 [H, W, 3]; latents: of the conditioning frames, [1, F, C, h, w].
     """
-    found = []
+    warnings = []
     if not card.get("trained_image_start"):
-        found.append(
+        warnings.append(
             "this student was not trained to begin with an image or a clip (its card.json has no trained_image_start); "
             "what follows may not fit what is given"
         )
@@ -99,8 +99,8 @@ def conditioning_warnings(
         shown = codec.decode(latents[:, :1])[0, 0].float().add(1).mul(127.5).clamp(0, 255).permute(1, 2, 0)
         error = float(np.sqrt(np.mean((shown.cpu().numpy() - picture) ** 2)))
         if error > MOST_ERROR:
-            found.append(
+            warnings.append(
                 f"what is given to begin with is unlike what this model was trained on: its codec shows it "
                 f"{error:.0f} of 255 off, where {MOST_ERROR} are much; what follows may not fit it"
             )
-    return found
+    return warnings

@@ -15,10 +15,10 @@ MAX_SIZE_RATIO = 1.3  # times as high or as wide as what a student was trained f
 
 def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
     """What of `prompt` does not reach the model: what is too long, and words that it does not know."""
-    found = []
+    warnings = []
     tokens = encoder.count_tokens(prompt)
     if tokens > encoder.text_tokens:
-        found.append(
+        warnings.append(
             f"the prompt is {tokens} tokens long and only the first {encoder.text_tokens} count "
             f"(model.text_tokens={encoder.text_tokens}): {prompt[:40]}..."
         )
@@ -26,11 +26,11 @@ def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
     if unknown:
         named = ", ".join(word[:40] for word in unknown[:20]) + (", ..." if len(unknown) > 20 else "")
         known = encoder.known_words
-        found.append(
+        warnings.append(
             f"this model does not know, and leaves out of the prompt: {named}"
             + (f". It knows these words: {', '.join(known)}" if known else "")
         )
-    return found
+    return warnings
 
 
 def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:

@@ -170,10 +170,10 @@ def clip_metadata(pipe: DiagonalPipeline, clip: RenderedClip, weights: Sequence[
     job = clip.job
     times = job.story.times(pipe.config.stream.chunk_frames, pipe.config.video.fps)
     story = zip(job.story.frames, times, job.story.prompts, strict=True)
-    told = {"story": [{"latent_frame": frame, "seconds": time, "prompt": prompt} for frame, time, prompt in story]}
+    parts = [{"latent_frame": frame, "seconds": time, "prompt": prompt} for frame, time, prompt in story]
     return {
         "prompt": job.prompt,
-        **(told if len(job.story.prompts) > 1 or job.endless else {}),
+        **({"story": parts} if len(parts) > 1 or job.endless else {}),
         "seed": job.seed,
         "sample": job.sample,
         "video": job.video.name,

@@ -114,16 +114,16 @@ def _disk(report: Report, folder: Path, what: str) -> None:
 
 
 def _weights(report: Report, config: Config, training: bool) -> dict[str, WeightInfo]:
-    found = {}
+    infos = {}
     for role, path, name in required_weights(config, training=training):
         try:
             use_ema = config.model.use_ema and role in ROLES_WITH_EMA and not training
-            found[role] = inspect_weights(role, path, use_ema=use_ema, name=name)
+            infos[role] = inspect_weights(role, path, use_ema=use_ema, name=name)
         except UserError as error:
             report.add_problem(role, str(error))
         else:
-            report.add(role, f"{found[role].path}, {machine.size_text(found[role].size)}, {found[role].kind}")
-    return found
+            report.add(role, f"{infos[role].path}, {machine.size_text(infos[role].size)}, {infos[role].kind}")
+    return infos
 
 
 def _prompts(report: Report, config: Config, training: bool) -> None:
@@ -319,11 +319,11 @@ def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]
     if t.stage == "distill":
         trained.append((critic, t.distill.lora.critic_rank, t.distill.critic_optimizer, 0))
     checkpoint = export = 0
-    for found, rank, optimizer, averaged in trained:
-        if found is not None and found.network is not None:
+    for info, rank, optimizer, averaged in trained:
+        if info is not None and info.network is not None:
             moments = 0 if rank else 2 if optimizer.betas[0] else 1
-            checkpoint += 4 * (1 + moments + averaged) * found.network.parameters
-            export += averaged * 2 * found.network.parameters
+            checkpoint += 4 * (1 + moments + averaged) * info.network.parameters
+            export += averaged * 2 * info.network.parameters
     return checkpoint, export
 
 

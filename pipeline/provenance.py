@@ -31,12 +31,12 @@ def commit() -> str | None:
         return None
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             command, capture_output=True, text=True, timeout=10, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
         )
     except (OSError, subprocess.TimeoutExpired):  # git is not installed, or its disk does not answer
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:

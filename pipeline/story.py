@@ -133,7 +133,7 @@ def _indices(given: Any, where: str) -> list[int]:
 
 
 def _timed(lines: list[tuple[dict[str, Any], str]], fps: int, length: int | None) -> Story:
-    prompts, frames, said = [], [], []
+    prompts, frames, texts = [], [], []
     for line, where in lines:
         at, prompt = line["at"], line.get("prompt")
         if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
@@ -142,8 +142,8 @@ def _timed(lines: list[tuple[dict[str, Any], str]], fps: int, length: int | None
             raise UserError(f"{where} prompt={str(prompt)[:40]} is no text; give a prompt")
         frames.append(latent_frame_at(at, fps))
         prompts.append(prompt)
-        said.append(f"{at:g} s")
-    return _checked(prompts, frames, said, lines[0][1].rpartition(" entry")[0], length)
+        texts.append(f"{at:g} s")
+    return _checked(prompts, frames, texts, lines[0][1].rpartition(" entry")[0], length)
 
 
 def latent_frame_at(seconds: float, fps: int) -> int:
@@ -154,20 +154,20 @@ def latent_frame_at(seconds: float, fps: int) -> int:
     return math.ceil((pixels - 1 - 1e-9) / TEMPORAL_STRIDE) + 1
 
 
-def _checked(prompts: Sequence[str], frames: Sequence[int], said: Sequence[str], where: str, length: int | None):
+def _checked(prompts: Sequence[str], frames: Sequence[int], texts: Sequence[str], where: str, length: int | None):
     """The Story, after checks that raise UserErrors. said: each time as the user wrote it."""
     for prompt in prompts:
         check_prompt(prompt, f"{where}: a prompt")
     for i, frame in enumerate(frames):
         if frame < 0:
-            raise UserError(f"{where}: the switch at {said[i]} is negative; times count from 0")
+            raise UserError(f"{where}: the switch at {texts[i]} is negative; times count from 0")
         if length is not None and frame >= length:
             raise UserError(
-                f"{where}: the switch at {said[i]} (latent frame {frame}) is beyond the end of a clip of {length} "
+                f"{where}: the switch at {texts[i]} (latent frame {frame}) is beyond the end of a clip of {length} "
                 f"latent frames; give --num_output_frames above {frame}"
             )
         if i and frame <= frames[i - 1]:
-            raise UserError(f"{where}: the switch at {said[i]} does not come after {said[i - 1]}; put times in order")
+            raise UserError(f"{where}: the switch at {texts[i]} does not come after {texts[i - 1]}; put times in order")
     if frames[0] != 0:
-        raise UserError(f"{where}: the first prompt comes at {said[0]}, but a video needs one from 0 on; add it")
+        raise UserError(f"{where}: the first prompt comes at {texts[0]}, but a video needs one from 0 on; add it")
     return Story(tuple(prompts), tuple(frames))

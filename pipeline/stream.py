@@ -79,10 +79,10 @@ class ChunkResult:
         return self
 
     def _blame(self, maker: str) -> str:
-        said = f"chunk {self.chunk} holds NaN or infinity, made by the {maker}"
+        message = f"chunk {self.chunk} holds NaN or infinity, made by the {maker}"
         if self.dtype is torch.float16:
-            return f"{said}: float16 overflows beyond 65,504; set inference.precision=bfloat16 or float32"
-        return f"{said}, whose weights are damaged or too large; {FIX_OF[maker]}, or try inference.precision=float32"
+            return f"{message}: float16 overflows beyond 65,504; set inference.precision=bfloat16 or float32"
+        return f"{message}, whose weights are damaged or too large; {FIX_OF[maker]}, or try inference.precision=float32"
 
     @property
     def timings(self) -> dict[str, float]:

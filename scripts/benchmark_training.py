@@ -189,16 +189,16 @@ class Benchmark:
         steps = ["training.distill.dfake_gen_update_ratio=2"] if layers else []  # so that ranks take turns
         settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
         settings += layout.overrides(self.micro, batch)
-        found: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
+        result: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
         try:
             config = load_config(self.args.config_path, settings)
             there = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else layout.gpus
         except UserError as error:
-            return found | {"why": f"refused: {error}"}
+            return result | {"why": f"refused: {error}"}
         if there < layout.gpus:
-            return found | {"why": f"needs GPUs: {layout.gpus}; there are {there}"}
+            return result | {"why": f"needs GPUs: {layout.gpus}; there are {there}"}
         if self.left < MIN_SECONDS:
-            return found | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
+            return result | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
         cost = self.cost(job)
         share = self.left * cost / (cost + sum(self.cost(one) for one in ahead))
         limit = min(self.left - 5, 2 * share + 20)
@@ -213,8 +213,8 @@ class Benchmark:
         if saved:
             shutil.rmtree(saved, ignore_errors=True)
         if out.exists():
-            return found | json.loads(out.read_text()) | {"whole": why is None, "ended": why, "file": str(out)}
-        return found | {"why": why or "ended without a result"}
+            return result | json.loads(out.read_text()) | {"whole": why is None, "ended": why, "file": str(out)}
+        return result | {"why": why or "ended without a result"}
 
     def _start(self, gpus: int, spec: dict[str, Any], limit: float) -> str | None:
         """Run the processes; None if all went well, else what went wrong."""
@@ -254,11 +254,11 @@ def end(process: subprocess.Popen, pids: Sequence[Path]) -> None:
 def reason(log: str) -> str:
     """The line of a log that says why."""
     lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in log.splitlines()]
-    said = [line for line in lines if line.startswith("error: ")]
+    errors = [line for line in lines if line.startswith("error: ")]
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailed" not in line]
     killed = re.search(r"Signal \d+ \((?!SIGTERM)(SIG\w+)\) received by PID", log)  # SIGTERM: torchrun ends the rest
-    if said:
-        return "refused: " + said[0].removeprefix("error: ")
+    if errors:
+        return "refused: " + errors[0].removeprefix("error: ")
     if killed:  # what the others raise is but that they have lost it
         return f"a rank was ended by {killed[1]}"
     return raised[0][:300] if raised else (lines[-1][:300] if lines else "ended without a word")
@@ -281,10 +281,11 @@ def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
         both[0] += float((a[f"after.{name}"] - b[f"after.{name}"]).double().square().sum())
         both[1] += float((b[f"after.{name}"] - b[f"before.{name}"]).double().square().sum())
     weights = max((difference / change) ** 0.5 if change else 1.0 for difference, change in sums.values())
-    found = dict(zip(("losses", "norms", "weights"), (worst(LOSSES), worst(NORMS), weights), strict=True))
-    bounds = dict(zip(found, BOUNDS[alone["bfloat16"]], strict=True))
-    passed = all(found[name] <= bounds[name] for name in found)
-    return {"layout": ours["layout"], **{name: [found[name], bounds[name]] for name in found}, "passed": passed}
+    differences = dict(zip(("losses", "norms", "weights"), (worst(LOSSES), worst(NORMS), weights), strict=True))
+    bounds = dict(zip(differences, BOUNDS[alone["bfloat16"]], strict=True))
+    passed = all(differences[name] <= bounds[name] for name in differences)
+    compared = {name: [differences[name], bounds[name]] for name in differences}
+    return {"layout": ours["layout"], **compared, "passed": passed}
 
 
 def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
@@ -303,8 +304,8 @@ def check_all(bench: Benchmark, layouts: Sequence[Layout], timed: Sequence[Layou
     """Run and compare what `check_jobs` lists; `timed` layouts follow within the same budget."""
     pairs = check_jobs(layouts, bench.micro)
     jobs = list({job.key: job for ours, one in pairs for job in (one, ours)}.values())
-    found = {job.key: bench.run(job, [*jobs[i + 1 :], *map(Job, timed)]) for i, job in enumerate(jobs)}
-    return [compare(found[ours.key], found[one.key]) for ours, one in pairs]
+    results = {job.key: bench.run(job, [*jobs[i + 1 :], *map(Job, timed)]) for i, job in enumerate(jobs)}
+    return [compare(results[ours.key], results[one.key]) for ours, one in pairs]
 
 
 def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], trained: int) -> list[dict[str, Any]]:
@@ -329,49 +330,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.save:
         check_writable(args.save, "--save")
     console(quiet=True)
-    found: dict[str, Any] = {"config": str(args.config_path), "settings": args.settings, "card_gb": args.card_gb}
+    report: dict[str, Any] = {"config": str(args.config_path), "settings": args.settings, "card_gb": args.card_gb}
     with tempfile.TemporaryDirectory() as folder:
         bench = Benchmark(args, Path(folder))
-        found["sizes"] = bench.sizes
+        report["sizes"] = bench.sizes
         where = (args.config_path, args.settings, bench.networks)
         if args.fake_ranks:
             world = args.fake_ranks
-            found["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
-            found["counted"] = count_shards(bench.training, bench.sizes, world) if world > 1 else None
-            print(tables.plan_text(found["plan"], world, args.card_gb, found["counted"]))
+            report["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
+            report["counted"] = count_shards(bench.training, bench.sizes, world) if world > 1 else None
+            print(tables.plan_text(report["plan"], world, args.card_gb, report["counted"]))
         timed = [] if args.check_only else args.layouts
-        found["check"] = check_all(bench, args.layouts, timed) if args.check or args.check_only else []
-        results = found["layouts"] = []
+        report["check"] = check_all(bench, args.layouts, timed) if args.check or args.check_only else []
+        results = report["layouts"] = []
         for i, layout in enumerate(timed):
             results.append(bench.run(Job(layout), [Job(one) for one in timed[i + 1 :]]))
             newest = results[-1]
             if args.json:
-                write_json_atomic(args.json, found)
+                write_json_atomic(args.json, report)
             print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)
         small = {gpus: advice(*where, gpus, args.card_gb) for gpus in (1, 2, 4)}
-        found["advice"] = [(gpus, best and best[0], best[1].peak.total if best else 0) for gpus, best in small.items()]
+        report["advice"] = [(gpus, best and best[0], best[1].peak.total if best else 0) for gpus, best in small.items()]
         trained = max(bench.networks[role].parameters for role in ("student", "critic"))
-        found["projection"] = projections(args, results, trained)
+        report["projection"] = projections(args, results, trained)
     if args.json:
-        write_json_atomic(args.json, found)
-    show(args, found)
-    return int(bool(results) and all("why" in one for one in results) or any(not c["passed"] for c in found["check"]))
+        write_json_atomic(args.json, report)
+    show(args, report)
+    return int(bool(results) and all("why" in one for one in results) or any(not c["passed"] for c in report["check"]))
 
 
-def show(args: argparse.Namespace, found: dict[str, Any]) -> None:
+def show(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Everything that is not shown yet, first what is missing in it."""
-    missing = tables.left_out(found["layouts"], found["check"])
+    missing = tables.left_out(report["layouts"], report["check"])
     if missing:
         print("\n" + missing)
-    if found["layouts"]:
-        print("\n" + tables.overview(found["layouts"], args.card_gb))
-        print("\n" + tables.scaling(found["layouts"]))
-    if found["check"]:
-        print("\n" + tables.check_text(found["check"]))
-    if found["projection"]:
+    if report["layouts"]:
+        print("\n" + tables.overview(report["layouts"], args.card_gb))
+        print("\n" + tables.scaling(report["layouts"]))
+    if report["check"]:
+        print("\n" + tables.check_text(report["check"]))
+    if report["projection"]:
         run = (args.iterations, args.global_batch, args.network_gb_s)
-        print("\n" + tables.projection_table(found["projection"], *run))
-    print("\n" + tables.advice_text(found["advice"], args.card_gb))
+        print("\n" + tables.projection_table(report["projection"], *run))
+    print("\n" + tables.advice_text(report["advice"], args.card_gb))
 
 
 if __name__ == "__main__":

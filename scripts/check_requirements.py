@@ -44,16 +44,16 @@ def python_lacks() -> list[str]:
 
 def lacks(path: str) -> list[str]:
     """What a requirements file lists and is missing or has another version, a line each."""
-    found = []
+    missing = []
     for wanted in asked_for(path):
         try:
             version = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            found.append(f"{wanted.name} is not installed ({wanted} is needed)")
+            missing.append(f"{wanted.name} is not installed ({wanted} is needed)")
             continue
         if not wanted.specifier.contains(version, prereleases=True):
-            found.append(f"{wanted.name} {version} is installed ({wanted} is needed)")
-    return found
+            missing.append(f"{wanted.name} {version} is installed ({wanted} is needed)")
+    return missing
 
 
 def installed(wanted: list[Requirement]) -> tuple[list[metadata.Distribution], list[str]]:

@@ -71,10 +71,10 @@ def their_command(template: str, prompt: str, seed: int, out: Path) -> list[str]
 
 def _filled(word: str, values: dict[str, str]) -> str:
     """`word` with each placeholder replaced once, from left to right: a prompt that says {seed} keeps it."""
-    found = [(word.find(name), name) for name in values if name in word]
-    if not found:
+    placeholders = [(word.find(name), name) for name in values if name in word]
+    if not placeholders:
         return word
-    at, name = min(found)
+    at, name = min(placeholders)
     return word[:at] + values[name] + _filled(word[at + len(name) :], values)
 
 
@@ -92,8 +92,8 @@ def timed(command: list[str], timeout: float, side: str) -> float:
         raise UserError(f"{side}={shlex.join(command)[:200]} did not run ({error}); try it by hand") from error
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        said = f"ended with {done.returncode} ({lines[-1]})"
-        raise UserError(f"{side}={shlex.join(command)[:200]} {said}; try it by hand")
+        message = f"ended with {done.returncode} ({lines[-1]})"
+        raise UserError(f"{side}={shlex.join(command)[:200]} {message}; try it by hand")
     return time.perf_counter() - begin
 
 

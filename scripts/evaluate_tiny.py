@@ -132,37 +132,37 @@ def evaluate(make: Maker, world: TinyWorld, config: Config, args: argparse.Names
             true_parts.append(describe(render(reference[done : done + len(some)], seeds), borders))
             done += len(some)
             bar.update(len(some))
-    found, true = ({k: torch.cat([p[k] for p in ps]) for k in ps[0]} for ps in (parts, true_parts))
-    extras = figures(found, true, world.expected_starts(scenes))
+    measured, true = ({k: torch.cat([p[k] for p in ps]) for k in ps[0]} for ps in (parts, true_parts))
+    extras = figures(measured, true, world.expected_starts(scenes))
     extras["seconds_per_clip"] = seconds / len(scenes)
-    return score_measured([caption(scene) for scene in scenes], found), extras
+    return score_measured([caption(scene) for scene in scenes], measured), extras
 
 
 def describe(clips: Tensor, borders: list[int]) -> dict[str, Tensor]:
-    found = measure(clips)
+    measures = measure(clips)
     return {
-        **found,
+        **measures,
         "features": clip_features(clips),
         "seam": seam_score(clips, borders),
         "motion": motion_energy(clips),
-        "drift": saturation_drift(found),
+        "drift": saturation_drift(measures),
     }
 
 
-def figures(found: dict[str, Tensor], true: dict[str, Tensor], expected: Tensor) -> dict:
+def figures(measured: dict[str, Tensor], true: dict[str, Tensor], expected: Tensor) -> dict:
     """What is not right or wrong: means with intervals, and numbers of the whole set."""
     whole = {
-        "frechet_distance": frechet_distance(found["features"], true["features"]),
-        "start_spread": start_spread(found, expected),
+        "frechet_distance": frechet_distance(measured["features"], true["features"]),
+        "start_spread": start_spread(measured, expected),
         "start_spread_data": start_spread(true, expected),
-        "heading_spread": heading_spread(found),
+        "heading_spread": heading_spread(measured),
         "heading_spread_data": heading_spread(true),
     }
     means = {
-        "consistency_share": mean_interval(found["consistency"]).to_dict(),
-        "seam_score": mean_interval(found["seam"]).to_dict(),
-        "saturation_drift": mean_interval(found["drift"]).to_dict(),
-        "motion_amplitude": mean_interval(found["motion"] / true["motion"].mean()).to_dict(),
+        "consistency_share": mean_interval(measured["consistency"]).to_dict(),
+        "seam_score": mean_interval(measured["seam"]).to_dict(),
+        "saturation_drift": mean_interval(measured["drift"]).to_dict(),
+        "motion_amplitude": mean_interval(measured["motion"] / true["motion"].mean()).to_dict(),
     }
     return {**means, **{k: v if np.isfinite(v) else None for k, v in whole.items()}}
 

@@ -121,12 +121,12 @@ class Benchmark:
     def run(self, candidate: Candidate) -> Run:
         clips, timings = self._clips(candidate, self.prompts)
         borders = chunk_borders(len(clips[0]), self.config.stream.chunk_frames)
-        found = [summary(series(as_clip(clip)), borders) for clip in clips]
+        measures = [summary(series(as_clip(clip)), borders) for clip in clips]
         return Run(
             candidate,
             candidate.schedule(self.config).nfe(self.chunks),
             self._interval(clips),
-            {name: float(np.mean([values[name] for values in found])) for name in MEASURES},
+            {name: float(np.mean([values[name] for values in measures])) for name in MEASURES},
             timings,
         )
 
@@ -136,12 +136,12 @@ class Benchmark:
         with progress_bar("times, in turns", rounds * len(runs), "schedule") as bar:
             for i in range(rounds):
                 prompt, seed = self.prompts[i % len(self.prompts)], self.seeds[i % len(self.prompts)]
-                for run, found in zip(runs, timings, strict=True):
+                for run, times in zip(runs, timings, strict=True):
                     pipe = self._pipe(run.candidate)  # and its cache go with the turn
                     pipe(prompt, seed=seed)
-                    found.append(pipe(prompt, seed=seed).videos[0].timings)
+                    times.append(pipe(prompt, seed=seed).videos[0].timings)
                     bar.update()
-        return [replace(run, timings=found) for run, found in zip(runs, timings, strict=True)]
+        return [replace(run, timings=times) for run, times in zip(runs, timings, strict=True)]
 
     def _pipe(self, candidate: Candidate) -> DiagonalPipeline:
         networks = self.pipe.session
@@ -154,17 +154,17 @@ class Benchmark:
         return [video.frames for video in videos], [video.timings for video in videos]
 
     def _interval(self, clips: list[np.ndarray]) -> Interval:
-        found = mean_interval(self._qualities(clips))
+        interval = mean_interval(self._qualities(clips))
         if self.quality == "tiny":  # a share, which a normal interval may leave
-            found = replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
-        return found
+            interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+        return interval
 
     def _qualities(self, clips: list[np.ndarray]) -> torch.Tensor:
         """[clips], more is better."""
         if self.reference is not None:
             return torch.tensor([psnr(a, b) for a, b in zip(clips, self.reference, strict=True)])
-        found = score(self.prompts, torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3))
-        return torch.stack([found.correct[name] for name in ATTRIBUTES]).double().nanmean(0)
+        scores = score(self.prompts, torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3))
+        return torch.stack([scores.correct[name] for name in ATTRIBUTES]).double().nanmean(0)
 
 
 def _work(spans: dict[str, float]) -> float:

@@ -156,12 +156,12 @@ def shown(value: Any) -> str:
 def departures(row: Setting, single: Any, stages: tuple[Any, ...]) -> list[str]:
     """Of what ours are not: "the paper", "the release"."""
     theirs = row.release if isinstance(row.release, tuple) else (row.release,) * len(stages)
-    found = [] if row.paper is None or same(row.paper, single) else ["the paper"]
+    sources = [] if row.paper is None or same(row.paper, single) else ["the paper"]
     if row.paper is None and not isinstance(row.release, tuple) and not same(row.release, single):
-        found = ["the release"]
+        sources = ["the release"]
     if not all(same(a, b) for a, b in zip(theirs, stages, strict=True)):
-        found = sorted({*found, "the release"})
-    return found
+        sources = sorted({*sources, "the release"})
+    return sources
 
 
 def table() -> str:

@@ -134,22 +134,22 @@ def steadiness(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
     """(at first, at last, change, bound) of memory and time; rows: of all cycles, one a cycle."""
     warm = rows[2:]
     clean = [row for i, row in enumerate(rows) if i >= 2 and i % every]  # a row's time includes the saving before it
-    found = {name: (*growth(warm, name), limit) for name, limit in MEMORY.items() if name in warm[0]}
-    return found | {"seconds a step": (*growth(clean, "seconds_per_step"), DRIFT)}
+    changes = {name: (*growth(warm, name), limit) for name, limit in MEMORY.items() if name in warm[0]}
+    return changes | {"seconds a step": (*growth(clean, "seconds_per_step"), DRIFT)}
 
 
 def exactness(rows: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
     """(last loss, the same after resuming, largest relative difference, bound) of each; again: the last rows anew."""
-    found = {}
+    differences = {}
     for name in LOSSES:
         pairs = [(a[name], b[name]) for a, b in zip(rows[-len(again) :], again, strict=True)]
-        found[f"{name}, resumed"] = (*pairs[-1], max(abs(b - a) / max(abs(a), 1e-12) for a, b in pairs), bound)
-    return found
+        differences[f"{name}, resumed"] = (*pairs[-1], max(abs(b - a) / max(abs(a), 1e-12) for a, b in pairs), bound)
+    return differences
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     rows = [["", "at first", "at last", "change", "bound"]]
-    for name, (first, last, share, limit) in found.items():
+    for name, (first, last, share, limit) in results.items():
         rows.append([name, f"{first:.6g}", f"{last:.6g}", f"{share:+.2%}", f"{limit:.2%}"])
     return grid(rows)
 
@@ -193,23 +193,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole, again = folder / "whole", folder / "again"
     start(args, settings, whole)
     heard, rows = json.loads((whole / "heard.json").read_text()), read(whole)
-    found = steadiness(rows, args.every)
-    print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(found)}\n")
+    results = steadiness(rows, args.every)
+    print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(results)}\n")
     print(course(rows, args.every), end="\n\n")
     print("\n".join(["warnings of the run:", *heard["warnings"]]) if heard["warnings"] else "no warnings", flush=True)
     if args.json:
-        write_json_atomic(args.json, {"found": found, "warnings": heard["warnings"], "rows": rows})
+        write_json_atomic(args.json, {"found": results, "warnings": heard["warnings"], "rows": rows})
     before = whole / f"checkpoint_{(args.cycles - args.every) * ratio:06d}"
     again.mkdir()
     shutil.copytree(before, again / before.name)
     start(args, settings, again)
     resumed = exactness(rows, read(again), 2e-2 if heard["bfloat16"] else 1e-4)
     print(f"\nthe last {args.every} once more; whole and resumed\n{table(resumed)}")
-    found |= resumed
+    results |= resumed
     if args.json:
-        write_json_atomic(args.json, {"found": found, "warnings": heard["warnings"], "rows": rows})
+        write_json_atomic(args.json, {"found": results, "warnings": heard["warnings"], "rows": rows})
     shutil.rmtree(folder)
-    return int(any(share > limit for _, _, share, limit in found.values()))
+    return int(any(share > limit for _, _, share, limit in results.values()))
 
 
 if __name__ == "__main__":

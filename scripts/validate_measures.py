@@ -94,7 +94,7 @@ def confusion(clips: int, seed: int, decoded: bool) -> dict[str, dict[str, int]]
     """{injected: {alarm: clips that had it}}; the same scenes for each."""
     world = TinyWorld()
     scenes = world.scenes(seed, clips + 1, balanced=True)
-    found = {}
+    counts_by_defect = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, inject in INJECTED.items():
             rng = np.random.default_rng(seed)
@@ -106,14 +106,14 @@ def confusion(clips: int, seed: int, decoded: bool) -> dict[str, dict[str, int]]
                     frames = as_clip(coded(frames.permute(0, 2, 3, 1).contiguous().numpy(), folder))
                 for kind in {defect.kind for defect in find_defects(series(frames), BORDERS)}:
                     counts[kind] += 1
-            found[name] = counts
-    return found
+            counts_by_defect[name] = counts
+    return counts_by_defect
 
 
-def table(found: dict[str, dict[str, int]], clips: int) -> str:
+def table(counts_by_defect: dict[str, dict[str, int]], clips: int) -> str:
     """As Markdown: rows are what was put in, columns what was found, in percent of clips."""
     lines = ["| put in \\ found | " + " | ".join(KINDS) + " |", "| --- |" + " --- |" * len(KINDS)]
-    for name, counts in found.items():
+    for name, counts in counts_by_defect.items():
         cells = (f"{100 * counts[kind] / clips:.0f}" for kind in KINDS)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -188,16 +188,16 @@ def _newest(files: list[Path]) -> float:
 def table(args: argparse.Namespace) -> str:
     """Markdown: our dimensions, then totals beside published ones."""
     scores = read_results(Path(args.out) / "results")
-    found = totals(scores)
+    scores_of_totals = totals(scores)
     lines = ["| dimension | score | |", "| --- | --- | --- |"]
     for name in DIMENSIONS:
         value = f"{100 * scores[name]:.2f}" if name in scores else "-"
         lines.append(f"| {name} | {value} | {'' if name in scores else 'not scored'} |")
     lines += ["", "| | Total | Quality | Semantic |", "| --- | --- | --- | --- |"]
-    ours = (f"{100 * value:.2f}" if value is not None else "-" for value in found.values())
+    ours = (f"{100 * value:.2f}" if value is not None else "-" for value in scores_of_totals.values())
     lines.append(f"| this run, {args.out} | {' | '.join(ours)} |")
     lines += [f"| {name} | {' | '.join(f'{v:.2f}' for v in values)} |" for name, *values in PUBLISHED]
-    if None in found.values():
+    if None in scores_of_totals.values():
         lines += ["", "- : a dimension is missing, and a total without it would be another figure."]
     return "\n".join([*lines, "", NOTES])
 

@@ -244,11 +244,11 @@ def flicker(values: Tensor) -> Tensor:
     most 3 frames gives its amplitude.
     """
     frames = len(values)
-    found = torch.zeros_like(values)
+    distances = torch.zeros_like(values)
     for t in range(frames):
         reach = min(FLICKER_REACH, t, frames - 1 - t)
-        found[t] = (values[t] - values[t - reach : t + reach + 1].median()).abs()
-    return found
+        distances[t] = (values[t] - values[t - reach : t + reach + 1].median()).abs()
+    return distances
 
 
 def repeats(steps: Tensor) -> Tensor:
@@ -279,24 +279,24 @@ def colour_change(rgb: Tensor) -> float:
     return 255 * float((last - first).norm())
 
 
-def summary(found: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
+def summary(clip: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
     """MEASURES of one clip, and FLOW_MEASURES if its series has them; NaN if one is undefined (a single frame)."""
-    flow = {} if found.flow is None else {name: math.nan for name in FLOW_MEASURES}
-    if found.frames < 2:
-        return {name: math.nan for name in MEASURES} | {"sharpness": float(found.sharpness.median())} | flow
+    flow = {} if clip.flow is None else {name: math.nan for name in FLOW_MEASURES}
+    if clip.frames < 2:
+        return {name: math.nan for name in MEASURES} | {"sharpness": float(clip.sharpness.median())} | flow
     if flow:
-        flow = {"flow": float(found.flow.mean()), "flow_warp": float(found.flow_warp.mean())}
-    early, late = quarters(found.steps)
+        flow = {"flow": float(clip.flow.mean()), "flow_warp": float(clip.flow_warp.mean())}
+    early, late = quarters(clip.steps)
     return {
-        "seam": float(seam_ratio(found.steps[None], borders)[0]),
-        "flicker": 255 * float(flicker(found.luma).mean()),
-        "motion": 255 * float(found.steps.mean()),
+        "seam": float(seam_ratio(clip.steps[None], borders)[0]),
+        "flicker": 255 * float(flicker(clip.luma).mean()),
+        "motion": 255 * float(clip.steps.mean()),
         "motion_trend": float(late / early.clamp_min(SMALLEST_STEP)),
-        "colour_drift": colour_change(found.rgb),
-        "contrast_drift": relative_change(found.contrast),
-        "saturation_drift": relative_change(found.saturation),
-        "sharpness": float(found.sharpness.median()),
-        "repeated": float(repeats(found.steps).float().mean()),
+        "colour_drift": colour_change(clip.rgb),
+        "contrast_drift": relative_change(clip.contrast),
+        "saturation_drift": relative_change(clip.saturation),
+        "sharpness": float(clip.sharpness.median()),
+        "repeated": float(repeats(clip.steps).float().mean()),
         **flow,
     }
 

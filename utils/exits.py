@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = self._hint(message) if message.startswith("unrecognized arguments: ") else ""
-        said = message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
-        raise UserError(f"{said}{hint}; see python {self.prog} --help")
+        text = message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
+        raise UserError(f"{text}{hint}; see python {self.prog} --help")
 
     def _hint(self, message: str) -> str:
         unknown = [word.partition("=")[0] for word in message.split()[2:] if word.startswith("-")]
@@ -166,8 +166,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         sentence = f"{paths or 'a file or a pipe'} cannot be used ({error.strerror}); {fix}"
     elif isinstance(error, MemoryError) or _is_out_of_memory(error):
         first = str(error).strip().partition("\n")[0].partition(". ")[0]
-        said = f" ({shown(first)})" if first else ""
-        sentence = f"memory ran out{said}; take a smaller size, batch or length: scripts/doctor.py says what fits"
+        reason = f" ({shown(first)})" if first else ""
+        sentence = f"memory ran out{reason}; take a smaller size, batch or length: scripts/doctor.py says what fits"
     elif isinstance(error, UnicodeEncodeError) and error.encoding.lower() not in ("utf-8", "utf8"):
         text = ascii(error.object[error.start : error.end])
         sentence = f"{text} cannot be written in {error.encoding}, which this locale asks for; set PYTHONUTF8=1"

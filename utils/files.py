@@ -172,8 +172,8 @@ class DiskFull(UserError):
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, of any library, means that a disk is full or read-only."""
-    said = ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "inline_container")
-    return (isinstance(error, OSError) and error.errno in NO_ROOM) or any(words in str(error) for words in said)
+    phrases = ("No space left", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "inline_container")
+    return (isinstance(error, OSError) and error.errno in NO_ROOM) or any(words in str(error) for words in phrases)
 
 
 @contextmanager
@@ -185,10 +185,10 @@ def translate_os_errors(path: Path, *, every: bool = False) -> Iterator[None]:
         full = error.errno in NO_ROOM
         if not every and not full:
             raise
-        said = f"{path} cannot be written ({error.strerror or type(error).__name__})"
+        message = f"{path} cannot be written ({error.strerror or type(error).__name__})"
         if full:
-            raise DiskFull(f"{said}; make room there, or choose another place") from error
-        raise UserError(f"{said}; choose another place") from error
+            raise DiskFull(f"{message}; make room there, or choose another place") from error
+        raise UserError(f"{message}; choose another place") from error
 
 
 def _claimed(parent: Path, ending: str, folder: bool) -> tuple[Path, int]:

@@ -47,8 +47,8 @@ def gpus() -> list[Gpu]:
         return []
     rows = [[part.strip() for part in line.rsplit(",", 4)] for line in lines]
     if run.returncode or any(len(row) != 5 for row in rows):
-        said = lines or run.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise UserError(f"nvidia-smi says: {shown(said[0])}; {DRIVER_FIX}")
+        output = lines or run.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise UserError(f"nvidia-smi says: {shown(output[0])}; {DRIVER_FIX}")
     return _visible([_gpu(*row) for row in rows])
 
 
@@ -58,15 +58,15 @@ def _gpu(name: str, memory: str, free: str, driver: str, capability: str) -> Gpu
     return Gpu(name, int(memory) * MIB if known else None, int(free) * MIB if known else 0, driver, capability)
 
 
-def _visible(found: list[Gpu]) -> list[Gpu]:
+def _visible(all_gpus: list[Gpu]) -> list[Gpu]:
     """The GPUs in CUDA_VISIBLE_DEVICES, if it lists them by number."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
-        return found
+        return all_gpus
     numbers = [name.strip() for name in names.split(",") if name.strip()]
     if not all(number.isdecimal() for number in numbers):
-        return [] if numbers == ["-1"] else found[: len(numbers)]
-    return [found[int(number)] for number in numbers if int(number) < len(found)]
+        return [] if numbers == ["-1"] else all_gpus[: len(numbers)]
+    return [all_gpus[int(number)] for number in numbers if int(number) < len(all_gpus)]
 
 
 def torch_build() -> tuple[str, str | None]:

@@ -142,8 +142,8 @@ def _content(path: str | os.PathLike, name: str) -> bytes:
 def _pixels(array: np.ndarray, dims: int, name: str) -> np.ndarray:
     good = isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == dims and array.shape[-1] == 3
     if not good or 0 in array.shape:
-        said = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise UserError(f"{name} is {said}, not pixels; give uint8 [height, width, 3], RGB")
+        given = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise UserError(f"{name} is {given}, not pixels; give uint8 [height, width, 3], RGB")
     return array
 
 

@@ -201,16 +201,16 @@ def read_tensors_only(path: Path) -> dict[str, Any]:
     """
     ordinary_file("in", path)
     try:
-        found = dry_run(path, keep_going=True)
+        contents = dry_run(path, keep_going=True)
     except Exception as error:  # a damaged file can make its reader fail in any way
         raise UserError(f"in={path} cannot be read ({error or type(error).__name__}); fetch it again") from error
-    if not found.zipped:
+    if not contents.zipped:
         raise UserError(f"in={path} is of a kind from before torch 1.6; save it with a newer torch")
     whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
 
     def made(ref: TensorRef) -> Tensor:
         storage: StorageRef = ref.storage
-        start = found.places[storage.key]
+        start = contents.places[storage.key]
         values = whole[start : start + storage.size]
         return torch.empty(0, dtype=STORAGE_TYPES[storage.kind]).set_(values, ref.offset, ref.shape, ref.stride)
 
@@ -222,7 +222,7 @@ def read_tensors_only(path: Path) -> dict[str, Any]:
             return {key: v for key, v in inner.items() if v is not None} or None
         return value if isinstance(value, int | float | str) else None
 
-    tensors = walk(found.value)
+    tensors = walk(contents.value)
     if not isinstance(tensors, dict):
         raise UserError(f"in={path} holds no named tensors; choose another file")
     return tensors

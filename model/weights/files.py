@@ -211,8 +211,8 @@ def _check_tokenizer(name: str, folder: Path) -> None:
 def _check_rules(name: str, path: Path, changed: int) -> None:
     """Raise a UserError for a tokenizer.json with rules that expand a text beyond MAX_GROWTH or match very slowly."""
     try:
-        told = parse_json(path.read_bytes())
-        growth, rules = 1, [told.get("normalizer"), told.get("pre_tokenizer")]
+        tokenizer = parse_json(path.read_bytes())
+        growth, rules = 1, [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]
         while rules:
             rule = rules.pop()
             if isinstance(rule, list):
@@ -224,7 +224,7 @@ def _check_rules(name: str, path: Path, changed: int) -> None:
                     raise ValueError("its rules make texts too long")
                 if "Regex" in rule and is_slow_regex(rule["Regex"]):
                     raise ValueError("its rules could take for ever to match")
-        ends = told.get("post_processor") or {}
+        ends = tokenizer.get("post_processor") or {}
         pieces = [*ends.get("single", []), *(token["ids"] for token in ends.get("special_tokens", {}).values())]
         if len(pieces) > MAX_ENDS or any(len(piece) > MAX_ENDS for piece in pieces):
             raise ValueError("it puts too many tokens around a text")
@@ -255,12 +255,12 @@ def shard_files(field: str, folder: Path, stem: str) -> tuple[Path, ...]:
     if index.exists():
         names = indexed_files(field, index)
     else:
-        found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-        if not found:
+        shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+        if not shards:
             raise missing_weights(field, folder, f"has no {single.name}")
-        count = found[0].stem.rsplit("-of-", 1)[1]
+        count = shards[0].stem.rsplit("-of-", 1)[1]
         if not count.isdecimal() or int(count) > MAX_SHARDS:
-            raise UserError(f"{field}: {found[0]} is not named as a shard is; fetch the folder again")
+            raise UserError(f"{field}: {shards[0]} is not named as a shard is; fetch the folder again")
         names = [f"{stem}-{i + 1:0{len(count)}d}-of-{count}.safetensors" for i in range(int(count))]
     lost = [name for name in names if not (folder / name).exists()]
     if lost:
@@ -299,7 +299,7 @@ def _unread(name: str) -> "Tensor":
 
 def open_safetensors(field: str, *files: Path) -> StoredTensors:
     """Tensors of one or more safetensors files, each mapped and none read."""
-    told = safetensors_headers(field, *files)
+    headers = safetensors_headers(field, *files)
     handles: dict[str, Any] = {}
     for file in files:
         try:
@@ -308,16 +308,16 @@ def open_safetensors(field: str, *files: Path) -> StoredTensors:
             raise UserError(f"{field}: {file} cannot be read ({error}); fetch it again") from error
         handles |= dict.fromkeys(handle.keys(), handle)
     return StoredTensors(
-        files, told.shapes, lambda name: handles[name].get_tensor(name), told.other_dtypes
+        files, headers.shapes, lambda name: handles[name].get_tensor(name), headers.other_dtypes
     ).dequantized()
 
 
 def safetensors_headers(field: str, *files: Path) -> StoredTensors:
     """Tensors of one or more safetensors files, known only by their headers."""
-    told = [_check_safetensors(field, file) for file in files]
-    shapes = {name: shape for part in told for name, shape in part.shapes.items()}
+    headers = [_check_safetensors(field, file) for file in files]
+    shapes = {name: shape for part in headers for name, shape in part.shapes.items()}
     return StoredTensors(
-        files, shapes, _unread, {name: kind for part in told for name, kind in part.other_dtypes.items()}
+        files, shapes, _unread, {name: kind for part in headers for name, kind in part.other_dtypes.items()}
     )
 
 
@@ -385,15 +385,15 @@ def read_headers(field: str, path: Path) -> dict[str, StoredTensors]:
     if path.suffix not in PICKLES:
         raise UserError(f"{field}={path} is of an unknown type; use a folder, .safetensors, or {', '.join(PICKLES)}")
     parts = _parts(field, path, _load_pickle(field, path, dry=True))
-    found = {}
+    tensors = {}
     for part, values in parts.items():
         refs = {name: v for name, v in values.items() if isinstance(name, str) and isinstance(v, TensorRef)}
         odd = {name: v.storage.kind for name, v in refs.items() if v.storage.kind not in FLOATS}
         if refs:
-            found[part] = StoredTensors(
+            tensors[part] = StoredTensors(
                 (path,), {name: v.shape for name, v in refs.items()}, _unread, odd
             ).dequantized()
-    return found
+    return tensors
 
 
 def _flat(path: Path, data: Mapping[Any, Any]) -> StoredTensors:

@@ -30,10 +30,10 @@ def select_part(name: str, path: Path, parts: Mapping[str, StoredTensors], wante
         raise UserError(f"{name}={path} holds averaged weights only; set model.use_ema=true")
     if averaged:
         raise UserError(f"{name}={path} holds no averaged weights; set model.use_ema=false")
-    found = next(iter(parts.values())).shapes if parts else {}
+    shapes = next(iter(parts.values())).shapes if parts else {}
     listed = f" but {', '.join(sorted(parts)[:5])}" if parts else ""
     raise UserError(
-        f"{name}={path} holds no {wanted[0]}{listed}; it seems to be {names.guess(found)}, so choose another file"
+        f"{name}={path} holds no {wanted[0]}{listed}; it seems to be {names.guess(shapes)}, so choose another file"
     )
 
 
@@ -99,10 +99,11 @@ def as_vae(
         tensors = tensors.renamed(names.vae_names(config["num_res_blocks"]))
     _plausible(name, path, config, tensors)
     for key in ("latents_mean", "latents_std"):
-        said = config.get(key, [1.0] * config.get("z_dim", 16))  # default: those of diffusers' class, which are Wan's
-        numbers = [n for n in said if isinstance(n, int | float)] if isinstance(said, list) else []
+        stated = config.get(key, [1.0] * config.get("z_dim", 16))  # default: those of diffusers' class, which are Wan's
+        numbers = [n for n in stated if isinstance(n, int | float)] if isinstance(stated, list) else []
         if len(numbers) != config.get("z_dim", 16) or (key == "latents_std" and min(numbers) <= 0):
-            raise UserError(f"{name}={path} says {key}={str(said)[:40]}, with which no latents can be; fetch it again")
+            text = str(stated)[:40]
+            raise UserError(f"{name}={path} says {key}={text}, with which no latents can be; fetch it again")
     return tensors, dict(config)
 
 

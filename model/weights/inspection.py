@@ -39,8 +39,8 @@ def inspect_weights(role: str, path: str | Path, *, use_ema: bool = False, name:
         folder = find_tokenizer(path, name)
         return WeightInfo(role, folder, sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), "tokenizer")
     if role == "lora":
-        found, tensors, _ = find_lora(path, name, values=False)
-        return WeightInfo(label, found, tensors.size, f"{_guess(tensors)} ({found.suffix})")
+        file, tensors, _ = find_lora(path, name, values=False)
+        return WeightInfo(label, file, tensors.size, f"{_guess(tensors)} ({file.suffix})")
     part, network = find_part(role, path, name, use_ema=use_ema, values=False), None
     if role in TRANSFORMERS:
         check_shapes(name, part.path, part.tensors, expected_shapes(name, part.path, names.wan_shapes, part.config))
@@ -72,14 +72,14 @@ def size_from_shapes(shapes: names.Shapes) -> TransformerSize:
 def required_weights(config: Config, *, training: bool = False) -> list[tuple[str, str, str]]:
     """(role, path, config field) of all weights that a configuration reads."""
     model = config.model
-    found = [("vae", model.vae, "model.vae")]
+    entries = [("vae", model.vae, "model.vae")]
     if model.codec == "taehv" and not training:
-        found = [("tiny_decoder", model.tiny_decoder, "model.tiny_decoder")]
-    found += [("text_encoder", model.text_encoder, "model.text_encoder")]
-    found += [("tokenizer", model.tokenizer, "model.tokenizer")]
+        entries = [("tiny_decoder", model.tiny_decoder, "model.tiny_decoder")]
+    entries += [("text_encoder", model.text_encoder, "model.text_encoder")]
+    entries += [("tokenizer", model.tokenizer, "model.tokenizer")]
     if not training:
         loras = [(f"lora {i}", path, "model.lora") for i, path in enumerate(model.lora)]
-        return [("student", model.student, "model.student"), *loras, *found]
+        return [("student", model.student, "model.student"), *loras, *entries]
     init = config.training.init
     roles = [role for role in ("student", "teacher", "critic") if role in init]
     networks = [(role, init[role], f"training.init.{role}") for role in roles]
@@ -89,5 +89,5 @@ def required_weights(config: Config, *, training: bool = False) -> list[tuple[st
     alone = config.training.stage in ("text", "codec", "world_text", "world_vae")  # need no other network
     return [
         *(entry for entry in networks if not entry[1].endswith(".json") and not entry[1].startswith(RANDOM)),
-        *(entry for entry in found if entry[0] not in unread and not alone),
+        *(entry for entry in entries if entry[0] not in unread and not alone),
     ]

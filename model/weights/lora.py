@@ -82,14 +82,14 @@ def plan_lora(
     Raises:
         UserError: it is missing, damaged, no LoRA, or one for another network.
     """
-    path, found, known = find_lora(path, name, part)
+    path, stored, known = find_lora(path, name, part)
 
     def of(*wanted: str, layers: bool = True) -> StoredTensors:
         def rename(tensor: str) -> str | None:
             parsed = known[tensor]
             return (f"{parsed.name}.{parsed.part}" if layers else parsed.name) if parsed.part in wanted else None
 
-        return found.renamed(rename)
+        return stored.renamed(rename)
 
     tensors, own = of("A", "B"), of("alpha")
     trained = {parsed.name: parsed.trained for parsed in known.values() if parsed.part == "A"}

@@ -74,8 +74,8 @@ def unwrapped(name: str) -> str:
 
 def _count(shapes: Shapes, pattern: str) -> int:
     """Number of distinct values that the group of `pattern` takes among the names."""
-    found = (re.match(pattern, name) for name in shapes)
-    return len({match.group(1) for match in found if match})
+    matches = (re.match(pattern, name) for name in shapes)
+    return len({match.group(1) for match in matches if match})
 
 
 # --- transformer ------------------------------------------------------------------------------------------------------

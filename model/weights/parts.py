@@ -128,8 +128,8 @@ def find_lora(
         raise missing_weights(name, path, f"has no {' or '.join(LORA_FILES)}")
     parts = (open_file if values else read_headers)(name, path)
     wanted = (part,) if part else (*names.LORA_PARTS, FLAT_PART)
-    found = next((parts[key] for key in wanted if key in parts), None)
-    if found is None:
+    tensors = next((parts[key] for key in wanted if key in parts), None)
+    if tensors is None:
         seems = names.guess(next(iter(parts.values())).shapes if parts else {})
         raise UserError(f"{name}={path} holds no {wanted[0]}; it seems to be {seems}, so give {name} another file")
-    return path, found, as_lora(name, path, found)
+    return path, tensors, as_lora(name, path, tensors)

@@ -36,8 +36,8 @@ def find_weights(path: Path, averaged: bool) -> Path:
         return export
     there = [folder for folder in checkpoints(path) if any((folder / file).exists() for file in (STATE, MODEL, SHARDS))]
     newest = ([folder for folder in there if is_complete(folder)] or there)[-1:]
-    found = [folder / file for folder in newest for file in (STATE, MODEL, SHARDS) if (folder / file).exists()]
-    return found[0] if found else path
+    files = [folder / file for folder in newest for file in (STATE, MODEL, SHARDS) if (folder / file).exists()]
+    return files[0] if files else path
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -76,11 +76,11 @@ def open_state(
     """
     part = "average" if averaged else "module"
     parts = open_parts(name, path, values)
-    found = [player for player in (CRITICS if critic else STUDENTS) if f"{player}.{part}" in parts]
-    if not found:
+    train_states = [player for player in (CRITICS if critic else STUDENTS) if f"{player}.{part}" in parts]
+    if not train_states:
         role = "critic" if critic else "student"
         raise UserError(f"{name}={path} holds no {role} with {part} weights; choose another checkpoint of the run")
-    player, tensors = found[0], parts[f"{found[0]}.{part}"].renamed(names.unwrapped)
+    player, tensors = train_states[0], parts[f"{train_states[0]}.{part}"].renamed(names.unwrapped)
     manifest = read_json(name, path.parent / MANIFEST)
     card = {key: manifest[key] for key in ("stage", "step") if key in manifest}
     sources = [path.parent.parent / EXPORT / "config.json", *_beginnings(manifest, player, critic)]

@@ -120,11 +120,11 @@ class _Metadata(Walk):
 def _metadata(path: Path, changed: int) -> Metadata:
     """What is in `path`, held against the files beside it; once for all its tensors, which are read one by one."""
     ordinary_file("shards", path, MAX_PICKLE, fix="choose another checkpoint")
-    found = _Metadata(io.BytesIO(path.read_bytes())).load()
-    if type(found) is not Metadata:
+    metadata = _Metadata(io.BytesIO(path.read_bytes())).load()
+    if type(metadata) is not Metadata:
         raise Damaged("it describes no tensors")
     sizes: dict[str, int] = {}
-    for place in found.storage_data.values():
+    for place in metadata.storage_data.values():
         name = place.relative_path if type(place) is _StorageInfo else None
         if type(name) is not str or not SHARD.fullmatch(name) or place.transform_descriptors:
             raise Damaged("it names files that are no shards")
@@ -133,7 +133,7 @@ def _metadata(path: Path, changed: int) -> Metadata:
         if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
             raise Damaged(f"{name} is cut short")
     count = 0
-    for name, entry in found.state_dict_metadata.items():
+    for name, entry in metadata.state_dict_metadata.items():
         if type(entry) is not TensorStorageMetadata:
             continue
         count += len(entry.chunks)
@@ -143,11 +143,11 @@ def _metadata(path: Path, changed: int) -> Metadata:
         for chunk in entry.chunks:
             size = math.prod(_sizes(chunk.sizes))
             held += size
-            if size * item > found.storage_data[MetadataIndex(name, _sizes(chunk.offsets))].length:
+            if size * item > metadata.storage_data[MetadataIndex(name, _sizes(chunk.offsets))].length:
                 raise Damaged(f"{name[:60]} is larger than its parts")
         if held != math.prod(_sizes(entry.size)):
             raise Damaged(f"{name[:60]} is larger than its parts")
-    return found
+    return metadata
 
 
 class ShardedReader(FileSystemReader):

@@ -94,12 +94,12 @@ class PhaseWatch:
         """Seconds by phase of the generator's and of the critic's part of one update."""
         self.phases.restart()
         update()
-        found: dict[str, dict[str, float]] = {"generator": {}, "critic": {}}
+        seconds_by_role: dict[str, dict[str, float]] = {"generator": {}, "critic": {}}
         for name, seconds in self.phases.spans().items():
             who, slash, phase = name.partition("/")
             if slash:
-                found[who][phase] = seconds
-        return found
+                seconds_by_role[who][phase] = seconds
+        return seconds_by_role
 
 
 def cap_memory(card_gb: float, device: torch.device) -> None:
@@ -188,7 +188,7 @@ def measure(
     stage = Distill(config, device, ranks)
     watch, ratio = PhaseWatch(stage, device), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "machine": machine_of(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
         "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
         "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
@@ -197,7 +197,7 @@ def measure(
     }  # fmt: skip
     warm = time.perf_counter()
     watch.run(lambda: stage.update(0))
-    found["warm_up_s"] = time.perf_counter() - warm
+    report["warm_up_s"] = time.perf_counter() - warm
     freeze_garbage()  # as the loop does
     watch.phases.peaks.clear()
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
@@ -212,20 +212,20 @@ def measure(
             "critic": cost.critic_update(stage.planner.draw("critic", step).exits),
         }
         extra = {who: cost.recomputed(who, stage.planner.draw(who, step).exits) for who in prices}
-        found["updates"] = {who: _phases(spans, prices[who], extra[who], stage) for who, spans in updates.items()}
-        found["timed"] = {who: len(spans) for who, spans in updates.items()}
+        report["updates"] = {who: _phases(spans, prices[who], extra[who], stage) for who, spans in updates.items()}
+        report["timed"] = {who: len(spans) for who, spans in updates.items()}
         memory = control.gather(memory_of(device, watch))
         if ranks.first:
-            write_json_atomic(out, summary(found | {"memory": memory}))
+            write_json_atomic(out, summary(report | {"memory": memory}))
     if not control.any(time.time() > deadline):
-        found["communication"] = communication(stage, 3 * ratio, device)
+        report["communication"] = communication(stage, 3 * ratio, device)
         if ranks.first:
-            write_json_atomic(out, summary(found | {"memory": memory}))
+            write_json_atomic(out, summary(report | {"memory": memory}))
     if save is not None:
         in_time = not control.any(time.time() > deadline)
-        found["saving"] = saving(stage, save, device, control) if in_time else {"why": "no time was left"}
+        report["saving"] = saving(stage, save, device, control) if in_time else {"why": "no time was left"}
         if ranks.first:
-            write_json_atomic(out, summary(found | {"memory": memory}))
+            write_json_atomic(out, summary(report | {"memory": memory}))
 
 
 def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, stage: Distill) -> dict[str, Any]:
@@ -245,20 +245,20 @@ def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, st
     return out
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(report: dict[str, Any]) -> dict[str, Any]:
     """With sums: seconds and operations of an update and of a cycle, utilisation, samples a second."""
-    peak, totals = found["matrix_peak"], {}
-    for who, phases in found["updates"].items():
+    peak, totals = report["matrix_peak"], {}
+    for who, phases in report["updates"].items():
         for phase in phases.values():
             if "flops" in phase and phase["s"] > 0:
                 phase["mfu"] = phase["flops"] / phase["s"] / peak
                 phase["with_recomputation"] = (phase["flops"] + phase.get("recomputed", 0.0)) / phase["s"] / peak
         totals[who] = {key: sum(p.get(key, 0.0) for p in phases.values()) for key in ("s", "flops")}
-    cycle = {key: totals["generator"][key] + found["ratio"] * totals["critic"][key] for key in ("s", "flops")}
-    found |= {"totals": totals, "cycle_s": cycle["s"], "mfu": cycle["flops"] / cycle["s"] / peak}
-    found["samples_per_s"] = found["ratio"] * found["global_batch"] / cycle["s"]
-    found["peak_bytes"] = max((one.get("peak", 0) for one in found["memory"]), default=0)
-    return found
+    cycle = {key: totals["generator"][key] + report["ratio"] * totals["critic"][key] for key in ("s", "flops")}
+    report |= {"totals": totals, "cycle_s": cycle["s"], "mfu": cycle["flops"] / cycle["s"] / peak}
+    report["samples_per_s"] = report["ratio"] * report["global_batch"] / cycle["s"]
+    report["peak_bytes"] = max((one.get("peak", 0) for one in report["memory"]), default=0)
+    return report
 
 
 def check(config: Config, device: torch.device, ranks: Ranks, out: Path) -> None:

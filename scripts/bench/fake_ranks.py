@@ -32,7 +32,7 @@ def fake_group(world: int) -> Iterator[None]:
 def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int) -> dict[str, int]:
     """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full; and of the student's
     copy in bfloat16, which is whole."""
-    found, critic = {}, training.distill.critic_optimizer
+    counted, critic = {}, training.distill.critic_optimizer
     size_of = {"student": trained_bytes(training.optimizer.betas, True), "critic": trained_bytes(critic.betas, False)}
     cpu = torch.device("cpu")
     with fake_group(world):
@@ -44,7 +44,7 @@ def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int)
                 quantize_network(network)
             shard(network, mesh)
             held = [(local(p).numel(), 1 if p.dtype == E4M3 else 2) for p in network.parameters()]
-            found[NAMES[role]] = sum(size_of.get(role, bytes_each) * count for count, bytes_each in held)
+            counted[NAMES[role]] = sum(size_of.get(role, bytes_each) * count for count, bytes_each in held)
             if role == "student":
-                found[GATHERED] = 2 * sum(p.numel() for p in network.parameters())
-    return found
+                counted[GATHERED] = 2 * sum(p.numel() for p in network.parameters())
+    return counted

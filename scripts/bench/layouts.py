@@ -46,11 +46,11 @@ class Layout:
     def parse(cls, text: str) -> "Layout":
         """Parse the form above. Raises UserError for any other."""
         head, *options = text.split(",")
-        found = re.fullmatch(rf"({'|'.join(KINDS)})(\d*):(\d+)", head)
-        if not found or (found[2] and found[1] != "sequence") or int(found[3]) < 1:
+        match = re.fullmatch(rf"({'|'.join(KINDS)})(\d*):(\d+)", head)
+        if not match or (match[2] and match[1] != "sequence") or int(match[3]) < 1:
             raise UserError(f"--layouts {text} is not KIND:GPUS with a kind of {', '.join(KINDS)}; try full:2")
-        kind, gpus = found[1], int(found[3])
-        degree = int(found[2] or gpus) if kind == "sequence" else 1
+        kind, gpus = match[1], int(match[3])
+        degree = int(match[2] or gpus) if kind == "sequence" else 1
         if degree < 1 or gpus % degree:
             raise UserError(f"--layouts {text}: {degree} GPUs a sample do not divide {gpus}; try sequence:{gpus}")
         values: dict[str, str] = {}
@@ -167,7 +167,7 @@ def advice(
 
 
 def project(
-    found: Mapping[str, Any], gpus: int, *, sequence: int, global_batch: int, steps: int, network_gb_s: float,
+    result: Mapping[str, Any], gpus: int, *, sequence: int, global_batch: int, steps: int, network_gb_s: float,
     trained: int,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Hours of `steps` critic updates (and the generator's between them) on `gpus`, from a measured layout.
@@ -178,31 +178,31 @@ def project(
     gradients of `trained` parameters once a micro-batch, 4 bytes each, at `network_gb_s` a GPU, hidden by nothing.
     None: the batch does not come out on so many GPUs.
     """
-    at_once = gpus // sequence * found["micro_batch"]
+    at_once = gpus // sequence * result["micro_batch"]
     rounds, rest = divmod(global_batch, at_once) if at_once else (0, 1)
     if rest or not rounds:
         return None
-    measured, machine = found["ranks"], min(gpus, MACHINE)
-    updates = found["updates"]
-    if found.get("turns"):
-        share = [math.ceil(n * found["ratio"] / sequence) / n for n in (rounds, found["micro_batches"])]
+    measured, machine = result["ranks"], min(gpus, MACHINE)
+    updates = result["updates"]
+    if result.get("turns"):
+        share = [math.ceil(n * result["ratio"] / sequence) / n for n in (rounds, result["micro_batches"])]
         critic = updates["critic"]
         fewer = critic | {ROLLOUT: {"s": critic[ROLLOUT]["s"] * share[0] / share[1]}}
         updates = updates | {"critic": fewer}
     update = {who: _update_seconds(phases) for who, phases in updates.items()}
-    talk = (found.get("communication") or {}).get("exposed_s", 0.0)
+    talk = (result.get("communication") or {}).get("exposed_s", 0.0)
     both = sum(work for work, _ in update.values())
     growth = (1 - 1 / machine) / (1 - 1 / measured) if measured > 1 else 1.0
     machines = gpus // machine
     between = 0.0 if machines == 1 else 4 * trained / machine * 2 * (1 - 1 / machines) / (network_gb_s * GB)
     seconds = {}
     for who, (work, optimiser) in update.items():
-        each = work / found["micro_batches"] + talk * (growth - 1) * work / both / found["micro_batches"] + between
+        each = work / result["micro_batches"] + talk * (growth - 1) * work / both / result["micro_batches"] + between
         seconds[who] = rounds * each + optimiser
-    ratio = found["ratio"]
+    ratio = result["ratio"]
     total = steps * seconds["critic"] + -(-steps // ratio) * seconds["generator"]
     return {
-        "gpus": gpus, "from": found["layout"], "accumulated": rounds, "generator_s": seconds["generator"],
+        "gpus": gpus, "from": result["layout"], "accumulated": rounds, "generator_s": seconds["generator"],
         "critic_s": seconds["critic"], "hours": total / 3600, "measured_gpus": gpus == measured,
     }  # fmt: skip
 

@@ -72,23 +72,23 @@ def roofline(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str,
 
 def machine_of(device: torch.device) -> dict[str, Any]:
     """Hardware and software of a measurement."""
-    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["device"] = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    facts["device"] = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "device": properties.name,
             "memory": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-    return found
+    return facts
 
 
 class Energy:
@@ -104,10 +104,10 @@ class Energy:
             return
         handle = ctypes.c_void_p()
         bus = str(torch.cuda.get_device_properties(device).uuid)
-        found = self._nvml.nvmlInit_v2() == 0 and (
+        available = self._nvml.nvmlInit_v2() == 0 and (
             self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{bus}".encode(), ctypes.byref(handle)) == 0
         )
-        self._handle = handle if found else None
+        self._handle = handle if available else None
 
     def read(self) -> float | None:
         """Joules since the driver was loaded."""

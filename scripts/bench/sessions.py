@@ -177,5 +177,5 @@ def sessions(url: str, pool: WorkerPool, counts: list[int], seconds: float) -> I
         shares = sorted({math.ceil(count * workers / len(pool.workers)) for count in counts})
         for count in shares:
             yield {f"{workers}_workers.{count}.paced": asyncio.run(paced(url, count, seconds))}
-        found = asyncio.run(saturating(url, shares[-1], seconds))
-        yield {f"{workers}_workers.{shares[-1]}.saturating": found}
+        result = asyncio.run(saturating(url, shares[-1], seconds))
+        yield {f"{workers}_workers.{shares[-1]}.saturating": result}

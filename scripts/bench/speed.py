@@ -117,15 +117,15 @@ def _denoising(spans: dict[str, float]) -> float:
 def _memory(session: StreamSession) -> dict[str, int]:
     """Bytes by part; peak and reserved are those of the whole process since the warm-up."""
     gpu, model = session.device.type == "cuda", session.student.model
-    found = {
+    sizes = {
         "student": nbytes([*model.parameters(), *model.buffers()]),
         "KV cache": session._cache.bytes,
         "text keys": nbytes([x for kv in session._prompt_track.state.kv for x in kv]),
     }
     if gpu:
-        found["peak"] = torch.cuda.max_memory_allocated(session.device)
-        found["reserved"] = torch.cuda.memory_reserved(session.device)
-    return found
+        sizes["peak"] = torch.cuda.max_memory_allocated(session.device)
+        sizes["reserved"] = torch.cuda.memory_reserved(session.device)
+    return sizes
 
 
 # --- parts by themselves ----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def text_seconds(encode: Callable[[list[str]], Tensor], device: torch.device, re
 def efficiency(
     session: StreamSession,
     network: TransformerSize,
-    found: dict[str, Any],
+    report: dict[str, Any],
     rates: dict[str, float],
     *,
     batch: int,
@@ -169,7 +169,7 @@ def efficiency(
     rows, text = [], session._prompt_track.state.kv[0][0].shape[1]
     peak = gpus * (max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"])
     copy = gpus * rates["copy"]
-    for k, chunk in enumerate(found["chunks"]):
+    for k, chunk in enumerate(report["chunks"]):
         visible = len(session.geometry.visible_chunks(k))
         cost = step_cost(
             network, session.geometry, visible=visible, text_tokens=text, batch=batch, fp8=fp8,
@@ -240,5 +240,5 @@ def time_stream(session: StreamSession, seconds: float, fps: int, batch: int = 1
     """Measure a stream of `seconds` of video."""
     geometry = session.geometry
     chunks = max(4, -(-int(seconds * fps) // (4 * geometry.chunk_frames)) + 1)
-    found = steadiness(play(session, chunks, batch), fps)
-    return asdict(found) | {"keeps_up": found.keeps_up, "fps": fps}
+    measures = steadiness(play(session, chunks, batch), fps)
+    return asdict(measures) | {"keeps_up": measures.keeps_up, "fps": fps}

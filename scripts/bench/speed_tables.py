@@ -69,12 +69,12 @@ def _figures(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _stream(found: Mapping[str, Any]) -> str:
-    kept = "is kept" if found["keeps_up"] else f"is not kept: {found['late_frames']} frames late"
+def _stream(measures: Mapping[str, Any]) -> str:
+    kept = "is kept" if measures["keeps_up"] else f"is not kept: {measures['late_frames']} frames late"
     return (
-        f"stream of {found['chunks']} chunks: a chunk each {ms(found['interval_median'])} ms (99% within "
-        f"{ms(found['interval_p99'])}, longest {ms(found['interval_max'])}); {found['fps']} FPS {kept}; "
-        f"slowdown x{found['slowdown']:.3f}, growth {found['growth'] / 1e6:.1f} MB"
+        f"stream of {measures['chunks']} chunks: a chunk each {ms(measures['interval_median'])} ms (99% within "
+        f"{ms(measures['interval_p99'])}, longest {ms(measures['interval_max'])}); {measures['fps']} FPS {kept}; "
+        f"slowdown x{measures['slowdown']:.3f}, growth {measures['growth'] / 1e6:.1f} MB"
     )
 
 

@@ -33,23 +33,23 @@ class Defect:
     last: int
 
 
-def find_defects(found: FrameSeries, borders: Sequence[int]) -> list[Defect]:
+def find_defects(measures: FrameSeries, borders: Sequence[int]) -> list[Defect]:
     """All defects of one clip, in the order of KINDS."""
-    if found.frames < 2:
+    if measures.frames < 2:
         return []
-    flashes = [Defect("flash", a, b) for a, b in runs(flicker(found.luma) > FLASH)]
-    freezes = [Defect("freeze", a + 1, b + 1) for a, b in runs(repeats(found.steps)) if b - a + 1 >= FREEZE]
-    cuts = _cuts(found, freezes)
-    edges = [0, *(cut.first for cut in cuts), found.frames]
+    flashes = [Defect("flash", a, b) for a, b in runs(flicker(measures.luma) > FLASH)]
+    freezes = [Defect("freeze", a + 1, b + 1) for a, b in runs(repeats(measures.steps)) if b - a + 1 >= FREEZE]
+    cuts = _cuts(measures, freezes)
+    edges = [0, *(cut.first for cut in cuts), measures.frames]
     shots = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     longest = max(shots, key=lambda shot: shot.stop - shot.start)
     still = [*flashes, *cuts, *freezes]
-    return [*still, *_blurs(found, shots), *_drift(found, longest, flashes), *_seams(found, borders, cuts)]
+    return [*still, *_blurs(measures, shots), *_drift(measures, longest, flashes), *_seams(measures, borders, cuts)]
 
 
-def _cuts(found: FrameSeries, freezes: list[Defect]) -> list[Defect]:
+def _cuts(measures: FrameSeries, freezes: list[Defect]) -> list[Defect]:
     """Frames that differ from the one before, and whose surroundings go on to differ, so that a flash is none."""
-    steps, far = found.steps, found.far_steps
+    steps, far = measures.steps, measures.far_steps
     least = max(CUT[0], CUT[1] * float(steps.median()))
     thawed = {freeze.last + 1 for freeze in freezes}
     cuts = []
@@ -62,36 +62,36 @@ def _cuts(found: FrameSeries, freezes: list[Defect]) -> list[Defect]:
     return cuts
 
 
-def _blurs(found: FrameSeries, shots: list[slice]) -> list[Defect]:
+def _blurs(measures: FrameSeries, shots: list[slice]) -> list[Defect]:
     blurs = []
     for shot in shots:
-        sharpness = found.sharpness[shot]
+        sharpness = measures.sharpness[shot]
         for a, b in runs(sharpness < BLUR[0] * sharpness.median()):
             if b - a + 1 >= BLUR[1]:
                 blurs.append(Defect("blur", shot.start + a, shot.start + b))
     return blurs
 
 
-def _drift(found: FrameSeries, shot: slice, flashes: list[Defect]) -> list[Defect]:
+def _drift(measures: FrameSeries, shot: slice, flashes: list[Defect]) -> list[Defect]:
     """At most one, over the longest shot, without the frames of flashes."""
-    use = torch.zeros(found.frames, dtype=torch.bool)
+    use = torch.zeros(measures.frames, dtype=torch.bool)
     use[shot] = True
     for flash in flashes:
         use[flash.first : flash.last + 1] = False
     if not use.any():
         return []
     changes = (
-        colour_change(found.rgb[use]),
-        relative_change(found.contrast[use]),
-        relative_change(found.saturation[use]),
+        colour_change(measures.rgb[use]),
+        relative_change(measures.contrast[use]),
+        relative_change(measures.saturation[use]),
     )
     drifted = any(change > limit for change, limit in zip(changes, DRIFT, strict=True))
     return [Defect("drift", shot.start, shot.stop - 1)] if drifted else []
 
 
-def _seams(found: FrameSeries, borders: Sequence[int], cuts: list[Defect]) -> list[Defect]:
+def _seams(measures: FrameSeries, borders: Sequence[int], cuts: list[Defect]) -> list[Defect]:
     """At most one, over the whole clip: the middling border against the middling frame, cuts left out of both."""
-    steps: Tensor = found.steps
+    steps: Tensor = measures.steps
     use = torch.ones(len(steps), dtype=torch.bool)
     use[[cut.first - 1 for cut in cuts]] = False
     at = torch.zeros_like(use)
@@ -100,4 +100,4 @@ def _seams(found: FrameSeries, borders: Sequence[int], cuts: list[Defect]) -> li
         return []
     border, inside = float(steps[at & use].median()), float(steps[~at & use].median())
     seen = border > SEAM[0] * inside and 255 * (border - inside) > SEAM[1]
-    return [Defect("seam", 0, found.frames - 1)] if seen else []
+    return [Defect("seam", 0, measures.frames - 1)] if seen else []

@@ -64,10 +64,10 @@ def find_videos(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"videos={folder} does not exist; give a folder of .mp4 files")
-    found = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
-    if not found:
+    videos = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
+    if not videos:
         raise UserError(f"videos={folder} holds no .mp4 file; give the folder that inference wrote to")
-    return found
+    return videos
 
 
 def read_record(video: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
     timings = _section(record, "timings_s")
     frames = read_video(video)
     borders = chunk_borders(len(frames), _section(config, "stream").get("chunk_frames", chunk_frames))
-    found = series(as_clip(frames), flow=has_flow())
+    measures = series(as_clip(frames), flow=has_flow())
     small = shrink(frames, STRIP_WIDTH)
     return ClipReport(
         name=video.name,
@@ -113,14 +113,14 @@ def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
         nfe=record.get("nfe"),
         seconds=timings.get("total"),
         first_frames=timings.get("first_frames"),
-        measures=summary(found, borders),
-        defects=find_defects(found, borders),
+        measures=summary(measures, borders),
+        defects=find_defects(measures, borders),
         series={
-            "motion": _rounded(255 * found.steps),
-            "luma": _rounded(255 * found.luma),
-            "contrast": _rounded(255 * found.contrast),
-            "saturation": _rounded(255 * found.saturation),
-            "sharpness": _rounded(found.sharpness),
+            "motion": _rounded(255 * measures.steps),
+            "luma": _rounded(255 * measures.luma),
+            "contrast": _rounded(255 * measures.contrast),
+            "saturation": _rounded(255 * measures.saturation),
+            "sharpness": _rounded(measures.sharpness),
         },
         strip=_strip(small, borders),
     )

@@ -18,32 +18,32 @@ NEXT = 4  # frames between the two pictures that motion is read from
 FEATURES = 64
 
 
-def saturation_drift(found: dict[str, Tensor]) -> Tensor:
+def saturation_drift(measured: dict[str, Tensor]) -> Tensor:
     """[B] relative change of the subject's chroma from the first quarter of the clip to the last; 0 = none.
 
     NaN where the subject is missing from either quarter.
     """
-    quarter = max(1, found["saturation"].shape[1] // 4)
-    value = torch.where(found["present"], found["saturation"], torch.nan)
+    quarter = max(1, measured["saturation"].shape[1] // 4)
+    value = torch.where(measured["present"], measured["saturation"], torch.nan)
     return value[:, -quarter:].nanmean(1) / value[:, :quarter].nanmean(1) - 1
 
 
-def start_spread(found: dict[str, Tensor], expected: Tensor | None = None) -> float:
+def start_spread(measured: dict[str, Tensor], expected: Tensor | None = None) -> float:
     """Pixels: root of the summed variances of the start positions, of clips whose subject was seen.
 
     expected [B, 2]: `TinyWorld.expected_starts`; the spread is then that which the captions leave open, so that a
     model that always starts at the middle of what is possible shows none. NaN for fewer than two clips.
     """
-    seen = found["present"].any(1)
-    start = found["start"] if expected is None else found["start"] - expected
+    seen = measured["present"].any(1)
+    start = measured["start"] if expected is None else measured["start"] - expected
     return float(start[seen].double().var(0).sum().sqrt()) if int(seen.sum()) > 1 else float("nan")
 
 
-def heading_spread(found: dict[str, Tensor]) -> float:
+def heading_spread(measured: dict[str, Tensor]) -> float:
     """Circular variance 1 - R of the headings of moving subjects, R their mean resultant length (Mardia and Jupp,
     Directional Statistics, 2.3): 0 if all go one way, 1 if they go evenly in all directions; NaN if nothing moves.
     """
-    angle = torch.deg2rad(found["heading"][found["direction"] >= 0].double())
+    angle = torch.deg2rad(measured["heading"][measured["direction"] >= 0].double())
     if not len(angle):
         return float("nan")
     return 1.0 - float(torch.complex(angle.cos().mean(), angle.sin().mean()).abs())

@@ -86,18 +86,18 @@ def read_suite(path: Path, extended: Path | None = None) -> list[VBenchPrompt]:
 def _read_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        found = [(entry["prompt_en"].strip(), tuple(entry["dimension"])) for entry in entries]
+        prompts = [(entry["prompt_en"].strip(), tuple(entry["dimension"])) for entry in entries]
     except FileNotFoundError as error:
         raise UserError(f"prompts={path} does not exist; get VBench_full_info.json from Vchitect/VBench") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"prompts={path} is not like VBench_full_info.json ({error!r}); give that file") from error
-    for text, dimensions in found:
+    for text, dimensions in prompts:
         check_prompt(text, f"prompts={path}")
         if unknown := [name for name in dimensions if name not in DIMENSIONS]:
             raise UserError(f"prompts={path} names dimension {unknown[0]}, which VBench does not have; check the file")
-    if not found:
+    if not prompts:
         raise UserError(f"prompts={path} holds no prompt; give VBench_full_info.json")
-    return found
+    return prompts
 
 
 def read_results(folder: Path) -> dict[str, float]:
