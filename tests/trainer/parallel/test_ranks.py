@@ -13,9 +13,10 @@ from trainer.checkpoint import save as checkpoint
 from utils.logs import read_jsonl
 
 pytestmark = SEVERAL_RANKS
-STEPS = 5
+STEPS = 4  # the generator is updated before the first and the last
 FAST = "training.distill.fast_rollout=true"
 BATCH = ["training.global_batch=4", "training.micro_batch=2", f"training.steps={STEPS}"]
+BATCH += ["video.num_latent_frames=9", "stream.window_frames=6"]  # the third chunk does not see the second
 
 
 def start(assets: Path, out: Path, ranks: int, *overrides: str) -> None:
