@@ -298,11 +298,11 @@ def test_many_controls_cost_the_model_as_much_as_one(port, monkeypatch):
         applied = [await me.until("applied") for _ in range(65)]
         assert [m["id"] for m in applied[:64]] == ids[:64] and len({m["chunk"] for m in applied}) == 1
         before = len(begun)
-        ids = [await me.send("branch", chunk=0, seed=i) for i in range(70)]
+        ids = [await me.send("branch", chunk=0, seed=i) for i in range(60)]  # fewer than may wait
         await me.until("take", id=ids[-1])
         (made,) = await me.chunks(1)
         return made, len(begun) - before
 
     made, takes = visit(port, script)
     assert len(said) == 1 and said[0][0] == f"{OTHER} 63"
-    assert made["seed"] == 69 and takes < 40, "those that were overtaken have not begun"
+    assert made["seed"] == 59 and takes < 40, "those that were overtaken have not begun"

@@ -204,11 +204,11 @@ def test_a_clip_is_its_end_at_the_rate_that_is_generated(tmp_path, fps, expected
 
 
 BAD_STARTS = {
-    "missing image": (["--image", "none.png"], "inference.image=none.png does not exist"),
-    "folder as image": (["--image", "."], "inference.image=. is no ordinary file"),
+    "missing image": (["--image", "none.png"], "--image=none.png does not exist"),
+    "folder as image": (["--image", "."], "--image=. is no ordinary file"),
     "video as image": (["--image", "long.mp4"], "cannot be read"),
     "image as long as nothing": (["--image", "file"], "cannot be read"),
-    "missing video": (["--video", "none.mp4"], "inference.video=none.mp4 does not exist"),
+    "missing video": (["--video", "none.mp4"], "--video=none.mp4 does not exist"),
     "text as video": (["--video", "text.mp4"], "cannot be read as a video"),
     "short video": (["--video", "short.mp4"], "has 8 frames at 16 a second, and a chunk needs 9"),
     "nothing left": (["--video", "long.mp4", "--num_output_frames", "6"], "gives 6 latent frames and the video has 6"),

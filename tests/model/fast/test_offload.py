@@ -89,7 +89,7 @@ class TestBlocksOnTheHost:
         stream = BlockOffload(model, "cpu")
         for slot in stream._slots:
             slot.zero_()
-        stream._fetch = lambda i: setattr(stream, "_ahead", (i, [torch.zeros_like(x) for x in stream._blocks[i]]))
+        stream._fetch = lambda i: setattr(stream, "_prefetched", (i, [torch.zeros_like(x) for x in stream._blocks[i]]))
         assert not torch.allclose(model(x, t, text), expected, atol=1e-3)
 
     @torch.no_grad()
