@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from model.text import TextEncoder, word_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 # a test may take cases and fixtures from another folder's tests
 sys.path += [str(folder) for folder in sorted((ROOT / "tests").rglob("*")) if list(folder.glob("test_*.py"))]
+# the tests themselves may run where these are ignored, under nohup or in the background, and children inherit that
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 WORDS = "a red green blue circle square triangle moves left right up down slowly quickly".split()
 TEXT_TOKENS = 12
 # About one run in 200 of two ranks over gloo ends with SIGABRT out of torch (2.13; glibc finds its heap damaged, or a
