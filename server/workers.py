@@ -137,7 +137,7 @@ class WorkerSession:
     def __init__(self, worker: "Worker", number: int):
         self._worker, self.number = worker, number
         self.schedule: Schedule  # that it was let in with, or has changed to
-        self._dearest: Schedule  # since `open`
+        self._costliest: Schedule  # since `open`
         self.lost = False  # its worker has died
         self._items: asyncio.Queue[dict | Video | None] = asyncio.Queue()  # bounded by flow control
 
@@ -154,14 +154,14 @@ class WorkerSession:
     def control(self, control: Control) -> None:
         """Hand on a checked control. Refused where a schedule cannot be kept at its rate; nothing has changed then."""
         if control.type == "open":
-            schedule = self._dearest = control.schedule or self._worker.pool.schedule
+            schedule = self._costliest = control.schedule or self._worker.pool.schedule
         elif control.type in ("seek", "branch"):  # to a chunk of any schedule that there was
-            schedule = control.schedule or self._dearest
+            schedule = control.schedule or self._costliest
         else:
             schedule = control.schedule
         if schedule is not None:
             self._worker.admit(self, schedule)
-            self._dearest = max(self._dearest, schedule, key=self._worker.costs.share)
+            self._costliest = max(self._costliest, schedule, key=self._worker.costs.share)
         self._worker.send("control", self.number, control)
 
     def close(self) -> None:
@@ -350,11 +350,12 @@ class Worker:
             most = min(most, self.pool.limits.streams)
         elif others and load + share > HEADROOM:
             raise Refused(
-                f"{len(others)} streams take {load:.0%} of a worker's time and this one would take {share:.0%}, more "
-                f"than leaves each its {self.costs.fps} frames a second; try again later, or fewer steps"
+                f"the streams that run take {load:.0%} of a worker's time and this one would take {share:.0%}; all of "
+                f"them would not keep {self.costs.fps} frames a second; try again later, or fewer steps"
             )
         if len(others) >= most:
-            raise Refused(f"{len(others)} streams are all that a worker takes; try again later")
+            reason = f"no room for another stream: a worker takes {most} at once, which run already; try again later"
+            raise Refused(reason)
         session.schedule = schedule
         self.sessions[session.number] = session
 

@@ -213,8 +213,10 @@ export class Pane {
     button.onclick = () => this.onTile(header);
     item.append(button);
     list.append(item);
+    const held = list.matches(":hover, :focus-within"), at = item.getBoundingClientRect().left;
     while (list.children.length > MOST_TILES) drop(list.firstChild);
-    list.scrollLeft = list.scrollWidth; // scrollIntoView would move the page, too
+    if (held) list.scrollLeft += item.getBoundingClientRect().left - at; // tiles stay where they are pointed at
+    else list.scrollLeft = list.scrollWidth; // scrollIntoView would move the page, too
     this.refreshTile(button, header.take);
   }
 

@@ -92,6 +92,14 @@ def wait_tiles(page, count: int, where: str = ".strip") -> None:
     wait(page, f"document.querySelectorAll('{where} li').length >= {count}")
 
 
+def wait_next(page, tile) -> None:
+    """Until another comes after it."""
+    deadline = time.monotonic() + 120
+    while not tile.evaluate("button => button.closest('li').nextSibling !== null"):
+        assert time.monotonic() < deadline, page.inner_text("#status")
+        page.wait_for_timeout(30)
+
+
 def test_a_visit_by_mouse(visit):
     page = visit(viewport=DESKTOP)
     assert page.is_hidden(".numbers"), "figures come with the first video"
@@ -129,6 +137,27 @@ def test_a_visit_by_mouse(visit):
         frames = sum(1 for _ in file.decode(video=0))
     assert frames % 12 == 9 and frames >= 9 + 12 * (1 + chunks), "what the branch shares is in its file"
     assert not page.problems, page.problems
+
+
+def test_tiles_stay_where_they_are_pointed_at(visit):
+    page = visit(viewport=PHONE)
+    page.fill("#prompt", "a red circle moves right")
+    page.click("#play")
+    wait_tiles(page, 4)
+    row = "document.querySelector('.strip ol')"
+    page.evaluate(f"while ({row}.children.length < 60) {row}.prepend({row}.firstChild.cloneNode(true))")
+    for hold, let_go in (
+        (lambda tile: tile.hover(), lambda: page.mouse.move(0, 0)),
+        (lambda tile: tile.focus(), lambda: page.focus("#prompt")),
+    ):
+        tile, last = (page.query_selector(f".strip li:nth-last-child({place}) button") for place in (3, 1))
+        hold(tile)
+        at = tile.bounding_box()
+        wait_next(page, last)
+        assert tile.bounding_box() == pytest.approx(at, abs=1), "while new ones come and the first are dropped"
+        let_go()
+        wait_next(page, page.query_selector(".strip li:last-child button"))
+        assert tile.bounding_box()["x"] < at["x"] - 100, "the newest are in sight again"
 
 
 def test_a_visit_by_keyboard_on_a_phone_in_the_dark(visit):

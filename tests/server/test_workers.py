@@ -158,7 +158,7 @@ def test_streams_are_let_in_as_long_as_they_can_be_kept(tiny_assets):
     worker.send = lambda *message: None
     assert worker.capacity == int(HEADROOM * 0.75 / 0.2) == 3
     sessions = [pool.open(OPEN) for _ in range(3)]
-    with pytest.raises(Refused, match="3 streams take 80%.*this one would take 27%"):
+    with pytest.raises(Refused, match="run take 80%.*this one would take 27%; .* not keep 16 frames a second"):
         pool.open(OPEN)
     dear = replace(pool.schedule, timesteps_by_chunk=(tuple(range(900, 0, -70)),))
     with pytest.raises(Refused):
