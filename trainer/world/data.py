@@ -35,20 +35,21 @@ class Pixels:
         """[B, frames, 3, h, w] in [-1, 1] of these clips: some frames in a row of each.
 
         crop: side of the square that is cut out near the subject, on the VAE's grid of 8 pixels; 0 = whole frames.
-        rng: a generator on the CPU.
+        index, rng: on the CPU, so that no step waits for the GPU.
         """
         first = int(torch.randint(self.pixels.shape[1] - frames + 1, (), generator=rng))
-        shown = self.pixels[:, first : first + frames]
+        place = {"device": self.pixels.device, "non_blocking": True}
+        shown, clip = self.pixels[:, first : first + frames], index.to(**place)
         if not crop:
-            return shown[index].float() / 127.5 - 1
+            return shown[clip].float() / 127.5 - 1
         height, width = shown.shape[-2:]
         off = (torch.rand(len(index), 2, generator=rng) - 0.5) * 0.8 * crop
-        corner = self.middles[index.cpu(), first + frames // 2] + off - crop / 2
+        corner = self.middles[index, first + frames // 2] + off - crop / 2
         most = torch.tensor([width - crop, height - crop])
         corner = ((corner / 8).round().long() * 8).clamp_min(0).minimum(most // 8 * 8)
-        places = zip(index.tolist(), corner.tolist(), strict=True)
-        parts = [shown[i, :, :, y : y + crop, x : x + crop] for i, (x, y) in places]
-        return torch.stack(parts).float() / 127.5 - 1
+        columns, rows = ((corner[:, i, None] + torch.arange(crop)).to(**place) for i in (0, 1))
+        parts = shown[clip[:, None, None], :, :, rows[:, :, None], columns[:, None, :]]  # [B, h, w, frames, 3]
+        return parts.permute(0, 3, 4, 1, 2).float() / 127.5 - 1
 
 
 class Latents:

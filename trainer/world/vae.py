@@ -47,7 +47,7 @@ class WorldVAE(CodecStage):
         area = (crop or self.world.height) * (crop or self.world.width)
         size = max(1, t.micro_batch * min(knobs.clip_frames) * max(crop, knobs.crop) ** 2 // (frames * area))
         name = step * self.micro_batches + micro
-        index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, self.device)
+        index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, torch.device("cpu"))
         cut = generator(self.config.seed, "cut", name, self.ranks.rank)
         pixels = self.bank.batch(index, frames, crop, cut)
         shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
