@@ -14,7 +14,7 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +29,7 @@ _NAMES = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}-.+", re.DO
 _ASIDE = "-aside"  # suffix of a temporary folder that contains the folder that is being replaced
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ABANDONED_S = 86_400  # seconds without modification after which a temporary file of another machine counts as abandoned
+BLOCK_HASH, HASH_BLOCK, HASH_THREADS = "4MiB-", 4 << 20, 8  # prefix of a block hash, bytes of a block
 _used: set[Path] = set()  # folders that this process has locked
 _cleared: set[Path] = set()  # folders in which this process has removed leftovers
 
@@ -347,33 +348,69 @@ def sha256_of(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def block_hash_of(path: str | os.PathLike) -> str:
+    """The block hash of a file's bytes (see HashedFile), read by several threads."""
+    with open(path, "rb") as file, ThreadPoolExecutor(HASH_THREADS) as threads:
+
+        def digest(offset: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), HASH_BLOCK, offset)).digest()
+
+        return _of_blocks(threads.map(digest, range(0, os.fstat(file.fileno()).st_size, HASH_BLOCK)))
+
+
+def _of_blocks(digests: Iterable[bytes]) -> str:
+    return f"{BLOCK_HASH}{hashlib.sha256(b''.join(digests)).hexdigest()}"
+
+
+def matches_hash(path: str | os.PathLike, value: str) -> bool:
+    """Whether a file has the hash `value`: a block hash, or the SHA-256 of the whole file."""
+    return value == (block_hash_of(path) if value.startswith(BLOCK_HASH) else sha256_of(path))
+
+
 class HashedFile:
-    """A new file that is written sequentially while a thread computes its SHA-256."""
+    """A new file that is written sequentially while threads compute its block hash: the SHA-256 of the SHA-256 digests
+    of its blocks of 4 MiB. One thread alone would hash more slowly than disks write.
+    """
 
     def __init__(self, path: str | os.PathLike):
-        self._file, self._digest, self._thread = open(path, "wb"), hashlib.sha256(), ThreadPoolExecutor(1)
+        self._file, self._threads = open(path, "wb"), ThreadPoolExecutor(HASH_THREADS)
+        self._blocks: list[Any] = []  # hashes of the blocks so far
+        self._filled = 0  # bytes in the last of them; 0 = it is full
+        self.fileno, self.flush, self.tell = self._file.fileno, self._file.flush, self._file.tell
 
     def __enter__(self) -> "HashedFile":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
+        self.close()
+
+    def close(self) -> None:
+        self._threads.shutdown()
         self._file.close()
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of `data`; the buffer may be reused afterwards."""
-        hashed = self._thread.submit(self._digest.update, data)
+        hashed = self._hash(memoryview(data))
         try:
             return self._file.write(data)
         finally:
-            hashed.result()
+            for part in hashed:
+                part.result()
 
-    def flush(self) -> None:
-        self._file.flush()
+    def _hash(self, data: memoryview) -> list[Future]:
+        """Begin to hash `data`, whose parts belong to different blocks."""
+        parts = []
+        while data.nbytes:
+            if self._filled == 0:
+                self._blocks.append(hashlib.sha256())
+            part, data = data[: HASH_BLOCK - self._filled], data[HASH_BLOCK - self._filled :]
+            parts.append(self._threads.submit(self._blocks[-1].update, part))
+            self._filled = (self._filled + part.nbytes) % HASH_BLOCK
+        return parts
 
     def hexdigest(self) -> str:
-        """SHA-256 of what has been written so far."""
-        return self._digest.hexdigest()
+        """The block hash of what has been written so far."""
+        return _of_blocks(block.digest() for block in self._blocks)
 
 
 def sampled_hash(path: str | os.PathLike, blocks: int = 16, size: int = 65536) -> str:

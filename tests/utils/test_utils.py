@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pty
+import random
 import signal
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from conftest import ROOT
 
 from configs.errors import UserError
 from pipeline.async_decoder import AsyncDecoder
-from utils import exits
+from utils import exits, files
 from utils.device import (
     available_cpus,
     cpu_quotas,
@@ -36,7 +37,9 @@ from utils.files import (
     HashedFile,
     atomic_folder,
     atomic_path,
+    block_hash_of,
     check_writable,
+    matches_hash,
     replaceable,
     safe_name,
     sampled_hash,
@@ -193,28 +196,54 @@ def test_hashes(tmp_path):
     assert sampled_hash(path) != before
 
 
-def test_a_file_is_hashed_while_it_is_written(tmp_path):
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 64, 1000])
+def test_a_block_hash_is_that_of_the_hashes_of_blocks(size, tmp_path, monkeypatch):
+    """However the bytes were written, and as a plain loop computes it; any other byte or length gives another."""
+    monkeypatch.setattr(files, "HASH_BLOCK", 16)
+    path, data = tmp_path / "state", bytes(i * i % 251 for i in range(size))
+    blocks = [hashlib.sha256(data[i : i + 16]).digest() for i in range(0, size, 16)]
+    expected = f"4MiB-{hashlib.sha256(b''.join(blocks)).hexdigest()}"
+    rng = random.Random(size)
+    with HashedFile(path) as file:
+        rest = data
+        while rest:
+            count = rng.choice((1, 5, 16, 33, 100))
+            file.write(memoryview(rest[:count]))
+            rest = rest[count:]
+        assert file.hexdigest() == expected and file.tell() == size
+    assert path.read_bytes() == data and block_hash_of(path) == expected and matches_hash(path, expected)
+    assert matches_hash(path, sha256_of(path))  # as older checkpoints have it
+    for other in (data + b"x", data[:-1], bytes([data[0] ^ 1]) + data[1:] if data else b"y"):
+        if other != data:
+            path.write_bytes(other)
+            assert not matches_hash(path, expected)
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path, monkeypatch):
     """In order, whatever becomes of the caller's memory; and a full disk is an error."""
+
+    sha256 = hashlib.sha256
 
     class Slow:
         def __init__(self):
-            self.digest = hashlib.sha256()
-            self.hexdigest = self.digest.hexdigest
+            self.hash = sha256()
+            self.digest = self.hash.digest
 
         def update(self, data: bytes) -> None:
             time.sleep(0.01)
-            self.digest.update(data)
+            self.hash.update(data)
 
-    path, data = tmp_path / "state", bytearray(3 << 20)
+    path, data = tmp_path / "state", bytearray(9 << 20)
     with HashedFile(path) as file:
-        file._digest = Slow()
+        monkeypatch.setattr(files.hashlib, "sha256", Slow)
         for value in range(8):
             data[:] = bytes([value]) * len(data)
             assert file.write(memoryview(data)) == len(data)
             data[:] = bytes(len(data))
             file.write(b"end")
         file.flush()
-        assert file.hexdigest() == sha256_of(path)
+        monkeypatch.undo()
+        assert file.hexdigest() == block_hash_of(path)
     assert path.stat().st_size == 8 * (len(data) + 3) and path.read_bytes()[-4:] == b"\x07end"
     with pytest.raises(OSError, match="No space left"), HashedFile("/dev/full") as file:
         torch.save(torch.zeros(1 << 20), file)

@@ -1,6 +1,6 @@
 """Checkpoints of a run: whole or not there, verified when read.
 
-    <logdir>/checkpoint_000200/manifest.json  stage, step, schedule, config and the SHA-256 of each file
+    <logdir>/checkpoint_000200/manifest.json  stage, step, schedule, config and the hash of each file
                               /state.pt       tensors of every train state (weights, EMA, optimizer)
                               /shards/...     of a sharded run instead: the shards of each rank (sharded.py)
 
@@ -27,7 +27,7 @@ from model.weights.run_folders import MANIFEST, SHARDS, STATE
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.optim.train_state import TrainState
 from trainer.parallel.control_group import ControlGroup, FailedElsewhere
-from utils.files import HashedFile, OwnedFolder, is_disk_full, sha256_of
+from utils.files import HashedFile, OwnedFolder, block_hash_of, is_disk_full, matches_hash
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -53,7 +53,7 @@ def step_of(folder: Path) -> int:
 def save(
     logdir: Path,
     step: int,
-    state: dict[str, Any] | Callable[[Path], None],
+    state: dict[str, Any] | Callable[[Path], dict[str, str]],
     manifest: dict[str, Any],
     keep: int,
     control: ControlGroup | None = None,
@@ -61,7 +61,8 @@ def save(
     """Write the checkpoint of `step`, then remove older complete ones so that `keep` are left. All ranks call
     this and fail together.
 
-    state: written by the first rank; or a function with which each rank writes its shards into an empty folder.
+    state: written by the first rank; or a function with which each rank writes its shards into an empty folder, and
+        which returns the hashes of its files by their names.
     Raises SaveFailed, and leaves earlier checkpoints untouched.
     """
     control = control or ControlGroup()
@@ -75,11 +76,10 @@ def save(
         on_first(lambda: _make_empty(aside))
         with _without_crc():
             if callable(state):
-                state(aside / SHARDS)
+                written = [item for part in control.gather(state(aside / SHARDS)) for item in part.items()]
+                on_first(lambda: hashes.update(files=_hashes(aside, dict(written))))
             else:
                 on_first(lambda: hashes.update(sha256=_write(state, aside / STATE)))
-        if callable(state):
-            hashes["files"] = _hashes(aside, control)
         on_first(lambda: _finish(aside, final, manifest | {"step": step, "ranks": control.world} | hashes))
     except (OSError, RuntimeError, FailedElsewhere) as error:
         if isinstance(error, RuntimeError) and not is_disk_full(error):
@@ -124,17 +124,16 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write(state: dict[str, Any], path: Path) -> str:
-    """Write `state` and return its SHA-256."""
+    """Write `state` and return its hash."""
     with HashedFile(path) as file:
         torch.save(state, file)
         return file.hexdigest()
 
 
-def _hashes(aside: Path, control: ControlGroup) -> dict[str, str]:
-    """The SHA-256 of each file; ranks share the reading."""
-    names = sorted(file.relative_to(aside).as_posix() for file in (aside / SHARDS).iterdir())
-    own = control.run_on_all("saving", lambda: {n: sha256_of(aside / n) for n in names[control.rank :: control.world]})
-    return {name: value for part in control.gather(own) for name, value in part.items()}
+def _hashes(aside: Path, written: dict[str, str]) -> dict[str, str]:
+    """The hash of each file of a sharded checkpoint; `written`: those of the shards by their names."""
+    names = sorted(file.name for file in (aside / SHARDS).iterdir())
+    return {f"{SHARDS}/{name}": written.get(name) or block_hash_of(aside / SHARDS / name) for name in names}
 
 
 def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -168,7 +167,7 @@ def verified(folder: Path, control: ControlGroup | None = None) -> dict[str, Any
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"] if "files" in manifest else {STATE: manifest["sha256"]}
         own = sorted(files)[control.rank :: control.world]
-        wrong = [name for name in own if sha256_of(folder / name) != files[name]]
+        wrong = [name for name in own if not matches_hash(folder / name, files[name])]
         reason = f"{wrong[0]} does not match its hash" if wrong else None
         if re.fullmatch(f"{PREFIX}[0-9]+", folder.name) and manifest["step"] != step_of(folder):
             reason = f"it is of step {manifest['step']}"

@@ -5,6 +5,7 @@ Names: `<state>.module.<name>`, `<state>.average.<name>`, `<state>.optimizer.<pa
 Replicated tensors (of hybrid sharding, counters) are written once.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from configs.errors import UserError
 from model.weights.sharded_files import Shapes, ShardedReader, read_whole, sharded_shapes
 from trainer.optim.train_state import TrainState
 from trainer.parallel.apply import load_optimizer_state, optimized
 from trainer.parallel.control_group import ControlGroup
+from utils.files import HashedFile
 
 STAGE = "stage"
 WRITERS = 1  # threads of a rank; with more, torch (2.11 to 2.13) drops all errors but the first thread's (full disk)
@@ -29,6 +32,23 @@ WRITERS = 1  # threads of a rank; with more, torch (2.11 to 2.13) drops all erro
 
 class ShardError(OSError):
     """Writing or reading failed on some rank; its message is that rank's."""
+
+
+class _HashingFileSystem(FileSystem):
+    """Files are hashed while they are written: `hashes` by name."""
+
+    def __init__(self):
+        self.hashes: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with HashedFile(path) as file:
+            yield file
+            self.hashes[Path(path).name] = file.hexdigest()
 
 
 @contextmanager
@@ -55,8 +75,11 @@ def train_state_tensors(name: str, train_state: TrainState) -> dict[str, Tensor]
 
 def write(
     folder: Path, train_states: dict[str, TrainState], stage_state: dict[str, Any], control: ControlGroup
-) -> None:
-    """Write train states and the stage's own state (nested dictionaries of tensors) into an empty folder."""
+) -> dict[str, str]:
+    """Write train states and the stage's own state (nested dictionaries of tensors) into an empty folder.
+
+    Returns the hashes of the files of this rank by their names.
+    """
     tensors = {f"{STAGE}.{name}": value for name, value in flat(stage_state).items()}
     for name, train_state in train_states.items():
         tensors |= train_state_tensors(name, train_state)
@@ -67,7 +90,9 @@ def write(
     assert not wrong, f"{wrong[:3]} are not tensors"
     with _plain_errors():
         writer = FileSystemWriter(folder, thread_count=WRITERS)
+        writer.fs = files = _HashingFileSystem()
         dcp.save(tensors, storage_writer=writer, process_group=control.group, no_dist=not control.group)
+    return files.hashes
 
 
 def read(folder: Path, train_states: dict[str, TrainState], control: ControlGroup) -> dict[str, Any]:

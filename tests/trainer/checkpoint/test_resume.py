@@ -23,6 +23,7 @@ from trainer.checkpoint.resume import check_changes, check_init_finished
 from trainer.loop import at_end
 from trainer.optim.train_state import TrainState
 from trainer.parallel.control_group import ControlGroup
+from utils.files import block_hash_of
 
 CONFIG = load_config("configs/train_tiny_text.yaml", ["training.ema_start_step=1"])
 
@@ -174,10 +175,11 @@ def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, c
     manifest = {"stage": "distill", "config": to_dict(distill_config(tiny_assets))}
 
     def write(folder):
-        sharded_checkpoint.write(folder, stage.train_states, stage.state_dict(), ControlGroup())
+        return sharded_checkpoint.write(folder, stage.train_states, stage.state_dict(), ControlGroup())
 
     folder = checkpoint.save(tmp_path / "run", 4, write, manifest, keep=2)
-    assert checkpoint.verified(folder)["files"]
+    hashes = checkpoint.verified(folder)["files"]
+    assert hashes == {f"shards/{file.name}": block_hash_of(file) for file in (folder / "shards").iterdir()}
     sys.path.insert(0, str(ROOT / "scripts"))
     import export_checkpoint
 
