@@ -18,7 +18,7 @@ from pipeline.stream import StreamSession
 from server.controls import Control
 from server.limits import MAX_MESSAGE
 from server.live import Connection, Gone
-from server.worker_process import Stream
+from server.worker_stream import Stream
 
 UPGRADE = (
     f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\n"
@@ -307,3 +307,54 @@ def test_many_controls_cost_the_model_as_much_as_one(port, monkeypatch):
     made, takes = visit(port, script)
     assert len(said) == 1 and said[0][0] == f"{OTHER} 63"
     assert made["seed"] == 59 and takes < 40, "those that were overtaken have not begun"
+
+
+def test_who_has_just_come_goes_before_those_with_a_reserve(port):
+    """A recorder takes chunks as fast as they are made, until a player comes that has nothing yet."""
+
+    async def script(recorder):
+        await recorder.open(seconds=600)
+        before = (await recorder.chunks(12))[-1]["chunk"]  # eight seconds, of which two have passed at most
+
+        async def newcomer():
+            async with connect(f"ws://127.0.0.1:{port}/v1/live", max_size=None) as line:
+                me = Visitor(line)
+                await me.next()
+                await me.open()
+                await me.chunks(4)
+
+        reading = asyncio.create_task(read(recorder))
+        await newcomer()
+        reading.cancel()
+        return max(m["chunk"] for m in recorder.heard if "kind" in m) - before
+
+    async def read(recorder):
+        while True:
+            await recorder.chunks(1)
+
+    assert visit(port, script) <= 2, "those that were on their way; in turns it would be as many as the newcomer has"
+
+
+def test_a_take_that_was_broken_off_before_its_first_chunk_can_be_gone_back_to(port, monkeypatch):
+    """Its chunk is made as it would have been: the second of two branches goes on from the first."""
+    begin = Stream._begin_take
+
+    def slowly(stream):
+        seed = stream._asked_for[0].seed
+        begun = begin(stream)
+        if seed == 7:
+            time.sleep(1)  # the client hears of the take, and asks for the next one
+        return begun
+
+    monkeypatch.setattr(Stream, "_begin_take", slowly)
+
+    async def script(me):
+        await me.open()
+        await me.chunks(2)
+        await me.until("take", id=await me.send("branch", chunk=0, seed=7))
+        answer = await me.until("take", "error", id=await me.send("branch", chunk=0, prompt=OTHER))
+        return answer, (await me.chunks(1))[0]
+
+    take, chunk = visit(port, script)
+    assert take["type"] == "take" and take["parent"] == 2, take
+    assert (chunk["take"], chunk["chunk"], chunk["seed"], chunk["prompt"]) == (3, 0, 7, OTHER)

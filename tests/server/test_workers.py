@@ -15,10 +15,9 @@ from PIL import Image
 from configs.errors import UserError
 from model.schedule import Schedule
 from server.controls import Control
+from server.costs import HEADROOM, Costs, later_nfe
 from server.limits import Limits
 from server.workers import (
-    HEADROOM,
-    Costs,
     JobFailed,
     JobSpec,
     ModelSource,
@@ -28,7 +27,6 @@ from server.workers import (
     WorkerDied,
     WorkerPool,
     WorkerSession,
-    later_nfe,
 )  # fmt: skip
 from utils.video import read_video
 
