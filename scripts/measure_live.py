@@ -7,8 +7,9 @@
                drift of saturation over --drift_frames latent frames
     switches   tiny world: --switches streams whose prompt changes its colour; in how many the colour is seen, and when
     demo       --plays streams, one after the other, at a server: milliseconds until the first frame has arrived
-    sessions   for each number of --sessions: so many clients at a server with --workers, once at the video's rate
-               (paced), which frames are late; the largest once more as fast as they come (saturating). Of several
+    sessions   for each number of --sessions, from the smallest up to the first with late frames: so many clients at a
+               server with --workers, half a second one after the other, at the video's rate (paced): which frames are
+               late, what encoding takes. The last number once more as fast as they come (saturating). Of several
                workers, all are measured and then one
 
 Random weights serve for speed and memory; what they show means nothing.

@@ -2,11 +2,13 @@
 
 import asyncio
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,12 +20,14 @@ from configs.errors import UserError
 from pipeline.diagonal import DiagonalPipeline
 from scripts.bench.live import random_pipeline
 from server.access import bound_socket
+from server.costs import HEADROOM
 from server.limits import Limits
 from server.live import LiveServer
 from server.protocols import SOCKET
-from server.workers import ModelSource, WorkerPool
+from server.workers import ModelSource, Worker, WorkerPool
 
 PROMPT = "a red circle moves right"
+APART = 0.5  # seconds from one client's arrival to the next
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Watched:
     first: float = 0.0  # seconds until the first frame was there
     late_frames: int = 0
     worst: float = 0.0  # seconds that a frame was late
+    encode_ms: list[float] = field(default_factory=list)  # of each chunk
 
 
 async def watch(url: str, seed: int, seconds: float) -> Watched:
@@ -112,6 +117,7 @@ async def watch(url: str, seed: int, seconds: float) -> Watched:
                 found.worst, due = max(found.worst, now - due), now
             due += chunk.frames / fps
             found.frames += chunk.frames
+            found.encode_ms.append(chunk.header["encode_ms"])
             showing.add(asyncio.create_task(_shown_at(live, chunk, due)))
         await asyncio.gather(*showing)
     return found
@@ -122,20 +128,25 @@ async def _shown_at(live: LiveClient, chunk, due: float) -> None:
     await live.shown(chunk)
 
 
-async def paced(url: str, sessions: int, seconds: float, apart: float = 0.3) -> dict[str, Any]:
-    """`sessions` clients at the video's rate, each for `seconds` of video, `apart` seconds one after the other."""
+async def paced(url: str, workers: list[Worker], sessions: int, seconds: float) -> dict[str, Any]:
+    """`sessions` clients at the video's rate, each for `seconds` of video, APART from each other."""
 
     async def one(number: int) -> Watched:
-        await asyncio.sleep(number * apart)
+        await asyncio.sleep(number * APART)
         return await watch(url, number, seconds)
 
+    begin, busy = time.perf_counter(), sum(cpu_seconds(worker) for worker in workers)
     found = await asyncio.gather(*(one(number) for number in range(sessions)))
+    wall, busy = time.perf_counter() - begin, sum(cpu_seconds(worker) for worker in workers) - busy
     return {
         "frames": sum(watched.frames for watched in found),
         "late_frames": sum(watched.late_frames for watched in found),
+        "late_streams": sum(watched.late_frames > 0 for watched in found),
         "worst_late_ms": 1000 * max(watched.worst for watched in found),
         "first_frame_ms": 1000 * median(watched.first for watched in found),
         "slowest_first_ms": 1000 * max(watched.first for watched in found),
+        "encode_ms_a_chunk": median(ms for watched in found for ms in watched.encode_ms),
+        "cores_of_workers": busy / wall,
     }
 
 
@@ -166,16 +177,43 @@ async def saturating(url: str, sessions: int, seconds: float) -> dict[str, Any]:
 
 
 def sessions(url: str, pool: WorkerPool, counts: list[int], seconds: float) -> Iterator[dict[str, Any]]:
-    """Figures of each number of sessions at the video's rate, and then of the largest as fast as they come.
+    """Figures of each number of sessions at the video's rate, from the smallest up to the first with late frames, and
+    then of the last one as fast as they come.
 
     Of several workers, all are measured, and then the first alone, with its share of the sessions.
     """
-    yield {"chunk_seconds": [worker["chunk_seconds"] for worker in pool.status()]}
-    for workers in sorted({len(pool.workers), 1}, reverse=True):
-        for worker in pool.workers[workers:]:
+    share = pool.workers[0].costs.share(pool.schedule)
+    yield {
+        "chunk_seconds": [worker["chunk_seconds"] for worker in pool.status()],
+        "let_in_by_one": max(1, int(HEADROOM / share)),
+        **memory(pool.workers),
+    }
+    for number in sorted({len(pool.workers), 1}, reverse=True):
+        for worker in pool.workers[number:]:
             asyncio.run_coroutine_threadsafe(worker.stop(), worker.loop).result()
-        shares = sorted({math.ceil(count * workers / len(pool.workers)) for count in counts})
-        for count in shares:
-            yield {f"{workers}_workers.{count}.paced": asyncio.run(paced(url, count, seconds))}
-        result = asyncio.run(saturating(url, shares[-1], seconds))
-        yield {f"{workers}_workers.{shares[-1]}.saturating": result}
+        workers = pool.workers[:number]
+        for count in sorted({math.ceil(count * number / len(pool.workers)) for count in counts}):
+            figures = asyncio.run(paced(url, workers, count, seconds))
+            yield {f"{number}_workers.{count}.paced": figures}
+            if figures["late_frames"]:
+                break
+        yield {f"{number}_workers.{count}.saturating": asyncio.run(saturating(url, count, seconds))}
+        yield {f"{number}_workers.after": memory(workers)}
+
+
+def memory(workers: list[Worker]) -> dict[str, list[int]]:
+    """Bytes that each worker holds."""
+    return {
+        "gpu_bytes": [worker.memory for worker in workers],
+        "host_bytes": [int(of_process(worker, "statm").split()[1]) * os.sysconf("SC_PAGE_SIZE") for worker in workers],
+    }
+
+
+def cpu_seconds(worker: Worker) -> float:
+    """That its process has computed, all threads together."""
+    user, system = of_process(worker, "stat").rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def of_process(worker: Worker, what: str) -> str:
+    return Path(f"/proc/{worker.status()['pid']}/{what}").read_text()

@@ -101,10 +101,12 @@ def test_a_recoloured_scene_has_another_colour_and_nothing_else():
 
 
 def test_the_script_in_seconds(tmp_path, capsys):
-    settings = ["--random_weights", "tiny", "--plays", "1", "--json", str(tmp_path / "live.json"), "device=cpu"]
+    settings = ["--random_weights", "tiny", "--plays", "1", "--sessions", "1", "--seconds", "1", "device=cpu"]
+    settings += ["--json", str(tmp_path / "live.json")]
     assert script.main(["--minutes", "0.02", "--switches", "2", "--batch", "2", "--switch_chunk", "1", *settings]) == 0
     printed = capsys.readouterr().out
-    for name in ("long.every_frame_once", "switches.seen_within_chunks.2", "demo.first_frame_ms"):
+    demo = "demo.first_frame_ms", "1_workers.1.paced.late_frames"
+    for name in ("long.every_frame_once", "switches.seen_within_chunks.2", *demo):
         assert name in printed
     assert Path(tmp_path / "live.json").exists()
     with pytest.raises(script.UserError, match="--batch=0"):
