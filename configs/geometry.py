@@ -39,8 +39,8 @@ class Geometry:
                 )
 
     @classmethod
-    def from_config(cls, config: Config, *, latent_channels: int = 16, patch: tuple[int, int, int] = (1, 2, 2)):
-        """Geometry of `config`, for a network with these latent channels and this patch."""
+    def from_config(cls, config: Config) -> "Geometry":
+        """Geometry of `config`, for a network with the latent channels and the patch of Wan 2.1."""
         return cls(
             height=config.video.height,
             width=config.video.width,
@@ -48,8 +48,6 @@ class Geometry:
             window_frames=config.stream.window_frames,
             sink_frames=config.stream.sink_frames,
             position_frames=config.stream.position_frames,
-            latent_channels=latent_channels,
-            patch=patch,
         )
 
     def for_network(self, sizes: Any) -> "Geometry":

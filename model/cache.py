@@ -22,7 +22,7 @@ size, so neither needs a scale.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -193,7 +193,6 @@ class CacheState:
     filled: frozenset[int]
     keys: list[Tensor]
     values: list[Tensor]
-    shared: Any = None  # of several ranks: whose, and the name of the others' parts (pipeline/sequence_parallel.py)
 
     @property
     def bytes(self) -> int:

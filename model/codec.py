@@ -45,6 +45,8 @@ class DecoderStream(Protocol):
 class Codec(Protocol):
     """The interface of codecs that the pipeline and the trainer use."""
 
+    decode_frames: int  # latent frames decoded at once, at most; 0 = any number
+
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, T, 3, H, W] in [-1, 1] -> latents [B, F, C, h, w]."""
 
@@ -111,6 +113,8 @@ class WanCodec:
     Raises UserError for a Wan 2.2 VAE.
     """
 
+    decode_frames = 0  # latent frames decoded at once, at most; 0 = as many as WORK_PER_CALL allows
+
     def __init__(self, vae: AutoencoderKLWan):
         if vae.config.is_residual or vae.config.patch_size is not None:
             raise UserError("model.vae is a Wan 2.2 VAE, which this codec does not read; use Wan2.1_VAE.pth")
@@ -121,19 +125,10 @@ class WanCodec:
             elif isinstance(part, WanRMS_norm):
                 part.__class__ = _FastNorm
         self._encoder_slots, self._decoder_slots = _slots(vae.encoder), _slots(vae.decoder)
-        self._place_statistics()
-
-    def _place_statistics(self) -> None:
-        shape = (1, 1, self.vae.config.z_dim, 1, 1)
-        place = {"dtype": torch.float32, "device": self.vae.device}
-        self._mean = torch.tensor(self.vae.config.latents_mean, **place).view(shape)
-        self._std = torch.tensor(self.vae.config.latents_std, **place).view(shape)
-
-    def to(self, *args: Any, **kwargs: Any) -> "WanCodec":
-        """As `torch.nn.Module.to`."""
-        self.vae.to(*args, **kwargs)
-        self._place_statistics()
-        return self
+        shape, place = (1, 1, vae.config.z_dim, 1, 1), {"dtype": torch.float32, "device": vae.device}
+        self._mean, self._std = (
+            torch.tensor(values, **place).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
 
     @property
     def latent_channels(self) -> int:
@@ -183,13 +178,15 @@ class WanCodec:
         cells = x.shape[0] * x.shape[3] * x.shape[4] * (self.vae.config.decoder_base_dim or self.vae.config.base_dim)
         parts = [
             self.vae.decoder(x[:, :, frames], feat_cache=cache, feat_idx=[0])
-            for frames in _calls(x.shape[2], 1, cells, x.device.type, first=first)
+            for frames in _calls(x.shape[2], 1, cells, x.device.type, first=first, most=self.decode_frames)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _calls(frames: int, stride: int, cells: int, device: str, first: bool = True) -> Iterator[slice]:
+def _calls(frames: int, stride: int, cells: int, device: str, first: bool = True, most: int = 0) -> Iterator[slice]:
     """Split `frames` into calls: the clip's first frame alone, then as many groups of `stride` as WORK_PER_CALL allows.
+
+    most: at most so many groups; 0 = any number.
 
     Depends only on shapes and the type of device, so that a clip is always split the same way.
     """
@@ -197,7 +194,8 @@ def _calls(frames: int, stride: int, cells: int, device: str, first: bool = True
     if first:
         yield slice(0, 1)
         start = 1
-    step = stride * max(1, WORK_PER_CALL.get(device, WORK_PER_CALL["cuda"]) // cells)
+    groups = max(1, WORK_PER_CALL.get(device, WORK_PER_CALL["cuda"]) // cells)
+    step = stride * min(groups, most or groups)
     for begin in range(start, frames, step):
         yield slice(begin, min(begin + step, frames))
 

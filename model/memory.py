@@ -12,7 +12,7 @@ float32: the inputs of three norms, the outputs of two, and the feed-forward's r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.geometry import Geometry
 from configs.schema import Config
@@ -214,7 +214,7 @@ def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
 
 def geometry_for(config: Config, network: TransformerSize) -> Geometry:
     """The geometry of streams that `network` generates."""
-    return Geometry.from_config(config, latent_channels=network.channels, patch=network.patch)
+    return replace(Geometry.from_config(config), latent_channels=network.channels, patch=network.patch)
 
 
 def rollout_student_bytes(config: Config, student: TransformerSize) -> int:

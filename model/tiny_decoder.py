@@ -13,7 +13,6 @@ times slower there without hardware support.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,17 +165,10 @@ def max_activation(decoder: TinyDecoder) -> float:
 class TinyDecoderCodec:
     """The tiny decoder as a `Codec` that can only decode."""
 
+    decode_frames = 0  # latent frames decoded at once, at most; 0 = any number
+
     def __init__(self, decoder: TinyDecoder):
         self.decoder = decoder
-
-    def to(self, *args: Any, **kwargs: Any) -> "TinyDecoderCodec":
-        """As `torch.nn.Module.to`."""
-        self.decoder.to(*args, **kwargs)
-        return self
-
-    @property
-    def latent_channels(self) -> int:
-        return self.decoder.config.latent_channels
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Raises UserError: there is no encoder."""
@@ -187,14 +179,14 @@ class TinyDecoderCodec:
         return self.stream().decode(latents)
 
     def stream(self) -> "TinyDecoderStream":
-        return TinyDecoderStream(self.decoder)
+        return TinyDecoderStream(self.decoder, self.decode_frames)
 
 
 class TinyDecoderStream:
     """Decoder of one clip. Its state is that of the memory blocks."""
 
-    def __init__(self, decoder: TinyDecoder):
-        self._decoder = decoder
+    def __init__(self, decoder: TinyDecoder, decode_frames: int):
+        self._decoder, self._decode_frames = decoder, decode_frames
         self._memory: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -203,6 +195,10 @@ class TinyDecoderStream:
 
         NaN where the decoder overflowed.
         """
+        parts = latents.split(self._decode_frames or latents.shape[1], dim=1)
+        return torch.cat([self._decode(part) for part in parts], dim=1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         starts = self._memory is None
         frames, self._memory = self._decoder(latents.to(self._decoder.dtype), self._memory)
         if starts:

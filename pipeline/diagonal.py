@@ -29,7 +29,7 @@ from model.attention import set_attention
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
 from model.denoiser import Student
-from model.fast.offload import BlockOffload, SlicedDecodeCodec
+from model.fast.offload import BlockOffload
 from model.fast.student import FastPlan
 from model.schedule import Schedule, as_schedule
 from model.text import TextEncoder
@@ -164,8 +164,7 @@ class DiagonalPipeline:
             set_attention(student, places.attention)
         if places.student == "stream":
             BlockOffload(student, device)
-        if places.decode_frames:
-            codec = SlicedDecodeCodec(codec, places.decode_frames)
+        codec.decode_frames = places.decode_frames
         return cls(config, *build_student(config, student, codec, plan, device), place_text(text, places, device))
 
     @property
@@ -200,7 +199,6 @@ class DiagonalPipeline:
     def components(self) -> dict[str, Any]:
         """The networks (transformer, vae or tiny_decoder, text_encoder), the tokenizer and the schedule."""
         codec, text = self.session.codec, self.session.text_encoder
-        codec = codec.codec if isinstance(codec, SlicedDecodeCodec) else codec
         pixels = {"vae": codec.vae} if isinstance(codec, WanCodec) else {"tiny_decoder": codec.decoder}
         words = {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
         return {"transformer": self.session.student.model, **pixels, **words, "schedule": self.schedule}

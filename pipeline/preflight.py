@@ -293,18 +293,12 @@ def check_inference(config: Config, memory: int | None) -> None:
 
     The formulas are accurate to a tenth, so the plan may exceed the memory by that. Weights: see `check_weights`.
     """
-    report = Report()
-    if memory is not None:
-        peeks = {
-            role: inspect_weights(role, path, name=name)
-            for role, path, name in required_weights(config)
-            if role in SIZED
-        }
-        plan = memory_plan(config, peeks)
-        if plan.peak.total > 1.1 * memory:
-            report.add_problem("memory", memory_problem(plan, memory))
-    if report.problems:
-        raise UserError(report.problems[0])
+    if memory is None:
+        return
+    sized = [entry for entry in required_weights(config) if entry[0] in SIZED]
+    plan = memory_plan(config, {role: inspect_weights(role, path, name=name) for role, path, name in sized})
+    if plan.peak.total > 1.1 * memory:
+        raise UserError(memory_problem(plan, memory))
 
 
 def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]:

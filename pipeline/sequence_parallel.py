@@ -296,11 +296,9 @@ class ParallelStudent(Student):
 
     def new_cache(
         self, geometry: Geometry, batch: int, max_chunks: int | None = None, dtype: torch.dtype | None = None
-    ) -> StreamCache:
+    ) -> "SharedCache":
         geometry.check_shares(SETTING, self.ranks.size)
-        cache = self.own.new_cache(geometry, batch, max_chunks, dtype)
-        cache.__class__ = SharedCache
-        cache.ranks, cache.name = self.ranks, self.ranks.name(cache)
+        cache = SharedCache(self.own.new_cache(geometry, batch, max_chunks, dtype), self.ranks)
         self.ranks.tell("cache", cache.name, geometry, batch, max_chunks, dtype)
         return cache
 
@@ -322,50 +320,68 @@ class ParallelStudent(Student):
             return self.own.x0(x_t, t, text, view, start_frame)
 
 
-class SharedCache(StreamCache):
-    """This rank's heads, and all that is done to them is done to the others'."""
+@dataclass(frozen=True, eq=False)
+class SharedState:
+    """What a SharedCache held at one time: this rank's part, and the number by which the other ranks know theirs."""
 
+    own: CacheState
     ranks: SequenceRanks
     name: int
 
+
+class SharedCache:
+    """A KV cache whose heads are shared out: `own` holds this rank's, and the other ranks do what is done to it."""
+
+    def __init__(self, own: StreamCache, ranks: SequenceRanks):
+        self.own, self.ranks, self.name = own, ranks, ranks.name(self)
+
     def begin(self, chunk: int) -> StreamView:
-        self.ranks.newest = super().begin(chunk)
-        self.ranks.tell("begin", self.name, chunk)
+        self.ranks.newest = self._on_all("begin", chunk)
         return self.ranks.newest
 
     def rewrite(self, position: int) -> StreamView:
-        self.ranks.newest = super().rewrite(position)
-        self.ranks.tell("rewrite", self.name, position)
+        self.ranks.newest = self._on_all("rewrite", position)
         return self.ranks.newest
 
     def reset(self) -> None:
-        super().reset()
-        self.ranks.tell("reset", self.name)
+        self._on_all("reset")
 
     def permute(self, order: Sequence[int]) -> None:
-        super().permute(order)
-        self.ranks.tell("permute", self.name, list(order))
+        self._on_all("permute", list(order))
+
+    def _on_all(self, method: str, *arguments: Any) -> Any:
+        """Call a method of StreamCache on every rank; returns what it gives here."""
+        result = getattr(self.own, method)(*arguments)
+        self.ranks.tell("on_cache", self.name, method, *arguments)
+        return result
 
     def shift_keys(self, position: int, frames: int, shift: Callable[[Tensor, int], Tensor]) -> None:
-        """As `StreamCache.shift_keys` with the student's own `shift_keys`."""
-        super().shift_keys(position, frames, shift)
+        """As `StreamCache.shift_keys`; the other ranks use their student's own `shift_keys`."""
+        self.own.shift_keys(position, frames, shift)
         self.ranks.tell("shift_keys", self.name, position, frames)
 
-    def snapshot(self, device: torch.device | str | None = None) -> CacheState:
-        """Of this rank's heads. On each rank a copy on the host where `device` is that, else where the cache is."""
-        state = super().snapshot(device)
+    def snapshot(self, device: torch.device | str | None = None) -> SharedState:
+        """A copy on each rank: on the host if `device` is the CPU, else where the cache is."""
+        state = self.own.snapshot(device)
         name = self.ranks.name(state)
-        object.__setattr__(state, "shared", (self.ranks, name))
         self.ranks.tell("snapshot", self.name, name, device is not None and torch.device(device).type == "cpu")
-        return state
+        return SharedState(state, self.ranks, name)
 
-    def restore(self, state: CacheState) -> None:
-        if state.shared is None or state.shared[0] is not self.ranks:
+    def restore(self, state: SharedState) -> None:
+        if not isinstance(state, SharedState) or state.ranks is not self.ranks:
             raise UserError("the snapshot was taken by another pipeline; restore it in that which took it")
-        super().restore(state)
-        self.ranks.tell("restore", self.name, state.shared[1])
+        self.own.restore(state.own)
+        self.ranks.tell("restore", self.name, state.name)
+
+    @property
+    def capacity(self) -> int:
+        return self.own.capacity
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own.dtype
 
     @property
     def bytes(self) -> int:
         """Bytes held by all ranks."""
-        return self.ranks.size * super().bytes
+        return self.ranks.size * self.own.bytes

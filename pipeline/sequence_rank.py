@@ -50,11 +50,6 @@ class Follower:
         self.states: dict[int, CacheState] = {}
         self.view: StreamView | None = None  # the newest
 
-    def follow(self, message: tuple) -> None:
-        """Do what rank 0 does."""
-        what, *arguments = message
-        TOLD[what](self, *arguments)
-
     def drop(self, names: list[int]) -> None:
         for name in names:
             for things in (self.texts, self.caches, self.states):
@@ -68,17 +63,10 @@ class Follower:
     ) -> None:
         self.caches[name] = self.student.new_cache(geometry, batch, max_chunks, dtype)
 
-    def begin(self, name: int, chunk: int) -> None:
-        self.view = self.caches[name].begin(chunk)
-
-    def rewrite(self, name: int, position: int) -> None:
-        self.view = self.caches[name].rewrite(position)
-
-    def reset(self, name: int) -> None:
-        self.caches[name].reset()
-
-    def permute(self, name: int, order: list[int]) -> None:
-        self.caches[name].permute(order)
+    def on_cache(self, name: int, method: str, *arguments: Any) -> None:
+        result = getattr(self.caches[name], method)(*arguments)
+        if isinstance(result, StreamView):
+            self.view = result
 
     def shift_keys(self, name: int, position: int, frames: int) -> None:
         self.caches[name].shift_keys(position, frames, self.student.model.shift_keys)
@@ -99,11 +87,11 @@ class Follower:
         return self.group.broadcast(torch.empty(shape, dtype=dtype, device=self.device))
 
 
-TOLD: dict[str, Any] = {
+FOLLOWS: dict[str, Any] = {
     method.__name__: method
     for method in (
-        Follower.drop, Follower.text, Follower.cache, Follower.begin, Follower.rewrite, Follower.reset,
-        Follower.permute, Follower.shift_keys, Follower.snapshot, Follower.restore, Follower.x0,
+        Follower.drop, Follower.text, Follower.cache, Follower.on_cache, Follower.shift_keys, Follower.snapshot,
+        Follower.restore, Follower.x0,
     )
 }  # fmt: skip
 
@@ -122,7 +110,8 @@ def run(pipe: Connection) -> None:
     follower = Follower(setup, join(setup))
     with torch.no_grad():
         while True:
-            follower.follow(pipe.recv())
+            what, *arguments = pipe.recv()
+            FOLLOWS[what](follower, *arguments)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from model.cache import CacheState
 from model.causal_wan import CausalWanModel
 from pipeline.switch import CachedForward, TextState
 
@@ -22,7 +21,7 @@ class Snapshot:
     chunk: int  # the next chunk
     seeds: tuple[int, ...]
     text: TextState
-    cache: CacheState
+    cache: Any  # of the session's cache
     passes: dict[int, CachedForward]  # by slot, for recaching
     decoder: Any
     conditioning: Tensor | None = None  # latents of conditioning frames that are still to come

@@ -147,8 +147,7 @@ class StreamSession:
         schedule: Schedule | None = None,
     ) -> "StreamSession":
         """A session with the settings of `config`. schedule: replaces the configured one."""
-        network, stream = student.model.config, config.stream
-        geometry = Geometry.from_config(config, latent_channels=network.in_channels, patch=tuple(network.patch_size))
+        geometry, stream = Geometry.from_config(config).for_network(student.model.config), config.stream
         return cls(
             student, codec, text_encoder, schedule or Schedule.from_config(config.schedule, stream), geometry,
             switch=stream.switch, switch_chunks=stream.switch_chunks, overlap=config.inference.overlap,

@@ -39,11 +39,11 @@ from model import fp8  # noqa: E402
 from model.denoiser import Student  # noqa: E402
 from model.fast.offload import BlockOffload  # noqa: E402
 from model.fast.student import FastPlan  # noqa: E402
-from model.sizes import TRANSFORMER_SIZES  # noqa: E402
+from model.sizes import TRANSFORMER_SIZES, TransformerSize  # noqa: E402
 from model.text import TextEncoder, word_tokenizer  # noqa: E402
 from model.weights.files import read_json  # noqa: E402
 from model.weights.load import check_weights  # noqa: E402
-from model.weights.random import RandomTextEncoder, random_codec, random_student, random_umt5, transformer_size  # noqa: E402
+from model.weights.random import RandomTextEncoder, random_codec, random_transformer, random_umt5  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline  # noqa: E402
 from pipeline.networks import build_student, load_device  # noqa: E402
 from pipeline.sequence_parallel import ParallelStudent  # noqa: E402
@@ -120,7 +120,7 @@ def build(config: Config, args: argparse.Namespace) -> BenchmarkSession:
             session = _session(made.student, made.codec, made.text_encoder, config)
             return BenchmarkSession(session, plan, "as configured", made.text_encoder, {})
     size = args.network or ("tiny" if config.model.student.startswith("assets/tiny") else "1.3B")
-    model = random_student(size, load_device(config.inference.student, device), dtype)
+    model = random_transformer(size, load_device(config.inference.student, device), dtype, causal=True)
     if config.inference.student == "stream":
         BlockOffload(model, device)
     errors = layer_errors(model, config) if plan.fp8 else {}
@@ -162,7 +162,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     began = time.perf_counter()
     bench = build(config, args)
     session, device = bench.session, bench.session.device
-    network = transformer_size(session.student.model)
+    network = TransformerSize.from_config(session.student.model.config)
     built = time.perf_counter() - began
     chunks = session.geometry.num_chunks(config.video.num_latent_frames)
     first = speed.play(session, chunks, args.batch)

@@ -37,7 +37,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from configs.errors import UserError
-    from model.weights.load import load_student, save_student
+    from model.weights.load import load_student, save_network
     from utils.device import DTYPES
     from utils.files import check_writable
 
@@ -46,7 +46,7 @@ def main() -> int:
         raise UserError(f"out={out} exists; choose another folder")
     run = Path(args.run)
     student = load_student(newest_of(run), use_ema=not args.raw, name="run")
-    save_student(student, out, student.card, dtype=DTYPES[args.dtype])
+    save_network(student, out, card=student.card, dtype=DTYPES[args.dtype])
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     what = "trained" if args.raw else "averaged"
     print(f"{out}: {what} weights of step {student.card.get('step', '?')}, {size / 1e6:.1f} MB")

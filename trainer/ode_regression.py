@@ -20,7 +20,7 @@ from configs.schema import Config
 from model.causal_wan import chunk_causal_mask
 from model.flow import add_noise, x0_from_v
 from model.schedule import Schedule
-from model.weights.load import save_student
+from model.weights.load import save_network
 from trainer.build import causal_student, frozen_codec, frozen_text_encoder
 from trainer.pairs import open_pairs
 from trainer.prompt_bank import PromptBank
@@ -106,4 +106,5 @@ class ODERegression(Supervised):
         return evaluate_clips(prompts, frames, folder / f"{self.name}_{step:06d}.png")
 
     def export(self, folder: Path, step: int) -> None:
-        save_student(self.averaged, folder, {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()})
+        card = {"stage": self.name, "step": step, "schedule": self.schedule.to_dict()}
+        save_network(self.averaged, folder, card=card)

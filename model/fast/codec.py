@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from model.codec import Codec, WanCodec
-from model.fast.offload import SlicedDecodeCodec
 from model.fast.tiny_decoder import Compiler, FastTinyDecoder
 from model.tiny_decoder import TinyDecoderCodec
 from utils.compiling import compile_function
@@ -37,12 +36,11 @@ def optimize_codec(codec: Codec, *, compiled: bool, backend: str = "inductor") -
 
     if compiled:
         torch.backends.cudnn.benchmark = True  # there are few shapes
-    inner = codec.codec if isinstance(codec, SlicedDecodeCodec) else codec
-    if isinstance(inner, TinyDecoderCodec):
-        inner.decoder.to(memory_format=torch.channels_last)
-        inner.decoder.forward = FastTinyDecoder(inner.decoder, compiler)
-    elif isinstance(inner, WanCodec):
-        _optimize_wan(inner, compiler)
+    if isinstance(codec, TinyDecoderCodec):
+        codec.decoder.to(memory_format=torch.channels_last)
+        codec.decoder.forward = FastTinyDecoder(codec.decoder, compiler)
+    elif isinstance(codec, WanCodec):
+        _optimize_wan(codec, compiler)
     return codec
 
 

@@ -1,4 +1,4 @@
-"""Inference with less GPU memory and the same results: networks in host memory, a codec that decodes in slices."""
+"""Inference with less GPU memory and the same results: networks in host memory."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,6 @@ from diffusers.hooks import apply_group_offloading
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel
-from model.codec import Codec, DecoderStream
 from model.text import TextEncoder
 
 
@@ -138,49 +137,3 @@ class BlockOffload:
 def _aligned_size(tensor: Tensor) -> int:
     """Bytes of a tensor in a buffer, rounded up to an alignment of 256."""
     return -(-tensor.nbytes // 256) * 256
-
-
-class SlicedDecodeCodec:
-    """A codec that decodes at most `frames` latent frames at a time, with the same results."""
-
-    def __init__(self, codec: Codec, frames: int):
-        self.codec, self.frames = codec, frames
-
-    @property
-    def latent_channels(self) -> int:
-        return self.codec.latent_channels
-
-    def to(self, *args: Any, **kwargs: Any) -> "SlicedDecodeCodec":
-        """As `torch.nn.Module.to`."""
-        self.codec.to(*args, **kwargs)
-        return self
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """As `codec.encode`."""
-        return self.codec.encode(pixels)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, F, C, h, w] -> pixels [B, 1 + 4 (F - 1), 3, H, W]."""
-        return self.stream().decode(latents)
-
-    def stream(self) -> "SlicedDecodeStream":
-        return SlicedDecodeStream(self.codec.stream(), self.frames)
-
-
-class SlicedDecodeStream:
-    """Decoder stream of a SlicedDecodeCodec."""
-
-    def __init__(self, stream: DecoderStream, frames: int):
-        self._stream, self._frames = stream, frames
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Next latents [B, f, C, h, w] -> pixels [B, T, 3, H, W]."""
-        return torch.cat([self._stream.decode(part) for part in latents.split(self._frames, dim=1)], dim=1)
-
-    def snapshot(self) -> Any:
-        """State so far."""
-        return self._stream.snapshot()
-
-    def restore(self, snapshot: Any) -> None:
-        """Go back to where `snapshot` was taken."""
-        self._stream.restore(snapshot)

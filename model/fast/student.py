@@ -38,7 +38,6 @@ from model.denoiser import Student, as_timestep
 from model.fast import blocks as fused_wan
 from model.fast.ops import linear_gelu
 from model.flow import x0_from_v
-from model.fp8 import UNQUANTIZED_BLOCKS
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -56,7 +55,6 @@ class FastPlan:
     kernels: Kernels
     fuse_qkv: bool = True
     fp8: bool = False  # linear layers in float8
-    fp8_keep: tuple[int, ...] = UNQUANTIZED_BLOCKS  # blocks without float8
     fp8_cache: bool = False  # queries, keys and values of self-attention in float8
     fused_gelu: bool = False  # GELU in the epilogue of the matrix product
     fused_norms: bool = False  # norms, rotary embedding and quantization by the kernels of model/fast/ops.py
@@ -109,7 +107,7 @@ def optimize_student(student: Student, plan: FastPlan) -> "FastStudent":
         for block in model.blocks:
             fuse_qkv_projections(block.attn1)
     if plan.fp8:
-        log.info(fp8.quantize_blocks(model.blocks, plan.fp8_keep))
+        log.info(fp8.quantize_blocks(model.blocks))
     return FastStudent(model, plan)
 
 

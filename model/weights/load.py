@@ -278,16 +278,3 @@ def save_network(
         write_json_atomic(partial / CARD, dict(card or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-
-
-def save_student(
-    model: WanTransformer3DModel,
-    folder: str | Path,
-    card: Mapping[str, Any],
-    *,
-    dtype: torch.dtype | None = torch.float16,
-    state: Mapping[str, Tensor] | None = None,
-    ema: Mapping[str, Tensor] | None = None,
-) -> None:
-    """`save_network` for a student with its card (stage, step, schedule that it was trained with, ...)."""
-    save_network(model, folder, dtype=dtype, state=state, ema=ema, card=card)

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
-from model.sizes import HEAD_DIM, TRANSFORMER_SIZES, UMT5_XXL, TransformerSize
+from model.sizes import HEAD_DIM, TRANSFORMER_SIZES, UMT5_XXL
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, cast_to_best_dtype
 from model.weights.files import StoredTensors, read_json, resolve_path
 from model.weights.load import materialize
@@ -46,11 +46,6 @@ def random_network(
 ) -> nn.Module:
     """The network of `build` with weights drawn on `device`; in float32 what its library keeps so."""
     return materialize(random_plan(build, device, dtype, seed), device, dtype)
-
-
-def random_student(size: str, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
-    """size: tiny, 1.3B, 14B."""
-    return random_transformer(size, device, dtype, causal=True)
 
 
 def random_transformer(
@@ -95,11 +90,6 @@ def random_umt5(size: str, device: torch.device, dtype: torch.dtype) -> UMT5Enco
     """The text encoder; XXL unless the size is tiny."""
     sizes = read_json("network", resolve_path(TINY.format("text_encoder"))) if size == "tiny" else UMT5_XXL
     return random_network(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(sizes))), device, dtype)
-
-
-def transformer_size(model: CausalWanModel) -> TransformerSize:
-    """Sizes of a student, for the accounting."""
-    return TransformerSize.from_config(model.config)
 
 
 class RandomTextEncoder:

@@ -21,7 +21,7 @@ from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from configs.schema import Config
 from model.denoiser import Student
 from model.fast.student import FastPlan
-from model.weights.random import RandomTextEncoder, random_codec, random_student
+from model.weights.random import RandomTextEncoder, random_codec, random_transformer
 from pipeline.async_decoder import prefetch
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.networks import apply_fast_plan
@@ -73,7 +73,7 @@ def random_pipeline(config: Config, size: str, rank: int = 0) -> DiagonalPipelin
     set_threads(config.cpu_threads)
     device = pick_device(config.device, rank)
     dtype, plan = pick_dtype(config.inference.precision, device), FastPlan.from_config(config.inference, device)
-    student = Student(random_student(size, device, dtype))
+    student = Student(random_transformer(size, device, dtype, causal=True))
     text = RandomTextEncoder(config.model.text_tokens, student.model.config.text_dim, device)
     return DiagonalPipeline(config, *apply_fast_plan(student, random_codec(config, size, device, dtype), plan), text)
 

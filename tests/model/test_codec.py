@@ -125,7 +125,7 @@ def test_half_precision_keeps_float32_outside(vae):
                             latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()  # fmt: skip
     x = latents(3)
     exact = WanCodec(half).decode(x)
-    out = WanCodec(half).to(torch.bfloat16).decode(x)
+    out = WanCodec(half.to(torch.bfloat16)).decode(x)
     assert out.dtype == torch.float32 and (out - exact).abs().mean() < 0.02
 
 

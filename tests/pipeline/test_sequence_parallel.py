@@ -96,7 +96,7 @@ def test_a_stream_over_the_window_and_with_a_moving_sink(sessions, context):
     one, several = sessions(context=context, context_timestep=200.0)
     alike(several.play(PROMPTS, [3, 4], 7), one.play(PROMPTS, [3, 4], 7))
     assert several.cache_bytes == one.cache_bytes
-    assert several._cache._keys[0].shape[2] * several.student.ranks.size == one._cache._keys[0].shape[2]
+    assert several._cache.own._keys[0].shape[2] * several.student.ranks.size == one._cache._keys[0].shape[2]
 
 
 @pytest.mark.parametrize("switch", ["recache", "recache_window", "blend", "cut"])

@@ -90,7 +90,7 @@ def test_peek_knows_every_format(tmp_path, wan, wan_state, student, t5):
     torch.save(payload, tmp_path / "sf.pt")
     write_wan_folder(tmp_path / "wan", wan_state, 3)
     wan.save_pretrained(tmp_path / "root" / "transformer", max_shard_size="200KB")
-    weights.save_student(student, tmp_path / "ours", {}, ema=student.state_dict())
+    weights.save_network(student, tmp_path / "ours", card={}, ema=student.state_dict())
     save_file(wan_state, tmp_path / "s.safetensors")
     state = {"generator": {"module": student.state_dict(), "average": student.state_dict()}}
     began = {"training": {"init": {"generator": str(tmp_path / "ours")}}}

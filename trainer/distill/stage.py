@@ -32,7 +32,7 @@ from model.denoiser import ScoreModel, Student
 from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.timesteps import TIME, warp
-from model.weights.load import save_student
+from model.weights.load import save_network
 from pipeline.rollout import PrecomputedNoise, last_steps, rollout
 from pipeline.switch import embeddings_after_switch
 from trainer.backward import Backward
@@ -435,4 +435,4 @@ class Distill(Stage):
         state = self.train_states["generator"].averaged_state() if self.sharded else None
         if self.ranks.first:
             student = merged(self.averaged, state)
-            save_student(student, folder, card, state=state if student is self.averaged else None)
+            save_network(student, folder, card=card, state=state if student is self.averaged else None)

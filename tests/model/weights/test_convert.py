@@ -92,7 +92,7 @@ def test_parts(tmp_path, checkpoint, wan):
 
 
 def test_card_is_kept(tmp_path, student):
-    weights.save_student(student, tmp_path / "a", {"stage": "distill", "step": 3}, dtype=None)
+    weights.save_network(student, tmp_path / "a", card={"stage": "distill", "step": 3}, dtype=None)
     convert(tmp_path / "a", tmp_path / "b")
     assert weights.load_student(tmp_path / "b").card == {"stage": "distill", "step": 3}
 

@@ -141,7 +141,7 @@ def test_folded_model_is_a_plain_one(wan, student, tmp_path):
     loras.merge_and_unload()
     assert list(student.state_dict()) == names and not loras.plans
     close(output(student), output(expected(wan, (values, 1.0))))
-    weights.save_student(student, tmp_path / "s", {}, dtype=None)
+    weights.save_network(student, tmp_path / "s", card={}, dtype=None)
     close(output(weights.load_student(tmp_path / "s")), output(student))
 
 

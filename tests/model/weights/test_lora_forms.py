@@ -12,7 +12,7 @@ from weight_layouts import TO_WAN, foreign
 
 from configs.errors import UserError
 from model.weights.export import lazy_tensors
-from model.weights.load import save_student
+from model.weights.load import save_network
 from model.weights.lora import LoraAdapters, plan_lora
 from model.weights.plans import plan_transformer
 
@@ -152,7 +152,7 @@ def test_differences_are_exported(tmp_path, student, extracted, suffix):
 
 def test_conversion_merges_differences(tmp_path, student, extracted):
     path, added = extracted
-    save_student(student, tmp_path / "s", {}, dtype=None)
+    save_network(student, tmp_path / "s", card={}, dtype=None)
     plan = plan_transformer("IN", tmp_path / "s", type(student))
     lazy = lazy_tensors(plan, [(plan_lora(path, shapes(student)), SCALE)], torch.float32)
     after = {name: tensor.read() for name, tensor in lazy.items()}

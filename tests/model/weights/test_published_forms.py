@@ -248,7 +248,7 @@ def test_a_tokenizer_that_needs_a_package_says_so(tmp_path, monkeypatch):
     ],
 )
 def test_cards_of_no_schedule_are_refused(tmp_path, student, schedule):
-    weights.save_student(student, tmp_path / "s", {"schedule": schedule})
+    weights.save_network(student, tmp_path / "s", card={"schedule": schedule})
     for look in (weights.load_student, lambda path: inspect_weights("student", path)):
         with pytest.raises(UserError, match=r"card\.json holds a schedule that is none"):
             look(tmp_path / "s")

@@ -103,7 +103,7 @@ def test_own_folder_round_trip(tmp_path, wan, student):
     schedule = Schedule.from_config(ScheduleConfig(), StreamConfig()).to_dict()
     card = {"stage": "distilled", "step": 7, "schedule": schedule}
     ema = {name: value + 1 for name, value in student.state_dict().items()}
-    weights.save_student(student, tmp_path / "s", card, dtype=None, ema=ema)
+    weights.save_network(student, tmp_path / "s", card=card, dtype=None, ema=ema)
     again = weights.load_student(tmp_path / "s")
     assert again.card == card and not again.training
     same_output(again, wan)
@@ -114,8 +114,8 @@ def test_own_folder_round_trip(tmp_path, wan, student):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_on_disk_float32_in_memory(tmp_path, student, dtype):
-    weights.save_student(student, tmp_path / "a", {}, dtype=dtype)
-    weights.save_student(student, tmp_path / "b", {}, dtype=dtype)
+    weights.save_network(student, tmp_path / "a", card={}, dtype=dtype)
+    weights.save_network(student, tmp_path / "b", card={}, dtype=dtype)
     a, b = (tmp_path / x / "diffusion_pytorch_model.safetensors" for x in "ab")
     assert a.read_bytes() == b.read_bytes()
     assert {value.dtype for value in load_file(a).values()} == {dtype}
@@ -127,13 +127,13 @@ def test_half_on_disk_float32_in_memory(tmp_path, student, dtype):
 
 def test_saving_replaces_a_folder_whole(tmp_path, student, monkeypatch):
     folder = tmp_path / "s"
-    weights.save_student(student, folder, {"step": 1})
+    weights.save_network(student, folder, card={"step": 1})
     monkeypatch.setattr(weights, "save_file", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        weights.save_student(student, folder, {"step": 2})
+        weights.save_network(student, folder, card={"step": 2})
     assert weights.load_student(folder).card == {"step": 1}
     monkeypatch.undo()
-    weights.save_student(student, folder, {"step": 2})
+    weights.save_network(student, folder, card={"step": 2})
     assert weights.load_student(folder).card == {"step": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
@@ -141,7 +141,7 @@ def test_saving_replaces_a_folder_whole(tmp_path, student, monkeypatch):
 def test_values_beyond_half_precision_are_not_lost(tmp_path, student):
     student.proj_out.bias.data[0] = 1e6
     with pytest.raises(ValueError, match="bfloat16"):
-        weights.save_student(student, tmp_path / "s", {})
+        weights.save_network(student, tmp_path / "s", card={})
     assert not (tmp_path / "s").exists()
 
 

@@ -151,7 +151,7 @@ class HeaderOnly:
 
 
 def test_check_weights_reads_no_tensor(tmp_path, t5, student, monkeypatch):
-    weights.save_student(student, tmp_path / "student", {})
+    weights.save_network(student, tmp_path / "student", card={})
     weights.save_network(t5, tmp_path / "text", tokenizer=word_tokenizer(["a"]))
     weights.save_network(AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), tmp_path / "vae")
     paths = {"student": "student", "vae": "vae", "text_encoder": "text", "tokenizer": "text"}

@@ -118,7 +118,7 @@ def test_folder_of_our_own_run(run, student):
 
 
 def test_export_of_a_run_comes_first(run, student):
-    weights.save_student(student, run / "export", {"stage": "distill", "step": 20}, dtype=None)
+    weights.save_network(student, run / "export", card={"stage": "distill", "step": 20}, dtype=None)
     assert torch.equal(weights.load_student(run).proj_out.bias, student.proj_out.bias)
     assert torch.equal(weights.load_student(run, use_ema=True).proj_out.bias, student.proj_out.bias - 20)
 
