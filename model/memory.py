@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
+from utils.tables import aligned
 
 GIB = 1 << 30
 CONTEXT = 0.6 * GIB  # CUDA context and kernels
@@ -71,9 +72,7 @@ class MemoryPlan:
             rows.append([name, *(f"{p.parts[name] / GIB:.2f}" if name in p.parts else "" for p in self.phases)])
         rows.append(["driver, allocator", *(f"{(p.total - sum(p.parts.values())) / GIB:.2f}" for p in self.phases)])
         rows.append(["sum", *(f"{phase.total / GIB:.2f}" for phase in self.phases)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-        return "\n".join("  ".join(cells) for cells in lines)
+        return aligned(rows)
 
 
 # --- inference --------------------------------------------------------------------------------------------------------

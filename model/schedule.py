@@ -18,6 +18,7 @@ from configs.errors import UserError, shown
 from configs.geometry import Geometry
 from configs.schema import CONTEXT_OF, DATED, Config, ScheduleConfig, StreamConfig
 from model.timesteps import TIME, warp
+from utils.tables import aligned
 
 MAX_STEPS, MAX_ROWS = 1000, 1000  # steps of a chunk; chunks with their own row of timesteps
 EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
@@ -108,11 +109,10 @@ class Schedule:
             label = f"{start}+" if end == horizon - 1 else str(start) if last == start else f"{start}-{last}"
             lines.append([label, *cells[start]])
             start = end + 1
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        if num_chunks is not None:
-            text.append(f"total: {self.nfe(num_chunks)} NFE for {num_chunks} chunk{'s' * (num_chunks != 1)}")
-        return "\n".join(text)
+        text = aligned(lines, left=len(lines[0]))
+        if num_chunks is None:
+            return text
+        return f"{text}\ntotal: {self.nfe(num_chunks)} NFE for {num_chunks} chunk{'s' * (num_chunks != 1)}"
 
     def __str__(self) -> str:
         return self.table()

@@ -20,6 +20,7 @@ from pipeline.provenance import commit, versions, weight_hashes
 from utils.files import DiskFull, atomic_path, write_json_atomic
 from utils.logs import get_logger
 from utils.progress import progress_bar
+from utils.tables import aligned
 from utils.video import VideoWriter, clip_sheet, sheet_frames, shrink
 from utils.video_live import LiveWriter
 
@@ -197,15 +198,14 @@ def profile_table(clips: Sequence[RenderedClip]) -> str:
     names = {name for clip in clips for chunk in clip.chunks for name in chunk}
     steps = sorted(name for name in names if name.startswith("step"))
     columns = [name for name in ("text", *steps, "context", "decode", "write") if name in names]
-    rows, total = [], dict.fromkeys([*columns, "sum"], 0.0)
+    rows, total = [["chunk", *columns, "sum", "(ms)"]], dict.fromkeys([*columns, "sum"], 0.0)
+
+    def row(label: str, means: dict[str, float]) -> list[str]:
+        return [label, *(f"{means[name]:.1f}" if name in means else "" for name in total), ""]
+
     for k, chunks in enumerate(zip(*(clip.chunks for clip in clips), strict=True)):
         means = {name: 1000 * float(np.mean([chunk[name] for chunk in chunks])) for name in chunks[0]}
         means["sum"] = sum(means.values())
         total = {name: seconds + means.get(name, 0.0) for name, seconds in total.items()}
-        rows.append((str(k), means))
-    rows.append(("all", total))
-    lines = ["  ".join(["chunk ", *(f"{name:>8}" for name in total), "(ms)"])]
-    for label, means in rows:
-        cells = (f"{means[name]:>8.1f}" if name in means else " " * 8 for name in total)
-        lines.append("  ".join([label.ljust(6), *cells]).rstrip())
-    return "\n".join(lines)
+        rows.append(row(str(k), means))
+    return aligned([*rows, row("all", total)])

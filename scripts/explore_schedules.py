@@ -44,6 +44,7 @@ from utils.logs import console  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 from utils.prompts import read_prompts  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
+from utils.tables import markdown  # noqa: E402
 
 GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
 PAPER = "4322222"  # drawn apart in the plot
@@ -212,17 +213,15 @@ def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: floa
     """All runs from fast to slow as Markdown; those on the front are marked."""
     extra = ("seam", "flicker", "motion", "colour_drift", "sharpness")
     head = ["schedule", "front", "NFE", "clip ms", "first frames ms", COLUMNS[quality], "95% interval", *extra]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = [head]
     chosen = {point.candidate for point in best}
     for run in sorted(runs, key=lambda r: r.latency_ms):
         q = run.quality
         cells = [run.candidate.name, "*" if run.candidate in chosen else "", str(run.nfe)]
         cells += [f"{run.latency_ms:.0f}", f"{run.first_ms:.0f}", f"{q.value:.4g}", f"{q.low:.4g} .. {q.high:.4g}"]
-        lines.append("| " + " | ".join([*cells, *(f"{run.measures[name]:.3g}" for name in extra)]) + " |")
+        rows.append([*cells, *(f"{run.measures[name]:.3g}" for name in extra)])
     fit = [point for point in best if budget is not None and point.latency_ms <= budget]
-    if fit:
-        lines += ["", f"Best within {budget:.0f} ms: {fit[-1].candidate.name}"]
-    return "\n".join(lines)
+    return markdown(rows) + (f"\n\nBest within {budget:.0f} ms: {fit[-1].candidate.name}" if fit else "")
 
 
 def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -> None:

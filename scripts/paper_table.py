@@ -21,6 +21,7 @@ exits.guard(__name__)
 from configs.errors import UserError  # noqa: E402
 from configs.load import CHECKOUT, load_config, to_dict  # noqa: E402
 from utils.files import atomic_path  # noqa: E402
+from utils.tables import markdown  # noqa: E402
 
 PRESET = "configs/train_wan2.1_t2v_1.3b.yaml"  # starts from configs/wan2.1_t2v_1.3b.yaml, so it has both
 STAGES = tuple(f"configs/train_wan2.1_t2v_1.3b_stage{n}.yaml" for n in (1, 2))
@@ -167,16 +168,14 @@ def departures(row: Setting, single: Any, stages: tuple[Any, ...]) -> list[str]:
 def table() -> str:
     """The table as Markdown."""
     values, *staged = (to_dict(load_config(path)) for path in (PRESET, *STAGES))
-    head = "| setting | paper | release (24ef1c9) | ours | key | code | departs, and why |"
-    lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
+    rows = [["setting", "paper", "release (24ef1c9)", "ours", "key", "code", "departs, and why"]]
     for row in SETTINGS:
         single, stages = value_of(values, row.key), tuple(value_of(stage, row.key) for stage in staged)
         ours = shown(single if all(same(single, stage) for stage in stages) else (single, *stages))
         departs = departures(row, single, stages)
         note = f"**departs** from {' and '.join(departs)}: {row.why}" if departs else row.why
-        cells = [row.what, shown(row.paper), shown(row.release), ours, f"`{row.key}`", f"`{row.code}`", note]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([row.what, shown(row.paper), shown(row.release), ours, f"`{row.key}`", f"`{row.code}`", note])
+    return markdown(rows)
 
 
 def inserted(text: str) -> str:

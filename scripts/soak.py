@@ -34,13 +34,13 @@ from configs.load import load_config  # noqa: E402
 from model.weights.random import transformer_sizes  # noqa: E402
 from scripts.bench.layouts import ROLES  # noqa: E402
 from scripts.bench.random_prompts import random_prompts  # noqa: E402
-from scripts.bench.speed_tables import grid  # noqa: E402
 from trainer.loop import METRICS, run  # noqa: E402
 from trainer.registry import build_stage  # noqa: E402
 from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
 from utils.distributed import Ranks, process_group  # noqa: E402
 from utils.files import check_writable, write_json_atomic  # noqa: E402
 from utils.logs import JsonlSink, console, read_jsonl  # noqa: E402
+from utils.tables import aligned  # noqa: E402
 
 FULL = {"student": "1.3B/2", "teacher": "14B/2", "critic": "1.3B/2"}
 MEMORY = {"allocated": 0.01, "reserved": 0.01, "host": 0.01}  # growth that is allowed
@@ -151,7 +151,7 @@ def table(results: dict[str, Any]) -> str:
     rows = [["", "at first", "at last", "change", "bound"]]
     for name, (first, last, share, limit) in results.items():
         rows.append([name, f"{first:.6g}", f"{last:.6g}", f"{share:+.2%}", f"{limit:.2%}"])
-    return grid(rows)
+    return aligned(rows)
 
 
 def course(rows: Sequence[dict[str, Any]], every: int) -> str:
@@ -161,7 +161,7 @@ def course(rows: Sequence[dict[str, Any]], every: int) -> str:
     for start in range(0, len(rows), every):
         part = rows[start : start + every]
         lines.append([str(start), *(f"{median(row[name] for row in part):.6g}" for name in names)])
-    return grid(lines)
+    return aligned(lines)
 
 
 def read(logdir: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from torch import Tensor  # noqa: E402
 from scripts.quality.clip_defects import KINDS, find_defects  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils.clip_measures import as_clip, luma, series  # noqa: E402
+from utils.tables import markdown  # noqa: E402
 from utils.video import VideoWriter, read_video  # noqa: E402
 
 BORDERS = (9, 21, 33, 45, 57, 69)
@@ -112,11 +113,10 @@ def confusion(clips: int, seed: int, decoded: bool) -> dict[str, dict[str, int]]
 
 def table(counts_by_defect: dict[str, dict[str, int]], clips: int) -> str:
     """As Markdown: rows are what was put in, columns what was found, in percent of clips."""
-    lines = ["| put in \\ found | " + " | ".join(KINDS) + " |", "| --- |" + " --- |" * len(KINDS)]
+    rows = [["put in \\ found", *KINDS]]
     for name, counts in counts_by_defect.items():
-        cells = (f"{100 * counts[kind] / clips:.0f}" for kind in KINDS)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, *(f"{100 * counts[kind] / clips:.0f}" for kind in KINDS)])
+    return markdown(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

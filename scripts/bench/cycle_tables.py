@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.bench.speed_tables import grid
 from scripts.bench.training_cost import BACKWARD
+from utils.tables import aligned
 
 GB = 1e9
 Result = Mapping[str, Any]
@@ -39,7 +39,7 @@ def overview(results: Sequence[Result], card_gb: float) -> str:
                         f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
     note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran; "
     note += "idle: when none ran (a profile's, which slows the host)"
-    return "\n".join(["; ".join(about), grid(rows) if len(rows) > 1 else "", note])
+    return "\n".join(["; ".join(about), aligned(rows) if len(rows) > 1 else "", note])
 
 
 def left_out(results: Sequence[Result], checks: Sequence[Result]) -> str:
@@ -62,7 +62,7 @@ def phase_table(one: Result) -> str:
             cells += [f"{phase['flops'] / 1e12:.4g}" if "flops" in phase else "", _percent(phase.get("mfu"))]
             rows.append([f"{who}: {name}", *cells, _percent(again), f"{max(peaks) / GB:.1f}" if peaks else ""])
     head = f"{one['layout']}: global batch {one['global_batch']}, {one['ratio']} critic updates a cycle"
-    return "\n".join([head, grid(rows), *error_text(one), *saving_text(one)])
+    return "\n".join([head, aligned(rows), *error_text(one), *saving_text(one)])
 
 
 def error_text(one: Result) -> list[str]:
@@ -93,7 +93,7 @@ def scaling(results: Sequence[Result]) -> str:
     rows = [["measured", *(f"to {one['layout']}" for one in ran)]]
     for one in ran:
         rows.append([one["layout"], *(f"x{one['samples_per_s'] / other['samples_per_s']:.2f}" for other in ran)])
-    return "samples a second, row to column\n" + grid(rows)
+    return "samples a second, row to column\n" + aligned(rows)
 
 
 def projection_table(rows: Sequence[Result], steps: int, global_batch: int, network_gb_s: float) -> str:
@@ -106,7 +106,7 @@ def projection_table(rows: Sequence[Result], steps: int, global_batch: int, netw
     return (
         f"{steps} critic updates at global batch {global_batch}, PROJECTED: measured phases x accumulated batches; "
         f"between machines of 8, gradients at {network_gb_s:g} GB/s a GPU, not hidden. No validation, no saving.\n"
-        f"{grid(table)}\ndiagdistill (24ef1c9) states: under 2 hours on 64 H100, under 16 hours on 8"
+        f"{aligned(table)}\ndiagdistill (24ef1c9) states: under 2 hours on 64 H100, under 16 hours on 8"
     )
 
 
@@ -120,7 +120,7 @@ def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Resul
             memory = [f"{row['phases'][name] / GB:.1f}" for name in phases]
             rounds = "does not come out" if row["accumulated"] is None else str(row["accumulated"])
             table.append([row["layout"], str(row["shards"]), rounds, *memory, "yes" if row["fits"] else "no"])
-    lines = [f"planned on {world} GPUs, by formulas (model/memory.py), prompts encoded ahead", grid(table), *refused]
+    lines = [f"planned on {world} GPUs, by formulas (model/memory.py), prompts encoded ahead", aligned(table), *refused]
     if counted:
         parts = ", ".join(f"{name} {size / GB:.3f} GB" for name, size in counted.items())
         lines.append(f"weights of rank 0 of {world}, counted on the meta device: {parts}")
@@ -132,7 +132,7 @@ def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -
     table = [["GPUs", "layout that fits", "planned peak GB"]]
     for gpus, layout, peak in rows:
         table.append([str(gpus), layout or "none of the ladder", f"{peak / GB:.1f}" if layout else ""])
-    return f"least change that fits {card_gb:g} GB a GPU, by formulas, prompts encoded ahead\n{grid(table)}"
+    return f"least change that fits {card_gb:g} GB a GPU, by formulas, prompts encoded ahead\n{aligned(table)}"
 
 
 def check_text(rows: Sequence[Result]) -> str:
@@ -142,4 +142,4 @@ def check_text(rows: Sequence[Result]) -> str:
         cells = [f"{row[key][i]:.2e}" for key in ("losses", "norms", "weights") for i in (0, 1)]
         table.append([row["layout"], *cells, "equal" if row["passed"] else "DIFFERS"])
     head = "after 5 critic and 3 generator updates, N ranks against 1 with the same global batch: relative differences"
-    return "\n".join([head, grid(table)]) if len(table) > 1 else head
+    return "\n".join([head, aligned(table)]) if len(table) > 1 else head

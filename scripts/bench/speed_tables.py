@@ -1,16 +1,11 @@
 """Speed reports as text: one report in full, a suite as rows, two reports side by side."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from utils.tables import aligned
+
 GB = 1e9
-
-
-def grid(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, the rest to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
 def ms(seconds: float | None) -> str:
@@ -25,14 +20,14 @@ def table(report: Mapping[str, Any]) -> str:
         f"{report['config']} on {machine['device']}, torch {machine.get('torch')}, weights: {report['weights']}",
         ", ".join(f"{key} {value}" for key, value in settings.items() if key != "schedule"),
         "",
-        grid(_chunk_rows(report)),
+        aligned(_chunk_rows(report)),
         "",
-        grid(_figures(report)),
+        aligned(_figures(report)),
     ]
     if "stream" in report:
         lines += ["", _stream(report["stream"])]
     if "fp8_layer_errors" in report:
-        lines += ["", grid([[name, f"{error:.4f}"] for name, error in report["fp8_layer_errors"].items()])]
+        lines += ["", aligned([[name, f"{error:.4f}"] for name, error in report["fp8_layer_errors"].items()])]
     return "\n".join(lines)
 
 
@@ -99,7 +94,7 @@ def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
         cells += [ms(report["decode_s"]), f"{report['memory_bytes'].get('peak', 0) / GB:.2f}"]
         cells += ["" if error is None else f"{error:.1e}", f"{report['first_clip_s']:.1f}", "; ".join(notes)]
         rows.append([name, *cells])
-    return "\n".join([grid(rows), *failed])
+    return "\n".join([aligned(rows), *failed])
 
 
 def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
@@ -116,7 +111,7 @@ def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         for key in dict.fromkeys([*a.get(part, {}), *b.get(part, {})])
         if a[part].get(key) != b[part].get(key)
     ]
-    return "\n".join([grid(rows), "", *(differ or ["same machine and settings"])])
+    return "\n".join([aligned(rows), "", *(differ or ["same machine and settings"])])
 
 
 def _numbers(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from trainer.parallel.apply import average_gradients, local, sum_over_shards
+from utils.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,10 @@ class GradientCheck:
 
     def table(self) -> str:
         """As text, one line per term."""
-        width = max(len("term"), *(len(name) for name in self.names))
-        head = f"{'term':<{width}}  {'gradient norm':>13}  " + "  ".join(f"cos {name}" for name in self.names)
-        lines = [head]
-        for name, norm, row in zip(self.names, self.norms, self.cosines, strict=True):
-            cells = [f"{value:>{len('cos ' + other)}.3f}" for other, value in zip(self.names, row, strict=True)]
-            lines.append(f"{name:<{width}}  {norm:>13.4g}  " + "  ".join(cells))
-        return "\n".join(lines)
+        rows = [["term", "gradient norm", *(f"cos {name}" for name in self.names)]]
+        for name, norm, cosines in zip(self.names, self.norms, self.cosines, strict=True):
+            rows.append([name, f"{norm:.4g}", *(f"{value:.3f}" for value in cosines)])
+        return aligned(rows)
 
     def figures(self) -> dict[str, float]:
         """As numbers by name."""

@@ -18,7 +18,8 @@ from scripts import benchmark
 from scripts.bench import speed
 from scripts.bench.roofline import Energy, copy_rate, matrix_rate, nbytes, roofline
 from scripts.bench.speed_suites import SUITES
-from scripts.bench.speed_tables import comparison, grid, suite_table, table
+from scripts.bench.speed_tables import comparison, suite_table, table
+from utils.tables import aligned
 
 CPU = torch.device("cpu")
 SMALL = ["video.height=32", "video.width=48", "video.num_latent_frames=6", "--random_weights", "--repeats", "1"]
@@ -171,5 +172,5 @@ def test_ceilings_of_a_cpu():
 
 
 def test_tables():
-    assert grid([["a", "b"], ["long", "1"]]) == "a     b\nlong  1"
+    assert aligned([["a", "b"], ["long", "1"]]) == "a     b\nlong  1"
     assert suite_table({"x": {"failed": "RuntimeError: no"}}).splitlines()[-1] == "x: RuntimeError: no"
