@@ -46,13 +46,14 @@ def gradient_check(
     settings: the setting that switches each term on. An empty string: its gradient is cut on purpose.
     Raises UserError for a term without a gradient. Gradients are cleared afterwards.
     """
-    names, gradients = [], []
-    for name in terms():
-        value = terms()[name]  # recomputed: FSDP allows one backward pass for each forward pass
+    values, gradients = terms(), []
+    names = list(values)
+    for name in names:
+        value = (values or terms())[name]  # recomputed: FSDP allows one backward pass for each forward pass
+        values = None
         if value.requires_grad:
             value.backward()
             average_gradients(parameters)
-        names.append(name)
         gradients.append([torch.zeros_like(local(p)) if p.grad is None else local(p.grad).clone() for p in parameters])
         for p in parameters:
             p.grad = None

@@ -110,6 +110,7 @@ def parallelize(
     if training.compile and role is not None:
         compile_blocks(network)
     if parallel.mesh is None:
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms stay float32
         return network.to(parallel.device)
     shard(network, parallel.mesh, dtype, stays_gathered=causal and trained)
     for part in (network, *network.blocks) if streams else ():

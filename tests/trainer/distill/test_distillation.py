@@ -1,6 +1,7 @@
 """Stage `distill` on random tiny networks: who is moved by what, exact resume, variants, and what stops it."""
 
 import json
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -160,15 +161,31 @@ def test_a_term_without_gradient_stops_the_run():
     p = torch.nn.Parameter(torch.ones(3))
     settings = {"spatial": "spatial_weight=1", "flow": "flow.weight=4"}
 
+    calls = []
+
     def terms():
+        calls.append(None)
         return {"spatial": (p * p).sum(), "flow": (p.detach() * p.detach()).sum()}
 
     with pytest.raises(UserError, match="flow.weight=4 switches the flow term on, but it sends no gradient"):
         gradient_check(terms, [p], settings=settings)
+    assert len(calls) == len(settings), "one rollout for each term"
     assert gradient_check(terms, [p], settings=settings | {"flow": ""}).norms[1] == 0
     with pytest.raises(UserError, match="the flow term sends no gradient to the student"):
         gradient_check(terms, [p], settings={"spatial": "spatial_weight=1"})  # a term that it does not know
     assert p.grad is None
+
+
+def test_a_step_in_bfloat16_gives_no_warning(tiny_assets):
+    """Norms of trained networks stay float32 under autocast, which torch remarks on."""
+    torch.set_warn_always(True)
+    try:
+        with catch_warnings(record=True) as given:
+            simplefilter("always")
+            distill_stage(tiny_assets, "training.precision=bfloat16").update(0)
+    finally:
+        torch.set_warn_always(False)
+    assert not given, [str(warning.message) for warning in given]
 
 
 @pytest.mark.parametrize(("stop_after", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2), (3, 2)])
