@@ -35,8 +35,8 @@ class FlowLossConfig:
 class MotionRegressionConfig:
     """Regression of motion on the frozen initial student, through a trained head.
 
-    As in diagdistill's commit 24ef1c9; so are the defaults, except for the weight (1 there). The head has `layers`
-    convolutions over single frames of motion; the target's head is its EMA.
+    As in diagdistill's commit 24ef1c9; so are the defaults, except for the weight (1 there) and the learning rate
+    (ours). The head has `layers` convolutions over single frames of motion; the target's head is its EMA.
     """
 
     weight: float = number(0.0, 0, 1_000_000)  # times gamma; 0 = off

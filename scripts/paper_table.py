@@ -40,7 +40,7 @@ class Setting:
     why: str = ""  # where ours differs, and where something has to be said
 
 
-LONG = "Self-Forcing's, of rollouts longer than a clip; none here in these files. Ours: "
+LONG = "the value is Self-Forcing's, for rollouts longer than a clip, which no stage here or in 24ef1c9 makes. Ours: "
 SETTINGS = (
     Setting("resolution, height", 480, 480, "video.height", "configs/geometry.py"),
     Setting("resolution, width", 832, 832, "video.width", "configs/geometry.py"),
@@ -125,7 +125,7 @@ SETTINGS = (
             "trainer/distill/long_tuning.py", LONG + "none, for the loss leaves it out"),
     Setting("long rollouts: the critic learns from all of the window", None, "release",
             "training.distill.long.rollout", "trainer/distill/long_tuning.py", LONG + "it leaves out what the "
-            "generator's loss does, as diagdistill's streaming trainer"),
+            "generator's loss does, as the streaming trainer of 4ea418d"),
     Setting("long rollouts: latent frames decoded for the window's first image, 0 = all", None, 0,
             "training.distill.long.decode_frames", "trainer/distill/long_tuning.py", LONG + "the last six, so that the "
             "cost does not grow with the rollout"),

@@ -114,7 +114,7 @@ def flow_matching_loss(
 
     half: with the factor 1/2, which diagdistill's flow loss lacks in commit 24ef1c9 (its spatial loss has it).
     frame_error: the error that w depends on. motion: (F(f) - F(r))^2, the error of motion. release:
-        (g_F,i - x_{i+1})^2, the gradient against the latents, as in diagdistill.
+        (g_F,i - x_{i+1})^2, the gradient against the latents, as in diagdistill's commit 24ef1c9.
     gradient_cut: F(x) is detached, as in diagdistill's commit 4ea418d: the loss is logged and has no gradient.
     frames: as in dmd_loss; a difference counts if both its frames do.
     """
@@ -150,7 +150,7 @@ def frame_weighting(error: Tensor) -> Tensor:
 def motion_regression_loss(
     x: Tensor, y: Tensor, head: Head, target_head: Head, *, frames: slice | None = None
 ) -> Tensor:
-    """Regression of motion on the initial student (diagdistill, 24ef1c9): L_M = mean (h(F(x)) - sg(h'(F(y))))^2.
+    """Regression of motion on the initial student (diagdistill, commit 24ef1c9): L_M = mean (h(F(x)) - sg(h'(F(y))))^2.
 
     y: sample of the initial student from the same noise, constant. The gradient reaches x and the head h, not its EMA
     h'. frames: as in `flow_matching_loss`.

@@ -9,7 +9,7 @@ class MotionHead(nn.Module):
     """Motion [B, N, C, H, W] -> features of the same shape, frame by frame: convolutions with SiLU between them.
 
     A kernel of 1, as in diagdistill's commit 24ef1c9, makes it an MLP on the channels of each latent pixel. The loss
-    can also be lowered by shrinking the features; only the lag of the EMA prevents that, as in diagdistill.
+    can also be lowered by shrinking the features; only the lag of the EMA prevents that, as it does in that commit.
     """
 
     def __init__(self, config: MotionRegressionConfig, channels: int):
