@@ -58,6 +58,7 @@ def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace
     flag("--keep_hours", jobs.keep_hours, "until a finished job is deleted", float)
     flag("--grace_seconds", 20.0, "that running jobs have to finish when the server is stopped", float)
     flag("--visitors", live.visitors, "live connections at once", int)
+    flag("--streams_per_key", live.streams_per_key, "live connections of a key, with a stream each", int)
     flag("--streams", live.streams, "live streams of a worker; 0 = as many as it keeps at their rate", int)
     flag("--idle_seconds", live.idle_seconds, "until a silent live connection is closed", float)
     flag("--max_seconds", live.max_seconds, "of one video", float)
@@ -73,8 +74,9 @@ def run(program: Program) -> int:
     origins = [origin.lower().rstrip("/") for origin in args.allow_origin]
     check_access(args.host, keys, origins)
     live = Limits(
-        visitors=args.visitors, streams=args.streams, idle_seconds=args.idle_seconds, max_seconds=args.max_seconds
-    )
+        visitors=args.visitors, streams_per_key=args.streams_per_key, streams=args.streams,
+        idle_seconds=args.idle_seconds, max_seconds=args.max_seconds,
+    )  # fmt: skip
     jobs = JobLimits(
         queue=args.queue, queue_per_key=args.queue_per_key, kept_per_key=args.kept_per_key, keep_hours=args.keep_hours
     )

@@ -15,6 +15,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response, WebSocket, WebSocketDisconnect
 
 from configs.errors import UserError
+from server.access import NOBODY
 from server.controls import Control, MessageError, Reader
 from server.errors import ApiError
 from server.limits import MAX_MESSAGE, Limits
@@ -69,17 +70,22 @@ class LiveServer:
         return router
 
     async def live(self, socket: WebSocket) -> None:
-        """One connection, from its beginning to its end."""
+        """One connection, from its beginning to its end. `state.owner`: whose it is, where there are keys."""
+        owner = socket.scope.get("state", {}).get("owner", NOBODY)
         with suppress(Gone):
             with gone_if_closed():
                 await socket.accept()
                 if len(self.connections) >= self.limits.visitors:
                     text = f"{self.limits.visitors} visitors are here already; try again later"
                     return await socket.close(TRY_LATER, text)
+                own = sum(connection.owner == owner for connection in self.connections.values())
+                if owner != NOBODY and own >= self.limits.streams_per_key:
+                    text = f"this key has {own} live streams; close one, or try again later"
+                    return await socket.close(TRY_LATER, text)
                 if self.pool.about is None:
                     return await socket.close(TRY_LATER, "the model is being loaded; try again in a moment")
             name = secrets.token_urlsafe(16)
-            connection = self.connections[name] = Connection(socket, self, name)
+            connection = self.connections[name] = Connection(socket, self, name, owner)
             try:
                 await connection.run()
             finally:
@@ -115,8 +121,8 @@ class LiveServer:
 class Connection:
     """One client. Two tasks: what it says, and what its stream sends."""
 
-    def __init__(self, socket: WebSocket, server: LiveServer, name: str):
-        self.socket, self.server, self.name = socket, server, name
+    def __init__(self, socket: WebSocket, server: LiveServer, name: str, owner: str):
+        self.socket, self.server, self.name, self.owner = socket, server, name, owner
         self.picture: np.ndarray | None = None  # uint8 [H, W, 3], what was uploaded last
         self.session: WorkerSession | None = None
         self._sending: asyncio.Task | None = None

@@ -39,6 +39,7 @@ class Metrics:
         self._jobs = gauge("jobs", "Jobs that are kept, by status", "status")
         self._workers = gauge("workers", "Worker processes, by state", "state")
         self._restarts = gauge("worker_restarts", "How often a worker was started again", "worker")
+        self._hangs = gauge("worker_hangs", "How often of these because it hung, and was killed", "worker")
         self._sessions = gauge("live_sessions", "Live sessions of a worker", "worker")
         self._capacity = gauge("live_capacity", "Live sessions that a worker can hold at their rate", "worker")
         self._memory = gauge("gpu_memory_bytes", "GPU memory that a worker holds", "worker")
@@ -59,8 +60,8 @@ class Metrics:
             self._jobs.labels(status).set(jobs.get(status, 0))
         for state in WORKER_STATES:
             self._workers.labels(state).set(sum(worker["state"] == state for worker in workers))
-        shown = ((self._restarts, "restarts"), (self._sessions, "sessions"), (self._capacity, "capacity"),
-                 (self._memory, "gpu_memory"))  # fmt: skip
+        shown = ((self._restarts, "restarts"), (self._hangs, "hangs"), (self._sessions, "sessions"),
+                 (self._capacity, "capacity"), (self._memory, "gpu_memory"))  # fmt: skip
         for gauge, key in shown:
             gauge.clear()
             for worker in workers:

@@ -101,6 +101,8 @@ class WorkerProcess:
         self.costs: Costs
         self._in_flight = 0
         self._last_made = 0.0
+        self._promised = 0.0  # until when the front has been told that it may hear nothing
+        self._beat = limits.silent_seconds / 5
         self._sending = threading.Lock()
 
     # talking to the front
@@ -148,14 +150,29 @@ class WorkerProcess:
         threading.Thread(target=self.read, name="reader", daemon=True).start()
         while True:
             turn = self._turn()
+            self._promise(turn)
             try:
-                kind, number, arrived, *content = self.inbox.get(block=turn is None)
+                kind, number, arrived, *content = self.inbox.get(timeout=0 if turn else self._beat)
             except Empty:
-                self._make(turn)
+                if turn:
+                    self._make(turn)
                 continue
             if kind == "stop":
                 return self._stop()
             self._handle(kind, number, arrived, content)
+
+    def _promise(self, turn: Stream | Job | None) -> None:
+        """Say every few seconds for how long the front may hear nothing before it takes this process for hung: for long
+        in a chunk, which may have to be compiled. Not while chunks are waited for: it is they that have to come."""
+        seconds = self.limits.silent_seconds
+        if turn:
+            seconds = 6 * seconds + 20 * self.costs.seconds(bounds(self.pipe.schedule)[0] + 1)
+        elif self._in_flight:
+            return
+        until = time.perf_counter() + seconds
+        if abs(until - self._promised) > self._beat:
+            self._promised = until
+            self.send("alive", 0, seconds)
 
     def _stop(self) -> None:
         """Let go of what threads wait for: the process ends when they have finished what they are at."""

@@ -40,6 +40,7 @@ log = get_logger(__name__)
 STEADY_SECONDS = 60.0  # that a worker must have run for its deaths to be forgotten
 LONGEST_DELAY = 60.0  # before a worker is started again
 STOP_SECONDS = 10.0  # that a worker has to end by itself
+LOAD_SECONDS = 1800.0  # that it has to load its model and to warm up
 RETRY_SECONDS = 10  # that a client is asked to wait where it is refused
 
 
@@ -165,7 +166,7 @@ class Worker:
         self.fault: UserError | None = None  # why it cannot be started
         self.sessions: dict[int, WorkerSession] = {}
         self.jobs: dict[int, asyncio.Queue] = {}
-        self.restarts = 0
+        self.restarts = self.hangs = 0
         self.settled = asyncio.Event()  # ready, or cannot be
         self._deaths = 0
         self._since = 0.0
@@ -173,6 +174,7 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._outbox: SimpleQueue | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._patience = 0.0  # seconds for which it may still say nothing
 
     @property
     def capacity(self) -> int:
@@ -201,6 +203,7 @@ class Worker:
             "chunk_seconds": self.costs.seconds(nfe) if self.costs else None,
             "gpu_memory": self.memory,
             "restarts": self.restarts,
+            "hangs": self.hangs,
         }
 
     def launch(self) -> None:
@@ -212,6 +215,8 @@ class Worker:
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._write, args=(ours, self._outbox), daemon=True).start()
         threading.Thread(target=self._read, args=(ours, self._outbox), daemon=True).start()
+        self._patience = LOAD_SECONDS
+        self._watch(self._process)
 
     def _spawn(self, line: Connection) -> multiprocessing.process.BaseProcess:
         arguments = (line, self.pool.source, self.number, self.pool.limits, os.getpid())
@@ -220,6 +225,22 @@ class Worker:
         )
         process.start()
         return process
+
+    def _watch(self, process: multiprocessing.process.BaseProcess) -> None:
+        """Kill the process if it says nothing for longer than it may, which it tells itself (`alive`): then it hangs.
+
+        Counted in ticks, which do not come while this process is itself held up.
+        """
+        if self.state == "stopped" or not process.is_alive():
+            return
+        tick = self.pool.limits.silent_seconds / 10
+        self._patience -= tick
+        if self._patience > 0:
+            self.loop.call_later(tick, self._watch, process)
+            return
+        self.hangs += 1
+        log.warning(f"worker {self.number} says nothing any more; it is killed")
+        process.kill()
 
     def send(self, *message: Any) -> None:
         """Queue a message for the process."""
@@ -251,7 +272,10 @@ class Worker:
             case "ready":
                 self.about, self.costs = content["about"], content["costs"]
                 self.state, self.memory, self._since = "ready", content["memory"], time.monotonic()
+                self._patience = self.pool.limits.silent_seconds
                 self.settled.set()
+            case "alive":
+                self._patience = content
             case "failed":
                 self.fault = UserError(content)
                 self.settled.set()
@@ -378,7 +402,8 @@ class WorkerPool:
         await asyncio.gather(*(worker.stop() for worker in self.workers))
 
     def status(self) -> list[dict[str, Any]]:
-        """Of each worker: state, sessions, jobs, load, capacity (streams), chunk_seconds, gpu_memory, restarts, pid."""
+        """Of each worker: state, sessions, jobs, load, capacity (streams), chunk_seconds, gpu_memory, restarts, hangs,
+        device, pid."""
         return [worker.status() for worker in self.workers]
 
     @property

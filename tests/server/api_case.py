@@ -41,7 +41,7 @@ class FakePool:
         self.state = "stopped"
 
     def status(self) -> list[dict]:
-        one = {"state": self.state, "sessions": 0, "capacity": 2, "restarts": 0, "gpu_memory": 0}
+        one = {"state": self.state, "sessions": 0, "capacity": 2, "restarts": 0, "hangs": 0, "gpu_memory": 0}
         return [{"worker": number} | one for number in range(self.workers)]
 
     async def run_job(self, spec, output: Path):

@@ -2,13 +2,17 @@
 
 import http.client
 import http.cookies
+import json
 import logging
 import os
 import socket
 import time
+from contextlib import ExitStack
 
 import pytest
 from api_case import ALICE, BOB, KEYS, Running, until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from configs.errors import UserError
 from server.access import COOKIE, VARIABLE, AccessPolicy, Keys, address, check_access, read_keys
@@ -238,3 +242,25 @@ def test_large_bodies_that_have_not_arrived_are_bounded_by_key(server):
         assert answer(server, f"{HEAD}Authorization: Bearer {key}\r\n{kinds}", body).startswith(b"HTTP/1.1 200")
     for line in lines:
         line.close()
+
+
+def test_a_key_has_so_many_live_streams_and_no_more(tmp_path):
+    """Another key has its own, a closed one is free again, and without keys it does not count."""
+
+    def greeting(running, key, stack):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        line = connect(f"ws://127.0.0.1:{running.port}/v1/live", additional_headers=headers)
+        return json.loads(stack.enter_context(line).recv(20))["type"]
+
+    for name, keys in (("keys", KEYS), ("none", Keys({}))):
+        with Running(tmp_path / name, keys=keys) as running, ExitStack() as others:
+            running.pool.about = {"hello": {}}
+            alice, bob = (ALICE, BOB) if keys else (None, None)
+            with ExitStack() as one:
+                assert greeting(running, alice, one) == "hello"
+                assert [greeting(running, alice, others) for _ in range(3)] == ["hello"] * 3
+                if keys:
+                    with pytest.raises(ConnectionClosed, match="this key has 4 live streams; close one") as closed:
+                        greeting(running, alice, others)
+                    assert closed.value.rcvd.code == 1013
+            assert greeting(running, bob, others) == greeting(running, alice, others) == "hello"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from model.schedule import Schedule
+from pipeline.stream import ChunkResult
 from server.controls import Control
 from server.costs import HEADROOM, Costs, later_nfe
 from server.limits import Limits
@@ -199,3 +200,55 @@ def test_deaths_are_answered_ever_later(tiny_assets, monkeypatch):
 
     asyncio.run(script())
     assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60, 1]
+
+
+def test_a_worker_that_hangs_is_killed_and_started_again(runner, tiny_assets):
+    """As one that is stopped by a signal does: its stream is told, and another is let in."""
+    pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml")), 1, Limits(streams=2, silent_seconds=1))
+
+    async def script():
+        await pool.start()
+        await asyncio.sleep(3)
+        assert pool.status()[0]["hangs"] == 0, "who has nothing to do still says so"
+        session = pool.open(OPEN)
+        await chunks(session, 2)
+        os.kill(pool.status()[0]["pid"], signal.SIGSTOP)
+        items = [item async for item in session]
+        assert items[-1]["type"] == "ended" and items[-1]["reason"] == "worker"
+        while pool.status()[0]["state"] != "ready":
+            await asyncio.sleep(0.1)
+        assert pool.status()[0]["hangs"] == pool.status()[0]["restarts"] == 1
+        await chunks(pool.open(OPEN), 2)
+        await pool.stop()
+
+    runner.run(asyncio.wait_for(script(), 120))
+
+
+def test_a_chunk_that_never_comes_is_a_hang_and_a_front_that_was_held_up_is_none(runner, tiny_assets):
+    pool = WorkerPool(Hanging(str(tiny_assets / "tiny.yaml")), 1, Limits(streams=2, silent_seconds=0.5))
+
+    async def script():
+        await pool.start()
+        time.sleep(3)  # noqa: ASYNC251  the event loop stands still
+        await asyncio.sleep(0.5)
+        assert pool.status()[0]["hangs"] == 0
+        items = [item async for item in pool.open(OPEN)]
+        assert items[-1]["reason"] == "worker" and pool.status()[0]["hangs"] == 1
+        await pool.stop()
+
+    runner.run(asyncio.wait_for(script(), 120))
+
+
+class Hanging(ModelSource):
+    """The second chunk of a stream never comes, as from a GPU that does not answer. Loaded in the worker's process."""
+
+    def load(self, rank: int):
+        wait = ChunkResult.wait
+
+        def stuck(result):
+            if result.prompts[0] == PROMPT and result.chunk == 1:
+                time.sleep(3600)
+            return wait(result)
+
+        ChunkResult.wait = stuck
+        return super().load(rank)
