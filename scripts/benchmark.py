@@ -24,37 +24,37 @@ from typing import Any
 START = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from configs.errors import UserError  # noqa: E402
-from configs.geometry import Geometry  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from configs.schema import Config  # noqa: E402
-from model import fp8  # noqa: E402
-from model.denoiser import Student  # noqa: E402
-from model.fast.offload import BlockOffload  # noqa: E402
-from model.fast.student import FastPlan  # noqa: E402
-from model.sizes import TRANSFORMER_SIZES, TransformerSize  # noqa: E402
-from model.text import TextEncoder, word_tokenizer  # noqa: E402
-from model.weights.files import read_json  # noqa: E402
-from model.weights.load import check_weights  # noqa: E402
-from model.weights.random import RandomTextEncoder, random_codec, random_transformer, random_umt5  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline  # noqa: E402
-from pipeline.networks import build_student, load_device  # noqa: E402
-from pipeline.sequence_parallel import ParallelStudent  # noqa: E402
-from pipeline.stream import StreamSession  # noqa: E402
-from scripts.bench import speed  # noqa: E402
-from scripts.bench.roofline import machine_of, roofline  # noqa: E402
-from scripts.bench.speed_suites import SUITES, Variant  # noqa: E402
-from scripts.bench.speed_tables import comparison, suite_table, table  # noqa: E402
-from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
-from utils.files import write_json_atomic  # noqa: E402
-from utils.logs import console  # noqa: E402
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.load import load_config
+from configs.schema import Config
+from model import fp8
+from model.denoiser import Student
+from model.fast.offload import BlockOffload
+from model.fast.student import FastPlan
+from model.sizes import TRANSFORMER_SIZES, TransformerSize
+from model.text import TextEncoder, word_tokenizer
+from model.weights.files import read_json
+from model.weights.load import check_weights
+from model.weights.random import RandomTextEncoder, random_codec, random_transformer, random_umt5
+from pipeline.diagonal import DiagonalPipeline
+from pipeline.networks import build_student, load_device
+from pipeline.sequence_parallel import ParallelStudent
+from pipeline.stream import StreamSession
+from scripts.bench import speed
+from scripts.bench.roofline import machine_of, roofline
+from scripts.bench.speed_suites import SUITES, Variant
+from scripts.bench.speed_tables import comparison, suite_table, table
+from utils.device import pick_device, pick_dtype, set_threads
+from utils.files import write_json_atomic
+from utils.logs import console
 
 # what a setting that does not work here may raise; the suite goes on to the next one
 FAILURES = (RuntimeError, UserError, ImportError, AssertionError, ValueError, TypeError, AttributeError, LookupError)
@@ -66,8 +66,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--random_weights", action="store_true", help="of the published sizes; no file is read")
     parser.add_argument("--network", choices=("tiny", *TRANSFORMER_SIZES), help="sizes of random weights")
-    parser.add_argument("--repeats", type=int, default=5, help="clips that are timed (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="streams at once (default: %(default)s)")
+    parser.add_argument("--repeats", type="positive", default=5, help="clips that are timed (default: %(default)s)")
+    parser.add_argument("--batch", type="positive", default=1, metavar="N", help="streams at once (%(default)s)")
     parser.add_argument("--stream", type=float, default=0, metavar="SECONDS", help="watch a stream of that length, too")
     parser.add_argument("--text", action="store_true", help="time text encoding, too (11 GB more at full size)")
     parser.add_argument("--cold", action="store_true", help="with empty compile caches, as on a new machine")
@@ -264,8 +264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compare:
         print(comparison(*(read_json("--compare", path) for path in args.compare)))
         return 0
-    if args.repeats < 1 or args.batch < 1:
-        raise UserError(f"--repeats {args.repeats} --batch {args.batch} must be 1 or more; give larger ones")
     console()
     with tempfile.TemporaryDirectory() as folder:
         if args.cold:

@@ -52,28 +52,28 @@ from typing import Any
 START = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+from safetensors.torch import load_file
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from model.fp8 import check_fp8  # noqa: E402
-from model.sizes import TransformerSize  # noqa: E402
-from model.weights.random import transformer_sizes  # noqa: E402
-from scripts.bench import cycle_tables as tables  # noqa: E402
-from scripts.bench.cycle import cap_memory, check, measure  # noqa: E402
-from scripts.bench.fake_ranks import count_shards  # noqa: E402
-from scripts.bench.layouts import ROLES, Layout, advice, plan_table, project, sizes_of  # noqa: E402
-from scripts.bench.random_prompts import random_prompts  # noqa: E402
-from trainer.parallel.control_group import ControlGroup  # noqa: E402
-from utils.device import pick_device, set_threads  # noqa: E402
-from utils.distributed import Ranks, process_group  # noqa: E402
-from utils.files import check_writable, write_json_atomic  # noqa: E402
-from utils.logs import console  # noqa: E402
+from configs.errors import UserError
+from configs.load import load_config
+from model.fp8 import check_fp8
+from model.sizes import TransformerSize
+from model.weights.random import transformer_sizes
+from scripts.bench import cycle_tables as tables
+from scripts.bench.cycle import cap_memory, check, measure
+from scripts.bench.fake_ranks import count_shards
+from scripts.bench.layouts import ROLES, Layout, advice, plan_table, project, sizes_of
+from scripts.bench.random_prompts import random_prompts
+from trainer.parallel.control_group import ControlGroup
+from utils.device import pick_device, set_threads
+from utils.distributed import Ranks, process_group
+from utils.files import check_writable, write_json_atomic
+from utils.logs import console
 
 FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
 MIN_SECONDS = 20.0  # seconds below which a layout is not begun

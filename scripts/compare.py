@@ -20,20 +20,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import torch  # noqa: E402
+import torch
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import CHECKOUT, load_config  # noqa: E402
-from scripts.quality.clip_folder import measure_video, read_record  # noqa: E402
-from scripts.quality.report_page import report_data, report_page  # noqa: E402
-from utils.clip_measures import MEASURES  # noqa: E402
-from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
-from utils.intervals import Interval, paired_interval  # noqa: E402
-from utils.prompts import check_prompt, read_prompts  # noqa: E402
+from configs.errors import UserError
+from configs.load import CHECKOUT, load_config
+from scripts.quality.clip_folder import measure_video, read_record
+from scripts.quality.report_page import report_data, report_page
+from utils.clip_measures import MEASURES
+from utils.files import atomic_path, check_writable, write_json_atomic
+from utils.intervals import Interval, paired_interval
+from utils.prompts import check_prompt, read_prompts
 
 SIDES = ("theirs", "ours")
 

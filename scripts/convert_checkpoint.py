@@ -11,7 +11,6 @@ of them at a time, whatever the size of the network. To a .pt the disk holds the
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-from configs.errors import UserError  # noqa: E402
-from utils.progress import progress_bar  # noqa: E402
+from configs.errors import UserError
+from utils.machine import free_space
+from utils.progress import progress_bar
 
 FORMATS = ("ours", "diffusers", "wan", "self-forcing")
 
@@ -123,12 +123,9 @@ def card_of(card: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]
 
 def check_space(out: Path, size: int) -> None:
     """Refuse to start what the disk cannot hold."""
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
+    free = free_space(out.absolute().parent)
     if free < size:
-        raise UserError(
-            f"OUT={out} needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; make room or go elsewhere"
-        )
+        raise UserError(f"OUT={out} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; make room")
 
 
 if __name__ == "__main__":

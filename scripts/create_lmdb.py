@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 

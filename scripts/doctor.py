@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from pipeline.preflight import check_environment  # noqa: E402
+from configs.errors import UserError
+from configs.load import load_config
+from pipeline.preflight import check_environment
 
 PROBLEMS = 1
 

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import socket
 import sys
 import urllib.error
@@ -24,15 +23,16 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-from configs.downloads import DOWNLOADS, SHARDS, Download  # noqa: E402
-from configs.errors import UserError  # noqa: E402
-from utils.files import sha256_of  # noqa: E402
-from utils.progress import progress_bar  # noqa: E402
-from utils.prompts import read_prompts  # noqa: E402
+from configs.downloads import DOWNLOADS, SHARDS, Download
+from configs.errors import UserError
+from utils.files import sha256_of
+from utils.machine import free_space
+from utils.progress import progress_bar
+from utils.prompts import read_prompts
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 KEPT = "what is there already is kept, and the same command goes on from it"
@@ -82,10 +82,9 @@ def fetch(name: str, wanted: Download, folder: Path) -> None:
     absent = [file for file in files if not (folder / file).is_file()]
     if not absent:
         return check_all(name, wanted, folder)
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free, need = shutil.disk_usage(nearest).free / 1e9, sum(files[file] for file in absent)
+    free, need = free_space(folder) / 1e9, sum(files[file] for file in absent)
     if free < need:
-        raise UserError(f"{name} needs some {need:.1f} GB and {nearest} has {free:.1f} GB free; use --dest")
+        raise UserError(f"{name} needs some {need:.1f} GB and {folder} has {free:.1f} GB free; use --dest")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while absent:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
@@ -40,7 +40,6 @@ def main(argv=None) -> int:
     args = parse(argv)
 
     import torch
-    from tqdm import tqdm
 
     from configs.load import load_config
     from model.encoded_text import EncodingJob, encoder_hash, unpadded_embeddings
@@ -51,6 +50,7 @@ def main(argv=None) -> int:
     from utils.device import DTYPES, pick_device, pick_dtype
     from utils.distributed import Ranks
     from utils.files import check_writable, sha256_of
+    from utils.progress import progress_bar
 
     given = [f"training.distill.prompts={json.dumps(args.caption_path)}", "training.open_captions=0"]
     extra = [] if args.caption_path is None else given
@@ -72,8 +72,10 @@ def main(argv=None) -> int:
     job = EncodingJob(folder, prompt_groups(config), **sizes, about=about)
     encode = OffloadedTextEncoder(encoder, device, stream=True) if args.stream else encoder
     mine = [index for index in ranks.share(range(len(job.files))) if not job.done(index)]
-    for index in tqdm(mine, desc="encoding prompts", disable=not ranks.first):
-        job.write(index, lambda prompts: unpadded_embeddings(encode, prompts, DTYPES[dtype]))
+    with progress_bar("encoding prompts", len(mine), "file", disable=None if ranks.first else True) as bar:
+        for index in mine:
+            job.write(index, lambda prompts: unpadded_embeddings(encode, prompts, DTYPES[dtype]))
+            bar.update()
     if job.finish():
         print(f"{len(job.prompts):,} prompts in {folder}; train with training.distill.encoded_prompts={folder}")
     return 0

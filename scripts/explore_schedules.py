@@ -18,33 +18,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from configs.errors import UserError  # noqa: E402
-from configs.geometry import Geometry  # noqa: E402
-from configs.load import load_config, to_yaml  # noqa: E402
-from configs.schema import Config  # noqa: E402
-from model.weights.files import resolve_path  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline  # noqa: E402
-from scripts.quality.clip_folder import chunk_borders  # noqa: E402
-from scripts.studies.schedule_search import Candidate, Costs, Point, front, next_candidate  # noqa: E402
-from trainer.tiny.captions import ATTRIBUTES, parse_caption  # noqa: E402
-from trainer.tiny.measures import score  # noqa: E402
-from trainer.tiny.world import TinyWorld  # noqa: E402
-from utils.clip_measures import MEASURES, as_clip, series, summary  # noqa: E402
-from utils.device import set_threads  # noqa: E402
-from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
-from utils.intervals import Interval, mean_interval  # noqa: E402
-from utils.logs import console  # noqa: E402
-from utils.progress import progress_bar  # noqa: E402
-from utils.prompts import read_prompts  # noqa: E402
-from utils.seeds import sample_seed  # noqa: E402
-from utils.tables import markdown  # noqa: E402
+from configs.errors import UserError
+from configs.geometry import Geometry
+from configs.load import load_config, to_yaml
+from configs.schema import Config
+from model.weights.files import resolve_path
+from pipeline.diagonal import DiagonalPipeline
+from scripts.quality.clip_folder import chunk_borders
+from scripts.studies.schedule_search import Candidate, Costs, Point, front, next_candidate
+from trainer.tiny.captions import ATTRIBUTES, parse_caption
+from trainer.tiny.measures import score
+from trainer.tiny.world import TinyWorld
+from utils.clip_measures import MEASURES, as_clip, series, summary
+from utils.device import set_threads
+from utils.files import atomic_path, check_writable, write_json_atomic
+from utils.intervals import Interval, mean_interval
+from utils.logs import console
+from utils.progress import progress_bar
+from utils.prompts import read_prompts
+from utils.seeds import sample_seed
+from utils.tables import markdown
 
 GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
 PAPER = "4322222"  # drawn apart in the plot
@@ -80,9 +80,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", default="configs/tiny.yaml")
     parser.add_argument("--schedules", nargs="+", default=list(GRID), metavar="STEPS[+CONTEXT]", help="the grid")
     parser.add_argument("--budget_ms", type=float, help="search on from the grid for the best clip within this time")
-    parser.add_argument("--max_runs", type=int, default=24, help="schedules in all, of a search")
-    parser.add_argument("--num_prompts", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=8, help="clips of each schedule whose times count")
+    parser.add_argument("--max_runs", type="positive", default=24, help="schedules in all, of a search")
+    parser.add_argument("--num_prompts", type="positive", default=16)
+    parser.add_argument("--rounds", type="positive", default=8, help="clips of each schedule whose times count")
     parser.add_argument("--data_path", help="prompts, one a line (default: of the tiny world, or the configured file)")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--quality", choices=tuple(COLUMNS), help="(default: tiny for 64x96 clips, else reference)")
@@ -90,9 +90,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="videos/schedules", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(arguments)
-    for name in ("num_prompts", "max_runs", "rounds"):
-        if vars(args)[name] < 1:
-            raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
     if args.budget_ms is not None and not args.budget_ms > 0:
         raise UserError(f"budget_ms={args.budget_ms} leaves no time; give milliseconds of a clip")
     return args

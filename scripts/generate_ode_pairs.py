@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
@@ -27,10 +27,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
     parser.add_argument("--guidance_scale", type=float, help="s of cond + s (cond - uncond) (distill.guidance)")
-    parser.add_argument("--steps", type=int, default=48, help="Euler steps of un-warped time (%(default)s)")
+    parser.add_argument("--steps", type="positive", default=48, help="Euler steps of un-warped time (%(default)s)")
     parser.add_argument("--causal", action="store_true", help="training.init.teacher is causal: chunk by chunk")
-    parser.add_argument("--count", type=int, help="only so many prompts")
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts integrated together (%(default)s)")
+    parser.add_argument("--count", type="positive", help="only so many prompts")
+    parser.add_argument("--batch_size", type="positive", default=1, help="prompts integrated together (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()
 
@@ -39,19 +39,15 @@ def main() -> int:
     args = parse()
 
     import torch
-    from tqdm import tqdm
 
-    from configs.errors import UserError
     from configs.load import load_config
     from trainer.pairs import write_timesteps
     from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
     from utils.device import pick_device
     from utils.distributed import Ranks
     from utils.files import atomic_path, check_writable
+    from utils.progress import progress_bar
 
-    for name in ("steps", "count", "batch_size"):
-        if (value := vars(args)[name]) is not None and value < 1:
-            raise UserError(f"--{name} {value} is too few; give at least 1")
     given = [f"training.distill.prompts={json.dumps(args.caption_path)}", "training.open_captions=0"]
     extra = [] if args.caption_path is None else given
     config = load_config(args.config_path, [*extra, *args.settings])
@@ -65,7 +61,7 @@ def main() -> int:
         write_timesteps(folder, maker.timesteps, causal=maker.causal)
     share = ranks.share(range(len(maker.prompts[: args.count])))  # and then look: other ranks are writing theirs
     mine = [i for i in share if not (folder / f"{i:05d}.pt").exists()]
-    with tqdm(total=len(mine), desc="trajectories", disable=not ranks.first) as bar:
+    with progress_bar("trajectories", len(mine), disable=None if ranks.first else True) as bar:
         for first in range(0, len(mine), args.batch_size):
             batch = mine[first : first + args.batch_size]
             for index, states in zip(batch, maker.make(batch).half().cpu(), strict=True):

@@ -26,33 +26,33 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import torch  # noqa: E402
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
-from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from configs.schema import Config  # noqa: E402
-from model.causal_wan import CausalWanModel  # noqa: E402
-from model.checkpointing import selective_checkpoint  # noqa: E402
-from model.codec import WanCodec  # noqa: E402
-from model.memory import CONTEXT, GIB, graph_bytes, inference_plan  # noqa: E402
-from model.sizes import TRANSFORMER_SIZES, UMT5_XXL, TransformerSize  # noqa: E402
-from model.text import TextEncoder, word_tokenizer  # noqa: E402
-from model.tiny_decoder import TinyDecoder, TinyDecoderCodec  # noqa: E402
-from model.weights.files import StoredTensors  # noqa: E402
-from model.weights.load import load_score, materialize  # noqa: E402
-from model.weights.names import original_config, original_name  # noqa: E402
-from model.weights.plans import WeightPlan, unique_state_dict  # noqa: E402
-from pipeline.diagonal import DiagonalPipeline  # noqa: E402
-from pipeline.networks import load_device  # noqa: E402
-from scripts.bench.host_peak import HostPeak  # noqa: E402
-from utils.device import pick_device  # noqa: E402
-from utils.files import write_json_atomic  # noqa: E402
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from model.causal_wan import CausalWanModel
+from model.checkpointing import selective_checkpoint
+from model.codec import WanCodec
+from model.memory import CONTEXT, GIB, graph_bytes, inference_plan
+from model.sizes import TRANSFORMER_SIZES, UMT5_XXL, TransformerSize
+from model.text import TextEncoder, word_tokenizer
+from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
+from model.weights.files import StoredTensors
+from model.weights.load import load_score, materialize
+from model.weights.names import original_config, original_name
+from model.weights.plans import WeightPlan, unique_state_dict
+from pipeline.diagonal import DiagonalPipeline
+from pipeline.networks import load_device
+from scripts.bench.host_peak import HostPeak
+from utils.device import pick_device
+from utils.files import write_json_atomic
 
 PROMPT = "a red circle moves right"
 TOLERANCE = 0.1

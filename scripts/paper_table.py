@@ -14,14 +14,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import CHECKOUT, load_config, to_dict  # noqa: E402
-from utils.files import atomic_path  # noqa: E402
-from utils.tables import markdown  # noqa: E402
+from configs.errors import UserError
+from configs.load import CHECKOUT, load_config, to_dict
+from utils.files import atomic_path
+from utils.tables import markdown
 
 PRESET = "configs/train_wan2.1_t2v_1.3b.yaml"  # starts from configs/wan2.1_t2v_1.3b.yaml, so it has both
 STAGES = tuple(f"configs/train_wan2.1_t2v_1.3b_stage{n}.yaml" for n in (1, 2))

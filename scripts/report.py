@@ -17,30 +17,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-from configs.errors import UserError  # noqa: E402
-from scripts.quality.clip_folder import ClipReport, find_videos, measure_video  # noqa: E402
-from scripts.quality.report_page import report_data, report_page  # noqa: E402
-from utils.clip_measures import FLOW_MEASURES  # noqa: E402
-from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
-from utils.progress import progress_bar  # noqa: E402
+from configs.errors import UserError
+from scripts.quality.clip_folder import ClipReport, find_videos, measure_video
+from scripts.quality.report_page import report_data, report_page
+from utils.clip_measures import FLOW_MEASURES
+from utils.files import atomic_path, check_writable, write_json_atomic
+from utils.progress import progress_bar
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="one or two folders of .mp4 files")
     parser.add_argument("--out", metavar="DIR", help="where the report goes (default: the first folder)")
-    parser.add_argument("--chunk_frames", type=int, default=3, help="latent frames a chunk, for videos without a JSON")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that measure")
+    parser.add_argument("--chunk_frames", type="positive", default=3, help="latent frames of a chunk, if no JSON says")
+    parser.add_argument("--workers", type="positive", default=min(8, os.cpu_count() or 1), help="processes")
     args = parser.parse_args(arguments)
     if len(args.folders) > 2:
         raise UserError(f"folders={len(args.folders)} is too many; give one, or two to compare")
-    for name in ("chunk_frames", "workers"):
-        if vars(args)[name] < 1:
-            raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
     return args
 
 

@@ -23,24 +23,24 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import torch  # noqa: E402
+import torch
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from model.weights.random import transformer_sizes  # noqa: E402
-from scripts.bench.layouts import ROLES  # noqa: E402
-from scripts.bench.random_prompts import random_prompts  # noqa: E402
-from trainer.loop import METRICS, run  # noqa: E402
-from trainer.registry import build_stage  # noqa: E402
-from utils.device import pick_device, pick_dtype, set_threads  # noqa: E402
-from utils.distributed import Ranks, process_group  # noqa: E402
-from utils.files import check_writable, write_json_atomic  # noqa: E402
-from utils.logs import JsonlSink, console, read_jsonl  # noqa: E402
-from utils.tables import aligned  # noqa: E402
+from configs.errors import UserError
+from configs.load import load_config
+from model.weights.random import transformer_sizes
+from scripts.bench.layouts import ROLES
+from scripts.bench.random_prompts import random_prompts
+from trainer.loop import METRICS, run
+from trainer.registry import build_stage
+from utils.device import pick_device, pick_dtype, set_threads
+from utils.distributed import Ranks, process_group
+from utils.files import check_writable, write_json_atomic
+from utils.logs import JsonlSink, console, read_jsonl
+from utils.tables import aligned
 
 FULL = {"student": "1.3B/2", "teacher": "14B/2", "critic": "1.3B/2"}
 MEMORY = {"allocated": 0.01, "reserved": 0.01, "host": 0.01}  # growth that is allowed

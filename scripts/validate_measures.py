@@ -13,20 +13,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from scripts.quality.clip_defects import KINDS, find_defects  # noqa: E402
-from trainer.tiny.world import TinyWorld  # noqa: E402
-from utils.clip_measures import as_clip, luma, series  # noqa: E402
-from utils.tables import markdown  # noqa: E402
-from utils.video import VideoWriter, read_video  # noqa: E402
+from scripts.quality.clip_defects import KINDS, find_defects
+from trainer.tiny.world import TinyWorld
+from utils.clip_measures import as_clip, luma, series
+from utils.tables import markdown
+from utils.video import VideoWriter, read_video
 
 BORDERS = (9, 21, 33, 45, 57, 69)
 FIRST, LAST = 15, 60  # frames between which a defect begins

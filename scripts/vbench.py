@@ -17,21 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import exits  # noqa: E402
+from utils import exits
 
 exits.guard(__name__)
 
-from configs.errors import UserError  # noqa: E402
-from configs.load import load_config, to_dict  # noqa: E402
-from model.weights.load import check_weights  # noqa: E402
-from pipeline.provenance import fingerprint  # noqa: E402
-from scripts.quality.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_results, read_suite, totals  # noqa: E402
-from utils.distributed import Ranks  # noqa: E402
-from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
-from utils.logs import console  # noqa: E402
-from utils.progress import progress_bar  # noqa: E402
-from utils.seeds import stable_hash  # noqa: E402
-from utils.video import VideoWriter  # noqa: E402
+from configs.errors import UserError
+from configs.load import load_config, to_dict
+from model.weights.load import check_weights
+from pipeline.provenance import fingerprint
+from scripts.quality.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_results, read_suite, totals
+from utils.distributed import Ranks
+from utils.files import check_writable, short_hash, write_json_atomic
+from utils.logs import console
+from utils.progress import progress_bar
+from utils.seeds import stable_hash
+from utils.video import VideoWriter
 
 # Total, Quality, Semantic in percent, as their authors published them.
 PUBLISHED = (("Self-Forcing, chunk-wise (arXiv 2506.08009)", 84.31, 85.07, 81.28),)
@@ -61,16 +61,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--dimensions", nargs="+", choices=tuple(DIMENSIONS), metavar="NAME", help="only these")
     generate.add_argument("--config_path", default="configs/wan2.1_t2v_1.3b.yaml")
     generate.add_argument("--extended", metavar="FILE", help="rewritten prompts, one a line, that the model is given")
-    generate.add_argument("--num_samples", type=int, default=SAMPLES, help="videos a prompt (default: %(default)s)")
-    generate.add_argument("--flicker_samples", type=int, help="of temporal_flickering, whose static filter drops some")
+    generate.add_argument("--num_samples", type="positive", default=SAMPLES, help="videos a prompt (%(default)s)")
+    generate.add_argument("--flicker_samples", type="positive", help="videos of temporal_flickering, which filters")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("overrides", nargs="*", metavar="key.sub=value")
     score.add_argument("--python", default=sys.executable, help="of the environment that has vbench")
-    args = parser.parse_args(arguments)
-    for name in ("num_samples", "flicker_samples"):
-        if args.command == "generate" and vars(args)[name] is not None and vars(args)[name] < 1:
-            raise UserError(f"{name}={vars(args)[name]} is too small; give at least 1")
-    return args
+    return parser.parse_args(arguments)
 
 
 def jobs_of(suite: list[VBenchPrompt], args: argparse.Namespace) -> list[tuple[VBenchPrompt, int]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.errors import UserError
+from configs.validate import check_bounds, number
 
 MAX_MESSAGE = 65_536  # bytes
 MAX_PROMPT = 2_000  # characters
@@ -17,24 +17,14 @@ MAX_KEPT = 800  # chunks of them: ten minutes at 16 frames a second
 class Limits:
     """Each field is an option of the server, or fixed."""
 
-    visitors: int = 8  # connections at once
-    streams_per_key: int = 4  # of these, where there are keys
-    max_seconds: float = 600.0  # of one video
-    idle_seconds: float = 600.0  # without a message before the connection is closed
+    visitors: int = number(8, 1, 1000)  # connections at once
+    streams_per_key: int = number(4, 1, 1000)  # of these, where there are keys
+    max_seconds: float = number(600.0, 1, 86_400)  # of one video
+    idle_seconds: float = number(600.0, 0.1, 86_400)  # without a message before the connection is closed
     ahead_seconds: float = 3.0  # of video that is made before it is shown
     rewind_bytes: int = 256 * 2**20  # of host memory for one visitor's snapshots
     silent_seconds: float = 20.0  # that a worker says nothing before it counts as hung; six times that in a chunk
-    streams: int = 0  # that a worker takes; 0 = as many as it keeps at their rate, by what it measures
+    streams: int = number(0, 0, 1000)  # that a worker takes; 0 = as many as it keeps at their rate, by what it measures
 
     def __post_init__(self):
-        bounds = {
-            "visitors": (1, 1000),
-            "streams_per_key": (1, 1000),
-            "max_seconds": (1, 86_400),
-            "idle_seconds": (0.1, 86_400),
-            "streams": (0, 1000),
-        }
-        for name, (low, high) in bounds.items():
-            value = vars(self)[name]
-            if not low <= value <= high:
-                raise UserError(f"--{name}={value} is out of range; give a number from {low:g} to {high:g}")
+        check_bounds("", self)

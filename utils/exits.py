@@ -48,12 +48,13 @@ FIXES = {
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserErrors, which suggest the flag with the nearest name.
 
-    Integers have at most 18 digits; floats are finite.
+    Integers have at most 18 digits; floats are finite; arguments of type "positive" are integers of 1 or more.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.register("type", int, _whole)
+        self.register("type", "positive", _positive)
         self.register("type", float, _finite)
 
     def error(self, message: str) -> NoReturn:
@@ -80,6 +81,13 @@ def _whole(text: str) -> int:
     if not re.fullmatch("[-+]?[0-9]{1,18}", text):
         raise ValueError(text[:20])
     return int(text)
+
+
+def _positive(text: str) -> int:
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1; give 1 or more")
+    return number
 
 
 def _finite(text: str) -> float:

@@ -16,15 +16,51 @@ from model.sizes import TransformerSize
 
 
 @dataclass(frozen=True)
+class Passes:
+    """FLOPs of forward passes: of linear layers, self-attention and cross-attention."""
+
+    linear: int = 0
+    past: int = 0
+    text: int = 0
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.linear + other.linear, self.past + other.past, self.text + other.text)
+
+    @property
+    def attention(self) -> int:
+        return self.past + self.text
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention
+
+    def backward(self, frozen: bool) -> int:
+        """FLOPs of the backward pass. frozen: the weights of linear layers have no gradient."""
+        return (1 if frozen else 2) * self.linear + 2 * self.attention
+
+
+def network_pass(network: TransformerSize, *, tokens: int, keys: int, text_tokens: int, batch: int = 1) -> Passes:
+    """A forward pass in which `tokens` of each sample attend to `keys`; the keys of the text are given."""
+    n, d, f = batch * tokens, network.dim, network.ffn
+    cell = network.channels * network.patch[0] * network.patch[1] * network.patch[2]
+    time = batch * (network.freq_dim * d + d * d + 6 * d * d)
+    linear = network.layers * 2 * n * (6 * d * d + 2 * d * f) + 2 * (n * 2 * cell * d + time)
+    past, text = (network.layers * 2 * n * 2 * seen * d for seen in (keys, text_tokens))
+    return Passes(linear, past, text)
+
+
+def text_keys(network: TransformerSize, text_tokens: int, batch: int = 1) -> Passes:
+    """The embedding of the prompt, and its keys and values in every layer."""
+    d = network.dim
+    return Passes(2 * batch * text_tokens * (network.text_dim * d + d * d + network.layers * 2 * d * d))
+
+
+@dataclass(frozen=True)
 class StepCost:
     """One network evaluation of the student for one chunk of `batch` streams."""
 
-    flops: Mapping[str, int]  # by part
+    flops: int
     bytes: Mapping[str, int]  # by part, each input read once and each output written once
-
-    @property
-    def total_flops(self) -> int:
-        return sum(self.flops.values())
 
     @property
     def total_bytes(self) -> int:
@@ -32,7 +68,7 @@ class StepCost:
 
     def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
         """Lower bound of the time in seconds."""
-        return max(self.total_flops / flops_per_second, self.total_bytes / bytes_per_second)
+        return max(self.flops / flops_per_second, self.total_bytes / bytes_per_second)
 
 
 def step_cost(
@@ -44,33 +80,25 @@ def step_cost(
     fp8: weights of all blocks have one byte per element (blocks without float8 are neglected).
     key_bytes: bytes per element of the KV cache.
     """
-    n, d, f = batch * geometry.tokens_per_chunk, network.dim, network.ffn
-    keys, cell = visible * geometry.tokens_per_chunk, network.channels * network.patch[1] * network.patch[2]
-    time = batch * (network.freq_dim * d + d * d + 6 * d * d)
-    flops = {
-        "projections": network.layers * 2 * n * 6 * d * d,  # q, k, v, out; q and out of the text's
-        "feed-forward": network.layers * 2 * n * 2 * d * f,
-        "attention to the past": network.layers * 2 * n * 2 * keys * d,
-        "attention to the text": network.layers * 2 * n * 2 * text_tokens * d,
-        "ends": 2 * (n * 2 * cell * d + time),
-    }
+    tokens, keys = geometry.tokens_per_chunk, visible * geometry.tokens_per_chunk
+    n, d, f = batch * tokens, network.dim, network.ffn
+    cell = network.channels * network.patch[1] * network.patch[2]
     weight = 1 if fp8 else 2
     moved = {
         "weights": network.layers * (6 * d * d + 2 * d * f) * weight + 2 * (2 * cell * d + network.freq_dim * d),
         "activations": network.layers * 2 * n * (12 * d + 2 * f),  # inputs and outputs of the six products
         "keys and values": network.layers * 2 * d * (key_bytes * (batch * keys + n) + 2 * batch * text_tokens),
     }
-    return StepCost(flops, moved)
+    return StepCost(network_pass(network, tokens=tokens, keys=keys, text_tokens=text_tokens, batch=batch).total, moved)
 
 
 def clip_flops(
     network: TransformerSize, geometry: Geometry, schedule: Schedule, chunks: int, *, text_tokens: int, batch: int = 1
 ) -> int:
     """FLOPs of all passes of a clip, context passes included."""
-    total = 0
+    total, tokens = 0, geometry.tokens_per_chunk
     for chunk in range(chunks):
         passes = len(schedule.timesteps(chunk)) + (schedule.context_timestep(chunk) is not None)
-        seen = len(geometry.visible_chunks(chunk))
-        one = step_cost(network, geometry, visible=seen, text_tokens=text_tokens, batch=batch)
-        total += passes * one.total_flops
+        keys = len(geometry.visible_chunks(chunk)) * tokens
+        total += passes * network_pass(network, tokens=tokens, keys=keys, text_tokens=text_tokens, batch=batch).total
     return total

@@ -181,9 +181,9 @@ def efficiency(
                 "chunk": k,
                 "key_frames": visible * session.geometry.chunk_frames,
                 "step_s": seconds,
-                "flops": cost.total_flops,
+                "flops": cost.flops,
                 "bytes": cost.total_bytes,
-                "matrix_share": cost.total_flops / seconds / peak,
+                "matrix_share": cost.flops / seconds / peak,
                 "copy_share": cost.total_bytes / seconds / copy,
                 "floor_s": cost.floor(peak, copy),
             }

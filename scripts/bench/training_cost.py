@@ -1,11 +1,11 @@
-"""What a distillation costs by counting: operations of the matrix products of each phase, one micro-batch.
+"""FLOPs of each phase of a distillation, for one micro-batch, by formulas.
 
-As in scripts/bench/cost.py a multiplication and an addition are two operations. A backward pass is two forward passes
-(the gradient of the inputs and that of the weights; under LoRA of frozen linears the first alone). *Model* operations
-leave out what activation checkpointing computes again (model/checkpointing.py); `recomputed` has it.
-Softmax, norms and the losses are left out, and the scores that a fused kernel's backward pass computes again.
+Counted as in scripts/bench/cost.py. A backward pass has twice the FLOPs of the forward pass (gradients of inputs and of
+weights; for linear layers that are frozen under LoRA, of inputs only). *Model* FLOPs leave out what activation
+checkpointing computes again (model/checkpointing.py), which is `recomputed`. Softmax, norms and losses are not counted,
+nor are the scores that the backward pass of a fused kernel computes again.
 
-tests/scripts/bench/test_training_cost.py holds them to what torch's FlopCounterMode sees.
+tests/scripts/bench/test_training_cost.py compares them with torch's FlopCounterMode.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from configs.geometry import Geometry
 from model.schedule import Schedule
 from model.sizes import TransformerSize
+from scripts.bench.cost import Passes, network_pass, text_keys
 
 ROLLOUT, STUDENT, TEACHER, SCORE, CRITIC = (
     "rollout without grad",
@@ -23,46 +24,6 @@ ROLLOUT, STUDENT, TEACHER, SCORE, CRITIC = (
     "critic forward with grad",
 )
 BACKWARD = "backward"
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Operations of some forward passes: of linear layers, and between queries and keys, of tokens and of the text."""
-
-    linear: int = 0
-    past: int = 0
-    text: int = 0
-
-    def __add__(self, other: "Passes") -> "Passes":
-        return Passes(self.linear + other.linear, self.past + other.past, self.text + other.text)
-
-    @property
-    def attention(self) -> int:
-        return self.past + self.text
-
-    @property
-    def total(self) -> int:
-        return self.linear + self.attention
-
-    def backward(self, frozen: bool) -> int:
-        """Of the backward pass; frozen: the linear layers' weights have no gradient."""
-        return (1 if frozen else 2) * self.linear + 2 * self.attention
-
-
-def network_pass(network: TransformerSize, *, tokens: int, keys: int, text_tokens: int, batch: int = 1) -> Passes:
-    """`tokens` of each sample see `keys`; the text's keys are made already."""
-    n, d, f = batch * tokens, network.dim, network.ffn
-    cell = network.channels * network.patch[0] * network.patch[1] * network.patch[2]
-    time = batch * (network.freq_dim * d + d * d + 6 * d * d)
-    linear = network.layers * 2 * n * (6 * d * d + 2 * d * f) + 2 * (n * 2 * cell * d + time)
-    past, text = (network.layers * 2 * n * 2 * seen * d for seen in (keys, text_tokens))
-    return Passes(linear, past, text)
-
-
-def text_keys(network: TransformerSize, text_tokens: int, batch: int = 1) -> Passes:
-    """The prompt's embedding, and its keys and values in every layer."""
-    d = network.dim
-    return Passes(2 * batch * text_tokens * (network.text_dim * d + d * d + network.layers * 2 * d * d))
 
 
 @dataclass(frozen=True, kw_only=True)

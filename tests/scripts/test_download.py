@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,7 +233,7 @@ def test_full_disk(tmp_path):
 
 
 def test_only_what_is_absent_needs_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
+    monkeypatch.setattr(download, "free_space", lambda _: 1e9)
     for file in (T5, "diffusion_pytorch_model.safetensors"):
         with pytest.raises(UserError, match=r"wan-1\.3b needs some \d+\.\d GB and .* has 1\.0 GB free"):
             download.fetch("wan-1.3b", DOWNLOADS["wan-1.3b"], tmp_path)

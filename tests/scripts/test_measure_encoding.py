@@ -20,7 +20,7 @@ def test_both_ways_are_measured(tmp_path, capsys):
     assert 0 < found["fmp4"]["bytes_a_second"] < found["jpeg"]["bytes_a_second"]
 
 
-@pytest.mark.parametrize("arguments, words", [(["--height", "31"], "--height=31"), (["--chunks", "0"], "--chunks=0"),
+@pytest.mark.parametrize("arguments, words", [(["--height", "31"], "--height=31"), (["--chunks", "0"], "--chunks: 0"),
                                               (["--encoder", "none", "--height", "64"], "--encoder=none")])  # fmt: skip
 def test_what_cannot_be_measured_is_a_sentence(arguments, words):
     with pytest.raises(script.UserError, match=words):

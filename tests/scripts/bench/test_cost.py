@@ -28,14 +28,14 @@ def test_a_step(chunks, batch):
                 student.x0(latents[:, geo.chunk(k)], 500.0, kv, cache.begin(k), k * geo.chunk_frames)
     network = TransformerSize.from_config(model.config)
     cost = step_cost(network, geo, visible=chunks, text_tokens=text.shape[1], batch=batch)
-    assert cost.total_flops == counter.get_total_flops()
+    assert cost.flops == counter.get_total_flops()
 
 
 def test_full_size():
     """One evaluation at 12 frames of keys is 28.3 TFLOP."""
     geo = Geometry(height=480, width=832)
     cost = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512)
-    assert cost.total_flops / 1e12 == pytest.approx(28.3, abs=0.2)
+    assert cost.flops / 1e12 == pytest.approx(28.3, abs=0.2)
     # weights alone are 2.6 GB in bfloat16, half that in float8
     assert 2.3e9 < cost.bytes["weights"] < 2.9e9
     half = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512, fp8=True)
@@ -44,13 +44,13 @@ def test_full_size():
     kept = [30 * 2 * 1536 * (size * (18720 + 4680) + 2 * 512) for size in (2, 1)]
     narrow = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512, key_bytes=1)
     assert [cost.bytes["keys and values"], narrow.bytes["keys and values"]] == kept
-    assert cost.floor(1e15, 3e12) == cost.total_flops / 1e15
+    assert cost.floor(1e15, 3e12) == cost.flops / 1e15
     assert cost.floor(1e18, 3e12) == cost.total_bytes / 3e12
 
 
 def test_a_clip_is_its_passes():
     geo = Geometry(height=480, width=832)
-    one = [step_cost(WAN_1_3B, geo, visible=v, text_tokens=512).total_flops for v in (1, 2, 3, 4)]
+    one = [step_cost(WAN_1_3B, geo, visible=v, text_tokens=512).flops for v in (1, 2, 3, 4)]
     schedule = Schedule.from_config(ScheduleConfig(steps="4322222"), StreamConfig())
     total = clip_flops(WAN_1_3B, geo, schedule, 7, text_tokens=512)
     assert total == 4 * one[0] + 3 * one[1] + 2 * one[2] + 8 * one[3]

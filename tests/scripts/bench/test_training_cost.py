@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from configs.geometry import Geometry
 from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
+from scripts.bench.cost import network_pass, text_keys
 from scripts.bench.cycle import cost_of
-from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, network_pass, text_keys
+from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER
 
 
 @contextmanager

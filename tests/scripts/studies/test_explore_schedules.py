@@ -167,7 +167,7 @@ def explore_caption(scene) -> str:
     "arguments, said",
     [
         (["--budget_ms", "0"], "budget_ms=0.0 leaves no time"),
-        (["--num_prompts", "0"], "num_prompts=0 is too small"),
+        (["--num_prompts", "0"], "--num_prompts: 0 is less than 1"),
         (["--config_path", "none.yaml"], "none.yaml does not exist"),
     ],
 )
