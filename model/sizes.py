@@ -31,6 +31,13 @@ class TransformerSize:
         )
 
     @property
+    def config(self) -> dict[str, int]:
+        """Sizes as diffusers' Wan transformer takes them, with heads of HEAD_DIM."""
+        heads = {"num_attention_heads": self.dim // HEAD_DIM, "attention_head_dim": HEAD_DIM}
+        sizes = {"num_layers": self.layers, "ffn_dim": self.ffn, "text_dim": self.text_dim, "freq_dim": self.freq_dim}
+        return heads | sizes
+
+    @property
     def block_parameters(self) -> int:
         """Parameters of a block: 8 square matrices, 4 of their norms, feed-forward, affine norm, modulation."""
         d, f = self.dim, self.ffn

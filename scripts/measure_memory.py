@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,25 +30,20 @@ from utils import exits
 exits.guard(__name__)
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from diffusers import WanTransformer3DModel
 
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from model.causal_wan import CausalWanModel
 from model.checkpointing import selective_checkpoint
-from model.codec import WanCodec
 from model.memory import CONTEXT, GIB, graph_bytes, inference_plan
-from model.sizes import TRANSFORMER_SIZES, UMT5_XXL, TransformerSize
+from model.sizes import TRANSFORMER_SIZES, TransformerSize
 from model.text import TextEncoder, word_tokenizer
-from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
-from model.weights.files import StoredTensors
-from model.weights.load import load_score, materialize
+from model.weights.load import load_score
 from model.weights.names import original_config, original_name
-from model.weights.plans import WeightPlan, unique_state_dict
+from model.weights.random import random_codec, random_transformer, random_umt5
 from pipeline.diagonal import DiagonalPipeline
-from pipeline.networks import load_device
+from pipeline.networks import load_device, text_load_device
 from scripts.bench.host_peak import HostPeak
 from utils.device import pick_device
 from utils.files import write_json_atomic
@@ -77,34 +71,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def empty(make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """A network of zeros, with what its library keeps in float32 in float32."""
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in unique_state_dict(make()).items()}
-    tensors = StoredTensors((), shapes, lambda name: torch.zeros(shapes[name], dtype=dtype, device=device))
-    return materialize(WeightPlan(path=Path("zeros"), kind="zeros", build=make, tensors=tensors), device, dtype)
-
-
-def build(config: Config, network: TransformerSize, text: dict[str, Any], device: torch.device, dtype: torch.dtype):
+def build(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> DiagonalPipeline:
     """The pipeline that `DiagonalPipeline.from_config` would make, of zeros."""
     places = config.inference
-    student = empty(lambda: CausalWanModel(**sizes_of(network)), load_device(places.student, device), dtype)
-    settings = UMT5Config(**text, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
-    whole = load_device("stream" if places.text_int8 else places.text_encoder, device)
-    encoder = empty(lambda: UMT5EncoderModel(settings), whole, dtype)
-    encoder = TextEncoder(encoder, word_tokenizer(PROMPT.split()), config.model.text_tokens)
-    if config.model.codec == "taehv":
-        codec = TinyDecoderCodec(empty(TinyDecoder, device, dtype))
-    else:
-        codec = WanCodec(empty(AutoencoderKLWan, device, dtype))
-    return DiagonalPipeline.from_parts(config, student, codec, encoder, device)
-
-
-def sizes_of(network: TransformerSize) -> dict[str, int]:
-    """As diffusers' Wan transformer takes them."""
-    head = 128 if network.dim % 128 == 0 and network.dim > 128 else 32
-    sizes = {"num_attention_heads": network.dim // head, "attention_head_dim": head, "num_layers": network.layers}
-    return sizes | {"ffn_dim": network.ffn, "text_dim": network.text_dim, "freq_dim": network.freq_dim}
+    student = random_transformer(size, load_device(places.student, device), dtype, causal=True, seed=None)
+    encoder = random_umt5(size, text_load_device(places, device), dtype, seed=None)
+    text = TextEncoder(encoder, word_tokenizer(PROMPT.split()), config.model.text_tokens)
+    return DiagonalPipeline.from_parts(config, student, random_codec(config, size, device, dtype), text, device)
 
 
 def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, int]:
@@ -136,10 +109,9 @@ def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, i
     return most
 
 
-def run_network(network: TransformerSize, frames: int, probe: Probe, device: torch.device) -> tuple[int, int]:
+def run_network(size: str, frames: int, probe: Probe, device: torch.device) -> tuple[int, int]:
     """(planned, measured) bytes of activations in a pass with a graph over one clip of 480x832, checkpointed."""
-    sizes = {"num_attention_heads": network.dim // 128, "attention_head_dim": 128, "num_layers": network.layers}
-    model = empty(lambda: WanTransformer3DModel(**sizes, ffn_dim=network.ffn), device, torch.bfloat16)
+    model = random_transformer(size, device, torch.bfloat16, causal=False, seed=None)
     model.enable_gradient_checkpointing(selective_checkpoint)
     model.train().requires_grad_(True)
     latents = torch.zeros(1, 16, frames, 60, 104, device=device, dtype=torch.bfloat16)
@@ -149,13 +121,13 @@ def run_network(network: TransformerSize, frames: int, probe: Probe, device: tor
     before = probe()
     out = model(latents, torch.zeros(1, device=device), text, return_dict=False)[0]
     out.float().square().mean().backward()
-    return graph_bytes(network, frames * 1560, True), probe() - before
+    return graph_bytes(TRANSFORMER_SIZES[size], frames * 1560, True), probe() - before
 
 
 def sparse_folder(folder: Path, network: TransformerSize, shards: int = 6, kind: str = "F32") -> int:
     """An original Wan folder of zeros, in files that are all holes; their bytes in all."""
     with torch.device("meta"):
-        model = WanTransformer3DModel(**sizes_of(network))
+        model = WanTransformer3DModel(**network.config)
     shapes = {original_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
     (folder / "config.json").write_text(json.dumps(original_config(model.config)), encoding="utf-8")
     each, total, places = -(-len(shapes) // shards), 0, {}
@@ -224,11 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     held: list[int] = []
     probe = gpu_probe(device, held)
     if args.network:
-        planned, measured = run_network(TRANSFORMER_SIZES[args.network], config.video.num_latent_frames, probe, device)
+        planned, measured = run_network(args.network, config.video.num_latent_frames, probe, device)
         rows, room = {"activations": (planned, measured)}, None
     else:
         network = TRANSFORMER_SIZES[args.student]
-        most = run_phases(build(config, network, UMT5_XXL, device, torch.bfloat16), args.chunks, probe)
+        most = run_phases(build(config, args.student, device, torch.bfloat16), args.chunks, probe)
         plan = inference_plan(config, network)
         rows = {phase.name: (int(sum(phase.parts.values())), most[phase.name]) for phase in plan.phases}
         room = plan.peak.total - CONTEXT

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec, WanCodec
-from model.sizes import HEAD_DIM, TRANSFORMER_SIZES, UMT5_XXL
+from model.sizes import TRANSFORMER_SIZES, UMT5_XXL
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec, cast_to_best_dtype
 from model.weights.files import StoredTensors, read_json, resolve_path
 from model.weights.load import materialize
@@ -25,14 +25,18 @@ from model.weights.plans import WeightPlan, unique_state_dict
 TINY = "configs/networks/tiny_{}.json"
 
 
-def random_plan(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0) -> WeightPlan:
-    """A file that does not exist: its tensors are drawn on `device`, one after the other, as they are read."""
+def random_plan(
+    build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int | None = 0
+) -> WeightPlan:
+    """A plan without files: tensors are drawn on `device`, one by one, as they are read. seed: None = zeros."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in unique_state_dict(build()).items()}
-    g = torch.Generator(device).manual_seed(seed)
+    g = None if seed is None else torch.Generator(device).manual_seed(seed)
 
     def draw(name: str) -> Tensor:
         shape = shapes[name]
+        if g is None:
+            return torch.zeros(shape, device=device, dtype=dtype)
         if "norm" in name and name.endswith(("weight", "gamma")):
             return torch.ones(shape, device=device, dtype=dtype)
         spread = max(1, torch.Size(shape[1:]).numel()) ** -0.5 if len(shape) > 1 else 0.02
@@ -42,20 +46,22 @@ def random_plan(build: Callable[[], nn.Module], device: torch.device, dtype: tor
 
 
 def random_network(
-    build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0
+    build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int | None = 0
 ) -> nn.Module:
     """The network of `build` with weights drawn on `device`; in float32 what its library keeps so."""
     return materialize(random_plan(build, device, dtype, seed), device, dtype)
 
 
 def random_transformer(
-    size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0
+    size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int | None = 0
 ) -> WanTransformer3DModel:
     """A student (causal) or a score network of `size`; `14B/2` is two layers of full width."""
     return materialize(transformer_plan(size, device, dtype, causal=causal, seed=seed), device, dtype)
 
 
-def transformer_plan(size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int = 0) -> WeightPlan:
+def transformer_plan(
+    size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int | None = 0
+) -> WeightPlan:
     """The same, not drawn yet."""
     sizes = transformer_sizes(size)
     kind = CausalWanModel if causal else WanTransformer3DModel
@@ -72,9 +78,7 @@ def transformer_sizes(size: str) -> dict[str, Any]:
     if name == "tiny":
         sizes = dict(read_json("network", resolve_path(TINY.format("transformer"))))
     else:
-        n = TRANSFORMER_SIZES[name]
-        sizes = {"num_attention_heads": n.dim // HEAD_DIM, "attention_head_dim": HEAD_DIM, "num_layers": n.layers}
-        sizes |= {"ffn_dim": n.ffn, "text_dim": n.text_dim, "freq_dim": n.freq_dim}
+        sizes = TRANSFORMER_SIZES[name].config
     return sizes | ({"num_layers": int(layers)} if layers else {})
 
 
@@ -86,10 +90,10 @@ def random_codec(config: Config, size: str, device: torch.device, dtype: torch.d
     return WanCodec(random_network(lambda: AutoencoderKLWan.from_config(sizes), device, dtype))
 
 
-def random_umt5(size: str, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
+def random_umt5(size: str, device: torch.device, dtype: torch.dtype, seed: int | None = 0) -> UMT5EncoderModel:
     """The text encoder; XXL unless the size is tiny."""
     sizes = read_json("network", resolve_path(TINY.format("text_encoder"))) if size == "tiny" else UMT5_XXL
-    return random_network(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(sizes))), device, dtype)
+    return random_network(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(sizes))), device, dtype, seed)
 
 
 class RandomTextEncoder:
@@ -99,6 +103,9 @@ class RandomTextEncoder:
 
     def __init__(self, tokens: int, dim: int, device: torch.device):
         self.text_tokens, self.dim, self.device = tokens, dim, device
+
+    def to(self, *args: Any) -> "RandomTextEncoder":
+        return self
 
     def count_tokens(self, prompt: str) -> int:
         return len(prompt.split())

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from configs.schema import Config
-from model.denoiser import Student
-from model.fast.student import FastPlan
 from model.weights.random import RandomTextEncoder, random_codec, random_transformer
 from pipeline.async_decoder import prefetch
 from pipeline.diagonal import DiagonalPipeline
-from pipeline.networks import apply_fast_plan
+from pipeline.networks import load_device
 from pipeline.stream import ChunkResult, StreamSession
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.measures import measure
@@ -72,10 +70,11 @@ def random_pipeline(config: Config, size: str, rank: int = 0) -> DiagonalPipelin
     """Random weights of a size: tiny, 1.3B, 14B."""
     set_threads(config.cpu_threads)
     device = pick_device(config.device, rank)
-    dtype, plan = pick_dtype(config.inference.precision, device), FastPlan.from_config(config.inference, device)
-    student = Student(random_transformer(size, device, dtype, causal=True))
-    text = RandomTextEncoder(config.model.text_tokens, student.model.config.text_dim, device)
-    return DiagonalPipeline(config, *apply_fast_plan(student, random_codec(config, size, device, dtype), plan), text)
+    dtype = pick_dtype(config.inference.precision, device)
+    student = random_transformer(size, load_device(config.inference.student, device), dtype, causal=True)
+    text = RandomTextEncoder(config.model.text_tokens, student.config.text_dim, device)
+    config = replace(config, inference=replace(config.inference, text_encoder="keep", text_int8=False))
+    return DiagonalPipeline.from_parts(config, student, random_codec(config, size, device, dtype), text, device)
 
 
 @dataclass

@@ -306,8 +306,7 @@ def test_measuring_needs_a_gpu_and_runs_all_phases(tiny_assets):
             measure_memory.main([])
     changes = ["video.height=32", "video.width=48", "inference.text_encoder=stream", "inference.decode_frames=1"]
     config = load_config(CONFIG, [*changes, "model.text_tokens=8", "model.codec=taehv"])
-    text = {"vocab_size": 32, "d_model": 64, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    pipe = measure_memory.build(config, TINY, text, torch.device("cpu"), torch.float32)
+    pipe = measure_memory.build(config, "tiny", torch.device("cpu"), torch.float32)
     asked = iter(range(1, 100))
     most = measure_memory.run_phases(pipe, 3, lambda: next(asked))
     assert list(most) == [phase.name for phase in inference_plan(config).phases]
