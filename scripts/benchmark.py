@@ -1,4 +1,4 @@
-"""The speed report of a configuration: times of a clip, its steps and parts, beside the peak rates of the machine.
+"""Speed report of a configuration: times of a clip, its steps and parts, and the peak rates of the machine.
 
     python scripts/benchmark.py                                                     # the tiny model, on a CPU too
     python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --random_weights model.codec=taehv
@@ -6,8 +6,8 @@
     python scripts/benchmark.py --compare before.json after.json
     python scripts/benchmark.py --suite h100 --json suite.json --budget 520         # many settings, a table last
 
-Weights that are missing are replaced by random ones of the same sizes, and the report says so: speed and memory are the
-same. Figures are of a prompt that is encoded already, medians of --repeats runs after two that warm up.
+Missing weights are replaced by random ones of the same sizes, with which speed and memory are the same; the report says
+so. Figures are medians of --repeats runs after two warm-up runs. They do not include encoding of the prompt.
 """
 
 import argparse
@@ -56,26 +56,26 @@ from utils.device import pick_device, pick_dtype, set_threads
 from utils.files import write_json_atomic
 from utils.logs import console
 
-# what a setting that does not work here may raise; the suite goes on to the next one
+# errors of settings that do not work on this machine; the suite continues with the next variant
 FAILURES = (RuntimeError, UserError, ImportError, AssertionError, ValueError, TypeError, AttributeError, LookupError)
-LONGEST = 60.0  # seconds that a variant is expected to take at most, cold caches included
+LONGEST = 60.0  # seconds that a variant takes at most, with cold caches
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--random_weights", action="store_true", help="of the published sizes; no file is read")
+    parser.add_argument("--random_weights", action="store_true", help="in the published sizes; no files are read")
     parser.add_argument("--network", choices=("tiny", *TRANSFORMER_SIZES), help="sizes of random weights")
     parser.add_argument("--repeats", type="positive", default=5, help="clips that are timed (default: %(default)s)")
     parser.add_argument("--batch", type="positive", default=1, metavar="N", help="streams at once (%(default)s)")
-    parser.add_argument("--stream", type=float, default=0, metavar="SECONDS", help="watch a stream of that length, too")
-    parser.add_argument("--text", action="store_true", help="time text encoding, too (11 GB more at full size)")
-    parser.add_argument("--cold", action="store_true", help="with empty compile caches, as on a new machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
+    parser.add_argument("--stream", type=float, default=0, metavar="S", help="also measure a stream of this length")
+    parser.add_argument("--text", action="store_true", help="also measure text encoding (11 GB more at full size)")
+    parser.add_argument("--cold", action="store_true", help="start with empty compile caches, as on a new machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="compare two reports; runs nothing")
-    parser.add_argument("--suite", choices=SUITES, help="run its settings one after another")
-    parser.add_argument("--only", default="", metavar="A,B", help="of the suite, those with these names")
-    parser.add_argument("--budget", type=float, default=520, help="seconds of a suite (default: %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, help="run all variants of a suite")
+    parser.add_argument("--only", default="", metavar="A,B", help="run only these variants of the suite")
+    parser.add_argument("--budget", type=float, default=520, help="seconds for a suite (default: %(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     return parser.parse_intermixed_args(argv)
 
@@ -87,7 +87,7 @@ class BenchmarkSession:
     session: StreamSession
     plan: FastPlan
     weights: str
-    text: Any  # the encoder proper, or None
+    text: Any  # the text encoder without its cache, or None
     layer_errors: dict[str, float]
 
 
@@ -106,7 +106,7 @@ class CachedTextEncoder:
 
 
 def build(config: Config, args: argparse.Namespace) -> BenchmarkSession:
-    """The networks that `config` names, or random ones of their sizes, as the pipeline would run them."""
+    """The networks in `config`, or random ones of their sizes, prepared as by the pipeline."""
     device = pick_device(config.device)
     plan = FastPlan.from_config(config.inference, device)
     dtype = pick_dtype(config.inference.precision, device)
@@ -139,7 +139,7 @@ def _session(student: Student, codec, encode, config: Config) -> StreamSession:
 
 @torch.no_grad()
 def layer_errors(model, config: Config) -> dict[str, float]:
-    """Relative error of each float8 linear of the middle block for what it is given in a first step."""
+    """Relative error of each float8 linear of the middle block, for its inputs in a first step."""
     geometry = Geometry.from_config(config).for_network(model.config)
     middle = len(model.blocks) // 2
     block, inputs, handles = model.blocks[middle], {}, []
@@ -157,7 +157,7 @@ def layer_errors(model, config: Config) -> dict[str, float]:
 
 
 def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | None = None) -> dict[str, Any]:
-    """The report of a configuration; the tensor `latents` in it is not for JSON. rates: peak rates, if measured."""
+    """The report of a configuration; its tensor `latents` is not for JSON. rates: peak rates, if already measured."""
     torch._dynamo.reset()
     began = time.perf_counter()
     bench = build(config, args)
@@ -204,17 +204,17 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     if args.stream:
         report["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)
     if isinstance(session.student, ParallelStudent):
-        session.student.close()  # another variant may want the GPUs
+        session.student.close()  # frees the GPUs for other variants
     return report
 
 
 def plain(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without its tensor."""
+    """The report without tensors."""
     return {key: value for key, value in report.items() if not isinstance(value, Tensor)}
 
 
 def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Reports of all variants of a suite, written as they are finished. Variants without time left are named."""
+    """Reports of all variants of a suite, written as they finish. Variants for which no time is left are listed."""
     reports: dict[str, dict[str, Any]] = {}
     reference: Tensor | None = None
     latents: dict[str, Tensor] = {}
@@ -225,7 +225,7 @@ def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             continue
         left = args.budget - (time.perf_counter() - START)
         if left < min(LONGEST, args.budget / 4):
-            reports[variant.name] = {"failed": f"left out: {left:.0f} s were left"}
+            reports[variant.name] = {"failed": f"skipped: {left:.0f} s were left"}
             continue
         began = time.perf_counter()
         report = run_variant(variant, args, rates)
@@ -242,14 +242,14 @@ def run_suite(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         print(suite_table({variant.name: reports[variant.name]}).splitlines()[-1], flush=True)
         if args.json:
             write_json_atomic(args.json, reports)
-        gc.collect()  # the session is in cycles with its graphs, and counts in the next one's peak otherwise
+        gc.collect()  # reference cycles keep the session alive, and it would count in the next peak
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return reports
 
 
 def run_variant(variant: Variant, args: argparse.Namespace, rates: dict[str, float] | None) -> dict[str, Any]:
-    """The report of a variant; only the error if it fails."""
+    """The report of a variant, or its error."""
     mine = argparse.Namespace(**vars(args) | variant.arguments)
     try:
         config = load_config(variant.config, [*variant.settings, *args.settings])

@@ -1,10 +1,10 @@
-"""Time the distillation cycle (a generator update, dfake_gen_update_ratio critic updates) by phase, layout by layout.
+"""Time a distillation cycle (a generator update and its critic updates) by phase, for several layouts of GPUs.
 
     python scripts/benchmark_training.py --layouts none:1 full:2 sequence:2 device=cpu              # tiny, on a CPU too
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --fake_ranks 64
 
-At full size on 2 GPUs of 140 GB, capped at 80 GB each but for the baseline that one cannot hold, in under 10 minutes:
-figures, and equality; on 4 GPUs; and what one GPU of 80 GB can do:
+At full size, each in under 10 minutes: on 2 GPUs of 140 GB, limited to 80 GB except for the baseline, which does not
+fit; equality of results on them; on 4 GPUs; and on one GPU of 80 GB:
 
     python scripts/benchmark_training.py --config_path configs/train_wan2.1_t2v_1.3b.yaml \\
       --json two.json --budget 590 --save logs --layouts full:2 sequence:2 none:1,card=140
@@ -16,20 +16,18 @@ figures, and equality; on 4 GPUs; and what one GPU of 80 GB can do:
       --json one.json --budget 520 --save logs --layouts none:1,teacher=1.3B \\
       none:1,training.distill.teacher_fp8=true,training.distill.fast_rollout=false
 
-Weights are random, of the published sizes, and made on the device; prompts come from a folder of encoded ones. Layouts
-are written as scripts/bench/layouts.py says, run one after another in processes of their own, and those that do not
-work here are named with a sentence. --budget seconds are not exceeded by more than a few: the tables always come, and
-before them what was left out. Compiling takes time, so a layout with training.compile has a larger share of the budget.
-MFU: operations of the model (scripts/bench/training_cost.py), without what checkpointing computes again, to the
-measured matrix peak.
+Weights are random, in the published sizes; prompts have random embeddings. scripts/bench/layouts.py has the syntax of
+layouts. They run one after another in separate processes, and the reason is printed for those that do not work here.
+The run ends within a few seconds of --budget, with tables of what was measured and a list of what was not. Layouts with
+training.compile get a larger share of the budget. MFU is the FLOPs of the model (scripts/bench/training_cost.py),
+without recomputation, divided by time and by the measured matrix peak.
 
---check comes first; what it has compiled the layouts find in torch's cache. It trains networks of two layers and full
-width for three updates of the generator and five of the critic, on N ranks and, with the same global batch, on one that
-compiles nothing and makes all rollouts by the student itself. Bounds in bfloat16: a number is rounded by up to 2^-9,
-and sums over other shards or in another order differ by a few of these, so losses may differ by 2% and gradient norms
-by 5%. AdamW without momentum moves each weight by lr x sign(gradient) at first: where noise of a share e of the
-gradient's size turns a sign, which it does for e / pi of the weights, the change differs by twice its length, so that
-the changes differ by 2 sqrt(e / pi); the bound 0.3 is e = 7%. In float32 the same three are 1e-4, 1e-3 and 2e-2.
+--check runs first and fills torch's compile cache. It trains networks with two layers of full width for three generator
+and five critic updates, on N ranks and, with the same global batch, on one rank without compilation and fast rollouts.
+Bounds in bfloat16: a value is rounded by up to 2^-9, and sums in another order differ by a few of these, so losses may
+differ by 2% and gradient norms by 5%. The first steps of AdamW without momentum are lr x sign(gradient). Noise of
+relative size e flips the sign of e / pi of the gradients, which changes those steps by twice their length, so the
+weight changes differ by 2 sqrt(e / pi); the bound 0.3 means e = 7%. In float32 the bounds are 1e-4, 1e-3 and 2e-2.
 """
 
 import argparse
@@ -76,10 +74,10 @@ from utils.files import check_writable, write_json_atomic
 from utils.logs import console
 
 FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
-MIN_SECONDS = 20.0  # seconds below which a layout is not begun
-CYCLE, COMPARED, COMPILED = 90.0, 30.0, 60.0  # seconds, about: a layout at full size; a check's; more, if compiled
+MIN_SECONDS = 20.0  # a layout is not started with less time left
+CYCLE, COMPARED, COMPILED = 90.0, 30.0, 60.0  # estimated seconds: a layout at full size, a check, compilation
 BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not: losses, gradient norms, weights
-PLAIN = ("training.compile", "training.distill.fast_rollout")  # what the rank that others are compared with has off
+PLAIN = ("training.compile", "training.distill.fast_rollout")  # disabled on the single rank of a check
 LOSSES, NORMS = ("generator_loss", "critic_loss"), ("generator_grad_norm", "critic_grad_norm")
 FIXED = (
     "training.validation_clips=0", "training.cuda_graphs=false", "training.loggers=[]", "training.distill.pairs=null",
@@ -93,24 +91,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
     parser.add_argument("--layouts", nargs="+", default=[], metavar="KIND:GPUS", help="see scripts/bench/layouts.py")
     for role in ROLES:
-        parser.add_argument(f"--{role}", metavar="SIZE", help="tiny, 1.3B, 14B; 14B/2 for two layers of it")
-    parser.add_argument("--card_gb", type=float, default=80, help="cap of the allocator, 1e9 bytes; 0 = none (80)")
-    parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole call (520)")
-    parser.add_argument("--check", action="store_true", help="compare layouts of several GPUs with one, too")
-    parser.add_argument("--check_only", action="store_true", help="compare, and time nothing")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="time checkpoints there")
-    parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="plan layouts on N GPUs; needs none")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="to project to (8 16 64)")
+        parser.add_argument(f"--{role}", metavar="SIZE", help="tiny, 1.3B, 14B; 14B/2 for two of its layers")
+    parser.add_argument("--card_gb", type=float, default=80, help="limit of the allocator in 1e9 bytes; 0 = none (80)")
+    parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole run (520)")
+    parser.add_argument("--check", action="store_true", help="also compare layouts of several GPUs with one GPU")
+    parser.add_argument("--check_only", action="store_true", help="only compare")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also time a checkpoint in this folder")
+    parser.add_argument("--fake_ranks", type=int, default=0, metavar="N", help="memory plans for N GPUs; needs none")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64], help="numbers to project to (8 16 64)")
     parser.add_argument("--global_batch", type=int, default=64, help="of the projected run (64)")
     parser.add_argument("--iterations", type=int, default=600, help="critic updates of the projected run (600)")
-    parser.add_argument("--network_gb_s", type=float, default=50, help="between machines, a GPU, assumed (50)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("--network_gb_s", type=float, default=50, help="assumed between machines, per GPU (50)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
     if not args.network_gb_s > 0:
-        raise UserError(f"--network_gb_s={args.network_gb_s:g} is no rate; give GB a second above 0, or leave it out")
-    given = [text for text in args.layouts if "=" in text.partition(",")[0]]  # settings that --layouts has swallowed
+        raise UserError(f"--network_gb_s={args.network_gb_s:g} is not above 0; give GB per second, or leave it out")
+    given = [text for text in args.layouts if "=" in text.partition(",")[0]]  # settings that follow --layouts
     args.layouts = [Layout.parse(text) for text in args.layouts if text not in given]
     args.settings = [*args.settings, *given]
     return args
@@ -142,7 +140,7 @@ def worker(file: Path) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A layout to be run. batch: the global batch, if not the layout's. layers: check networks of so many."""
+    """A layout to run. batch: replaces its global batch. layers: number of layers for a check; 0 = no check."""
 
     layout: Layout
     batch: int | None = None
@@ -154,7 +152,7 @@ class Job:
 
 
 class Benchmark:
-    """Runs layouts one after another within the budget."""
+    """Runs layouts one after another within the time limit."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder, self.began = args, folder, 0
@@ -172,21 +170,21 @@ class Benchmark:
         return self.args.budget - (time.time() - START)
 
     def cost(self, job: "Job") -> float:
-        """Seconds that a job takes at full size, about; its share of the budget is in proportion."""
+        """Estimated seconds of a job at full size, by which the budget is divided."""
         try:
             compiled = load_config(self.args.config_path, [*self.args.settings, *job.layout.settings]).training.compile
         except UserError:
-            return 1.0  # it is refused at once
+            return 1.0  # fails immediately
         return (COMPARED if job.layers else CYCLE) + COMPILED * compiled
 
     def run(self, job: "Job", ahead: Sequence["Job"] = ()) -> dict[str, Any]:
-        """What a job's processes found, or `why` they found nothing. ahead: jobs that are to run after this one."""
+        """Results of a job, or `why` there are none. ahead: jobs that follow."""
         self.began += 1
         layout, batch, layers = job.layout, job.batch, job.layers
         sizes = {**self.sizes, **layout.sizes}
         sizes = {role: f"{name.partition('/')[0]}/{layers}" for role, name in sizes.items()} if layers else sizes
         init = ", ".join(f"{role}: random:{name}" for role, name in sizes.items())
-        steps = ["training.distill.dfake_gen_update_ratio=2"] if layers else []  # so that ranks take turns
+        steps = ["training.distill.dfake_gen_update_ratio=2"] if layers else []  # for rollout sharing
         settings = [*self.args.settings, *self.text, *steps, f"training.init={{{init}}}"]
         settings += layout.overrides(self.micro, batch)
         result: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
@@ -217,7 +215,7 @@ class Benchmark:
         return result | {"why": why or "ended without a result"}
 
     def _start(self, gpus: int, spec: dict[str, Any], limit: float) -> str | None:
-        """Run the processes; None if all went well, else what went wrong."""
+        """Run the processes; returns None on success, else the reason of the failure."""
         file, log = self.folder / f"{self.began}.spec", self.folder / f"{self.began}.log"
         file.write_text(json.dumps(spec))
         program = [str(Path(__file__).resolve()), "--worker", str(file)]
@@ -237,14 +235,14 @@ class Benchmark:
 
 
 def end(process: subprocess.Popen, pids: Sequence[Path]) -> None:
-    """Stop a process that still runs, and its ranks, which torchrun starts in sessions of their own."""
+    """Stop a running process and its ranks, which torchrun starts in separate sessions."""
     if process.poll() is not None:
         return
-    process.terminate()  # torchrun passes it on, also to ranks that have not said their number yet
+    process.terminate()  # torchrun forwards it, also to ranks that have not written their PID yet
     try:
         process.wait(4)
     except subprocess.TimeoutExpired:
-        for file in pids:  # those that wait for a GPU or for each other hear nothing
+        for file in pids:  # ranks that wait for a GPU or for each other do not react
             with suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGKILL)
         process.kill()
@@ -252,16 +250,16 @@ def end(process: subprocess.Popen, pids: Sequence[Path]) -> None:
 
 
 def reason(log: str) -> str:
-    """The line of a log that says why."""
+    """The line of a log that tells why a run failed."""
     lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in log.splitlines()]
     errors = [line for line in lines if line.startswith("error: ")]
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailed" not in line]
-    killed = re.search(r"Signal \d+ \((?!SIGTERM)(SIG\w+)\) received by PID", log)  # SIGTERM: torchrun ends the rest
+    killed = re.search(r"Signal \d+ \((?!SIGTERM)(SIG\w+)\) received by PID", log)  # SIGTERM: by torchrun
     if errors:
         return "refused: " + errors[0].removeprefix("error: ")
-    if killed:  # what the others raise is but that they have lost it
-        return f"a rank was ended by {killed[1]}"
-    return raised[0][:300] if raised else (lines[-1][:300] if lines else "ended without a word")
+    if killed:  # the other ranks only report that it is gone
+        return f"a rank was killed by {killed[1]}"
+    return raised[0][:300] if raised else (lines[-1][:300] if lines else "ended without output")
 
 
 def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +287,7 @@ def compare(ours: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
-    """Each layout of several ranks, and the one rank that it is compared with, by networks of two layers."""
+    """Each layout of several ranks and the single rank that it is compared with, for networks of two layers."""
     pairs = []
     for layout in layouts:
         if layout.gpus > 1:
@@ -301,7 +299,7 @@ def check_jobs(layouts: Sequence[Layout], micro: int) -> list[tuple[Job, Job]]:
 
 
 def check_all(bench: Benchmark, layouts: Sequence[Layout], timed: Sequence[Layout] = ()) -> list[dict[str, Any]]:
-    """Run and compare what `check_jobs` lists; `timed` layouts follow within the same budget."""
+    """Run and compare the jobs of `check_jobs`. timed: layouts that follow within the same budget."""
     pairs = check_jobs(layouts, bench.micro)
     jobs = list({job.key: job for ours, one in pairs for job in (one, ours)}.values())
     results = {job.key: bench.run(job, [*jobs[i + 1 :], *map(Job, timed)]) for i, job in enumerate(jobs)}
@@ -309,7 +307,7 @@ def check_all(bench: Benchmark, layouts: Sequence[Layout], timed: Sequence[Layou
 
 
 def projections(args: argparse.Namespace, results: Sequence[dict[str, Any]], trained: int) -> list[dict[str, Any]]:
-    """Of every layout that ran in the sizes of the call and used its own number of GPUs or more."""
+    """Projections of every measured layout to as many GPUs as it has, or more."""
     settings = {"global_batch": args.global_batch, "steps": args.iterations, "network_gb_s": args.network_gb_s}
     rows = []
     for one, layout in zip(results, args.layouts, strict=False):
@@ -360,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Everything that is not shown yet, first what is missing in it."""
+    """Print the remaining tables, after a list of what is missing in them."""
     missing = tables.left_out(report["layouts"], report["check"])
     if missing:
         print("\n" + missing)

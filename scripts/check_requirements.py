@@ -1,8 +1,8 @@
-"""Exit code 0 if this Python has what the requirements files named as arguments ask for, else 1 and one line a lack.
+"""Exit code 0 if this Python has the packages in the given requirements files, else 1 and a line for each problem.
 
-torch may be any version that the code supports (setup.py), not only the one that a fresh environment gets.
---whole looks further, at an environment that pip alone has filled: at what the packages need in turn, and whether what
-is listed as installed is there. --damaged prints what is not, as name==version a line, for pip to install again.
+torch may be any supported version (setup.py), not only the pinned one. --whole also checks dependencies of packages and
+whether their files exist, for environments filled by pip alone. --damaged prints packages with missing files as lines
+name==version, for pip to reinstall.
 """
 
 from __future__ import annotations  # an older Python, too, must get as far as the line about its age
@@ -23,7 +23,7 @@ except ImportError:  # a bare virtual environment has it inside pip only
 
 
 def supported(name: str) -> str:
-    """A range that setup.py writes down: TORCH or PYTHON."""
+    """TORCH or PYTHON of setup.py."""
     setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
     return re.search(rf'^{name} = "(.+?)"', setup, re.MULTILINE).group(1)
 
@@ -36,14 +36,14 @@ def asked_for(path: str) -> list[Requirement]:
 
 
 def python_lacks() -> list[str]:
-    """A line if this Python itself is not supported."""
+    """A line if this version of Python is not supported."""
     version, needed = ".".join(map(str, sys.version_info[:3])), supported("PYTHON")
     fits = Requirement(f"python{needed}").specifier.contains(version)
     return [] if fits else [f"Python {version} is installed ({needed} is needed)"]
 
 
 def lacks(path: str) -> list[str]:
-    """What a requirements file lists and is missing or has another version, a line each."""
+    """A line for each requirement in a file that is missing or has another version."""
     missing = []
     for wanted in asked_for(path):
         try:
@@ -57,10 +57,10 @@ def lacks(path: str) -> list[str]:
 
 
 def installed(wanted: list[Requirement]) -> tuple[list[metadata.Distribution], list[str]]:
-    """The packages asked for and, in turn, all that they need; a line for each of the latter that is missing."""
+    """The wanted packages and their dependencies, and a line for each missing dependency."""
     packages, missing = {}, []
     wanted = [(each, "") for each in wanted]
-    for each, needed_by in wanted:  # which grows on the way
+    for each, needed_by in wanted:  # grows in the loop
         key = re.sub("[-_.]+", "-", each.name).lower(), *sorted(each.extras)
         if key in packages:
             continue
@@ -77,10 +77,10 @@ def installed(wanted: list[Requirement]) -> tuple[list[metadata.Distribution], l
 
 
 def is_damaged(package: metadata.Distribution) -> bool:
-    """Whether files of a package are gone, by one file in each of its folders: to look at all would take too long."""
+    """Whether files of a package are missing; checks one file in each folder, since all would take too long."""
     root = Path(package.locate_file(""))
     if not root.is_relative_to(sys.prefix):
-        return False  # of another installer, which keeps its own list
+        return False  # from another installer
     paths = [line.partition(",")[0] for line in (package.read_text("RECORD") or "").splitlines()]
     listed = [path for path in paths if not path.startswith(("..", '"')) and not path.endswith(".pyc")]
     sample = {path.partition("/")[0]: path for path in listed}

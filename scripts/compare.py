@@ -1,11 +1,11 @@
-"""Ours against another program: the same prompts and seeds, in turns on this machine; speed ratio and clip measures.
+"""Compare this repository with another program on the same prompts and seeds: speed ratio and clip measures.
 
     python scripts/compare.py --ours configs/tiny.yaml --data_path prompts.txt \\
         --theirs 'python other.py --text {prompt} --seed {seed} --save {out}'
 
-`{prompt}`, `{seed}` and `{out}` (the .mp4 to write) stand for themselves, without quotes; nothing goes through a shell.
-Both are timed as a user has them, from the start of the process to its end, loading included. Who goes first changes
-from clip to clip. Writes report.html and report.json (first theirs, then ours) and compare.json.
+`{prompt}`, `{seed}` and `{out}` (the .mp4 to write) are replaced and need no quotes; no shell is involved. Times are
+those of whole processes, loading included. The two programs alternate, and so does the one that runs first. Writes
+report.html and report.json (first theirs, then ours) and compare.json.
 """
 
 import argparse
@@ -55,12 +55,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.prompts = read_prompts(args.data_path) if args.data_path else [check_prompt(p, "--prompt") for p in given]
     for name in ("{prompt}", "{out}"):
         if name not in args.theirs:
-            raise UserError(f"theirs={args.theirs} lacks {name}; write where it goes")
+            raise UserError(f"theirs={args.theirs} lacks {name}; add it where the value belongs")
     return args
 
 
 def their_command(template: str, prompt: str, seed: int, out: Path) -> list[str]:
-    """The words of the command; values are filled in after splitting, so that no prompt is taken apart."""
+    """The arguments of the command. Values are filled in after splitting, so a prompt stays one argument."""
     try:
         words = shlex.split(template)
     except ValueError as error:
@@ -70,7 +70,7 @@ def their_command(template: str, prompt: str, seed: int, out: Path) -> list[str]
 
 
 def _filled(word: str, values: dict[str, str]) -> str:
-    """`word` with each placeholder replaced once, from left to right: a prompt that says {seed} keeps it."""
+    """`word` with each placeholder replaced once, from left to right; a prompt that contains {seed} keeps it."""
     placeholders = [(word.find(name), name) for name in values if name in word]
     if not placeholders:
         return word
@@ -84,23 +84,23 @@ def our_command(config: str, overrides: Sequence[str], prompt: str, seed: int, f
 
 
 def timed(command: list[str], timeout: float, side: str) -> float:
-    """Seconds that a command took. UserError where it fails, with its last line."""
+    """Seconds that a command takes. Raises UserError with the last line of its output if it fails."""
     begin = time.perf_counter()
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{side}={shlex.join(command)[:200]} did not run ({error}); try it by hand") from error
+        raise UserError(f"{side}={shlex.join(command)[:200]} did not run ({error}); run it by hand") from error
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         message = f"ended with {done.returncode} ({lines[-1]})"
-        raise UserError(f"{side}={shlex.join(command)[:200]} {message}; try it by hand")
+        raise UserError(f"{side}={shlex.join(command)[:200]} {message}; run it by hand")
     return time.perf_counter() - begin
 
 
 def run_theirs(args: argparse.Namespace, prompt: str, seed: int, video: Path) -> float:
     seconds = timed(their_command(args.theirs, prompt, seed, video), args.timeout, "theirs")
     if not video.is_file():
-        raise UserError(f"theirs={args.theirs} wrote nothing to {video}; let it write its video to {{out}}")
+        raise UserError(f"theirs={args.theirs} did not write {video}; make it write its video to {{out}}")
     return seconds
 
 

@@ -1,13 +1,13 @@
-"""Convert a Wan transformer from any format to another, merging LoRA where it is given.
+"""Convert a Wan transformer between formats; can merge LoRA.
 
-    python scripts/convert_checkpoint.py checkpoints/self_forcing_dmd.pt students/self_forcing          # to our own
+    python scripts/convert_checkpoint.py checkpoints/self_forcing_dmd.pt students/self_forcing          # to our format
     python scripts/convert_checkpoint.py students/self_forcing self_forcing.pt                          # and back
     python scripts/convert_checkpoint.py wan_models/Wan2.1-T2V-14B teachers/14b --to diffusers
     python scripts/convert_checkpoint.py longlive_base.pt student --lora lora.pt                        # merged
-    python scripts/convert_checkpoint.py --tensors_only strange.pt tensors.pt     # leaves out objects, runs nothing
+    python scripts/convert_checkpoint.py --tensors_only other.pt tensors.pt       # drops Python objects, runs no code
 
-Without --dtype and --lora the numbers stay bit for bit what they are. Tensors are mapped and streamed: memory holds one
-of them at a time, whatever the size of the network. To a .pt the disk holds the tensors twice for a while.
+Without --dtype and --lora, values are unchanged bit for bit. Tensors are memory-mapped and streamed, so only one is in
+memory at a time. Writing a .pt temporarily needs twice its size on disk.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder, or a .pt")
     parser.add_argument("--to", choices=FORMATS, help="default: self-forcing for a .pt, else ours")
     parser.add_argument("--part", choices=("student", "critic"), default="student", help="of a training checkpoint")
-    parser.add_argument("--use_ema", action="store_true", help="the averaged weights take the place of the others")
+    parser.add_argument("--use_ema", action="store_true", help="use the averaged weights")
     parser.add_argument("--lora", action="append", default=[], metavar="PATH", help="merge this adapter; repeatable")
     parser.add_argument("--lora_scale", action="append", type=float, default=[], metavar="X", help="of each --lora")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: unchanged")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT: a .pt, or a folder of form ours")
     parser.add_argument("--tensors_only", action="store_true", help="a .pt with objects to a .pt of its tensors")
     return parser.parse_args(argv)
@@ -116,13 +116,13 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def card_of(card: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What is known of the training, and what was merged since."""
+    """The card of the source, with the merged adapters."""
     merged = [{"file": Path(path).name} for path in args.lora]
     return dict(card) | ({"merged_lora": merged} if merged else {})
 
 
 def check_space(out: Path, size: int) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Raise a UserError if the disk is too small."""
     free = free_space(out.absolute().parent)
     if free < size:
         raise UserError(f"OUT={out} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; make room")

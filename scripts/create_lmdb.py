@@ -1,4 +1,4 @@
-"""A folder of trajectories as one LMDB: `python scripts/create_lmdb.py --data_path pairs --lmdb_path pairs_lmdb`."""
+"""Write trajectories to an LMDB: `python scripts/create_lmdb.py --data_path pairs --lmdb_path pairs_lmdb`."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ exits.guard(__name__)
 
 def main() -> int:
     parser = exits.Parser(description=__doc__)
-    parser.add_argument("--data_path", required=True, help="what scripts/generate_ode_pairs.py wrote")
-    parser.add_argument("--lmdb_path", required=True, help="folder to make; it must be empty or new")
+    parser.add_argument("--data_path", required=True, help="folder of scripts/generate_ode_pairs.py")
+    parser.add_argument("--lmdb_path", required=True, help="a new or empty folder")
     args = parser.parse_args()
 
     from configs.errors import UserError
@@ -24,7 +24,7 @@ def main() -> int:
     out = check_writable(args.lmdb_path, "--lmdb_path")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--lmdb_path={out} is not empty; choose another folder")
-    print(f"{write_lmdb(pairs, out)} of {len(pairs)} trajectories in {out}; the others repeat a prompt")
+    print(f"{write_lmdb(pairs, out)} of {len(pairs)} trajectories written to {out}; the others have repeated prompts")
     return 0
 
 

@@ -1,12 +1,12 @@
-"""Look at all that a run needs, in a second and without loading weights: what is there, what fits, what is wrong.
+"""Check everything that a run needs, within a second and without loading weights.
 
     python scripts/doctor.py                                                     # inference with the shipped model
     python scripts/doctor.py --config_path configs/wan2.1_t2v_1.3b.yaml
     python scripts/doctor.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --train --gpus 8
     python scripts/doctor.py --config_path configs/wan2.1_t2v_1.3b.yaml stream.window_frames=9
 
-Exits with 1 if something has to be mended first. Memory is planned by formulas: scripts/measure_memory.py compares
-them with a GPU.
+The exit code is 1 if there are problems. Memory is planned by formulas, which scripts/measure_memory.py compares with a
+GPU.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = exits.Parser(prog="scripts/doctor.py", description=__doc__, formatter_class=form)
     parser.add_argument("--config_path", default="configs/tiny.yaml", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--train", action="store_true", help="what train.py needs, rather than inference.py")
-    parser.add_argument("--gpus", type=int, metavar="N", help="plan training for so many GPUs (default: those here)")
+    parser.add_argument("--train", action="store_true", help="check for train.py instead of inference.py")
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan training for N GPUs (default: those here)")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     return parser.parse_intermixed_args(argv)
 
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.gpus is not None and args.gpus < 1:
-        raise UserError(f"--gpus={args.gpus} is no number of GPUs; give 1 or more")
+        raise UserError(f"--gpus={args.gpus} is not a number of GPUs; give 1 or more")
     report = check_environment(load_config(args.config_path, args.settings), training=args.train, world=args.gpus)
     print(report)
     count = len(report.problems)

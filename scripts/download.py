@@ -1,12 +1,12 @@
-"""Fetch published weights and prompts, or check those that are there.
+"""Download published weights and prompts, or verify existing ones.
 
     python scripts/download.py wan-1.3b self-forcing         # everything for configs/wan2.1_t2v_1.3b.yaml
     python scripts/download.py wan-14b --dest some/folder
-    python scripts/download.py --verify wan-1.3b             # read what is there, compare it with its hashes
+    python scripts/download.py --verify wan-1.3b             # compare existing files with their hashes
     python scripts/download.py --list
 
-A download that was cut off goes on where it stopped. HF_ENDPOINT names a mirror of the hub, GITHUB_ENDPOINT one of
-GitHub, HF_TOKEN an account for repositories that want one.
+An interrupted download resumes. HF_ENDPOINT names a mirror of the hub, GITHUB_ENDPOINT a mirror of GitHub, and HF_TOKEN
+an account for repositories that need one.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from utils.progress import progress_bar
 from utils.prompts import read_prompts
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-KEPT = "what is there already is kept, and the same command goes on from it"
+KEPT = "downloaded parts are kept, and the same command resumes"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = exits.Parser(prog="scripts/download.py", description=__doc__, formatter_class=form)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(DOWNLOADS)}")
-    parser.add_argument("--dest", type=Path, help="folder, in place of the usual one of each name (see --list)")
-    parser.add_argument("--verify", action="store_true", help="fetch nothing; read and check what is there")
-    parser.add_argument("--list", action="store_true", help="what there is, how large, and where it goes")
+    parser.add_argument("--dest", type=Path, help="folder, instead of the default of each name (see --list)")
+    parser.add_argument("--verify", action="store_true", help="download nothing; check existing files")
+    parser.add_argument("--list", action="store_true", help="print names, sizes and folders")
     return parser.parse_args(argv)
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table() -> str:
-    """What can be fetched, a line each."""
+    """One line for each download."""
     return "\n".join(f"{name:<15}{d.gigabytes:>6.2f} GB  {d.folder:<28}{d.what}" for name, d in DOWNLOADS.items())
 
 
@@ -77,7 +77,7 @@ def table() -> str:
 
 
 def fetch(name: str, wanted: Download, folder: Path) -> None:
-    """All files of `wanted` into `folder`; those that are whole are left alone."""
+    """Download the files of `wanted` that `folder` lacks."""
     files = listed(name, wanted, folder)
     absent = [file for file in files if not (folder / file).is_file()]
     if not absent:
@@ -95,13 +95,13 @@ def fetch(name: str, wanted: Download, folder: Path) -> None:
                     from_github(name, wanted.source, file, folder)
             known, files = files, listed(name, wanted, folder)
             absent = [file for file in files.keys() - known.keys() if not (folder / file).is_file()]
-    except OSError as error:  # of the disk; those of the network are sentences by now
+    except OSError as error:  # of the disk; network errors have become UserErrors
         raise UserError(f"{name}: {folder} cannot be written to ({error.strerror or error}); {KEPT}") from error
     check_all(name, wanted, folder)
 
 
 def listed(name: str, wanted: Download, folder: Path) -> dict[str, float]:
-    """The files of `wanted` and their GB, those that an index among them lists included once it is there."""
+    """The files of `wanted` and their GB, with those in an index if it exists."""
     files = dict(wanted.files)
     for file in wanted.files:
         if file.endswith(SHARDS) and (folder / file).is_file():
@@ -113,7 +113,7 @@ def listed(name: str, wanted: Download, folder: Path) -> dict[str, float]:
 
 
 def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
-    """One file of a repository on the hub, resumed where it was cut off."""
+    """Download a file of a repository on the hub; resumes."""
     from huggingface_hub import constants, errors, hf_hub_download
 
     where = f"{wanted.source} at {constants.ENDPOINT}"
@@ -121,7 +121,7 @@ def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
     try:
         hf_hub_download(wanted.source, file, local_dir=folder)
     except errors.GatedRepoError as error:
-        raise UserError(f"{name}: {where} wants you to agree to its terms; do so there, then set HF_TOKEN") from error
+        raise UserError(f"{name}: {where} wants its terms accepted; do so there, then set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
         where = f"there is no {where}, or it is private"
         raise UserError(f"{name}: {where}; see docs/weights.md for its present name") from error
@@ -129,19 +129,19 @@ def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
         raise unreachable(name, constants.ENDPOINT) from error
     except errors.EntryNotFoundError as error:
         if file in wanted.optional:
-            print(f"{name}: {wanted.source} has no {file}, which can be done without")
+            print(f"{name}: {wanted.source} has no {file}, which is optional")
             return
-        raise UserError(f"{name}: {where} has no {file}; it may have been renamed, so fetch it by hand") from error
+        raise UserError(f"{name}: {where} has no {file}; it may have been renamed, so download it by hand") from error
     except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError, TimeoutError) as error:
         raise unreachable(name, constants.ENDPOINT, error) from error
     except OSError:  # the disk
         raise
-    except Exception as error:  # its HTTP library has errors of its own
+    except Exception as error:  # errors of its HTTP library
         raise unreachable(name, constants.ENDPOINT, error) from error
 
 
 def check_reachable(name: str, endpoint: str) -> None:
-    """Say at once that there is no network; the library would try again for half a minute. Proxies are left to it."""
+    """Raise a UserError if there is no network; the library would retry for half a minute. Skipped with proxies."""
     if urllib.request.getproxies().keys() - {"no"} or os.environ.get("HF_HUB_OFFLINE"):
         return
     parts = urllib.parse.urlsplit(endpoint)
@@ -153,7 +153,7 @@ def check_reachable(name: str, endpoint: str) -> None:
 
 
 def unreachable(name: str, host: str, error: Exception | None = None) -> UserError:
-    """The sentence for a network that is not there."""
+    """A UserError about the network."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return UserError(f"{name} cannot be fetched while HF_HUB_OFFLINE is set; unset it, or copy the files by hand")
     reason = f" ({str(error).splitlines()[0][:100]})" if error is not None and str(error) else ""
@@ -161,7 +161,7 @@ def unreachable(name: str, host: str, error: Exception | None = None) -> UserErr
 
 
 def from_github(name: str, source: str, file: str, folder: Path) -> None:
-    """One file by its public address, resumed where it was cut off."""
+    """Download a file by its public address; resumes."""
     owner, project, rest = source.split("/", 2)
     host = os.environ.get("GITHUB_ENDPOINT", "https://github.com").rstrip("/")
     url, partial = f"{host}/{owner}/{project}/{rest}/{file}", folder / f"{file}.incomplete"
@@ -176,10 +176,10 @@ def from_github(name: str, source: str, file: str, folder: Path) -> None:
                     out.write(block)
                     bar.update(len(block))
         if size and partial.stat().st_size != size + (have if resumed else 0):
-            raise UserError(f"{name}: {url} broke off; {KEPT}")
+            raise UserError(f"{name}: {url} was interrupted; {KEPT}")
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: there is nothing after what we have
-            raise UserError(f"{name}: {url} answers {error.code} {error.reason}; fetch it by hand") from error
+        if error.code != 416:  # 416: the file is already complete
+            raise UserError(f"{name}: {url} returned {error.code} {error.reason}; download it by hand") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         fix = "go online or set GITHUB_ENDPOINT to a mirror"
         raise UserError(f"{name}: {host} cannot be reached ({str(error)[:100]}); {fix}; {KEPT}") from error
@@ -190,7 +190,7 @@ def from_github(name: str, source: str, file: str, folder: Path) -> None:
 
 
 def check_all(name: str, wanted: Download, folder: Path) -> None:
-    """Every file is there and has the structure that its name says: headers only."""
+    """Check that every file exists and is of the type of its suffix, by headers only."""
     for file in listed(name, wanted, folder):
         if not (folder / file).is_file():
             if file in wanted.optional:
@@ -202,7 +202,7 @@ def check_all(name: str, wanted: Download, folder: Path) -> None:
 
 
 def check_structure(name: str, path: Path) -> None:
-    """A file that is cut short, or a web page in the place of weights, is refused."""
+    """Raise a UserError if a file is truncated or of another type."""
     if path.suffix in (".safetensors", ".pt", ".pth"):
         from model.weights.files import open_file
 
@@ -219,22 +219,22 @@ def check_structure(name: str, path: Path) -> None:
 
 
 def verify(name: str, wanted: Download, folder: Path) -> None:
-    """Say of each file whether it is what was published; the first that is not ends it."""
+    """Compare each file with its published hash, if known; raises UserError for the first that differs."""
     check_all(name, wanted, folder)
     for file in listed(name, wanted, folder):
         path = folder / file
         if not path.is_file():
-            print(f"{path}  not there, and can be done without")
+            print(f"{path}  missing, but optional")
             continue
         stated = stated_hash(folder, file)
         if stated is not None and hash_of(path, len(stated)) != stated:
             raise UserError(f"{name}: {path} is not what was published (hash); remove it and fetch it again")
-        how = "as published" if stated is not None else "whole, by its header; no hash is known"
+        how = "as published" if stated is not None else "complete by its header; no hash is known"
         print(f"{path}  {path.stat().st_size:,} bytes, {how}")
 
 
 def stated_hash(folder: Path, file: str) -> str | None:
-    """What the hub stated when the file was fetched: SHA-256 of a large file, git's SHA-1 of a small one."""
+    """The hash that the hub stated for the file: SHA-256 of a large file, git's SHA-1 of a small one."""
     record = folder / ".cache" / "huggingface" / "download" / f"{file}.metadata"
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
     etag = lines[1].strip().lower() if len(lines) > 1 else ""
@@ -242,7 +242,7 @@ def stated_hash(folder: Path, file: str) -> str | None:
 
 
 def hash_of(path: Path, digits: int) -> str:
-    """Of a file's bytes, of the kind that has so many digits."""
+    """SHA-256 of a file (64 digits), or git's SHA-1 (40 digits)."""
     if digits == 64:
         return sha256_of(path)
     content = path.read_bytes()

@@ -1,13 +1,13 @@
-"""Encode a run's prompts ahead of time, so that training needs no text encoder and its steps pay nothing for text.
+"""Precompute the prompt embeddings of a training run, which then needs no text encoder.
 
     python scripts/encode_prompts.py --config_path configs/train_wan2.1_t2v_1.3b.yaml --output_folder prompts/encoded
     torchrun --nproc_per_node 8 scripts/encode_prompts.py --config_path ... --output_folder prompts/encoded
     bash training.sh --config_path configs/train_wan2.1_t2v_1.3b.yaml training.distill.encoded_prompts=prompts/encoded
 
-Everything that the run will look at is encoded: its prompts, the negative prompt, those of its validation and of its
-pairs. Files that are there are left alone, so a run can be stopped and started again, by other numbers of processes
-and on several machines that share a file system too. A prompt takes 2 x 4096 bytes a token in bfloat16, without the
-zeros after its end: a quarter of a million prompts of 150 tokens take 300 GB. Layout: model/encoded_manifest.py.
+All prompts of the run are encoded: for training, validation and pairs, and the negative prompt. Existing files are
+kept, so the command can be stopped and restarted, with any number of processes, also on several machines that share a
+file system. In bfloat16 a prompt takes 2 x 4096 bytes per token, without padding: 250,000 prompts of 150 tokens take
+300 GB. File format: model/encoded_manifest.py.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--caption_path", help="prompts, one a line (default: what the configuration trains on)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="on disk; auto is what training.precision computes in, which loses nothing")  # fmt: skip
+                        help="on disk; auto = the dtype of training.precision, without loss")  # fmt: skip
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32",
-                        help="of the encoder; float32 is what training would do itself (23 GB, UMT5-XXL)")  # fmt: skip
-    parser.add_argument("--stream", action="store_true", help="keep the encoder on the host, a block at a time on GPU")
+                        help="of the encoder; float32 as in training (23 GB, UMT5-XXL)")  # fmt: skip
+    parser.add_argument("--stream", action="store_true", help="encoder on the host, one block at a time on the GPU")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as for the run")
     return parser.parse_intermixed_args(argv)
 

@@ -1,13 +1,13 @@
-"""Run schedules on the same prompts and seeds, and show which are worth their time.
+"""Compare schedules by latency and quality on the same prompts and seeds.
 
     python scripts/explore_schedules.py --config_path configs/tiny.yaml --schedules 4322222 2222222 4444444+clean
     python scripts/explore_schedules.py --config_path configs/tiny.yaml --budget_ms 900 --max_runs 20    # a search
 
-Writes front.png, front.md, points.json and the YAML of each schedule on the front. Latency is the sum of denoising and
-decoding, the prompt already encoded: medians over --rounds in which all schedules take turns, so that a machine that
-slows down does so for all. Quality is, on the tiny world (--quality tiny), the share of stated attributes that are
-measured right; elsewhere (--quality reference) agreement with a schedule of many steps from the same noise, as PSNR in
-dB. Agreement is not beauty: a schedule may differ from the reference and be as good.
+Writes front.png, front.md, points.json and the YAML of each schedule on the Pareto front. Latency is denoising plus
+decoding: the median over --rounds in which schedules alternate, so a slower machine affects all of them. Quality is the
+share of stated attributes that are measured correctly (--quality tiny, for the tiny world), or the PSNR in dB to a
+schedule of many steps from the same noise (--quality reference). A schedule that differs from the reference is not
+necessarily worse.
 """
 
 import argparse
@@ -53,7 +53,7 @@ COLUMNS = {"tiny": "attributes right", "reference": "PSNR to the reference, dB"}
 
 @dataclass(frozen=True)
 class Run:
-    """A schedule that was run on all prompts."""
+    """Results of a schedule on all prompts."""
 
     candidate: Candidate
     nfe: int  # evaluations of the student for a clip
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def first_ms(self) -> float:
-        """To the first chunk's frames."""
+        """Milliseconds until the frames of the first chunk."""
         return float(np.median([1000 * _work(clip[0]) for clip in self.timings]))
 
     @property
@@ -78,20 +78,20 @@ class Run:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml")
-    parser.add_argument("--schedules", nargs="+", default=list(GRID), metavar="STEPS[+CONTEXT]", help="the grid")
-    parser.add_argument("--budget_ms", type=float, help="search on from the grid for the best clip within this time")
-    parser.add_argument("--max_runs", type="positive", default=24, help="schedules in all, of a search")
+    parser.add_argument("--schedules", nargs="+", default=list(GRID), metavar="STEPS[+CONTEXT]", help="to run")
+    parser.add_argument("--budget_ms", type=float, help="then search for the best schedule within this latency")
+    parser.add_argument("--max_runs", type="positive", default=24, help="number of schedules, search included")
     parser.add_argument("--num_prompts", type="positive", default=16)
-    parser.add_argument("--rounds", type="positive", default=8, help="clips of each schedule whose times count")
+    parser.add_argument("--rounds", type="positive", default=8, help="timed clips of each schedule")
     parser.add_argument("--data_path", help="prompts, one a line (default: of the tiny world, or the configured file)")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--quality", choices=tuple(COLUMNS), help="(default: tiny for 64x96 clips, else reference)")
-    parser.add_argument("--reference", default="8+clean", help="schedule that --quality reference compares with")
+    parser.add_argument("--reference", default="8+clean", help="schedule for --quality reference")
     parser.add_argument("--out", default="videos/schedules", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(arguments)
     if args.budget_ms is not None and not args.budget_ms > 0:
-        raise UserError(f"budget_ms={args.budget_ms} leaves no time; give milliseconds of a clip")
+        raise UserError(f"budget_ms={args.budget_ms} is not above 0; give milliseconds per clip")
     return args
 
 
@@ -104,7 +104,7 @@ def prompts_of(args: argparse.Namespace, config: Config, quality: str) -> list[s
 
 
 class Benchmark:
-    """One set of networks, prompts and seeds, on which schedules are run."""
+    """Networks, prompts and seeds on which schedules are run."""
 
     def __init__(self, config: Config, prompts: Sequence[str], seed: int, quality: str, reference: str):
         self.config, self.prompts, self.quality = config, prompts, quality
@@ -129,13 +129,13 @@ class Benchmark:
         )
 
     def in_turns(self, runs: Sequence[Run], rounds: int) -> list[Run]:
-        """The runs with the times of `rounds` clips each, for which they take turns; a turn's first clip warms up."""
+        """The runs with the times of `rounds` alternating clips each, after a warm-up clip each."""
         timings = [[] for _ in runs]
         with progress_bar("times, in turns", rounds * len(runs), "schedule") as bar:
             for i in range(rounds):
                 prompt, seed = self.prompts[i % len(self.prompts)], self.seeds[i % len(self.prompts)]
                 for run, times in zip(runs, timings, strict=True):
-                    pipe = self._pipe(run.candidate)  # and its cache go with the turn
+                    pipe = self._pipe(run.candidate)  # freed, with its cache, after each clip
                     pipe(prompt, seed=seed)
                     times.append(pipe(prompt, seed=seed).videos[0].timings)
                     bar.update()
@@ -146,19 +146,19 @@ class Benchmark:
         return DiagonalPipeline(candidate.apply(self.config), networks.student, networks.codec, networks.text_encoder)
 
     def _clips(self, candidate: Candidate, prompts: Sequence[str]):
-        """(frames, timings) of each prompt's clip, one after the other as a user would have them."""
+        """Frames and timings of one clip per prompt, generated one by one."""
         pipe = self._pipe(candidate)
         videos = [pipe(prompt, seed=seed).videos[0] for prompt, seed in zip(prompts, self.seeds, strict=False)]
         return [video.frames for video in videos], [video.timings for video in videos]
 
     def _interval(self, clips: list[np.ndarray]) -> Interval:
         interval = mean_interval(self._qualities(clips))
-        if self.quality == "tiny":  # a share, which a normal interval may leave
+        if self.quality == "tiny":  # a share: clip the normal interval
             interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
         return interval
 
     def _qualities(self, clips: list[np.ndarray]) -> torch.Tensor:
-        """[clips], more is better."""
+        """[clips], higher is better."""
         if self.reference is not None:
             return torch.tensor([psnr(a, b) for a, b in zip(clips, self.reference, strict=True)])
         scores = score(self.prompts, torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3))
@@ -171,7 +171,7 @@ def _work(spans: dict[str, float]) -> float:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB between uint8 frames; at most 100."""
+    """PSNR in dB between uint8 frames, at most 100."""
     error = float(np.mean((a.astype(np.float64) - b) ** 2))
     return min(100.0, 10 * float(np.log10(255**2 / max(error, 1e-9))))
 
@@ -182,10 +182,10 @@ def predictor(costs: Costs, config: Config) -> Callable[[Candidate], float]:
 
 
 def explore(bench: Benchmark, args: argparse.Namespace) -> list[Run]:
-    """Run the grid, and from there the search where there is a budget."""
+    """Run the given schedules, and with a budget continue by search."""
     grid = dict.fromkeys(Candidate.parse(text, bench.chunks) for text in args.schedules)
     for candidate in grid:
-        candidate.schedule(bench.config)  # refuses what the configured schedule cannot become before anything runs
+        candidate.schedule(bench.config)  # raises UserError before anything runs
     runs = []
     for candidate in grid:
         runs.append(bench.run(candidate))
@@ -207,7 +207,7 @@ def line(run: Run) -> str:
 
 
 def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: float | None) -> str:
-    """All runs from fast to slow as Markdown; those on the front are marked."""
+    """All runs as Markdown, fastest first; those on the front are marked."""
     extra = ("seam", "flicker", "motion", "colour_drift", "sharpness")
     head = ["schedule", "front", "NFE", "clip ms", "first frames ms", COLUMNS[quality], "95% interval", *extra]
     rows = [head]
@@ -222,7 +222,7 @@ def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: floa
 
 
 def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -> None:
-    import matplotlib  # here, so that all else works without the extra `report`
+    import matplotlib  # only needed here; in the extra `report`
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -233,7 +233,7 @@ def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -
         spread = [[max(0.0, q.value - q.low)], [max(0.0, q.high - q.value)]] if np.isfinite(q.low) else None
         colour = "#c1440e" if ours else "#44607d"
         axes.errorbar(run.latency_ms, q.value, yerr=spread, fmt="D" if ours else "o", color=colour, elinewidth=0.6)
-        side = 1 - 2 * (i % 2)  # names of neighbours go up and down
+        side = 1 - 2 * (i % 2)  # labels alternate above and below
         place = {"xytext": (3, 5 * side), "rotation": 60 * side, "va": "bottom" if side > 0 else "top"}
         axes.annotate(run.candidate.name, (run.latency_ms, q.value), fontsize=7, textcoords="offset points", **place)
     axes.margins(x=0.08, y=0.16)

@@ -1,7 +1,7 @@
-"""From a training run, the student alone: `python scripts/export_checkpoint.py logs/train_tiny_distill out/student`.
+"""Export the student of a training run: `python scripts/export_checkpoint.py logs/train_tiny_distill out/student`.
 
-The result is what inference loads: a fifth of a checkpoint, which also holds optimiser and critic. The `export` folder
-of a run has the same form and is that of its newest checkpoint.
+Inference loads the result, which has a fifth of the size of a checkpoint (no optimizer, no critic). The `export` folder
+of a run has the same format and belongs to its newest checkpoint.
 """
 
 import sys
@@ -15,7 +15,7 @@ exits.guard(__name__)
 
 
 def newest_of(run: Path) -> Path:
-    """The newest whole checkpoint of a run; `run` itself where it has none, for it may be one."""
+    """The newest complete checkpoint of a run; `run` itself if it has none, since it may be a checkpoint."""
     from configs.errors import UserError
     from model.weights.run_folders import MODEL, checkpoints
     from trainer.checkpoint.save import verified
@@ -24,7 +24,7 @@ def newest_of(run: Path) -> Path:
     whole = (folder for folder in reversed(there) if (folder / MODEL).is_file() or verified(folder))
     newest = next(whole, None)
     if there and newest is None:
-        raise UserError(f"run={run} holds no whole checkpoint; give its folder export, or a copy of the run")
+        raise UserError(f"run={run} has no complete checkpoint; give its folder export, or a copy of the run")
     return newest or run
 
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser = exits.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("out", help="folder to write; it must not exist")
-    parser.add_argument("--raw", action="store_true", help="the trained weights and not their moving average")
+    parser.add_argument("--raw", action="store_true", help="export the trained weights, not their moving average")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"], help="(%(default)s)")
     args = parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""The teacher's trajectories from noise to clip, one file a prompt, for stage ode_regression and the regression terms.
+"""Write ODE trajectories of the teacher, one file per prompt, for stage ode_regression and the regression losses.
 
     python scripts/generate_ode_pairs.py --config_path configs/train_tiny_distill.yaml --output_folder pairs --count 64
 
-The states kept are those at the timesteps of the configured schedule, and the end. Files that are there are left alone,
-so that a run can be stopped and started again; under torchrun the prompts are shared out. Layout: trainer/pairs.py.
+States at the timesteps of the configured schedule and the final state are kept. Existing files are kept, so the command
+can be stopped and restarted; torchrun distributes the prompts. File format: trainer/pairs.py.
 
-With --causal the teacher is a causal student of many steps, trained by teacher forcing, and rolls them out chunk by
-chunk: `--causal training.init.teacher=logs/tiny_teacher_forcing`. They are marked so for stage ode_regression.
+With --causal the teacher is a causal many-step student trained by teacher forcing, which generates chunk by chunk:
+`--causal training.init.teacher=logs/tiny_teacher_forcing`. The files are marked as causal for stage ode_regression.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, help="s of cond + s (cond - uncond) (distill.guidance)")
     parser.add_argument("--steps", type="positive", default=48, help="Euler steps of un-warped time (%(default)s)")
     parser.add_argument("--causal", action="store_true", help="training.init.teacher is causal: chunk by chunk")
-    parser.add_argument("--count", type="positive", help="only so many prompts")
+    parser.add_argument("--count", type="positive", help="number of prompts (default: all)")
     parser.add_argument("--batch_size", type="positive", default=1, help="prompts integrated together (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()
@@ -59,7 +59,7 @@ def main() -> int:
     maker = kind(config, device, steps=args.steps, guidance=args.guidance_scale)
     if ranks.first:
         write_timesteps(folder, maker.timesteps, causal=maker.causal)
-    share = ranks.share(range(len(maker.prompts[: args.count])))  # and then look: other ranks are writing theirs
+    share = ranks.share(range(len(maker.prompts[: args.count])))  # whatever other ranks have written
     mine = [i for i in share if not (folder / f"{i:05d}.pt").exists()]
     with progress_bar("trajectories", len(mine), disable=None if ranks.first else True) as bar:
         for first in range(0, len(mine), args.batch_size):

@@ -1,11 +1,11 @@
-"""What sending video costs: fragmented MP4 against JPEG, bytes a second and milliseconds a chunk.
+"""Compare fragmented MP4 with JPEG for sending video: bytes per second and milliseconds per chunk.
 
-    python scripts/measure_encoding.py                              # a photograph-like scene, 480x832
+    python scripts/measure_encoding.py                              # a synthetic scene, 480x832
     python scripts/measure_encoding.py --video clip.mp4 --json encoding.json
 
-Each chunk is encoded as the live server does it (server/encoding.py): a fragment of its own, or a JPEG a frame, by four
-threads. The scene is made up: discs that move over waves of colour, with grain; give --video for the frames of a real
-one, scaled to the size.
+Chunks are encoded as by the live server (server/encoding.py): one fragment per chunk, or one JPEG per frame with four
+threads. The synthetic scene has discs that move over colour gradients, with noise; --video uses the frames of a file
+instead, scaled to the size.
 """
 
 import argparse
@@ -37,18 +37,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--fps", type="positive", default=16)
     parser.add_argument("--chunks", type="positive", default=8, help="of 12 frames (default: %(default)s)")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="frames of a clip instead of the made-up scene")
-    parser.add_argument("--encoder", help="of H.264, by ffmpeg's name (default: the hardware's, else libx264)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="use the frames of a clip")
+    parser.add_argument("--encoder", help="ffmpeg's name of an H.264 encoder (default: hardware, else libx264)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv)
     for name in ("height", "width"):
         if vars(args)[name] % 2 or vars(args)[name] < 16:
-            raise UserError(f"--{name}={vars(args)[name]} is not an even number of 16 or more; use one")
+            raise UserError(f"--{name}={vars(args)[name]} is not an even number of at least 16; use one")
     return args
 
 
 def scene(frames: int, height: int, width: int) -> np.ndarray:
-    """uint8 [frames, height, width, 3]: waves of colour, discs that move over them, and grain."""
+    """uint8 [frames, height, width, 3]: colour gradients, moving discs, and noise."""
     y, x = np.mgrid[:height, :width].astype(np.float32) / height
     grain, out = np.random.default_rng(0), np.empty((frames, height, width, 3), np.uint8)
     for t in range(frames):
@@ -64,7 +64,7 @@ def scene(frames: int, height: int, width: int) -> np.ndarray:
 
 
 def measure(chunks: list[np.ndarray], fps: int, encode) -> dict[str, float]:
-    """Bytes a second of video; milliseconds a chunk, median and worst, and of all CPUs. The first chunk warms up."""
+    """Bytes per second of video, and milliseconds per chunk: median, worst, CPU time. The first chunk is a warm-up."""
     times, cpu, size = [], [], 0
     for k, frames in enumerate(chunks):
         begin, busy = perf_counter(), process_time()

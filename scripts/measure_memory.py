@@ -1,5 +1,5 @@
-"""Compare the memory plan with a GPU: run each phase at full size with weights of zeros. Or measure the host memory of
-loading.
+"""Compare the memory plan with measurements on a GPU, at full size with zero weights. Or measure the host memory that
+loading takes.
 
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b_12gb.yaml --card 12
     python scripts/measure_memory.py --config_path configs/wan2.1_t2v_1.3b.yaml --json memory.json
@@ -8,12 +8,12 @@ loading.
     python scripts/measure_memory.py --network 1.3B                   # one training pass of a network, checkpointed
     python scripts/measure_memory.py --host 14B                       # loading six shards of 57 GB; --to cpu, cuda
 
-The third is `--low_memory`, the least with the VAE. No file is needed: all weights are zeros in the published sizes,
-which take the memory that others take. --card caps torch's allocator at that many GiB less the driver's share, so that
-a run that would not fit there fails here. What the allocator holds, holes between tensors included, is printed last;
-other programs of the card are not counted. Exits with 1 where a phase is more than a tenth off the plan, or loading
-takes 1.3 times the files of the host's memory. The files of --host are sparse: they have the published length and
-names, and take no room on most disks.
+The third command is `--low_memory`, the smallest setting with the VAE. No files are needed: weights are zeros in the
+published sizes. --card limits torch's allocator to that many GiB minus the driver's share, so a run that would not fit
+such a GPU fails. The memory that the allocator reserves, fragmentation included, is printed last; other programs on the
+GPU are not counted. The exit code is 1 if a phase differs from the plan by more than 10%, or if loading takes more host
+memory than 1.3 times the size of the files. The files of --host are sparse: they have the published sizes and names,
+and take no space on most disks.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from utils.files import write_json_atomic
 PROMPT = "a red circle moves right"
 TOLERANCE = 0.1
 HOST_LIMIT = 1.3  # times the files
-Probe = Callable[[], int]  # most bytes allocated since it was last asked
+Probe = Callable[[], int]  # peak bytes allocated since the last call
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,20 +59,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(prog="scripts/measure_memory.py", description=__doc__, formatter_class=form)
     parser.add_argument("--config_path", default="configs/wan2.1_t2v_1.3b.yaml", metavar="FILE")
     parser.add_argument("--student", choices=TRANSFORMER_SIZES, default="1.3B", help="sizes of the student")
-    parser.add_argument("--chunks", type=int, default=6, help="to play; the window is full after four")
-    parser.add_argument("--card", type=float, metavar="GIB", help="cap the allocator as on a card of so many GB")
+    parser.add_argument("--chunks", type=int, default=6, help="to generate; the window is full after four")
+    parser.add_argument("--card", type=float, metavar="GIB", help="limit the allocator as on a GPU with so many GiB")
     parser.add_argument(
-        "--network", choices=TRANSFORMER_SIZES, help="instead: forward and backward of one network, one clip"
+        "--network", choices=TRANSFORMER_SIZES, help="instead: forward and backward pass of one network over one clip"
     )
-    parser.add_argument("--host", choices=TRANSFORMER_SIZES, help="instead: host memory while such a network is loaded")
-    parser.add_argument("--to", choices=("cpu", "cuda"), help="where --host loads it to, in bfloat16 (default: a GPU)")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--host", choices=TRANSFORMER_SIZES, help="instead: host memory of loading such a network")
+    parser.add_argument("--to", choices=("cpu", "cuda"), help="device of --host, in bfloat16 (default: a GPU)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     return parser.parse_intermixed_args(argv)
 
 
 def build(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> DiagonalPipeline:
-    """The pipeline that `DiagonalPipeline.from_config` would make, of zeros."""
+    """The pipeline that `DiagonalPipeline.from_config` would build, with zero weights."""
     places = config.inference
     student = random_transformer(size, load_device(places.student, device), dtype, causal=True, seed=None)
     encoder = random_umt5(size, text_load_device(places, device), dtype, seed=None)
@@ -81,7 +81,7 @@ def build(config: Config, size: str, device: torch.device, dtype: torch.dtype) -
 
 
 def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, int]:
-    """Most bytes in each phase of the plan."""
+    """Peak bytes in each phase of the plan."""
     session, most = pipe.session, {"encode prompt": 0, "denoise": 0, "decode": 0}
     make_stream = session.codec.stream
 
@@ -89,7 +89,7 @@ def run_phases(pipe: DiagonalPipeline, chunks: int, probe: Probe) -> dict[str, i
         most[phase] = max(most[phase], probe())
 
     def stream():
-        note("encode prompt")  # a decoder is made once the prompt is encoded, and before the cache
+        note("encode prompt")  # a decoder is created after the prompt is encoded and before the cache
         inner = make_stream()
         decode = inner.decode
 
@@ -125,7 +125,7 @@ def run_network(size: str, frames: int, probe: Probe, device: torch.device) -> t
 
 
 def sparse_folder(folder: Path, network: TransformerSize, shards: int = 6, kind: str = "F32") -> int:
-    """An original Wan folder of zeros, in files that are all holes; their bytes in all."""
+    """Write an original Wan folder of sparse files, all zeros; returns their size in bytes."""
     with torch.device("meta"):
         model = WanTransformer3DModel(**network.config)
     shapes = {original_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
@@ -150,7 +150,7 @@ def sparse_folder(folder: Path, network: TransformerSize, shards: int = 6, kind:
 
 
 def run_host(network: TransformerSize, device: torch.device, folder: Path) -> tuple[int, HostPeak]:
-    """Bytes of the files, and what loading them to `device` in bfloat16 takes of the host."""
+    """Bytes of the files, and the host memory that loading them to `device` in bfloat16 takes."""
     total = sparse_folder(folder, network)
     torch.zeros(1, device=device)  # CUDA's own memory is not the loader's
     with HostPeak() as peak:
@@ -170,7 +170,7 @@ def report_host(name: str, device: torch.device, to_json: Path | None) -> int:
 
 
 def gpu_probe(device: torch.device, held: list[int]) -> Probe:
-    """A probe, which also adds to `held` the most bytes that the allocator held meanwhile."""
+    """A probe that also appends the peak bytes reserved by the allocator to `held`."""
 
     def probe() -> int:
         torch.cuda.synchronize(device)
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.host:
         return report_host(args.host, pick_device(args.to or "auto"), args.json)
     if not torch.cuda.is_available():
-        raise UserError("memory is measured on a GPU and there is none; the plan itself is `python scripts/doctor.py`")
+        raise UserError("memory is measured on a GPU and there is none; `python scripts/doctor.py` prints the plan")
     device = torch.device("cuda", 0)
     total = torch.cuda.get_device_properties(device).total_memory
     if args.card:

@@ -1,9 +1,9 @@
-"""A table of settings: the paper's, diagdistill's (commit 24ef1c9) and ours, with our keys and the reasons to differ.
+"""A table of settings: the paper, diagdistill (commit 24ef1c9) and this repository, with keys and reasons to differ.
 
     python scripts/paper_table.py            # print the table
-    python scripts/paper_table.py --write    # put it into docs/paper-settings.md, between its two marks
+    python scripts/paper_table.py --write    # insert it into docs/paper-settings.md, between two marks
 
-Our values are read from the YAML files, so that the table agrees with them.
+Our values are read from the YAML files.
 """
 
 import argparse
@@ -30,14 +30,14 @@ BEGIN, END = "<!-- paper table: scripts/paper_table.py --write -->", "<!-- end o
 
 @dataclass(frozen=True)
 class Setting:
-    """One row. A value that a pair of parentheses holds is that of stage 1 and that of stage 2."""
+    """One row. Tuples are the values of stage 1 and stage 2."""
 
     what: str
-    paper: Any  # None where it is silent
+    paper: Any  # None = not stated
     release: Any  # diagdistill's, commit 24ef1c9
     key: str
-    code: str  # the file that acts on it
-    why: str = ""  # where ours differs, and where something has to be said
+    code: str  # the file that uses it
+    why: str = ""  # reason if ours differs, or a note
 
 
 LONG = "the value is Self-Forcing's, for rollouts longer than a clip, which no stage here or in 24ef1c9 makes. Ours: "
@@ -179,12 +179,12 @@ def table() -> str:
 
 
 def inserted(text: str) -> str:
-    """`text` with the table between the two marks. UserError where they are missing."""
+    """`text` with the table between the two marks. Raises UserError if they are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         missing = BEGIN if not begin else END
-        raise UserError(f"docs/paper-settings.md lacks the line {missing}; put it back where the table belongs")
+        raise UserError(f"docs/paper-settings.md lacks the line {missing}; add it where the table belongs")
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 

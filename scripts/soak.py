@@ -3,12 +3,14 @@
     python scripts/soak.py --gpus 2 --config_path configs/train_wan2.1_t2v_1.3b.yaml video.num_latent_frames=15
     python scripts/soak.py --gpus 2 --cycles 12 --every 3 --student tiny/1 --teacher tiny/1 --critic tiny/1 device=cpu
 
-Distillation with random networks, by default two layers of full width: --cycles times one update of the generator and
-those of the critic that belong to it, with validation, a checkpoint and the export after every --every of them. Then
-the last --every cycles once more, from the checkpoint before them. Bounds, medians of the first third of the cycles to
-those of the last: memory of the first rank may grow by 1% and a step's time by 3%, without cycles that begin with
-saving and the first two; losses after resuming may differ by 2% in bfloat16, for a GPU adds up in no fixed order, and
-by 0.01% in float32.
+Trains a distillation with random networks (by default two layers of full width) for --cycles cycles. A cycle is one
+generator update and its critic updates; validation, a checkpoint and the export follow every --every cycles. The last
+--every cycles are then repeated from the checkpoint before them.
+
+Bounds: from the first third of the cycles to the last third, the median memory of rank 0 may grow by 1% and the median
+time of a step by 3%. The first two cycles do not count, and times of cycles that begin with saving do not either.
+Losses after resuming may differ by 2% in bfloat16, because a GPU does not add in a fixed order, and by 0.01% in
+float32.
 """
 
 import argparse
@@ -53,21 +55,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
     parser.add_argument("--gpus", type=int, default=1, help="processes (1)")
     parser.add_argument("--cycles", type=int, default=60, help="(60)")
-    parser.add_argument("--every", type=int, default=10, help="cycles between checkpoints; divides --cycles (10)")
+    parser.add_argument("--every", type=int, default=10, help="cycles between checkpoints, a divisor of --cycles (10)")
     for role in ROLES:
         parser.add_argument(f"--{role}", metavar="SIZE", default=FULL[role], help=f"({FULL[role]})")
-    parser.add_argument("--folder", type=Path, default=Path("logs/soak"), help="made, and removed at the end")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("--folder", type=Path, default=Path("logs/soak"), help="working folder, removed at the end")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
     if args.every < 2 or args.cycles % args.every or args.cycles < 3 * args.every:
-        raise UserError(f"--cycles={args.cycles} is not three or more --every={args.every} of 2 or more; try 60, 10")
+        raise UserError(f"--cycles={args.cycles} is not 3 or more times --every={args.every}; try 60 and 10")
     return args
 
 
 class Meter(JsonlSink):
-    """Metrics as a run writes them, with this process's memory in bytes beside the seconds of a step."""
+    """The metrics of a run, with the memory of this process in bytes."""
 
     def write(self, step: int, **values: Any) -> None:
         held = {}
@@ -79,23 +81,23 @@ class Meter(JsonlSink):
         super().write(step, **values, **held)
 
 
-class Heard(logging.Handler):
-    """Warnings of the run."""
+class WarningRecorder(logging.Handler):
+    """Collects the warnings of the run."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 def worker(file: Path) -> int:
     """One rank of one run."""
     spec = json.loads(file.read_text())
-    ranks, logdir, heard = Ranks.from_env(), Path(spec["logdir"]), Heard()
+    ranks, logdir, recorder = Ranks.from_env(), Path(spec["logdir"]), WarningRecorder()
     console(quiet=True)
-    logging.getLogger("diagonal").addHandler(heard)
+    logging.getLogger("diagonal").addHandler(recorder)
     config = load_config(spec["config_path"], spec["settings"])
     device = pick_device(config.device, ranks.local_rank)
     torch.set_float32_matmul_precision("high")  # as train.py does
@@ -106,12 +108,12 @@ def worker(file: Path) -> int:
         run(stage, logdir, lambda start: [Meter(logdir / METRICS, resume_step=start)])
         if ranks.first:
             half = pick_dtype(config.training.precision, device) != torch.float32
-            write_json_atomic(logdir / "heard.json", {"warnings": heard.said, "bfloat16": half})
+            write_json_atomic(logdir / "warnings.json", {"warnings": recorder.messages, "bfloat16": half})
     return 0
 
 
 def start(args: argparse.Namespace, settings: Sequence[str], logdir: Path) -> None:
-    """A run in `logdir` to its end; UserError with the end of what it said if it had another."""
+    """Run a training in `logdir` to its end. Raises UserError with the end of its log if it fails."""
     file, log = logdir.with_suffix(".spec"), logdir.with_suffix(".log")
     file.write_text(json.dumps({"config_path": args.config_path, "settings": list(settings), "logdir": str(logdir)}))
     program = [str(Path(__file__).resolve()), "--worker", str(file)]
@@ -124,22 +126,22 @@ def start(args: argparse.Namespace, settings: Sequence[str], logdir: Path) -> No
 
 
 def growth(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float, float]:
-    """Median of the first third, of the last, and by what share it has grown."""
+    """Median of the first third of the rows, median of the last third, and the relative change."""
     values, third = [row[key] for row in rows], max(1, len(rows) // 3)
     first, last = median(values[:third]), median(values[-third:])
     return first, last, last / first - 1 if first else 0.0
 
 
 def steadiness(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
-    """(at first, at last, change, bound) of memory and time; rows: of all cycles, one a cycle."""
+    """(first, last, relative change, bound) of memory and time. rows: one for each cycle."""
     warm = rows[2:]
-    clean = [row for i, row in enumerate(rows) if i >= 2 and i % every]  # a row's time includes the saving before it
+    clean = [row for i, row in enumerate(rows) if i >= 2 and i % every]  # a row's time includes saving before it
     changes = {name: (*growth(warm, name), limit) for name, limit in MEMORY.items() if name in warm[0]}
     return changes | {"seconds a step": (*growth(clean, "seconds_per_step"), DRIFT)}
 
 
 def exactness(rows: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
-    """(last loss, the same after resuming, largest relative difference, bound) of each; again: the last rows anew."""
+    """(last loss, the same after resuming, largest relative difference, bound) of each loss. again: repeated rows."""
     differences = {}
     for name in LOSSES:
         pairs = [(a[name], b[name]) for a, b in zip(rows[-len(again) :], again, strict=True)]
@@ -148,14 +150,14 @@ def exactness(rows: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], b
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = [["", "at first", "at last", "change", "bound"]]
+    rows = [["", "first", "last", "change", "bound"]]
     for name, (first, last, share, limit) in results.items():
         rows.append([name, f"{first:.6g}", f"{last:.6g}", f"{share:+.2%}", f"{limit:.2%}"])
     return aligned(rows)
 
 
 def course(rows: Sequence[dict[str, Any]], every: int) -> str:
-    """Medians between one checkpoint and the next, a line each."""
+    """Medians between checkpoints, one line each."""
     names = [*(name for name in MEMORY if name in rows[0]), "seconds_per_step"]
     lines = [["after cycle", *names]]
     for start in range(0, len(rows), every):
@@ -165,7 +167,7 @@ def course(rows: Sequence[dict[str, Any]], every: int) -> str:
 
 
 def read(logdir: Path) -> list[dict[str, Any]]:
-    """A run's rows of steps."""
+    """The rows of steps in the metrics of a run."""
     return [row for row in read_jsonl(logdir / METRICS) if "seconds_per_step" in row]
 
 
@@ -192,22 +194,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings += random_prompts(args.config_path, settings, folder, transformer_sizes(args.student)["text_dim"])
     whole, again = folder / "whole", folder / "again"
     start(args, settings, whole)
-    heard, rows = json.loads((whole / "heard.json").read_text()), read(whole)
+    outcome, rows = json.loads((whole / "warnings.json").read_text()), read(whole)
     results = steadiness(rows, args.every)
     print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(results)}\n")
     print(course(rows, args.every), end="\n\n")
-    print("\n".join(["warnings of the run:", *heard["warnings"]]) if heard["warnings"] else "no warnings", flush=True)
+    warnings = outcome["warnings"]
+    print("\n".join(["warnings of the run:", *warnings]) if warnings else "no warnings", flush=True)
     if args.json:
-        write_json_atomic(args.json, {"found": results, "warnings": heard["warnings"], "rows": rows})
+        write_json_atomic(args.json, {"found": results, "warnings": warnings, "rows": rows})
     before = whole / f"checkpoint_{(args.cycles - args.every) * ratio:06d}"
     again.mkdir()
     shutil.copytree(before, again / before.name)
     start(args, settings, again)
-    resumed = exactness(rows, read(again), 2e-2 if heard["bfloat16"] else 1e-4)
-    print(f"\nthe last {args.every} once more; whole and resumed\n{table(resumed)}")
+    resumed = exactness(rows, read(again), 2e-2 if outcome["bfloat16"] else 1e-4)
+    print(f"\nthe last {args.every} cycles, uninterrupted and resumed\n{table(resumed)}")
     results |= resumed
     if args.json:
-        write_json_atomic(args.json, {"found": results, "warnings": heard["warnings"], "rows": rows})
+        write_json_atomic(args.json, {"found": results, "warnings": warnings, "rows": rows})
     shutil.rmtree(folder)
     return int(any(share > limit for _, _, share, limit in results.values()))
 

@@ -1,9 +1,9 @@
 """Detection rates and false alarms of the clip defects, on clips with one known defect each.
 
-    python scripts/validate_measures.py            # a table: injected defect by alarm, shares of clips
-    python scripts/validate_measures.py --decoded  # after H.264, as files are read
+    python scripts/validate_measures.py            # a table: injected defects by alarms, in percent of clips
+    python scripts/validate_measures.py --decoded  # after H.264, as in files
 
-Clips are rendered ones of the tiny world, which have no defect; then one is put in at a drawn place.
+Clips of the tiny world are rendered without defects; then one defect is injected at a random place.
 """
 
 import argparse
@@ -33,27 +33,27 @@ FIRST, LAST = 15, 60  # frames between which a defect begins
 
 
 def flash(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
-    """One to three frames brighter or darker by a tenth to a third."""
+    """One to three frames are brighter or darker by 0.1 to 0.33."""
     at, length = int(rng.integers(FIRST, LAST)), int(rng.integers(1, 4))
     clip[at : at + length] += float(rng.choice([-1, 1]) * rng.uniform(0.1, 0.33))
     return clip
 
 
 def cut(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
-    """Another scene from here on."""
+    """Another scene begins."""
     at = int(rng.integers(FIRST, LAST))
     return torch.cat((clip[:at], other[at:]))
 
 
 def freeze(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
-    """One frame is held for 6 to 12 frames; then the clip goes on where it would have been."""
+    """One frame is repeated for 6 to 12 frames; the clip continues as if it had not been."""
     at, length = int(rng.integers(FIRST, LAST)), int(rng.integers(6, 13))
     clip[at : at + length] = clip[at]
     return clip
 
 
 def blur(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
-    """8 to 16 frames lose their detail to a box of 5 pixels."""
+    """8 to 16 frames are blurred with a box filter of 5 pixels."""
     at, length = int(rng.integers(FIRST, LAST)), int(rng.integers(8, 17))
     part = F.pad(clip[at : at + length], (2, 2, 2, 2), mode="replicate")
     clip[at : at + length] = F.avg_pool2d(part, 5, stride=1)
@@ -61,7 +61,7 @@ def blur(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def drift(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
-    """A ramp over the clip: one colour channel rises, or colour fades, or contrast does."""
+    """A linear change over the clip: a colour channel rises, or saturation or contrast falls."""
     share = torch.linspace(0, 1, len(clip))[:, None, None, None] * float(rng.uniform(0.5, 0.7))
     kind = int(rng.integers(3))
     if kind == 0:
@@ -73,7 +73,7 @@ def drift(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def seam(clip: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
-    """Every other chunk is a little brighter: 2 to 4% of white."""
+    """Every other chunk is brighter by 2 to 4% of white."""
     edges = (0, *BORDERS, len(clip))
     height = float(rng.uniform(0.02, 0.04))
     for k in range(0, len(edges) - 1, 2):
@@ -92,7 +92,7 @@ def coded(frames: np.ndarray, folder: str) -> np.ndarray:
 
 
 def confusion(clips: int, seed: int, decoded: bool) -> dict[str, dict[str, int]]:
-    """{injected: {alarm: clips that had it}}; the same scenes for each."""
+    """{injected defect: {alarm: number of clips}}, with the same scenes for each defect."""
     world = TinyWorld()
     scenes = world.scenes(seed, clips + 1, balanced=True)
     counts_by_defect = {}
@@ -112,8 +112,8 @@ def confusion(clips: int, seed: int, decoded: bool) -> dict[str, dict[str, int]]
 
 
 def table(counts_by_defect: dict[str, dict[str, int]], clips: int) -> str:
-    """As Markdown: rows are what was put in, columns what was found, in percent of clips."""
-    rows = [["put in \\ found", *KINDS]]
+    """As Markdown: injected defects as rows, alarms as columns, in percent of clips."""
+    rows = [["injected \\ alarm", *KINDS]]
     for name, counts in counts_by_defect.items():
         rows.append([name, *(f"{100 * counts[kind] / clips:.0f}" for kind in KINDS)])
     return markdown(rows)

@@ -91,7 +91,7 @@ class PhaseWatch:
         return lambda: f"{self.who}/{phase}"
 
     def run(self, update: Callable[[], Any]) -> dict[str, dict[str, float]]:
-        """Seconds by phase of the generator's and of the critic's part of one update."""
+        """Seconds by phase of the generator update and of the critic update in one step."""
         self.phases.restart()
         update()
         seconds_by_role: dict[str, dict[str, float]] = {"generator": {}, "critic": {}}
@@ -120,7 +120,7 @@ def memory_of(device: torch.device, watch: PhaseWatch) -> dict[str, Any]:
 
 
 def communication(stage: Distill, step: int, device: torch.device) -> dict[str, float] | None:
-    """Of one step: what `exposed` says of this GPU."""
+    """`exposed` for one step on this GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -130,8 +130,8 @@ def communication(stage: Distill, step: int, device: torch.device) -> dict[str, 
 
 
 def exposed(events: Iterable[FunctionEvent]) -> dict[str, float]:
-    """Seconds of communication among what a GPU did (microseconds, as torch's profiler has it), those of them in which
-    nothing else ran, and, from the first kernel to the last, those in which nothing ran at all."""
+    """From the events of torch's profiler: seconds of communication kernels, seconds of them during which nothing else
+    ran, and seconds between the first and the last kernel during which nothing ran."""
     done = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     spans = [("nccl" in e.name.lower(), (e.time_range.start, e.time_range.end)) for e in done]
     talk, work = ([span for is_talk, span in spans if is_talk is wanted] for wanted in (True, False))
@@ -150,9 +150,9 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def saving(stage: Distill, folder: Path, device: torch.device, control: ControlGroup) -> dict[str, float]:
-    """Seconds that a checkpoint takes, checksums and the export for inference included, and what it needs.
+    """Seconds and memory of writing a checkpoint, with checksums and the export for inference.
 
-    bytes: on the disk. gpu_bytes, host_bytes: the most that this rank took for it, beyond what it had before.
+    bytes: on disk. gpu_bytes, host_bytes: additional peak memory of this rank.
     """
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
@@ -178,11 +178,11 @@ def measure(
     config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, control: ControlGroup, *,
     save: Path | None = None,
 ) -> None:  # fmt: skip
-    """Warm up, time a cycle and the next one's first step (as much of it as fits before `deadline`, of time.time()),
-    profile a step; write `out`.
+    """Warm up, time a cycle and the first step of the next one, as far as `deadline` (of time.time()) allows, profile a
+    step, and write the results to `out`.
 
-    save: an empty folder, to time a checkpoint in, too. The file is
-    written again after every step, so that a run that is cut off has told what it knows.
+    save: an empty folder, in which a checkpoint is timed. `out` is written after every step, so that an interrupted run
+    leaves results.
     """
     peak, began = matrix_peak(device), time.perf_counter()
     stage = Distill(config, device, ranks)
@@ -198,7 +198,7 @@ def measure(
     warm = time.perf_counter()
     watch.run(lambda: stage.update(0))
     report["warm_up_s"] = time.perf_counter() - warm
-    freeze_garbage()  # as the loop does
+    freeze_garbage()  # as in the training loop
     watch.phases.peaks.clear()
     updates: dict[str, list[dict[str, float]]] = {"generator": [], "critic": []}
     for step in range(ratio, 2 * ratio + 1):
@@ -246,7 +246,7 @@ def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, st
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """With sums: seconds and operations of an update and of a cycle, utilisation, samples a second."""
+    """Adds sums: seconds and FLOPs of an update and of a cycle, MFU, samples per second."""
     peak, totals = report["matrix_peak"], {}
     for who, phases in report["updates"].items():
         for phase in phases.values():
@@ -262,7 +262,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Config, device: torch.device, ranks: Ranks, out: Path) -> None:
-    """Five updates of the critic and three of the generator: losses, gradient norms, weights before and after."""
+    """Write losses, gradient norms and weights before and after five critic and three generator updates."""
     stage = Distill(config, device, ranks)
 
     def weights() -> dict[str, torch.Tensor]:

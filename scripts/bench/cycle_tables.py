@@ -15,7 +15,7 @@ def _percent(value: float | None) -> str:
 
 
 def overview(results: Sequence[Result], card_gb: float) -> str:
-    """A row per layout that ran."""
+    """A row for each layout that ran."""
     head = ["layout", "batch", "generator s", "critic s", "cycle s", "samples/s", "MFU", "peak GB", "reserved GB"]
     head += ["on card GB", "exposed comm. s", "idle s", "build s", "warm-up s", "timed"]
     rows = [head]
@@ -30,20 +30,20 @@ def overview(results: Sequence[Result], card_gb: float) -> str:
         cells += [f"{one['timed']['generator']}+{one['timed']['critic']}" + ("" if one["whole"] else ", cut off")]
         rows.append([one["layout"], *cells])
     first = next((one for one in results if "updates" in one), None)
-    about = [f"allocator capped at {card_gb:g} GB a GPU unless the layout says otherwise" if card_gb else "no cap"]
+    about = [f"allocator limited to {card_gb:g} GB per GPU unless the layout says otherwise" if card_gb else "no limit"]
     if first and not first["peak_bytes"]:
-        about = ["no GPU memory to speak of"]
+        about = ["no GPU"]
     if first:
         machine = first["machine"]
         about.insert(0, f"{machine['device']}, torch {machine['torch']}, weights: random, matrix peak measured "
                         f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
-    note = "exposed comm.: of a step with both updates, communication kernels during which nothing else ran; "
-    note += "idle: when none ran (a profile's, which slows the host)"
+    note = "exposed comm.: communication kernels during which nothing else ran, in a step with both updates; "
+    note += "idle: time without kernels (profiled, which slows the host)"
     return "\n".join(["; ".join(about), aligned(rows) if len(rows) > 1 else "", note])
 
 
 def left_out(results: Sequence[Result], checks: Sequence[Result]) -> str:
-    """Sentences about layouts and checks that are missing in the tables; empty if there are none."""
+    """Reasons for layouts and checks that are missing in the tables; empty if there are none."""
     lines = [f"{one['layout']}: {one['why']}" for one in results if "updates" not in one]
     lines += [f"{one['layout']}: {one['ended']}" for one in results if "updates" in one and not one["whole"]]
     lines += [f"check of {one['layout']}: {one['why']}" for one in checks if "why" in one]
@@ -51,7 +51,7 @@ def left_out(results: Sequence[Result], checks: Sequence[Result]) -> str:
 
 
 def phase_table(one: Result) -> str:
-    """A row per phase of one layout."""
+    """A row for each phase of a layout."""
     rows = [["", "s", "share of cycle", "TFLOP", "MFU", "with recomputation", "peak GB"]]
     for who, phases in one["updates"].items():
         times = one["ratio"] if who == "critic" else 1
@@ -80,24 +80,24 @@ def saving_text(one: Result) -> list[str]:
         return [f"checkpoint: {made['why']}"]
     disk, gpu, host = (made[key] / GB for key in ("bytes", "gpu_bytes", "host_bytes"))
     return [
-        f"checkpoint, checksums and export included: {made['s']:.1f} s for {disk:.3g} GB; at most {gpu:.2g} GB more on "
+        f"checkpoint, with checksums and export: {made['s']:.1f} s for {disk:.3g} GB; at most {gpu:.2g} GB more on "
         f"the first GPU and {host:.2g} GB more of the host's memory for its process"
     ]
 
 
 def scaling(results: Sequence[Result]) -> str:
-    """Samples a second of each layout to those of the others, but for ranks by themselves."""
+    """Ratios of samples per second between layouts."""
     ran = [one for one in results if "updates" in one]
     if len(ran) < 2:
         return ""
     rows = [["measured", *(f"to {one['layout']}" for one in ran)]]
     for one in ran:
         rows.append([one["layout"], *(f"x{one['samples_per_s'] / other['samples_per_s']:.2f}" for other in ran)])
-    return "samples a second, row to column\n" + aligned(rows)
+    return "samples per second, row / column\n" + aligned(rows)
 
 
 def projection_table(rows: Sequence[Result], steps: int, global_batch: int, network_gb_s: float) -> str:
-    """Hours of a whole run by number of GPUs."""
+    """Hours of a training by number of GPUs."""
     table = [["GPUs", "from layout", "accumulated", "generator s", "critic s", "hours", "basis"]]
     for row in rows:
         basis = "measured cycle, repeated" if row["measured_gpus"] else "projected"
@@ -105,22 +105,22 @@ def projection_table(rows: Sequence[Result], steps: int, global_batch: int, netw
         table.append([str(row["gpus"]), row["from"], str(row["accumulated"]), *seconds, basis])
     return (
         f"{steps} critic updates at global batch {global_batch}, PROJECTED: measured phases x accumulated batches; "
-        f"between machines of 8, gradients at {network_gb_s:g} GB/s a GPU, not hidden. No validation, no saving.\n"
+        f"between machines of 8 GPUs, gradients at {network_gb_s:g} GB/s per GPU, exposed. No validation, no saving.\n"
         f"{aligned(table)}\ndiagdistill (24ef1c9) states: under 2 hours on 64 H100, under 16 hours on 8"
     )
 
 
 def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Result | None) -> str:
-    """A row a layout on GPUs that are not there."""
+    """A row for each planned layout."""
     phases = list(next(row["phases"] for row in rows if "phases" in row))
     table = [["layout", "shards", "accumulated", *(f"{name} GB" for name in phases), f"fits {card_gb:g} GB"]]
     refused = [f"{row['layout']}: {row['refused']}" for row in rows if "refused" in row]
     for row in rows:
         if "phases" in row:
             memory = [f"{row['phases'][name] / GB:.1f}" for name in phases]
-            rounds = "does not come out" if row["accumulated"] is None else str(row["accumulated"])
+            rounds = "not divisible" if row["accumulated"] is None else str(row["accumulated"])
             table.append([row["layout"], str(row["shards"]), rounds, *memory, "yes" if row["fits"] else "no"])
-    lines = [f"planned on {world} GPUs, by formulas (model/memory.py), prompts encoded ahead", aligned(table), *refused]
+    lines = [f"memory plan for {world} GPUs (model/memory.py), with precomputed prompts", aligned(table), *refused]
     if counted:
         parts = ", ".join(f"{name} {size / GB:.3f} GB" for name, size in counted.items())
         lines.append(f"weights of rank 0 of {world}, counted on the meta device: {parts}")
@@ -131,15 +131,15 @@ def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -
     """Recommended settings for few GPUs."""
     table = [["GPUs", "layout that fits", "planned peak GB"]]
     for gpus, layout, peak in rows:
-        table.append([str(gpus), layout or "none of the ladder", f"{peak / GB:.1f}" if layout else ""])
-    return f"least change that fits {card_gb:g} GB a GPU, by formulas, prompts encoded ahead\n{aligned(table)}"
+        table.append([str(gpus), layout or "none", f"{peak / GB:.1f}" if layout else ""])
+    return f"smallest change that fits {card_gb:g} GB per GPU, by plan, with precomputed prompts\n{aligned(table)}"
 
 
 def check_text(rows: Sequence[Result]) -> str:
-    """Differences of N ranks to one."""
+    """Differences between N ranks and one."""
     table = [["layout", "losses", "bound", "gradient norms", "bound", "change of weights", "bound", ""]]
     for row in (row for row in rows if "why" not in row):
         cells = [f"{row[key][i]:.2e}" for key in ("losses", "norms", "weights") for i in (0, 1)]
         table.append([row["layout"], *cells, "equal" if row["passed"] else "DIFFERS"])
-    head = "after 5 critic and 3 generator updates, N ranks against 1 with the same global batch: relative differences"
+    head = "relative differences of N ranks to 1, same global batch, after 5 critic and 3 generator updates"
     return "\n".join([head, aligned(table)]) if len(table) > 1 else head

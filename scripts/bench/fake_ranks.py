@@ -1,4 +1,4 @@
-"""What one of many ranks holds of the weights, counted with the real sharding on no device and with no others."""
+"""Bytes of weights that one of many ranks holds, counted with the real sharding on the meta device in one process."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ GATHERED = "student, gathered"
 
 @contextmanager
 def fake_group(world: int) -> Iterator[None]:
-    """A process group of `world` ranks, this one the first, whose messages go nowhere."""
+    """A process group of `world` ranks whose messages are dropped; this process is rank 0."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -30,8 +30,8 @@ def fake_group(world: int) -> Iterator[None]:
 
 
 def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int) -> dict[str, int]:
-    """Bytes on rank 0 of each network, its gradients and optimiser, under training.sharding=full; and of the student's
-    copy in bfloat16, which is whole."""
+    """Bytes on rank 0 of each network with gradients and optimizer state, under training.sharding=full, and of the
+    gathered copy of the student in bfloat16."""
     counted, critic = {}, training.distill.critic_optimizer
     size_of = {"student": trained_bytes(training.optimizer.betas, True), "critic": trained_bytes(critic.betas, False)}
     cpu = torch.device("cpu")

@@ -1,20 +1,20 @@
-"""Peak host memory of a block of code, without mapped pages of files, which the kernel may drop."""
+"""Peak host memory of a block of code, without memory-mapped files, whose pages the kernel may drop."""
 
 import threading
 from pathlib import Path
 
-PERIOD = 0.002  # seconds between looks
+PERIOD = 0.002  # seconds between samples
 
 
 def resident() -> tuple[int, int]:
-    """Bytes of this process in memory: its own (anonymous) and those of mapped files. Linux only."""
+    """Resident bytes of this process: anonymous memory and memory-mapped files. Linux only."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     own, files, shared = (int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssFile", "RssShmem"))
     return own, files + shared
 
 
 class HostPeak:
-    """`with HostPeak() as peak:` then `peak.own` and `peak.files`, the most bytes beyond those at its start.
+    """`with HostPeak() as peak:`; then `peak.own` and `peak.files` are the peak bytes beyond those at the start.
 
     A thread samples every 2 ms, so shorter peaks may be missed.
     """

@@ -2,10 +2,10 @@
 
 KIND:GPUS[,OPTION=VALUE...]      full:2    hybrid:4    sequence:2    sequence2:4    none:1,teacher=1.3B,card=140
 
-none       each GPU holds everything                       full       sharded over all of them (FSDP2)
-hybrid     sharded within a machine, copied between        sequenceN  full, and N GPUs share a sample's tokens (all,
-                                                                      without N)
-options    student, teacher, critic: sizes; accumulate: micro-batches; card: GB that the allocator is capped at;
+none       each GPU holds everything                       full       sharded over all GPUs (FSDP2)
+hybrid     sharded within a machine, replicated between    sequenceN  full, and N GPUs share the tokens of a sample
+           machines                                                   (without N: all GPUs)
+options    student, teacher, critic: sizes; accumulate: micro-batches; card: limit of the allocator in GB;
            any setting, such as training.distill.lora.student_rank=64
 """
 
@@ -31,7 +31,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One layout; `sizes` and `settings` are its differences from the rest of the call."""
+    """One layout. `sizes` and `settings` replace those of the command line."""
 
     text: str
     kind: str
@@ -44,7 +44,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """Parse the form above. Raises UserError for any other."""
+        """Parse `KIND:GPUS[,OPTION=VALUE...]`. Raises UserError if `text` is invalid."""
         head, *options = text.split(",")
         match = re.fullmatch(rf"({'|'.join(KINDS)})(\d*):(\d+)", head)
         if not match or (match[2] and match[1] != "sequence") or int(match[3]) < 1:
@@ -52,12 +52,12 @@ class Layout:
         kind, gpus = match[1], int(match[3])
         degree = int(match[2] or gpus) if kind == "sequence" else 1
         if degree < 1 or gpus % degree:
-            raise UserError(f"--layouts {text}: {degree} GPUs a sample do not divide {gpus}; try sequence:{gpus}")
+            raise UserError(f"--layouts {text}: {degree} GPUs per sample do not divide {gpus}; try sequence:{gpus}")
         values: dict[str, str] = {}
         for option in options:
             key, equals, value = option.partition("=")
             if not equals or not (key in (*ROLES, *WORDS) or "." in key):
-                raise UserError(f"--layouts {text}: {option} is no option; use {', '.join((*ROLES, *WORDS))}")
+                raise UserError(f"--layouts {text}: unknown option {option}; use {', '.join((*ROLES, *WORDS))}")
             values[key] = value
         try:
             accumulate, card = int(values.pop("accumulate", 1)), values.pop("card", None)
@@ -70,7 +70,7 @@ class Layout:
                    sizes=sizes, settings=settings)  # fmt: skip
 
     def overrides(self, micro_batch: int, global_batch: int | None = None) -> list[str]:
-        """Settings of the layout; the batch is what its GPUs take at once, times `accumulate`, or `global_batch`."""
+        """Settings of the layout. The batch is `global_batch`, or one pass of all GPUs times `accumulate`."""
         sharding = "none" if self.gpus == 1 else "full" if self.kind == "sequence" else self.kind
         batch = global_batch or micro_batch * self.gpus // self.sequence * self.accumulate
         degree = [f"training.sequence_parallel={self.sequence}"] if self.sequence > 1 else []
@@ -93,14 +93,14 @@ def sizes_of(names: Mapping[str, str], tiny: TransformerSize) -> dict[str, Trans
 def planned(
     config: Config, networks: Mapping[str, TransformerSize], *, shards: int, encoded: bool = True
 ) -> MemoryPlan:
-    """Memory of one GPU whose weights are spread over `shards`; encoded: the prompts are made ahead."""
+    """Memory plan of one GPU with weights sharded over `shards`. encoded: with precomputed prompt embeddings."""
     distill = replace(config.training.distill, encoded_prompts="ahead") if encoded else config.training.distill
     training = replace(config.training, sharding="full" if shards > 1 else "none", distill=distill)
     return distill_plan(replace(config, training=training), **networks, gpus=shards)
 
 
 def layouts_for(world: int) -> list[Layout]:
-    """The layouts that make sense on this number of GPUs."""
+    """Layouts to consider for this number of GPUs."""
     if world == 1:
         return [Layout.parse("none:1")]
     texts = [f"full:{world}"]
@@ -114,7 +114,7 @@ def plan_table(
     config_path: str, settings: Sequence[str], networks: Mapping[str, TransformerSize], world: int, global_batch: int,
     card_gb: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each layout on `world` GPUs: memory by phase in bytes, and how the batch comes out."""
+    """A row for each layout on `world` GPUs: bytes by phase, and the number of accumulated micro-batches."""
     rows = []
     for layout in layouts_for(world):
         try:
@@ -137,7 +137,7 @@ def _plain(layout: Layout) -> list[str]:
     return [f"training.sequence_parallel={layout.sequence}"] if layout.sequence > 1 else []
 
 
-OWN = "training.distill.fast_rollout=false"  # rollouts by the student itself: no copy of it
+OWN = "training.distill.fast_rollout=false"  # no copy of the student for rollouts
 SMALLER_LAYOUTS: tuple[tuple[str, ...], ...] = (
     (),
     (OWN,),
@@ -151,7 +151,7 @@ SMALLER_LAYOUTS: tuple[tuple[str, ...], ...] = (
 def advice(
     config_path: str, settings: Sequence[str], networks: Mapping[str, TransformerSize], world: int, card_gb: float
 ) -> tuple[str, MemoryPlan] | None:
-    """The least that has to change for cards of `card_gb` GB: a layout, and its plan."""
+    """The smallest change of settings that fits GPUs with `card_gb` GB: a layout and its memory plan."""
     kind = "none:1" if world == 1 else f"full:{world}"
     for rung in SMALLER_LAYOUTS:
         layout = Layout.parse(",".join([kind, *rung]))
@@ -170,13 +170,12 @@ def project(
     result: Mapping[str, Any], gpus: int, *, sequence: int, global_batch: int, steps: int, network_gb_s: float,
     trained: int,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Hours of `steps` critic updates (and the generator's between them) on `gpus`, from a measured layout.
+    """Projected hours of `steps` critic updates, with their generator updates, on `gpus`, from a measured layout.
 
-    The phases of a micro-batch are taken as measured and the optimiser's once an update. What of the communication was
-    not hidden (profiled, if it was) grows with (G - 1) / G. Ranks that take turns with the critic's rollouts make fewer
-    of them, a micro-batch, the more evenly these come out. Machines of 8 shard within themselves, and send the
-    gradients of `trained` parameters once a micro-batch, 4 bytes each, at `network_gb_s` a GPU, hidden by nothing.
-    None: the batch does not come out on so many GPUs.
+    Phases of a micro-batch take the measured time, and the optimizer runs once per update. Exposed communication, if it
+    was profiled, grows with (G - 1) / G. With rollout sharing, the number of the critic's rollouts per rank is rounded
+    up. Machines of 8 GPUs shard internally and exchange the gradients of `trained` parameters once per micro-batch,
+    4 bytes each, at `network_gb_s` per GPU, without overlap. None if the batch cannot be divided among so many GPUs.
     """
     at_once = gpus // sequence * result["micro_batch"]
     rounds, rest = divmod(global_batch, at_once) if at_once else (0, 1)
@@ -208,6 +207,6 @@ def project(
 
 
 def _update_seconds(phases: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
-    """Seconds of an update but for the optimiser, and of the optimiser."""
+    """Seconds of an update without the optimizer, and of the optimizer."""
     optimiser = phases.get("optimiser", {}).get("s", 0.0)
     return sum(phase["s"] for phase in phases.values()) - optimiser, optimiser

@@ -1,4 +1,4 @@
-"""Prompts with random embeddings, for runs whose networks are random, too."""
+"""Prompts with random embeddings, for runs with random networks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ WORDS = 120  # tokens of a prompt
 
 
 def random_prompts(config_path: str | Path, settings: Sequence[str], folder: Path, dim: int) -> list[str]:
-    """Write a file of 16 prompts into `folder`, and embeddings of width `dim` for all that a run with `settings`
-    embeds, as scripts/encode_prompts.py does. Returns the settings that name them."""
+    """Write a file with 16 prompts to `folder`, and random embeddings of width `dim` for all prompts of a run with
+    `settings`, in the format of scripts/encode_prompts.py. Returns the settings that select them."""
     file, encoded = folder / "prompts.txt", folder / "encoded"
     file.write_text("\n".join(f"prompt {i}" for i in range(16)) + "\n")
     named = [f"training.distill.prompts={file}", "model.text_encoder=none"]

@@ -1,4 +1,4 @@
-"""Measured peak rates of this machine for matrix products and copies, and the energy of a run."""
+"""Measured peak rates of this machine for matrix products and copies, and the energy of a GPU."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def timed(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
-    """Median seconds of `work`: on a GPU by events, each repeat by itself."""
+    """Median seconds of `work`; on a GPU measured by events."""
     for _ in range(warm_up):
         work()
     if device.type != "cuda":
@@ -38,7 +38,7 @@ def timed(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
-    """Operations a second of [m, k] x [k, n] on random numbers. float8: scaled by row."""
+    """FLOPs per second of [m, k] x [k, n] with random values. float8 is scaled by row."""
     g = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, generator=g, device=device) for size in ((m, k), (n, k)))
     if dtype == E4M3:
@@ -51,7 +51,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int
 
 
 def copy_rate(device: torch.device, size: int) -> float:
-    """Bytes a second, those read and those written, of a copy of `size` bytes within the device's memory."""
+    """Bytes per second, read and written, of a copy of `size` bytes in the memory of the device."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / timed(lambda: target.copy_(source), device)
@@ -110,7 +110,7 @@ class Energy:
         self._handle = handle if available else None
 
     def read(self) -> float | None:
-        """Joules since the driver was loaded."""
+        """Joules since the driver was loaded; None without a counter."""
         if self._handle is None:
             return None
         millijoules = ctypes.c_ulonglong()
@@ -120,5 +120,5 @@ class Energy:
 
 
 def nbytes(tensors: list[Tensor]) -> int:
-    """Bytes of tensors, each storage once."""
+    """Bytes of the storages of `tensors`, each counted once."""
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

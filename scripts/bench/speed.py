@@ -25,12 +25,12 @@ from scripts.bench.cost import clip_flops, step_cost
 from scripts.bench.roofline import Energy, nbytes, timed
 
 PROMPT = "a red circle moves right"
-WARM_UPS = 2  # the first runs each cache state, the second may capture what was left
+WARM_UPS = 2  # the first runs each cache state, the second captures the remaining ones
 
 
 @dataclass
 class Playback:
-    """One run of a stream: when its chunks were in host memory, seconds from the call, and what their parts took."""
+    """One run of a stream: arrival times of its chunks in host memory, in seconds, and times of their parts."""
 
     arrivals: list[float] = field(default_factory=list)
     spans: list[dict[str, float]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Playback:
 
 
 def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROMPT) -> Playback:
-    """Play `chunks` chunks as the pipeline does: on a GPU the next chunk is in the queue before one is waited for."""
+    """Generate `chunks` chunks as the pipeline does: on a GPU the next chunk is queued before waiting for one."""
     gpu = session.device.type == "cuda"
     out, last = Playback(), None
     begin = time.perf_counter()
@@ -67,7 +67,7 @@ def report(
     fps: int,
     text_tokens: int,
 ) -> dict[str, Any]:
-    """The report of a session, which may be cold, without the peak rates of the machine. Rates sum over streams."""
+    """The report of a session, without the peak rates of the machine. Rates are sums over streams."""
     device, gpu = session.device, session.device.type == "cuda"
     began = time.perf_counter()
     for _ in range(WARM_UPS):
@@ -84,7 +84,7 @@ def report(
     steps = [_median_spans([run.spans[k] for run in runs]) for k in range(chunks)]
     rates = {"clip": frames / clip}
     if chunks > 1:
-        k = max(1, chunks - 2)  # no other chunk is denoised beside the decoding of the last, which arrives early
+        k = max(1, chunks - 2)  # not the last, which is decoded while nothing is denoised
         gaps = [run.arrivals[k] - run.arrivals[k - 1] for run in runs]
         rates["steady"] = batch * runs[0].frames[k] / median(gaps)
     rates["denoising"] = batch * runs[0].frames[-1] / _denoising(steps[-1])
@@ -115,7 +115,7 @@ def _denoising(spans: dict[str, float]) -> float:
 
 
 def _memory(session: StreamSession) -> dict[str, int]:
-    """Bytes by part; peak and reserved are those of the whole process since the warm-up."""
+    """Bytes by part. `peak` and `reserved` are of the whole process since the warm-up."""
     gpu, model = session.device.type == "cuda", session.student.model
     sizes = {
         "student": nbytes([*model.parameters(), *model.buffers()]),
@@ -133,7 +133,7 @@ def _memory(session: StreamSession) -> dict[str, int]:
 
 @torch.no_grad()
 def parts(session: StreamSession, batch: int = 1, repeats: int = 10) -> dict[str, float]:
-    """Seconds of decoding and of transferring a chunk (not the first) by themselves."""
+    """Seconds of decoding and of transferring one chunk (not the first), each measured alone."""
     geometry, device = session.geometry, session.device
     decoder = session.codec.stream()
     latents = torch.randn(geometry.latent_shape(batch, geometry.chunk_frames), device=device)
@@ -165,7 +165,7 @@ def efficiency(
     fp8: bool,
     gpus: int = 1,
 ) -> list[dict[str, Any]]:
-    """Each chunk's last step against what `gpus` can do: operations, bytes, shares of the two ceilings."""
+    """The last step of each chunk compared with the peak rates of `gpus`: FLOPs, bytes, and shares of both rates."""
     rows, text = [], session._prompt_track.state.kv[0][0].shape[1]
     peak = gpus * (max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"])
     copy = gpus * rates["copy"]
@@ -196,16 +196,16 @@ def efficiency(
 
 @dataclass(frozen=True)
 class Steadiness:
-    """Timing of a stream that is watched in real time. Seconds, for chunks after the first."""
+    """Timing of a stream that is played in real time, in seconds, for chunks after the first."""
 
     chunks: int
     interval_median: float
     interval_p99: float
     interval_max: float
-    slowdown: float  # median interval of the last quarter to that of the second
-    late_frames: int  # shown later than `fps` wants, if playing starts when the first frames arrive
-    buffer_needed: float  # seconds that playing would have to start later so that none is late
-    growth: int  # bytes allocated at the end more than after a quarter
+    slowdown: float  # median interval of the last quarter / of the second quarter
+    late_frames: int  # frames that arrive too late for `fps`, if playback starts with the first frames
+    buffer_needed: float  # delay of playback, in seconds, with which no frame would be late
+    growth: int  # bytes allocated at the end minus those after a quarter
 
     @property
     def keeps_up(self) -> bool:
@@ -214,12 +214,12 @@ class Steadiness:
 
 def steadiness(played: Playback, fps: int) -> Steadiness:
     """Timing for a viewer at `fps` frames per second."""
-    assert len(played.arrivals) >= 4, "too short to tell"
+    assert len(played.arrivals) >= 4, "the stream is too short"
     intervals = [b - a for a, b in zip(played.arrivals, played.arrivals[1:], strict=False)]
     quarter = max(1, len(intervals) // 4)
     late, wait, shown = 0, 0.0, 0
     for arrival, frames in zip(played.arrivals, played.frames, strict=True):
-        due = played.arrivals[0] + shown / fps  # when the chunk's first frame is to be shown
+        due = played.arrivals[0] + shown / fps  # time at which the first frame of the chunk is displayed
         wait = max(wait, arrival - due)
         late += sum(arrival > due + i / fps for i in range(frames))
         shown += frames

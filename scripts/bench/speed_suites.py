@@ -1,4 +1,4 @@
-"""The settings of the suites of `scripts/benchmark.py`, most important first; the last ones may get no time."""
+"""Variants of the suites of `scripts/benchmark.py`, by importance; the last ones may be skipped for lack of time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ PLAIN_ATTENTION = ("inference.attention=sdpa",)
 
 @dataclass(frozen=True)
 class Variant:
-    """One row. `standard`: same latents as the reference but for rounding, so the difference is stated."""
+    """One row. standard: the latents equal those of the reference up to rounding, so the difference is reported."""
 
     name: str
     settings: tuple[str, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the command line, by their names
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the command line, by name
     config: str = FULL
     standard: bool = True
     reference: bool = False
-    against: str = ""  # another variant, which its latents are compared with in place of the reference's
+    against: str = ""  # variant whose latents are compared instead of those of the reference
 
 
 def _full(
@@ -42,7 +42,7 @@ def _tiny(name: str, *settings: str, **rest: Any) -> Variant:
 
 
 H100 = (
-    _full("bf16"),  # first, so that the time since the process began is that of a cold start
+    _full("bf16"),  # first, so that the time since the start of the process is that of a cold start
     _full("eager", *EAGER, *PLAIN_ATTENTION, repeats=2, reference=True),
     _full("fp8 by row", "inference.precision=fp8"),
     _full("fp8 linears alone", "inference.precision=fp8", "inference.fp8_attention=false"),
@@ -81,7 +81,7 @@ TWO_GPUS = (
     *_pair("14B", "bf16"),
     *_pair("1.3B", "fp8", FP8),
     *_pair("1.3B", "bf16"),
-    # what one GPU's latents differ by with another kernel
+    # the difference that another kernel makes on one GPU
     _full("1.3B bf16 with cuDNN", "inference.attention=cudnn", standard=False, against="1.3B bf16", repeats=1),
 )
 CPU = (

@@ -9,7 +9,7 @@ GB = 1e9
 
 
 def ms(seconds: float | None) -> str:
-    """Milliseconds, or nothing."""
+    """Milliseconds as text; empty for None."""
     return "" if seconds is None else f"{1000 * seconds:.1f}"
 
 
@@ -45,16 +45,16 @@ def _figures(report: Mapping[str, Any]) -> list[list[str]]:
     rates, peaks, last = report["rates_fps"], report["ceilings"], report["steps"][-1]
     rows = [
         ["clip", f"{report['clip_s']:.3f} s"],
-        ["clip, quickest to slowest", " to ".join(f"{x:.3f} s" for x in report["clip_spread_s"])],
+        ["clip, fastest to slowest", " to ".join(f"{x:.3f} s" for x in report["clip_spread_s"])],
         ["first frames", f"{report['first_frames_s']:.3f} s"],
         ["rate: clip", f"{rates['clip']:.1f} FPS"],
         *([["rate: steady stream", f"{rates['steady']:.1f} FPS"]] if "steady" in rates else []),
         ["rate: denoising alone", f"{rates['denoising']:.1f} FPS"],
-        ["decoding of a chunk alone", f"{ms(report['decode_s'])} ms"],
-        ["transfer of a chunk alone", f"{ms(report['transfer_s'])} ms"],
+        ["decoding a chunk, alone", f"{ms(report['decode_s'])} ms"],
+        ["transferring a chunk, alone", f"{ms(report['transfer_s'])} ms"],
         ["text encoding", f"{ms(text)} ms" if (text := report["text_encoding_s"]) is not None else "not measured"],
         ["building the networks", f"{report['build_s']:.1f} s"],
-        ["first clip, compilation included", f"{report['first_clip_s']:.1f} s"],
+        ["first clip, with compilation", f"{report['first_clip_s']:.1f} s"],
         ["process start to first clip", f"{report['since_start_s']:.1f} s"],
         ["last step", f"{ms(last['step_s'])} ms; floor {ms(last['floor_s'])} ms"],
         ["energy", "no counter" if report["joules_a_clip"] is None else f"{report['joules_a_clip']:.0f} J a clip"],
@@ -98,7 +98,7 @@ def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """All figures that both reports have, the ratio of the second to the first, and the settings that differ."""
+    """All figures in both reports, the ratio of the second to the first, and the settings that differ."""
     first, second = dict(_numbers(a)), dict(_numbers(b))
     rows = [["", "first", "second", "second / first"]]
     for name, value in first.items():

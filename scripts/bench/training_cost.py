@@ -28,24 +28,24 @@ BACKWARD = "backward"
 
 @dataclass(frozen=True, kw_only=True)
 class DistillCost:
-    """Operations of the phases of an update, for given networks and settings."""
+    """FLOPs of the phases of an update, for given networks and settings."""
 
     student: TransformerSize
     teacher: TransformerSize
     critic: TransformerSize
     geometry: Geometry
     schedule: Schedule
-    frames: int  # latent frames of the window that the losses see
+    frames: int  # latent frames in the loss window
     text_tokens: int
     batch: int = 1  # samples of a micro-batch
     guidance: bool = True
     fake_guidance: bool = False
     release_context: bool = False  # training.distill.rollout_context
-    start_steps: int = 0  # of a chunk of the frozen start, where motion is regressed on what it makes
-    frozen: bool = False  # adapters are trained
+    start_steps: int = 0  # steps per chunk of the frozen initial student, for the motion regression
+    frozen: bool = False  # only adapters are trained
 
     def generator(self, exits: Sequence[int]) -> dict[str, int]:
-        """Of an update of the student whose chunks exit at these steps."""
+        """FLOPs of a generator update by phase. exits: exit step of each chunk."""
         without, graph = self._rollout(exits)
         return {
             ROLLOUT: (without + self._start_rollout(len(exits))).total,
@@ -56,13 +56,13 @@ class DistillCost:
         }
 
     def critic_update(self, exits: Sequence[int]) -> dict[str, int]:
-        """Of an update of the critic."""
+        """FLOPs of a critic update by phase."""
         without, graph = self._rollout(exits)
         forward = self._score(self.critic, 1)
         return {ROLLOUT: (without + graph).total, CRITIC: forward.total, BACKWARD: forward.backward(self.frozen)}
 
     def recomputed(self, who: str, exits: Sequence[int]) -> int:
-        """What checkpointing adds to a backward pass: of "generator" all of its chunks' forward passes, of "critic" all
+        """FLOPs that activation checkpointing adds: for "generator" the forward passes of all chunks, for "critic" all
         but self-attention."""
         if who == "generator":
             return self._rollout(exits)[1].total
@@ -75,7 +75,7 @@ class DistillCost:
         return one + text_keys(network, self.text_tokens, batch)
 
     def _rollout(self, exits: Sequence[int]) -> tuple[Passes, Passes]:
-        """Passes without a graph, and those with one (with the text's keys, which are made once a rollout)."""
+        """FLOPs of passes without a graph and with one (which include the keys of the text, computed once)."""
         without, graph = Passes(), text_keys(self.student, self.text_tokens, self.batch)
         for chunk, exit_at in enumerate(exits):
             one = self._pass(chunk)
@@ -85,7 +85,7 @@ class DistillCost:
         return without, graph
 
     def _start_rollout(self, chunks: int) -> Passes:
-        """The frozen start's, every chunk to the end of its steps."""
+        """FLOPs of the rollout of the frozen initial student, all steps of every chunk."""
         total = text_keys(self.student, self.text_tokens, self.batch) if self.start_steps else Passes()
         for chunk in range(chunks if self.start_steps else 0):
             extra = self.release_context or self.schedule.context_timestep(chunk) is not None
@@ -94,13 +94,13 @@ class DistillCost:
         return total
 
     def _pass(self, chunk: int) -> Passes:
-        """One step of a chunk."""
+        """FLOPs of one step of a chunk."""
         tokens = self.geometry.tokens_per_chunk
         keys = len(self.geometry.visible_chunks(chunk)) * tokens
         return network_pass(self.student, tokens=tokens, keys=keys, text_tokens=self.text_tokens, batch=self.batch)
 
     def _after(self, chunk: int, exit_at: int, *, last: bool) -> int:
-        """Passes after the exit, for the chunks to come (pipeline/rollout.py)."""
+        """Number of passes after the exit step, for the context of later chunks (pipeline/rollout.py)."""
         if last:
             return 0
         if self.release_context:

@@ -1,10 +1,11 @@
-"""Schedules against each other: what one will cost, which are worth trying next, and which lie on the front.
+"""Search over schedules: predicted latency, the next candidate, and the Pareto front.
 
-A schedule is written as in `schedule.steps`, one digit a chunk, and its context policy: `4322222`, `4322222+clean`.
+Syntax: digits as in `schedule.steps`, one per chunk, and the context mode: `4322222`, `4322222+clean`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from configs.errors import UserError
 from configs.schema import CONTEXTS, Config
@@ -15,7 +16,7 @@ MAX_STEPS = 9  # of one chunk: a digit
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """Steps of chunk 0, 1, ... of a clip, and what a chunk leaves for later ones."""
+    """Denoising steps of each chunk, and the context mode."""
 
     steps: tuple[int, ...]
     context: str = "last_step"
@@ -28,7 +29,7 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str, chunks: int, context: str = "last_step") -> "Candidate":
-        """`4322` or `4322+clean`; the last digit is repeated to `chunks`, and what goes beyond them is cut."""
+        """Parse `4322` or `4322+clean`. The last digit repeats up to `chunks`; further digits are dropped."""
         digits, plus, policy = text.partition("+")
         if not digits.isascii() or not digits.isdecimal() or "0" in digits:
             raise UserError(f"schedules={text} is no schedule; write digits 1-9, one a chunk: 4322222 or 4322+clean")
@@ -42,7 +43,7 @@ class Candidate:
         return "".join(map(str, self.steps)) + suffix
 
     def apply(self, config: Config) -> Config:
-        """`config` with these numbers of steps and this context policy; all else of its schedule stays."""
+        """`config` with these numbers of steps and this context mode; the rest of its schedule is unchanged."""
         return replace(with_steps(config, self.steps, self.context), name=f"{config.name}_{self.name}")
 
     def schedule(self, config: Config) -> Schedule:
@@ -52,28 +53,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds of the parts of a clip, by chunk: a step of chunk k costs what its cache makes it cost."""
+    """Milliseconds of the parts of a clip by chunk; a step takes longer when more keys are visible."""
 
     step: tuple[float, ...]  # one denoising step of chunk k
-    context: tuple[float, ...]  # the extra pass; a step's cost where none was measured
+    context: tuple[float, ...]  # context pass; that of a step if none was measured
     decode: tuple[float, ...]
 
     @classmethod
     def measured(cls, clips: Sequence[Sequence[Mapping[str, float]]]) -> "Costs":
-        """From `ChunkResult.timings` of clips of equal length: medians over clips. Seconds in, milliseconds out."""
+        """Medians over `ChunkResult.timings` (seconds) of clips of equal length."""
         chunks = len(clips[0])
         step, context, decode = [], [], []
         for k in range(chunks):
             spans = [clip[k] for clip in clips]
             steps = [value for s in spans for name, value in s.items() if name.startswith("step")]
             passes = [s["context"] for s in spans if "context" in s]
-            step.append(1000 * _median(steps))
-            context.append(1000 * _median(passes) if passes else step[-1])
-            decode.append(1000 * _median([s["decode"] for s in spans if "decode" in s] or [0.0]))
+            step.append(1000 * median(steps))
+            context.append(1000 * median(passes) if passes else step[-1])
+            decode.append(1000 * median([s["decode"] for s in spans if "decode" in s] or [0.0]))
         return cls(tuple(step), tuple(context), tuple(decode))
 
     def clip(self, schedule: Schedule) -> float:
-        """Predicted milliseconds of a clip, the prompt already encoded."""
+        """Predicted milliseconds of a clip, without encoding the prompt."""
         parts = zip(self.step, self.context, self.decode, strict=True)
         return sum(
             len(schedule.timesteps(k)) * step + decode + (context if schedule.context_timestep(k) is not None else 0)
@@ -81,15 +82,9 @@ class Costs:
         )
 
 
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
 @dataclass(frozen=True)
 class Point:
-    """One schedule that was run. quality: more is better."""
+    """A schedule that was run. quality: higher is better."""
 
     candidate: Candidate
     latency_ms: float
@@ -97,7 +92,7 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats in both, from fast to slow: each is better than all that are faster."""
+    """The Pareto front, fastest first: each point is better than all faster ones."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.latency_ms, -p.quality)):
         if not best or point.quality > best[-1].quality:
@@ -106,7 +101,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def neighbours(candidate: Candidate, max_steps: int = 6) -> Iterator[Candidate]:
-    """Schedules one move away that still fall, or stay level, from chunk to chunk: a step more, less, or moved."""
+    """Schedules with one step more, one less, or one moved, whose steps do not increase from chunk to chunk."""
     steps = candidate.steps
     moves = [{k: d} for k in range(len(steps)) for d in (1, -1)]
     moves += [{a: 1, b: -1} for a in range(len(steps)) for b in range(len(steps)) if a != b]
@@ -120,10 +115,10 @@ def neighbours(candidate: Candidate, max_steps: int = 6) -> Iterator[Candidate]:
 def next_candidate(
     points: Sequence[Point], cost: Callable[[Candidate], float], budget_ms: float, max_steps: int = 6
 ) -> Candidate | None:
-    """The neighbour of the best schedule within the budget that spends most of the budget and has not been tried.
+    """The most expensive untried neighbour, within the budget, of the best schedule within the budget.
 
-    From the next best where the best one's neighbours are used up; None where nothing is left. cost: predicted
-    milliseconds of a clip.
+    If that has no such neighbour, of the second best, and so on; None if there is none. cost: predicted milliseconds of
+    a clip.
     """
     tried = {point.candidate for point in points}
     within = [point for point in points if cost(point.candidate) <= budget_ms]

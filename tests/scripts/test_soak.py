@@ -52,7 +52,7 @@ def test_a_soak(tmp_path, capsys):
 
 
 def test_bad_calls_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--cycles=20 is not three or more --every=10"):
+    with pytest.raises(UserError, match="--cycles=20 is not 3 or more times --every=10"):
         soak.parse(["--cycles", "20"])
     (tmp_path / "other").touch()
     with pytest.raises(UserError, match="is not empty"):

@@ -208,8 +208,8 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
         save_file({"before.x.w": torch.ones(4), "after.x.w": torch.full((4,), value)}, tmp_path / f"{name}.safetensors")
     row = script.compare(one | {"file": str(tmp_path / "b.json")}, one | {"file": str(tmp_path / "a.json")})
     assert row["weights"][0] == pytest.approx(0.05) and not row["passed"]
-    died = one | {"whole": False, "ended": "a rank was ended by SIGABRT"}  # after it had written what it found
-    assert script.compare(died, one) == {"layout": "a", "why": "a rank was ended by SIGABRT", "passed": False}
+    died = one | {"whole": False, "ended": "a rank was killed by SIGABRT"}  # after it had written what it found
+    assert script.compare(died, one) == {"layout": "a", "why": "a rank was killed by SIGABRT", "passed": False}
 
 
 def test_without_time_layouts_are_named(monkeypatch, tmp_path):
@@ -222,7 +222,7 @@ def test_why_a_process_ended():
     log = "W1 something\n[rank1]: Traceback\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\nChildFailedError:"
     assert script.reason(log) == "torch.OutOfMemoryError: CUDA out of memory"
     died = "RuntimeError: Connection reset by peer\n  traceback : Signal 6 (SIGABRT) received by PID 7\n"
-    assert script.reason(f"Signal 15 (SIGTERM) received by PID 6\n{died}") == "a rank was ended by SIGABRT"
+    assert script.reason(f"Signal 15 (SIGTERM) received by PID 6\n{died}") == "a rank was killed by SIGABRT"
     assert script.reason("x\nerror: training.sharding=odd is not\n") == "refused: training.sharding=odd is not"
 
 

@@ -166,7 +166,7 @@ def explore_caption(scene) -> str:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--budget_ms", "0"], "budget_ms=0.0 leaves no time"),
+        (["--budget_ms", "0"], "budget_ms=0.0 is not above 0"),
         (["--num_prompts", "0"], "--num_prompts: 0 is less than 1"),
         (["--config_path", "none.yaml"], "none.yaml does not exist"),
     ],
