@@ -184,7 +184,7 @@ def test_a_checkpoint_is_timed_and_removed(tmp_path, monkeypatch):
     assert folder.parent == tmp_path / "disk" and not folder.exists()
     assert found["saving"]["bytes"] == size > 0 and found["saving"]["s"] > 0 and found["saving"]["gpu_bytes"] == 0
     *table, line = phase_table(found).splitlines()
-    assert line.startswith("checkpoint, checksums and export included: ") and [line] == saving_text(found)
+    assert line.startswith("checkpoint, with checksums and export: ") and [line] == saving_text(found)
     assert saving_text(found | {"saving": {"why": "no time was left"}}) == ["checkpoint: no time was left"]
     del found["saving"]
     assert saving_text(found) == [] and phase_table(found).splitlines() == table
@@ -303,7 +303,7 @@ def test_advice_for_few_gpus():
 
 
 def test_bad_calls_are_refused():
-    with pytest.raises(UserError, match="--network_gb_s=0 is no rate"):
+    with pytest.raises(UserError, match="--network_gb_s=0 is not above 0"):
         script.parse(["--layouts", "full:2", "--network_gb_s", "0"])
     with pytest.raises(UserError, match="--layouts is empty"):
         script.main([])
