@@ -3,7 +3,7 @@
 import argparse
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import uvicorn
@@ -73,12 +73,10 @@ def run(program: Program) -> int:
     keys = read_keys(args.keys_file)
     origins = [origin.lower().rstrip("/") for origin in args.allow_origin]
     check_access(args.host, keys, origins)
-    live = Limits(
-        visitors=args.visitors, streams_per_key=args.streams_per_key, streams=args.streams,
-        idle_seconds=args.idle_seconds, max_seconds=args.max_seconds,
-    )  # fmt: skip
-    jobs = JobLimits(
-        queue=args.queue, queue_per_key=args.queue_per_key, kept_per_key=args.kept_per_key, keep_hours=args.keep_hours
+    exits.set_by_flags({name: f"--{name}" for name in vars(args)})
+    live, jobs = (
+        kind(**{field.name: vars(args)[field.name] for field in fields(kind) if field.name in vars(args)})
+        for kind in (Limits, JobLimits)
     )
     if not 0 <= args.grace_seconds <= 86_400:
         raise UserError(f"--grace_seconds={args.grace_seconds:g} is out of range; give 0 to 86,400")

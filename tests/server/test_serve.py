@@ -167,7 +167,7 @@ def test_a_stop_in_the_middle_and_a_new_start(server, tiny_assets, tmp_path):
         (["--max_seconds", "-1"], "--max_seconds=-1.0 "), (["--port", "99999"], "--port=99999 "),
         (["--host", "0.0.0.0"], "--keys_file"), (["--allow_origin", "https://a.example"], "--keys_file"),
         (["--keys_file", "/nonexistent"], "does not exist"), (["--workers", "65"], "--workers=65"),
-        (["--queue", "0"], "queue=0"), (["--keep_hours", "0"], "keep_hours=0"), (["--grace_seconds", "-1"], "grace"),
+        (["--queue", "0"], "--queue=0"), (["--keep_hours", "0"], "--keep_hours=0"), (["--grace_seconds", "-1"], "grace"),
         (["--lora", "cartoon"], "NAME=FILE"), (["--lora", "a=b", "--lora", "a=c"], "there already"),
         (["--jobs_folder", "/dev/null"], "--jobs_folder"), (["video.fsp=3"], "video.fsp"),
         (["--token", "secret"], "--token"),
