@@ -1,10 +1,12 @@
 """Make the model of the moving world from nothing: its stages one after the other, in one process.
 
     python scripts/train_world.py [--stages text vae ...] [--minutes 22] [key=value ...]
+    python scripts/train_world.py --stages vae --warm --logdir logs/more seed=1 training.steps=6000    # trains it on
 
 Each stage is `train.py --config_path configs/world/<file>.yaml` and starts from what the ones before it wrote. The same
 command continues where a stopped run was; with --minutes it stops by itself, after a checkpoint. Settings given here go
-to every stage.
+to every stage. With --warm a stage starts from the weights that it exported, with a fresh optimizer, where checkpoints
+are gone or its settings change. Give it another seed too, and so other clips.
 """
 
 import os
@@ -29,23 +31,27 @@ from utils.seeds import stable_hash  # noqa: E402
 
 STAGES = ("text", "vae", "teacher", "causal", "four", "diagonal", "long")
 FILES = {"four": "distill", "diagonal": "distill"}  # in configs/world/, where it is not the stage's name
+TRAINED = {"vae": "vae", "teacher": "transformer"}  # in training.init, where it is not the student
 PROMPTS = 16384
 
 
-def settings_of(stage: str, output: str, logdir: str) -> list[str]:
-    """Where a stage's networks come from and go to, and what the run of it changes in its file."""
-    teacher, start = f"{output}/teacher", f"{logdir}/causal_start"
-    before = {"four": start, "diagonal": f"{logdir}/four/export", "long": f"{logdir}/diagonal/export"}
+def settings_of(stage: str, output: str, logdir: str, warm: bool = False) -> list[str]:
+    """Where a stage's networks come from and go to, and what the run of it changes in its file.
+
+    warm: what it trains comes from where an earlier run of it has put that.
+    """
+    teacher = f"{output}/teacher"
+    to = {"text": f"{output}/text_encoder", "vae": f"{output}/vae", "teacher": teacher, "long": f"{output}/student"}
+    to |= {"causal": f"{logdir}/causal_start", "four": f"{logdir}/four/export", "diagonal": f"{logdir}/diagonal/export"}
+    start = {"causal": teacher, "four": to["causal"], "diagonal": to["four"], "long": to["diagonal"]}
     settings = [f"model.{name}={output}/{name}" for name in ("student", "vae", "text_encoder")]
     settings.append(f"model.tokenizer={output}/text_encoder")
-    exports = {"text": "text_encoder", "vae": "vae", "teacher": "teacher", "long": "student"}
-    if stage in exports:
-        settings.append(f"training.export={output}/{exports[stage]}")
-    if stage == "causal":
-        settings += [f"training.init.student={teacher}", f"training.export={start}"]
-    if stage in before:
-        settings += [f"training.init.student={before[stage]}", f"training.init.teacher={teacher}"]
-        settings.append(f"training.distill.prompts={logdir}/prompts.txt")
+    if stage not in ("four", "diagonal"):  # whose own folder has their export
+        settings.append(f"training.export={to[stage]}")
+    if warm or stage in start:
+        settings.append(f"training.init.{TRAINED.get(stage, 'student')}={to[stage] if warm else start[stage]}")
+    if stage in ("four", "diagonal", "long"):
+        settings += [f"training.init.teacher={teacher}", f"training.distill.prompts={logdir}/prompts.txt"]
     return settings + ["schedule.steps=4"] * (stage == "four")
 
 
@@ -64,12 +70,15 @@ def main() -> int:
     parser.add_argument("--logdir", default="logs/world", help="folder of the runs, one folder a stage (%(default)s)")
     parser.add_argument("--output", default="assets/world", help="folder of the networks (%(default)s)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help="some of them")
+    parser.add_argument("--warm", action="store_true", help="start these stages from what they exported before")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="captions that distillation sees (%(default)s)")
     parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long, as Ctrl-C does")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. training.validation_clips=256")
     args = parser.parse_intermixed_args()
     if args.minutes is not None and args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes} is no time; give more than 0")
+    if args.warm and "text" in args.stages:
+        raise UserError("--warm: stage text always starts from nothing; name the others, e.g. --stages vae")
     logdir, output = (check_writable(v, flag) for v, flag in ((args.logdir, "--logdir"), (args.output, "--output")))
     write_prompts(logdir / "prompts.txt", args.prompts)
     if args.minutes is not None:
@@ -80,7 +89,7 @@ def main() -> int:
     for stage in args.stages:
         start = time.perf_counter()
         flags = ["--config_path", f"configs/world/{FILES.get(stage, stage)}.yaml", "--logdir", f"{logdir}/{stage}"]
-        ended = train(parse([*flags, *settings_of(stage, str(output), str(logdir)), *args.settings]))
+        ended = train(parse([*flags, *settings_of(stage, str(output), str(logdir), args.warm), *args.settings]))
         rows.append(f"{stage:<10} {time.perf_counter() - start:>8.1f}{'' if ended else '  stopped'}")
         if not ended:
             break

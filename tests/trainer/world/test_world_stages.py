@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from configs.errors import UserError
 from configs.load import CHECKOUT, load_config
-from scripts.train_world import FILES, STAGES, settings_of, write_prompts
+from scripts.train_world import FILES, STAGES, TRAINED, main, settings_of, write_prompts
 from trainer.registry import build_stage
 from trainer.world.captions import VALUES, parse_caption
 from utils.distributed import Ranks
@@ -41,6 +42,22 @@ def test_the_recipe_has_at_most_eight_files_and_names_weights_consistently():
     for name in set(STAGES) - {"four"}:  # the files alone say what the program says
         file = f"configs/world/{FILES.get(name, name)}.yaml"
         assert load_config(file, settings_of(name, "assets/world", "logs/world")) == load_config(file, []), name
+
+
+def test_a_warm_start_is_from_what_the_stage_itself_has_exported():
+    for name in STAGES[1:]:
+        config = load_config(f"configs/world/{FILES.get(name, name)}.yaml", settings_of(name, "out", "runs", warm=True))
+        network = TRAINED.get(name, "student")
+        assert config.training.init[network] == (config.training.export or f"runs/{name}/export")
+        cold = load_config(f"configs/world/{FILES.get(name, name)}.yaml", settings_of(name, "out", "runs"))
+        assert {k: v for k, v in cold.training.init.items() if k != network}.items() <= config.training.init.items()
+
+
+@pytest.mark.parametrize("flags, what", [(["--warm"], "--warm: stage text"), (["--minutes", "0"], "--minutes 0.0")])
+def test_flags_that_mean_nothing_are_refused(flags, what, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_world.py", *flags])
+    with pytest.raises(UserError, match=what):
+        main()
 
 
 def test_prompts_for_distillation_are_captions_and_are_written_once(tmp_path):
