@@ -71,7 +71,7 @@ def config_of(args: argparse.Namespace, row: Row, seed: int, folder: Path) -> Co
 def measured(config: Config, student: Path, scenes: list[Scene], batch: int) -> dict[str, list[float | None]]:
     """A value a clip of each figure, None where there is none."""
     made = replace(config, model=replace(config.model, student=str(student)))
-    play, chunk = generated(made, caption), config.stream.chunk_frames
+    play, chunk = generated(made, caption)[0], config.stream.chunk_frames
     chunks, found = config.video.num_latent_frames // chunk, []
     borders = [pixel_frames(k * chunk) for k in range(1, chunks)]
     for part in batches(len(scenes), batch, "clips"):

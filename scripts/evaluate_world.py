@@ -5,7 +5,7 @@
     python scripts/evaluate_world.py --rendered --num_prompts 28                       # the same of rendered clips
 
 clips      each attribute, rate and amplitude; seams, the outline's tremble and the spread of what captions leave open,
-           over those of rendered clips of the same captions
+           over those of rendered clips of the same captions that went through the VAE, whose own seams are `seam_vae`
 streams    whether number, colour, shape, size and rate stay what they are for --minutes
 switches   streams whose prompt changes its colour: in how many the new one is seen within two chunks, and stays for
            --stay seconds
@@ -61,6 +61,7 @@ GOALS: dict[str, tuple[str, float]] = {  # figure -> what is aimed at
 # Plays scenes: (scenes, seeds, chunks, {chunk: scenes from it on}) -> the frames of each chunk, uint8 [B, t, 3, H, W]
 Player = Callable[[Sequence[Scene], Sequence[int], int, dict[int, list[Scene]]], Iterator[Tensor]]
 Wording = Callable[[Scene], str]
+Through = Callable[[Tensor], Tensor]  # clips uint8 [B, T, 3, H, W] as the VAE gives them back
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -103,10 +104,14 @@ def rendered(config: Config) -> Player:
     return play
 
 
-def generated(config: Config, wording: Wording) -> Player:
+def generated(config: Config, wording: Wording) -> tuple[Player, Through]:
     from pipeline import DiagonalPipeline  # here, so that rendered clips are measured without loading any network
 
     session = DiagonalPipeline.from_config(config).session
+
+    def through(frames):
+        pixels = frames.to(session.device).float() / 127.5 - 1
+        return torch.cat([session.codec.decode(session.codec.encode(part)) for part in pixels.split(4)])
 
     def play(scenes, seeds, chunks, changes):
         for result in session.play([wording(scene) for scene in scenes], list(seeds), chunks):
@@ -114,7 +119,7 @@ def generated(config: Config, wording: Wording) -> Player:
                 session.set_prompt([wording(scene) for scene in changes[result.chunk + 1]])
             yield result.wait().frames.movedim(-1, 2).to(session.device)
 
-    return play
+    return play, through
 
 
 def batches(count: int, size: int, what: str) -> Iterator[slice]:
@@ -124,7 +129,7 @@ def batches(count: int, size: int, what: str) -> Iterator[slice]:
             bar.update(min(size, count - first))
 
 
-def clips(play: Player, config: Config, args: argparse.Namespace) -> dict[str, Interval]:
+def clips(play: Player, config: Config, args: argparse.Namespace, through: Through) -> dict[str, Interval]:
     wording = training_caption if args.people else caption
     world = World(config.video.height, config.video.width)
     scenes = world.scenes(args.seed, args.num_prompts, balanced=True)
@@ -134,18 +139,20 @@ def clips(play: Player, config: Config, args: argparse.Namespace) -> dict[str, I
     found, data = [], []
     for part in batches(len(scenes), args.batch, "clips"):
         seeds = [sample_seed(args.seed, i) for i in range(part.start, part.stop)]
-        for source, rows, shown in ((play, found, scenes), (rendered(config), data, others)):
-            frames = torch.cat(list(source(shown[part], seeds, chunks, {})), dim=1)
+        videos = torch.cat(list(play(scenes[part], seeds, chunks, {})), dim=1)
+        known = through(torch.cat(list(rendered(config)(others[part], seeds, chunks, {})), dim=1))
+        for frames, rows in ((videos, found), (known, data)):
             rows.append({k: v.cpu() for k, v in (measure(frames) | {"seam": seam_score(frames, borders)}).items()})
     made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (found, data))
     columns = score_measured([wording(scene) for scene in scenes], made).columns
-    columns["seam"] = mean_interval(made["seam"])
+    columns["seam"] = mean_interval(made["seam"] / true["seam"].nanmean())
+    columns["seam_vae"] = mean_interval(true["seam"])
     columns["jitter"] = mean_interval(made["jitter"] / true["jitter"].nanmean())
     n = len(scenes)
     return columns | {f"spread_{name}": Interval(v, v, v, n) for name, v in spread(made, true).items()}
 
 
-def streams(play: Player, config: Config, args: argparse.Namespace) -> dict[str, Interval]:
+def streams(play: Player, config: Config, args: argparse.Namespace, _: Through) -> dict[str, Interval]:
     world, rows = World(config.video.height, config.video.width), []
     scenes = world.scenes(args.seed + 1, args.streams, balanced=True)
     chunks = max(1, round(args.minutes * 60 * config.video.fps / (4 * config.stream.chunk_frames)))
@@ -158,7 +165,7 @@ def streams(play: Player, config: Config, args: argparse.Namespace) -> dict[str,
     return type(rows[0])(**whole).summary()
 
 
-def switches(play: Player, config: Config, args: argparse.Namespace) -> dict[str, Interval]:
+def switches(play: Player, config: Config, args: argparse.Namespace, _: Through) -> dict[str, Interval]:
     """The colour is read in each chunk; `stayed`: it is the new one in every chunk that shows one, from WITHIN on."""
     world = World(config.video.height, config.video.width)
     scenes = world.scenes(args.seed + 2, args.switches, balanced=True)
@@ -199,11 +206,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     own = [] if args.checkpoint_path is None else [f"model.student={args.checkpoint_path}"]
     config = load_config(args.config_path, [*args.overrides, *own])
-    play = rendered(config) if args.rendered else generated(config, training_caption if args.people else caption)
+    wording = training_caption if args.people else caption
+    play, through = (rendered(config), lambda clips: clips) if args.rendered else generated(config, wording)
     parts = {"clips": args.num_prompts, "streams": args.streams, "switches": args.switches}
     makers, figures = {"clips": clips, "streams": streams, "switches": switches}, {}
     for part in [name for name, count in parts.items() if count]:
-        for name, value in makers[part](play, config, args).items():
+        for name, value in makers[part](play, config, args, through).items():
             figures[f"{part}.{name}"] = value
     for name, value in figures.items():
         interval = f"{value.low:>9.3f} .. {value.high:<9.3f}"
