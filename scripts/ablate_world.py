@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,6 +21,7 @@ from utils import exits  # noqa: E402
 
 exits.guard(__name__)
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
@@ -29,14 +31,31 @@ from configs.schema import Config  # noqa: E402
 from pipeline.preflight import check_training  # noqa: E402
 from scripts.evaluate_world import SEED, batches, generated  # noqa: E402
 from scripts.studies.ablation import Row, trained  # noqa: E402
-from scripts.studies.world_claims import CLIPS, HARD, LONGER, PARENT, QUICK, ROWS, SEEDS, table  # noqa: E402
+from scripts.studies.world_claims import (  # noqa: E402
+    CLIPS,
+    HARD,
+    LONGER,
+    MEMORY_CHUNKS,
+    MEMORY_CLIPS,
+    PARENT,
+    QUICK,
+    REMEMBERED,
+    ROWS,
+    SEEDS,
+    SHOWN,
+    table,
+)
+from trainer.world.captions import ATTRIBUTES  # noqa: E402
 from trainer.world.measures import agreement, measure  # noqa: E402
+from trainer.world.memory import GAP, kept_colour  # noqa: E402
 from trainer.world.scene import Scene, World, caption  # noqa: E402
 from utils.clip_measures import seam_score  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
 from utils.files import check_writable, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
+
+OPEN = dict.fromkeys(ATTRIBUTES)  # everything about a scene is drawn
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -84,6 +103,26 @@ def measured(config: Config, student: Path, scenes: list[Scene], batch: int) -> 
     return {name: [None if x != x else x for x in value.tolist()] for name, value in figures.items()}
 
 
+def memory(config: Config, student: Path, count: int, batch: int) -> dict[str, list[float | None]]:
+    """Whether each clip of a hiding subject, and each of others over as long a time, keeps a colour that its caption
+    does not state."""
+    made = replace(config, model=replace(config.model, student=str(student)))
+    play, world = generated(made, partial(caption, without=["colour"]))[0], World()
+    middle = pixel_frames(MEMORY_CHUNKS * config.stream.chunk_frames) // 2
+    kinds = {"kept_hide": (("hide",), None), "kept_shown": (SHOWN, (middle - GAP // 2, middle + GAP // 2))}
+    figures = {}
+    for name, (motions, gap) in kinds.items():
+        rng, kept = np.random.default_rng([SEED, len(motions)]), []
+        wanted = [(motions[i % len(motions)], REMEMBERED[i % len(REMEMBERED)]) for i in range(count)]
+        scenes = [world.place(OPEN | {"motion": motion, "rate": rate}, rng) for motion, rate in wanted]
+        for part in batches(count, batch, name):
+            seeds = [sample_seed(SEED, i) for i in range(part.start, part.stop)]
+            frames = torch.cat(list(play(scenes[part], seeds, MEMORY_CHUNKS, {})), dim=1)
+            kept += kept_colour(frames, gap).tolist()
+        figures[name] = [None if x != x else x for x in kept]
+    return figures
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     console()
@@ -107,7 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
             if student is None:
                 return 0  # stopped by a signal; the same command continues
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(file, measured(config, student, scenes, args.batch))
+            figures = measured(config, student, scenes, args.batch)
+            if row.name == "diagonal":
+                figures |= memory(config, student, min(MEMORY_CLIPS, args.num_prompts), args.batch)
+            write_json_atomic(file, figures)
             (out / "claims.md").write_text(table(read(out), hard), encoding="utf-8")
             print(f"{row.title}, seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
     print(table(read(out), hard))

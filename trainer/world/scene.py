@@ -87,9 +87,10 @@ class Pose:
     ground: np.ndarray  # pixels by which the ground has gone to the left
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """What a scene shows, in words: everything, in the standard wording; with `rng` as a person might type it."""
-    stated = {name: vars(scene)[name] for name in ATTRIBUTES}
+def caption(scene: Scene, rng: np.random.Generator | None = None, without: Sequence[str] = ()) -> str:
+    """What a scene shows, in words: everything but attributes in `without`, in the standard wording; with `rng` as a
+    person might type it."""
+    stated = {name: None if name in without else vars(scene)[name] for name in ATTRIBUTES}
     return phrase(stated) if rng is None else varied_phrase(stated, rng)
 
 

@@ -217,16 +217,22 @@ def _blocks(frames: Tensor) -> list[slice]:
 
 
 @torch.no_grad()
-def track(frames: Tensor) -> Track:
-    """Read clips [B, T, 3, H, W]."""
-    b, t = frames.shape[:2]
-    flat, k = frames.flatten(0, 1), len(COLOURS)
-    area, x, y = (torch.empty(b * t, k, device=frames.device) for _ in range(3))
+def colour_areas(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Area, x and y of the centroid [B, T, K] of what each colour covers in clips [B, T, 3, H, W]."""
+    flat = frames.flatten(0, 1)
+    area, x, y = (torch.empty(len(flat), len(COLOURS), device=frames.device) for _ in range(3))
     for part in _blocks(frames):
         small = F.avg_pool2d(unit_frames(flat[part]), 2)
         area[part], x[part], y[part] = _moments(_by_colour(small, None)[1])
-    area, x, y = 4 * area, 2 * x, 2 * y
-    subject, sun, colours = _cast(*(v.view(b, t, k) for v in (area, x, y)))
+    return tuple(v.unflatten(0, frames.shape[:2]) for v in (4 * area, 2 * x, 2 * y))
+
+
+@torch.no_grad()
+def track(frames: Tensor) -> Track:
+    """Read clips [B, T, 3, H, W]."""
+    b, t = frames.shape[:2]
+    flat = frames.flatten(0, 1)
+    subject, sun, colours = _cast(*colour_areas(frames))
     cast = [v.repeat_interleave(t, 0) for v in (subject, sun, colours)]
     rows = [_look(flat[part], *(v[part] for v in cast)) for part in _blocks(frames)]
     found = {name: torch.cat([row[name] for row in rows]).unflatten(0, (b, t)) for name in rows[0]}

@@ -1,12 +1,16 @@
 """How claims about the method are decided on the moving world; rows differ in what their titles say alone."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from configs.errors import UserError
+from configs.load import load_config
 from scripts import ablate_world
+from scripts.evaluate_world import rendered
 from scripts.studies.world_claims import CLAIMS, PARENT, ROWS, SEEDS, Claim, decision, difference, table
+from trainer.world.captions import parse_caption
 
 ROW = {row.name: row for row in ROWS}
 HARD = [True, True, False, False]
@@ -38,6 +42,14 @@ def test_noise_is_undecided_and_says_what_would_have_been_seen():
     assert decision(claim(), difference(claim(), rows, HARD)).startswith("undecided; ")
 
 
+def test_one_that_is_as_good_may_be_a_little_worse():
+    alike = Claim(3, "a claim", "diagonal", "even", "all", 0.03, as_good=True)
+    for loss, said in ((0.01, "holds"), (-0.2, "holds"), (0.05, "refuted")):
+        rows = figures("diagonal", *[[0.9 - loss] * 4] * 3) | figures("even", *[[0.9] * 4] * 3)
+        assert decision(alike, difference(alike, rows, HARD)) == said
+    assert {c.number for c in CLAIMS if c.as_good} == {3, 7}
+
+
 def test_too_few_seeds_decide_nothing():
     rows = figures("diagonal", [1.0] * 4) | figures("even", [0.0] * 4)
     assert decision(claim(), difference(claim(), rows, HARD)) == "not measured (1 of 3 seeds)"
@@ -48,6 +60,37 @@ def test_hard_clips_alone_count_and_a_motion_that_is_not_there_is_none():
     rows = figures("diagonal", *[[1.0, 1.0, 0.0, 0.0]] * 3, figure="rate_ratio")
     rows |= figures("even", *[[0.8, None, 9.0, 9.0]] * 3, figure="rate_ratio")
     assert difference(claim("rate_ratio", hard=True), rows, HARD).value == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "hide, said", [([1.0, 1.0, None, None], "holds"), ([1.0, 0.0, None, None], "refuted"), ([None] * 4, "undecided")]
+)
+def test_memory_is_that_hiding_clips_keep_their_colour_about_as_often_as_others(hide, said):
+    memory = next(c for c in CLAIMS if c.number == 7)
+    assert (memory.figure, memory.against) == ("kept_hide", "kept_shown")
+    found = {("diagonal", seed): {"kept_hide": hide, "kept_shown": [1.0, 1.0, 1.0]} for seed in SEEDS}
+    if said == "undecided":
+        for seed, kept in zip(SEEDS, ([1.0, 0.0], [1.0, 1.0], [1.0, 1.0]), strict=True):
+            found["diagonal", seed]["kept_hide"] = kept
+    assert decision(memory, difference(memory, found, HARD)).startswith(said)
+
+
+def test_rendered_clips_of_captions_without_a_colour_keep_theirs(monkeypatch):
+    said = []
+
+    def instead(config, wording):
+        def play(scenes, *rest):
+            said.extend(map(wording, scenes))
+            yield from rendered(config)(scenes, *rest)
+
+        return play, None
+
+    monkeypatch.setattr(ablate_world, "generated", instead)
+    figures = ablate_world.memory(load_config("configs/world/distill.yaml", []), Path("student"), 2, 2)
+    assert figures == {"kept_hide": [1.0, 1.0], "kept_shown": [1.0, 1.0]}
+    stated = [parse_caption(text) for text in said]
+    assert [s["motion"] for s in stated] == ["hide", "hide", "travel", "spin"]
+    assert {s["colour"] for s in stated} == {None} and {s["rate"] for s in stated} == {"slow", "medium"}
 
 
 def test_every_claim_names_rows_that_there_are_and_the_table_has_a_line_of_each():
