@@ -5,10 +5,14 @@
         async for chunk in live:
             ...  # chunk.data: a fragment of MP4; chunk.frame, chunk.frames: what it shows
 
-docs/streaming.md describes the protocol. `python -m client.record` and `python -m client.steer` are examples.
+`BlockingLiveClient` has the same calls for programs without asyncio. docs/streaming.md describes the protocol.
+`python -m client.record` and `python -m client.steer` are examples.
 """
 
+from client.blocking import BlockingLiveClient
 from client.live import Chunk, LiveClient, LiveError, Place, Receipt, Refused, StreamEnded
 from client.recorder import Recorder
 
-__all__ = ["Chunk", "LiveClient", "LiveError", "Place", "Receipt", "Recorder", "Refused", "StreamEnded"]
+__all__ = [
+    "BlockingLiveClient", "Chunk", "LiveClient", "LiveError", "Place", "Receipt", "Recorder", "Refused", "StreamEnded",
+]  # fmt: skip
