@@ -17,16 +17,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
-from distill_case import BASE, distill_config, distill_settings, distill_stage
+from distill_case import BASE, distill_config, distill_settings
 
 from scripts.bench.random_prompts import random_prompts
 from trainer.loop import run
 from trainer.parallel.apply import local
+from trainer.registry import build_stage
 from utils import exits
 from utils.distributed import Ranks, process_group
 
@@ -85,10 +88,10 @@ def make_happen(stage, event: Event, out: Path) -> None:
 
 def work(assets: str, out: str, overrides: tuple[str, ...], event: Event | None) -> bool:
     """A run; whether its end was reached."""
-    timeout = distill_config(Path(assets), *overrides).training.timeout_s
-    with group(timeout) as ranks:
+    config = distill_config(Path(assets), *overrides)
+    with group(config.training.timeout_s) as ranks:
         device = torch.device("cuda", ranks.local_rank) if GPUS else torch.device("cpu")
-        stage = distill_stage(Path(assets), *overrides, ranks=ranks, device=device)
+        stage = build_stage(config, device, ranks)
         if event is not None and event.rank == ranks.rank:
             make_happen(stage, event, Path(out))
         update = stage.update
@@ -116,6 +119,7 @@ def _child(pipe: Connection, env: dict[str, str], job: Callable[..., bool], argu
     os.environ |= env
     start = time.perf_counter()
     try:
+        assert "ranks_server" in sys.modules, "each rank imports everything by itself"
         ended, said = "done" if job(*arguments) else "stopped", ""
     except Exception as error:  # what it is, is what the test asks
         ended, said = type(error).__name__, str(error)
@@ -169,10 +173,18 @@ def _torchrun(world: int, assets: str, out: str, settings: tuple[str, ...], even
     return Outcome("ended", done.stdout, time.perf_counter() - began, done.returncode)
 
 
+def _fork_server() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks_server"])
+    with pytest.MonkeyPatch.context() as patch:  # up to Python 3.12 the server is not given sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+    return context
+
+
 def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
     """Call `job`, a function of a module of the tests, on so many processes and wait for them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_case"])
+    context = _fork_server()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -165,9 +167,9 @@ def test_a_bad_story_is_refused_in_one_sentence(tmp_path, lines, sentence):
     assert "s.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
-def run(tiny_assets, folder, *arguments, **options):
+def run(tiny_assets, folder, *arguments):
     command = [sys.executable, str(ROOT / "inference.py"), "--config_path", str(tiny_assets / "tiny.yaml"), *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_an_endless_stream_flows_until_its_reader_goes(tiny_assets, tmp_path):
@@ -293,15 +295,24 @@ def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # 
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize("name", ["long.mp4", "long.y4m", "long.raw"])
-def test_a_recording_ends_well_where_the_disk_is_full(tiny_assets, tmp_path, name):
-    def little():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file that this process writes grows beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    process = run(tiny_assets, tmp_path, *ENDLESS, name, preexec_fn=little)
-    errors = process.communicate(timeout=300)[1].decode()
+
+@pytest.mark.parametrize("name", ["long.mp4", "long.y4m", "long.raw"])
+def test_a_recording_ends_well_where_the_disk_is_full(cli, tmp_path, capsys, name):  # noqa: F811
+    with files_of_at_most(100_000):
+        assert cli(*ENDLESS, name) == 2
+    errors = capsys.readouterr().err
     said = [line for line in errors.splitlines() if not line.startswith("warning: ")]
-    assert process.returncode == 2 and len(said) == 1, errors
+    assert len(said) == 1, errors
     assert f"error: the disk of {name} is full; the video ends there, whole" in said[0]
     frames = json.loads((tmp_path / "long.json").read_text())["frames"]
     if name.endswith("raw"):
@@ -312,14 +323,11 @@ def test_a_recording_ends_well_where_the_disk_is_full(tiny_assets, tmp_path, nam
 
 
 @pytest.mark.parametrize("name", ["one.mp4", "one.webm", "one.gif", "one.y4m"])
-def test_a_video_that_the_disk_cannot_hold_leaves_nothing(tiny_assets, tmp_path, name):
-    def little():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-
-    process = run(tiny_assets, tmp_path, "--prompt", A, "--output", name, preexec_fn=little)
-    errors = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 2, errors
-    assert f"error: {name} cannot be written (File too large); make room there" in errors.splitlines()[-1]
+def test_a_video_that_the_disk_cannot_hold_leaves_nothing(cli, tmp_path, capsys, name):  # noqa: F811
+    with files_of_at_most(1500):
+        assert cli("--prompt", A, "--output", name) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {name} cannot be written (File too large); make room there" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -223,9 +223,10 @@ def test_an_unknown_logger_is_refused():
         load_config("configs/train_tiny.yaml", ["training.loggers=[mlflow]"])
 
 
-def test_export_of_a_checkpoint(config_file, tmp_path):
+def test_export_of_a_checkpoint(config_file, tmp_path, monkeypatch, capsys):
     """Averaged by default, the weights themselves on demand; both load."""
     from model.weights.load import load_student
+    from scripts import export_checkpoint
     from trainer.loop import run
     from trainer.registry import build_stage
     from utils.distributed import Ranks
@@ -235,19 +236,17 @@ def test_export_of_a_checkpoint(config_file, tmp_path):
     run(stage, tmp_path / "run")
     for flags, required_weights in ([], stage.averaged), (["--raw"], stage.student.model):
         out = tmp_path / f"out{len(flags)}"
-        command = [sys.executable, str(ROOT / "scripts" / "export_checkpoint.py"), str(tmp_path / "run"), str(out)]
-        done = subprocess.run([*command, "--dtype", "float32", *flags], capture_output=True, text=True)
-        assert done.returncode == 0 and "weights of step 3" in done.stdout, done.stderr
+        arguments = [str(tmp_path / "run"), str(out), "--dtype", "float32", *flags]
+        monkeypatch.setattr(sys, "argv", ["export_checkpoint.py", *arguments])
+        assert export_checkpoint.main() == 0 and "weights of step 3" in capsys.readouterr().out
         loaded = load_student(out).state_dict()
         assert all(torch.equal(value, loaded[name]) for name, value in required_weights.state_dict().items())
 
 
 def test_a_newest_checkpoint_is_whole_and_newest_by_number(config_file, tmp_path, monkeypatch):
     """For export_checkpoint.py and for inference: not by text, not a damaged one, not one without a manifest."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import export_checkpoint
-
     from model.weights.run_folders import find_weights
+    from scripts import export_checkpoint
     from trainer.checkpoint import save as checkpoint
 
     for step in (999_999, 1_000_000, 1_000_001):
@@ -262,17 +261,31 @@ def test_a_newest_checkpoint_is_whole_and_newest_by_number(config_file, tmp_path
     assert find_weights(tmp_path, averaged=False).parent.name == "checkpoint_1000000"
 
 
-def test_a_second_training_of_a_folder_is_refused(config_file, tmp_path):
+HOLD = """
+import sys
+from pathlib import Path
+from utils.files import exclusive_use
+folder = Path(sys.argv[1])
+with exclusive_use(folder, "--logdir"):
+    with exclusive_use(folder, "--logdir"):
+        pass
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_training_of_a_folder_is_refused(config_file, tmp_path, monkeypatch):
     """And leaves what the first one has half saved."""
     from utils.files import exclusive_use
 
     half = tmp_path / "run" / ".partial-checkpoint_000005"
     half.mkdir(parents=True)
-    command = [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), "--logdir"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with exclusive_use(tmp_path / "run", "--logdir"), exclusive_use(tmp_path / "run", "--logdir"):
-        done = subprocess.run([*command, str(tmp_path / "run")], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "is in use by another process" in done.stderr
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"):
+            train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"))
+        first.stdin.close()
     assert half.exists() and not (tmp_path / "run" / "config.yaml").exists()
     with exclusive_use(tmp_path / "run", "--logdir"):
         pass
@@ -301,15 +314,15 @@ def test_a_closed_terminal_saves_and_ends_well(config_file, tmp_path):
     assert len(list(tmp_path.glob("checkpoint_*"))) == 1 and not list(tmp_path.glob(".partial-*"))
 
 
-def test_sigterm_and_the_same_command_again(config_file, tmp_path):
+def test_sigterm_and_the_same_command_again(config_file, tmp_path, monkeypatch):
     """A run stopped in the middle says so, exits 0, and ends with the bytes of one that was not stopped."""
-    more = ["training.steps=30", "training.log_every=1", "training.validation_clips=0"]
-    command = [sys.executable, str(ROOT / "train.py"), "--config_path", str(config_file), *more, "--logdir"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    more = ["training.steps=30", "training.log_every=1", "training.validation_clips=0", "cpu_threads=1"]
+    arguments = ["--config_path", str(config_file), *more, "--logdir"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    subprocess.run([*command, str(straight)], env=env, capture_output=True, check=True, timeout=600)
+    assert train(monkeypatch, *arguments, str(straight)) == 0
 
-    process = subprocess.Popen([*command, str(stopped)], env=env, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, str(stopped)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     metrics = stopped / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(read_jsonl(metrics)) >= 4):
         time.sleep(0.02)
@@ -317,6 +330,6 @@ def test_sigterm_and_the_same_command_again(config_file, tmp_path):
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "the same command resumes" in said
     assert 4 <= len(read_jsonl(metrics)) < 30 and (stopped / "export" / "config.json").exists()
-    subprocess.run([*command, str(stopped)], env=env, capture_output=True, check=True, timeout=600)
+    assert train(monkeypatch, *arguments, str(stopped)) == 0
     weights = "export/diffusion_pytorch_model.safetensors"
     assert (straight / weights).read_bytes() == (stopped / weights).read_bytes()
