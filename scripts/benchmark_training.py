@@ -60,7 +60,7 @@ from safetensors.torch import load_file
 from configs.errors import UserError
 from configs.load import load_config
 from model.fp8 import check_fp8
-from model.sizes import TransformerSize
+from model.sizes import TRANSFORMER_SIZES, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts.bench import cycle_tables as tables
 from scripts.bench.cycle import cap_memory, check, measure
@@ -190,11 +190,15 @@ class Benchmark:
         result: dict[str, Any] = {"layout": layout.text, "sizes": sizes, "whole": False}
         try:
             config = load_config(self.args.config_path, settings)
-            there = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else layout.gpus
+            on_gpus = pick_device(config.device).type == "cuda"
         except UserError as error:
             return result | {"why": f"refused: {error}"}
-        if there < layout.gpus:
-            return result | {"why": f"needs GPUs: {layout.gpus}; there are {there}"}
+        if on_gpus and torch.cuda.device_count() < layout.gpus:
+            return result | {"why": f"needs GPUs: {layout.gpus}; there are {torch.cuda.device_count()}"}
+        full = sorted({name for name in sizes.values() if name in TRANSFORMER_SIZES})
+        if full and not on_gpus:
+            some = ", ".join(f"--{role} {sizes[role]}/2" for role in ROLES if sizes[role] in full)
+            return result | {"why": f"refused: {', '.join(full)} would take hours on a CPU; give {some}, or use GPUs"}
         if self.left < MIN_SECONDS:
             return result | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}
         cost = self.cost(job)

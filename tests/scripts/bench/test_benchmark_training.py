@@ -212,6 +212,14 @@ def test_two_ranks_are_checked_against_one(tmp_path, monkeypatch):
     assert script.compare(died, one) == {"layout": "a", "why": "a rank was killed by SIGABRT", "passed": False}
 
 
+def test_full_sizes_are_not_begun_on_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "START", time.time())
+    monkeypatch.setattr(script.Benchmark, "_start", lambda *_: pytest.fail("began"))
+    args = script.parse(["--layouts", "none:1", *SMALL, "--teacher", "14B"])
+    why = script.Benchmark(args, tmp_path).run(script.Job(args.layouts[0]))["why"]
+    assert why == "refused: 14B would take hours on a CPU; give --teacher 14B/2, or use GPUs"
+
+
 def test_without_time_layouts_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "START", time.time() - 1e6)
     args = script.parse(["--layouts", "none:1", *SMALL])
