@@ -10,5 +10,6 @@ cd "$ROOT"
 cores="$(nproc 2>/dev/null || echo 1)"
 workers="$((cores < 4 ? cores : 4))"
 # A process for each core, one thread each: twice as fast on two cores as two threads in one process.
-export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
-exec "$PYTHON" -m pytest -q -n "$workers" --dist loadfile "$@"
+export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # which has every process compile our modules again
+exec "$PYTHON" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -32,6 +32,12 @@ TEXT_TOKENS = 12
 SEVERAL_RANKS = pytest.mark.flaky(reruns=2, only_rerun=["SIGABRT"])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: of several processes each runs whole files, and none should begin a long one last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def alike(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether decoded videos [T, H, W, 3] have equal frames."""
     return np.array_equal(a, b)

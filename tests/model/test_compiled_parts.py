@@ -19,6 +19,8 @@ from model.denoiser import ScoreModel
 from model.weights.random import random_transformer
 from utils.compiling import TRAINING_OPTIONS
 
+pytestmark = pytest.mark.slow
+
 EXACT = dict(rtol=1e-5, atol=1e-8)
 
 

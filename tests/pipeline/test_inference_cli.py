@@ -23,6 +23,8 @@ from utils.distributed import Ranks
 from utils.seeds import sample_seed
 from utils.video import read_video
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moves right"
 STRANGE = ["a/b\\c ../../x", "🚀🎉", "two\nlines", "x " * 5_000, "*?<>|:\"'", "-"]
 

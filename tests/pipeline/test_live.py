@@ -30,6 +30,8 @@ from pipeline.story import Story, holds_stories, latent_frame_at, read_stories
 from utils.video import read_video
 from utils.video_live import LiveWriter
 
+pytestmark = pytest.mark.slow
+
 A, B, C = "a red circle moves right", "a blue square moves up", "a green triangle moves left"
 
 

@@ -36,6 +36,8 @@ from pipeline.stream import StreamSession
 from server.adapters import _student
 from utils.distributed import Ranks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GPUS = int(os.environ.get("DRILLS_GPUS", "0"))
 DEVICE = torch.device("cuda", 0) if GPUS else CPU

@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 
 from configs.load import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted([*CHECKOUT.glob("*.sh"), *(CHECKOUT / "scripts").glob("*.sh"), CHECKOUT / ".ci" / "run"])
 COPIED = ("inference.sh", "training.sh", "demo.sh", "serve.sh", "setup.py", "scripts/setup.sh",
           "scripts/check_requirements.py")  # fmt: skip

@@ -16,7 +16,7 @@ from conftest import SEVERAL_RANKS
 from configs.load import CHECKOUT
 from utils.logs import read_jsonl
 
-pytestmark = SEVERAL_RANKS
+pytestmark = [SEVERAL_RANKS, pytest.mark.slow]
 SETTINGS = (
     "device=cpu", "training.sharding=full", "training.steps=100000", "training.global_batch=2",
     "training.micro_batch=1", "training.validation_clips=0", "training.image_start=0", "training.log_every=1",

@@ -29,7 +29,7 @@ from pipeline import DiagonalPipeline
 from server.adapters import Adapters
 from utils.video import VideoWriter
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.slow]
 
 
 class Served:

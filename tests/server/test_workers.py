@@ -31,6 +31,8 @@ from server.workers import (
 )  # fmt: skip
 from utils.video import read_video
 
+pytestmark = pytest.mark.slow
+
 OPEN = Control("open", 1, prompt=PROMPT, seed=1)
 
 

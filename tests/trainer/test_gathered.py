@@ -21,7 +21,7 @@ from trainer.distill.stage import Distill
 from trainer.parallel.apply import full_tensor, mean_over_ranks, optimized, optimizer_state, reshard, unshard
 from trainer.parallel.control_group import ControlGroup
 
-pytestmark = SEVERAL_RANKS
+pytestmark = [SEVERAL_RANKS, pytest.mark.slow]
 CYCLE = 3  # steps, of which the first begins with an update of the generator
 SETTINGS = (
     f"training.distill.dfake_gen_update_ratio={CYCLE}", "training.global_batch=4", "training.micro_batch=1",

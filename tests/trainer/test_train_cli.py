@@ -25,6 +25,8 @@ from trainer.loop import make_sinks
 from trainer.validation import LABEL
 from utils.logs import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(ROOT))
 
 

@@ -23,6 +23,8 @@ from utils.logs import read_jsonl
 from utils.seeds import stable_hash
 from utils.video import read_video
 
+pytestmark = pytest.mark.slow
+
 
 def tensors(state, prefix=""):
     """Every tensor of a nested state, by path."""

@@ -22,7 +22,7 @@ from trainer.cli import parse
 from trainer.command import train
 from utils.video import read_video
 
-pytestmark = SEVERAL_RANKS
+pytestmark = [SEVERAL_RANKS, pytest.mark.slow]
 TINY = CHECKOUT / "assets" / "tiny"
 STAGES = tuple(f"configs/train_wan2.1_t2v_1.3b_stage{n}.yaml" for n in (1, 2))
 STEPS = 2

@@ -17,7 +17,7 @@ from ranks_case import GPUS, Event, run_ranks
 from trainer.checkpoint import save as checkpoint
 from utils.logs import read_jsonl
 
-pytestmark = SEVERAL_RANKS
+pytestmark = [SEVERAL_RANKS, pytest.mark.slow]
 STEPS = 4
 # eps of the order of the gradients: Adam's first steps else only look at their signs, and those of zeros are noise
 SETTINGS = (

@@ -12,7 +12,7 @@ from ranks_case import run_ranks
 from trainer.checkpoint import save as checkpoint
 from utils.logs import read_jsonl
 
-pytestmark = SEVERAL_RANKS
+pytestmark = [SEVERAL_RANKS, pytest.mark.slow]
 STEPS = 4  # the generator is updated before the first and the last
 FAST = "training.distill.fast_rollout=true"
 BATCH = ["training.global_batch=4", "training.micro_batch=2", f"training.steps={STEPS}"]
