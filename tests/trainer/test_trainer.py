@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,25 @@ def test_checkpoints_are_kept_to_a_number_and_leave_nothing_behind(tmp_path):
     assert [p.name for p in checkpoint.folders(tmp_path)] == ["checkpoint_000004", "checkpoint_000005"]
     assert len(list(tmp_path.iterdir())) == 2
     assert json.loads((checkpoint.folders(tmp_path)[-1] / "manifest.json").read_text())["step"] == 5
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
+    """Each file and folder is flushed before the rename, and the rename before anything is removed."""
+    events, flush, rename, remove = [], os.fsync, os.replace, shutil.rmtree
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, {"stage": "text"}, keep=1)
+
+    def fsync(descriptor):
+        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **kw: (events.append(("remove", Path(p).name)), remove(p, **kw)))
+    checkpoint.save(tmp_path, 2, {"x": torch.zeros(1)}, {"stage": "text"}, keep=1)
+
+    renamed, removed = events.index(("rename", "checkpoint_000002")), events.index(("remove", "checkpoint_000001"))
+    assert {"state.pt", "manifest.json", ".partial-checkpoint_000002"} <= {name for _, name in events[:renamed]}
+    assert ("flush", tmp_path.name) in events[renamed:removed]
 
 
 def test_what_is_not_whole_neither_counts_nor_is_counted_out(tmp_path):

@@ -4,8 +4,9 @@
                               /state.pt       tensors of every train state (weights, EMA, optimizer)
                               /shards/...     of a sharded run instead: the shards of each rank (sharded.py)
 
-A checkpoint is written to a temporary folder and renamed. One that does not verify is skipped, with a warning, for the
-one before. Either form can be read by any number of ranks, sharded or not.
+A checkpoint is written to a temporary folder, flushed to the disk and renamed, before an older one is removed. One that
+does not verify is skipped, with a warning, for the one before. Either form can be read by any number of ranks, sharded
+or not.
 """
 
 import json
@@ -140,6 +141,8 @@ def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
     names = manifest["files"] if "files" in manifest else [STATE]
     manifest = manifest | {"sizes": {name: (aside / name).stat().st_size for name in names}}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+    for path in (*(aside / name for name in names), aside / MANIFEST, *{(aside / name).parent for name in names}):
+        _flush_to_disk(path)
     before = aside.with_name(f"{aside.name}{BEFORE}")
     if os.path.lexists(final):  # a folder cannot be replaced in one step
         if final.is_symlink() or not final.is_dir() or OURS.foreign_entries(final):
@@ -147,7 +150,17 @@ def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         else:
             os.replace(final, before)
     os.replace(aside, final)
+    _flush_to_disk(final.parent)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Return once a file or the entries of a folder would outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def set_aside(folder: Path) -> Path:
