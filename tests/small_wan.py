@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers import transformer_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.geometry import Geometry
@@ -49,6 +50,27 @@ def stream_cache(
     c = model.config
     shape = (c.num_layers, batch, c.num_attention_heads, c.attention_head_dim)
     return StreamCache(*shape, geo, device=device, dtype=dtype or model.dtype)
+
+
+def masked_v(model, inputs, geo: Geometry, mask: torch.Tensor | None, monkeypatch) -> torch.Tensor:
+    """v of diffusers' own network for (latents, t [B, F], text), with `mask` [L, L] in self-attention.
+
+    Each token gets the timestep of its frame, as diffusers has it for Wan 2.2.
+    """
+    x, t, text = inputs
+    attend = transformer_wan.dispatch_attention_fn
+
+    def masked(q, k, v, **kwargs):
+        if k.shape[1] == len(mask):  # self-attention
+            kwargs["attn_mask"] = mask[None, None]
+        return attend(q, k, v, **kwargs)
+
+    with monkeypatch.context() as patch:
+        if mask is not None:
+            patch.setattr(transformer_wan, "dispatch_attention_fn", masked)
+        dtype = model.patch_embedding.weight.dtype
+        tokens = t.repeat_interleave(geo.tokens_per_frame, 1)
+        return model(x.transpose(1, 2).to(dtype), tokens, text.to(dtype), return_dict=False)[0].transpose(1, 2)
 
 
 def by_chunk(model, cache, geo, latents, t, text) -> torch.Tensor:

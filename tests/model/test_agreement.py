@@ -9,8 +9,7 @@ import functools
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers import transformer_wan
-from small_wan import by_chunk, sizes, stream_cache
+from small_wan import by_chunk, masked_v, sizes, stream_cache
 
 from model.causal_wan import CausalWanModel, chunk_causal_mask
 from model.weights.load import load_student
@@ -49,24 +48,6 @@ def rule() -> torch.Tensor:
     return (key <= query) & ((key < SINK) | (key > query - (WINDOW - SINK)))
 
 
-def diffusers_v(model: WanTransformer3DModel, causal: bool, monkeypatch) -> torch.Tensor:
-    """v of the inputs, with a timestep for each token, as diffusers has it for Wan 2.2."""
-    x, t, text = inputs()
-    attend, seen = transformer_wan.dispatch_attention_fn, rule()
-
-    def masked(q, k, v, **kwargs):
-        if k.shape[1] == len(seen):  # self-attention
-            kwargs["attn_mask"] = seen[None, None]
-        return attend(q, k, v, **kwargs)
-
-    with monkeypatch.context() as patch:
-        if causal:
-            patch.setattr(transformer_wan, "dispatch_attention_fn", masked)
-        x = x.transpose(1, 2).to(model.patch_embedding.weight.dtype)
-        tokens = t.repeat_interleave(GEO.tokens_per_frame, 1)
-        return model(x, tokens, text.to(x.dtype), return_dict=False)[0].transpose(1, 2)
-
-
 def our_v(model: CausalWanModel, way: str) -> torch.Tensor:
     x, t, text = inputs()
     if way == "stream":
@@ -86,7 +67,7 @@ WAYS = ("bidirectional", "masked", "stream")
 @pytest.mark.parametrize("layers", [2, 30])
 def test_float32(monkeypatch, layers, way):
     ours, theirs = pair(layers)
-    expected = diffusers_v(theirs, way != "bidirectional", monkeypatch)
+    expected = masked_v(theirs, inputs(), GEO, rule() if way != "bidirectional" else None, monkeypatch)
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(our_v(ours, way), expected, rtol=0, atol=1e-5)
 
@@ -124,12 +105,13 @@ def test_bfloat16(monkeypatch, halves, way):
     """No further from float32 than the bound, nor than diffusers in bfloat16 is; the error grows as the bound does."""
     causal, errors = way != "bidirectional", {}
     for layers in (2, 8, 30):
-        exact = diffusers_v(pair(layers)[1], causal, monkeypatch)
+        exact = masked_v(pair(layers)[1], inputs(), GEO, rule() if causal else None, monkeypatch)
         ours, theirs = halves(layers)
         kept = {name: value.dtype for name, value in theirs.named_parameters()}
         assert {name: value.dtype for name, value in ours.named_parameters()} == kept
         errors[layers] = relative(our_v(ours, way), exact)
-        assert errors[layers] < 1.1 * relative(diffusers_v(theirs, causal, monkeypatch), exact)
+        theirs = masked_v(theirs, inputs(), GEO, rule() if causal else None, monkeypatch)
+        assert errors[layers] < 1.1 * relative(theirs, exact)
         assert errors[layers] < bound(layers), layers
     assert 1.5 < errors[30] / errors[2] < 1.5 * bound(30) / bound(2)
 
@@ -137,5 +119,5 @@ def test_bfloat16(monkeypatch, halves, way):
 def test_the_bound_would_see_a_mistake(monkeypatch, halves):
     """A timestep rounded to bfloat16, the commonest one, is beyond it."""
     ours, _ = halves(30)
-    exact, (x, t, text) = diffusers_v(pair(30)[1], False, monkeypatch), inputs()
+    exact, (x, t, text) = masked_v(pair(30)[1], inputs(), GEO, None, monkeypatch), inputs()
     assert relative(ours(x, t.bfloat16().float(), text), exact) > bound(30)

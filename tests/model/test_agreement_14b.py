@@ -4,9 +4,8 @@ import functools
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from small_wan import by_chunk, sizes, stream_cache
+from small_wan import by_chunk, masked_v, sizes, stream_cache
 from test_agreement import relative
 
 from model.causal_wan import CausalWanModel, chunk_causal_mask
@@ -46,23 +45,6 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return latents, 1000 * torch.rand(1, FRAMES, generator=g), torch.randn(1, 4, 4096, generator=g)
 
 
-def v_of_diffusers(model: WanTransformer3DModel, mask: torch.Tensor, monkeypatch) -> torch.Tensor:
-    """With a timestep for each token, and the mask in self-attention."""
-    x, t, text = inputs()
-    attend = transformer_wan.dispatch_attention_fn
-
-    def masked(q, k, v, **kwargs):
-        if k.shape[1] == len(mask):
-            kwargs["attn_mask"] = mask[None, None]
-        return attend(q, k, v, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(transformer_wan, "dispatch_attention_fn", masked)
-        dtype = model.patch_embedding.weight.dtype
-        tokens = t.repeat_interleave(GEO.tokens_per_frame, 1)
-        return model(x.transpose(1, 2).to(dtype), tokens, text.to(dtype), return_dict=False)[0].transpose(1, 2)
-
-
 def test_two_layers_of_14b(monkeypatch):
     """Float32: 1e-5 of numbers of order one. Bfloat16: within 1% of float32, weights rounded too (0.84%;
     diffusers 0.80%)."""
@@ -70,7 +52,7 @@ def test_two_layers_of_14b(monkeypatch):
     mask = chunk_causal_mask(GEO, FRAMES, "cpu")
     ours, theirs = pair(torch.float32)
     assert (ours.config.num_attention_heads, ours.config.ffn_dim, len(ours.blocks)) == (40, 13824, 2)
-    exact = v_of_diffusers(theirs, mask, monkeypatch)
+    exact = masked_v(theirs, inputs(), GEO, mask, monkeypatch)
     assert 0.3 < exact.std() < 3
     whole, chunks = ours(x, t, text, mask=mask), by_chunk(ours, stream_cache(ours, GEO, 1), GEO, x, t, text)
     for found in (whole, chunks):
@@ -78,5 +60,5 @@ def test_two_layers_of_14b(monkeypatch):
     ours, theirs = pair(torch.bfloat16)
     assert ours.blocks[0].ffn.net[2].weight.dtype is torch.bfloat16 and ours.scale_shift_table.dtype is torch.float32
     error = relative(by_chunk(ours, stream_cache(ours, GEO, 1, dtype=torch.bfloat16), GEO, x, t, text), exact)
-    theirs = relative(v_of_diffusers(theirs, mask, monkeypatch), exact)
+    theirs = relative(masked_v(theirs, inputs(), GEO, mask, monkeypatch), exact)
     assert error < 0.01 and error < 1.1 * theirs
