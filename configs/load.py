@@ -64,7 +64,7 @@ MOVED = {  # old key -> new key
 PIPELINE = "pipeline.json"  # settings of a folder with all weights, which are in these places
 FOLDER_OF = {name: name for name in ("vae", "text_encoder", "tokenizer")}
 FOLDER_OF |= {"student": "transformer", "tiny_decoder": "tiny_decoder.safetensors"}
-# all that it may set, whole sections among it: such a folder may be a stranger's, and decides what videos look like
+# sections and settings that it may set: only those that decide what videos look like, since it may not be trusted
 PIPELINE_SETTINGS = ("name", "seed", "cpu_threads", "video", "schedule", "stream")
 PIPELINE_SETTINGS += ("model.codec", "model.text_tokens", "inference.precision", "inference.attention")
 MAX_FILE = 1_000_000  # bytes of a YAML file

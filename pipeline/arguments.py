@@ -1,4 +1,4 @@
-"""What `DiagonalPipeline` is called with, checked: one sentence for what is wrong, before anything is made."""
+"""Checks of the arguments of `DiagonalPipeline`, before anything is generated."""
 
 import difflib
 import operator
@@ -25,7 +25,7 @@ STEPS = (
     "a distilled student is trained for the few steps of its schedule, which differ from chunk to chunk; give "
     'schedule="4322222", a preset, or timesteps'
 )
-# arguments of diffusers' Wan pipelines that there are none of -> why, and what to use
+# arguments of diffusers' Wan pipelines that do not exist here -> reason, and what to use
 ABSENT = {
     "guidance_scale": GUIDANCE,
     "guidance_scale_2": GUIDANCE,
@@ -49,7 +49,7 @@ ABSENT = {
 
 
 def refuse(given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """The sentence for arguments that there are none of. None for one of diffusers' is as if it were left out."""
+    """Raise a UserError for unknown arguments. Arguments of diffusers may be None."""
     for name, value in given.items():
         if name in known or (name in ABSENT and value is None):
             continue
@@ -61,7 +61,7 @@ def refuse(given: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an integer of that range."""
+    """`value` as an integer in [low, high]."""
     try:
         number = operator.index(value)
     except TypeError:

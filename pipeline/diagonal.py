@@ -71,7 +71,7 @@ OnChunkEnd = Callable[["DiagonalPipeline", int, dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Request:
-    """A call of the pipeline, checked."""
+    """The checked arguments of a call."""
 
     config: Config  # with the size that was asked for
     prompts: list[str]  # one a video
@@ -169,7 +169,7 @@ class DiagonalPipeline:
 
     @property
     def loras(self) -> LoraAdapters:
-        """Adapters that are not merged for good. UserError where several GPUs share a stream: all hold merged ones."""
+        """Adapters that are not merged. Raises UserError if several GPUs share a stream, which need merged ones."""
         size = self.config.inference.sequence_parallel
         if size > 1:
             raise UserError(f"inference.sequence_parallel={size} keeps adapters as they are; name them in model.lora")
@@ -193,7 +193,7 @@ class DiagonalPipeline:
         settings = settings_of(self.config, self.schedule)
         save_folder(folder, networks, self.session.text_encoder.tokenizer, settings, card)
 
-    # --- what it is made of, and where that is ------------------------------------------------------------------------
+    # --- components and devices ---------------------------------------------------------------------------------------
 
     @property
     def components(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class DiagonalPipeline:
 
     @property
     def scheduler(self) -> None:
-        """There is none: a student has been trained for its steps, which `schedule` holds."""
+        """Does not exist: a student is trained for its steps, which `schedule` holds."""
         raise AttributeError("a pipeline of this kind has no scheduler; use pipe.schedule")
 
     @scheduler.setter
@@ -227,12 +227,12 @@ class DiagonalPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where videos are made."""
+        """The device of the student."""
         return self.session.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the student computes in."""
+        """The dtype of the student."""
         return self.session.dtype
 
     def to(
@@ -274,7 +274,7 @@ class DiagonalPipeline:
         self._place(replace(self.config, device=str(there), inference=inference))
 
     def _place(self, config: Config) -> None:
-        """Become the pipeline that `config` asks for, with the weights that there are."""
+        """Rebuild the pipeline for `config` with the existing weights."""
         if config.inference.sequence_parallel > 1:
             raise UserError(
                 f"inference.sequence_parallel={config.inference.sequence_parallel} keeps networks where they are; "
@@ -422,7 +422,7 @@ class DiagonalPipeline:
         return Request(config, [text for text in prompts for _ in range(samples)], seeds, lengths, rows, pixels)
 
     def _session(self, config: Config) -> StreamSession:
-        """One of the size that `config` has; the last one of another size than the pipeline's is kept for the next."""
+        """A session with the size in `config`; the last one with another size than the pipeline's is kept."""
         size, networks = (config.video.height, config.video.width), self.session
         for session in (self.session, self._resized):
             if session is not None and (session.geometry.height, session.geometry.width) == size:

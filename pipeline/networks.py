@@ -1,4 +1,4 @@
-"""The networks of a pipeline: loaded from what settings name, put where `inference` wants them, and made fast."""
+"""Loads the networks of a pipeline, places them as `inference` says, and optimizes them."""
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -70,7 +70,7 @@ def load_codec(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
 def build_student(
     config: Config, model: CausalWanModel, codec: Codec, plan: FastPlan, device: torch.device
 ) -> tuple[Student, Codec]:
-    """Student and codec as `plan` wants them, changed in place; on as many GPUs as share a stream."""
+    """Student and codec, optimized in place by `plan`; the student on all GPUs that share a stream."""
     size, attention = config.inference.sequence_parallel, config.inference.attention
     if size == 1:
         return apply_fast_plan(Student(model), codec, plan)
@@ -82,7 +82,7 @@ def build_student(
 
 
 def apply_fast_plan(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
-    """Student and codec as `plan` wants them, changed in place."""
+    """Student and codec, optimized in place by `plan`."""
     if plan.is_noop:
         return student, codec
     return optimize_student(student, plan), optimize_codec(codec, compiled=plan.compile)

@@ -3,11 +3,11 @@
     rank 0       this process: sessions, text encoder, noise, decoder, and its share of the student's work
     rank 1, ...  a process and a GPU each (pipeline/sequence_rank.py): the student, and a cache of its own heads
 
-What rank 0 does to its student and its caches it tells the others through pipes, and they do the same in the same
-order; tensors go through the process group. Nobody waits for a GPU. A rank's part of a snapshot stays where it is.
+Rank 0 sends its calls of student and caches to the other ranks through pipes, and they make the same calls in the same
+order; tensors are sent through the process group. No rank waits for a GPU. Each rank keeps its part of a snapshot.
 
-A rank that dies ends the stream: a thread sees it, ends the others and aborts what waits for them, and whoever plays
-gets a UserError. When this process ends, however it does, the other ranks do.
+If a rank dies, a thread ends the other ranks and aborts pending collectives, and the stream raises a UserError. The
+other ranks end with this process in any case.
 """
 
 import os
@@ -64,7 +64,7 @@ def rank_devices(device: torch.device, size: int) -> list[torch.device]:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSetup:
-    """What a rank must know to do its part; weights follow through the process group."""
+    """Settings that a rank is started with; weights are broadcast through the process group."""
 
     rank: int
     size: int
@@ -73,13 +73,13 @@ class RankSetup:
     threads: int  # of torch on a CPU
     network: dict[str, Any]  # config of the student
     weights: list[tuple[str, torch.dtype]]  # its parameters
-    attention: str | None  # kernel of what `plan` does not make fast
-    plan: FastPlan | None  # None = nothing is made fast
+    attention: str | None  # kernel where `plan` does not apply
+    plan: FastPlan | None  # None = no optimization
 
 
 def join(setup: RankSetup, listener: socket.socket | None = None) -> SequenceGroup:
-    """The group of all ranks, once each has called this. listener: rank 0's, of the store."""
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast, which nothing here gains by
+    """The group of all ranks; returns once each of them has called it. listener: socket of the store, on rank 0."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast, which brings nothing here
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # or torch ends this process where a rank is lost
     listening = {} if listener is None else {"master_listen_fd": listener.detach()}
     store = dist.TCPStore(
@@ -97,9 +97,9 @@ def join(setup: RankSetup, listener: socket.socket | None = None) -> SequenceGro
 
 
 class SequenceRanks:
-    """The other ranks, seen from rank 0. `model` goes to them as it is, before it is made fast, and shares its tokens.
+    """The other ranks, as controlled by rank 0. `model` is sent to them before it is optimized, and shares its tokens.
 
-    Raises UserError where heads cannot be shared out, or ranks do not start.
+    Raises UserError if heads cannot be divided among the ranks, or if ranks do not start.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SequenceRanks:
         self.size = size
         self.failure: str | None = None
         self.newest: StreamView | None = None  # of all caches
-        self.release: Callable[[], None] = lambda: None  # lets go of CUDA graphs, for which NCCL would wait in the end
+        self.release: Callable[[], None] = lambda: None  # frees CUDA graphs, for which NCCL would wait
         self._closing, self._names, self._dropped = False, count(), deque()
         self._processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
@@ -169,13 +169,13 @@ class SequenceRanks:
             raise UserError(f"{SETTING}: rank {rank} could not start: {said}")
 
     def name(self, thing: object) -> int:
-        """A number by which the other ranks know `thing`, and forget it when it is gone here."""
+        """A number that identifies `thing` on the other ranks, which drop it when it is deleted here."""
         name = next(self._names)
         weakref.finalize(thing, self._dropped.append, name).atexit = False
         return name
 
     def tell(self, *message: Any) -> None:
-        """Have the other ranks do something, by a name of `FOLLOWS` in pipeline/sequence_rank.py."""
+        """Send a call to the other ranks; its name is a key of `FOLLOWS` in pipeline/sequence_rank.py."""
         self.check()
         gone = [self._dropped.popleft() for _ in range(len(self._dropped))]
         try:
@@ -189,11 +189,11 @@ class SequenceRanks:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Work that all ranks do together. What breaks it off here leaves them waiting, so they are ended."""
+        """Work of all ranks. If it fails here, the other ranks would wait for ever, so they are ended."""
         try:
             yield
         except BaseException as error:
-            if isinstance(error, RuntimeError):  # what gloo raises, where a rank is gone
+            if isinstance(error, RuntimeError):  # from gloo, if a rank is gone
                 self._await_failure()
             failure = self.failure
             self.failure = failure or f"{SETTING}: a step was broken off, and the ranks ended; make the pipeline again"
@@ -203,7 +203,7 @@ class SequenceRanks:
             raise
 
     def check(self) -> None:
-        """Raise UserError where a rank is gone."""
+        """Raise a UserError if a rank is gone."""
         if self.failure is not None:
             raise UserError(self.failure)
 
@@ -213,7 +213,7 @@ class SequenceRanks:
             time.sleep(0.01)
 
     def _watch(self) -> None:
-        """Until a rank ends."""
+        """Wait until a rank ends; then end all."""
         ready = wait(self._pipes)
         if self._closing:
             return
@@ -228,7 +228,7 @@ class SequenceRanks:
         self._abort()
 
     def _ended(self, rank: int, said: str = "") -> str:
-        """A sentence. said: by the rank itself, in the end."""
+        """The message for a rank that has ended. said: the last message of the rank."""
         process = self._processes[rank - 1]
         if not said:
             with suppress(subprocess.TimeoutExpired):
@@ -241,7 +241,7 @@ class SequenceRanks:
             process.kill()
 
     def _abort(self) -> None:
-        """Let go of whatever waits on this rank's GPU for another one. Waiting CPUs have heard of the end already."""
+        """Abort collectives that wait on this rank's GPU. Those on a CPU have raised already."""
         if self._gpu and dist.is_initialized():
             dist.group.WORLD.abort()
 
@@ -266,7 +266,7 @@ class SequenceRanks:
 
 
 class SharedText(list):
-    """Keys and values of a prompt, which the other ranks know by its number."""
+    """Keys and values of a prompt, with the number that identifies them on the other ranks."""
 
     def __init__(self, kv: TextKV):
         super().__init__(kv)
@@ -274,7 +274,7 @@ class SharedText(list):
 
 
 class ParallelStudent(Student):
-    """Rank 0's student: whatever is done with it is done by all ranks. own: what does this rank's share."""
+    """The student on rank 0, whose calls are made on all ranks. own: the student that computes this rank's share."""
 
     def __init__(self, own: Student, ranks: SequenceRanks):
         super().__init__(own.model)
@@ -322,7 +322,7 @@ class ParallelStudent(Student):
 
 @dataclass(frozen=True, eq=False)
 class SharedState:
-    """What a SharedCache held at one time: this rank's part, and the number by which the other ranks know theirs."""
+    """A snapshot of a SharedCache: this rank's part, and the number of the parts of the other ranks."""
 
     own: CacheState
     ranks: SequenceRanks
@@ -330,7 +330,7 @@ class SharedState:
 
 
 class SharedCache:
-    """A KV cache whose heads are shared out: `own` holds this rank's, and the other ranks do what is done to it."""
+    """A KV cache whose heads are divided among the ranks; its calls are made on all of them. own: this rank's."""
 
     def __init__(self, own: StreamCache, ranks: SequenceRanks):
         self.own, self.ranks, self.name = own, ranks, ranks.name(self)

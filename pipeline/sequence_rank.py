@@ -1,6 +1,6 @@
-"""A rank that helps another process with its stream (pipeline/sequence_parallel.py): `python -m` with a pipe's number.
+"""A rank that shares a stream with rank 0 (pipeline/sequence_parallel.py). Its argument is the number of a pipe.
 
-It does what rank 0 tells it until the pipe ends.
+It makes the calls that rank 0 sends until the pipe is closed.
 """
 
 import os
@@ -29,7 +29,7 @@ from pipeline.sequence_parallel import RankSetup, join  # noqa: E402
 
 
 class Follower:
-    """Student and caches of this rank. Its methods are what rank 0 tells, by their names."""
+    """Student and caches of this rank. Rank 0 calls its methods by name."""
 
     def __init__(self, setup: RankSetup, group: SequenceGroup):
         self.group, self.device = group, setup.device
@@ -97,7 +97,7 @@ FOLLOWS: dict[str, Any] = {
 
 
 def end_with(parent: int) -> None:
-    """End this process when `parent` has ended, whatever it is waiting for."""
+    """End this process when `parent` has ended, even if the main thread waits."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -119,7 +119,7 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     try:
         run(pipe)
-    except (EOFError, ConnectionResetError):  # rank 0 is done, and nothing of the GPUs' is waited for
+    except (EOFError, ConnectionResetError):  # rank 0 has ended; do not wait for the GPU
         os._exit(0)
     except Exception as error:
         said = exits.explain(error)

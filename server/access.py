@@ -1,4 +1,4 @@
-"""Who may come in: API keys, and the names under which the server is reached."""
+"""Access control: API keys, and the host names and origins that are accepted."""
 
 import hashlib
 import hmac
@@ -24,12 +24,12 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 MAX_KEYS, MAX_FILE = 10_000, 2**20
 COOKIE = "diagonal_session"
 COOKIE_SECONDS = 12 * 3600
-NOBODY = "anyone"  # the owner of what is asked for where there are no keys
+NOBODY = "anyone"  # the owner of requests if there are no keys
 FORM = "a key has 16 to 200 printable characters without white space and commas, and may follow a name and a space"
 
 
 class Keys:
-    """API keys, each with the name of its owner, which is what logs, jobs and limits go by.
+    """API keys and the names of their owners, which identify them in logs, jobs and limits.
 
     A browser, whose WebSocket cannot send a key, exchanges it for a cookie (`cookie`), which is signed with the key.
     """
@@ -42,7 +42,7 @@ class Keys:
         return bool(self._keys)
 
     def owner(self, key: str) -> str | None:
-        """Whose key this is; takes equally long for all keys."""
+        """The owner of a key, or None; takes equally long for all keys."""
         given, found = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), None
         for owner, digest in self._digests.items():
             if hmac.compare_digest(given, digest):
@@ -50,12 +50,12 @@ class Keys:
         return found
 
     def cookie(self, owner: str, now: float | None = None) -> str:
-        """What says, for COOKIE_SECONDS, that its bearer has shown the key of `owner`."""
+        """A signed cookie for `owner`, valid for COOKIE_SECONDS."""
         expires = int((time.time() if now is None else now) + COOKIE_SECONDS)
         return f"{owner}|{expires}|{self._signature(owner, expires)}"
 
     def cookie_owner(self, cookie: str) -> str | None:
-        """Who a cookie is of; None for one that is expired, forged, or signed with a key that is no longer taken."""
+        """The owner of a cookie; None if it is expired, forged, or signed with a removed key."""
         owner, _, rest = cookie.partition("|")
         expires, _, signature = rest.partition("|")
         if owner not in self._keys or not re.fullmatch("[0-9]{1,12}", expires) or not signature.isascii():
@@ -70,8 +70,8 @@ class Keys:
 def read_keys(path: str | None, environ: MutableMapping[str, str] = os.environ) -> Keys:
     """The keys of a file and of the environment variable, one a line or with commas between, `KEY` or `NAME KEY`.
 
-    The variable is taken out of `environ`, so that no process that is started later has it. UserError, which shows no
-    key, for a file that others may read, and for what is no key.
+    The variable is removed from `environ`, so that child processes do not inherit it. Raises UserError, which contains
+    no key, for a file that other users may read, and for invalid keys.
     """
     texts = {VARIABLE: environ.pop(VARIABLE, "")}
     if path is not None:
@@ -106,7 +106,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_access(host: str, keys: Keys, origins: Sequence[str] = ()) -> None:
-    """Refuse to be open to a network without keys. origins: addresses at which a proxy shows the page."""
+    """Raise a UserError if other machines could connect without keys. origins: addresses of a proxy with the page."""
     fix = f"give --keys_file FILE or set {VARIABLE}"
     if not is_loopback(host) and not keys:
         raise UserError(f"--host={host} can be reached from other machines; {fix}, or use 127.0.0.1")
@@ -119,7 +119,7 @@ def check_access(host: str, keys: Keys, origins: Sequence[str] = ()) -> None:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; UserError where the port is taken or the address is not ours."""
+    """A listening socket. Raises UserError if the port is in use or the address is not of this machine."""
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -135,18 +135,18 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def address(host: str, port: int) -> str:
-    """What to open in a browser."""
+    """The URL for a browser."""
     host = host.strip("[]")
     name = "localhost" if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/"
 
 
 class AccessPolicy:
-    """Whose request this is, if it may come in.
+    """Checks requests and identifies their owners.
 
-    A key is asked for where there are keys, and another site's page may not use the server: by the Host header, by
-    `origins`, or behind a proxy that asks for keys, by X-Forwarded-Host, which no other site's page can set.
-    local: only names of this machine are answered to, and those of `origins`.
+    Requests need a key if there are keys. Pages of other sites are refused, by the Host header, by `origins`, or,
+    behind a proxy and with keys, by X-Forwarded-Host, which pages of other sites cannot set.
+    local: accept only host names of this machine and those in `origins`.
     """
 
     def __init__(self, keys: Keys, local: bool, origins: Sequence[str] = ()):
@@ -154,7 +154,7 @@ class AccessPolicy:
         self._names = {origin.partition("://")[2] for origin in origins}
 
     def check_place(self, headers: Mapping[str, str]) -> None:
-        """ApiError where a request came by another name, or from another site's page."""
+        """Raise an ApiError for another host name, and for a page of another site."""
         host = headers.get("host", "").lower()
         name = HOST.fullmatch(host)
         if name is None:
@@ -167,7 +167,7 @@ class AccessPolicy:
             raise _refused(f"another site's page may not use this server; {fix}", "origin")
 
     def owner(self, headers: Mapping[str, str]) -> str:
-        """Whose key or cookie a request has; ApiError for neither."""
+        """The owner by key or cookie. Raises ApiError without a valid one."""
         if not self.keys:
             return NOBODY
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -182,7 +182,7 @@ class AccessPolicy:
         return found
 
     def _own(self, origin: str, host: str, forwarded: str) -> bool:
-        """Whether `origin` is that of this server's page."""
+        """Whether `origin` is that of the server's own page."""
         place = origin.partition("://")[2]
         names = {host, *(name.strip() for name in forwarded.lower().split(","))} if self.keys else {host}
         return origin in self.origins or (HOST.fullmatch(place) is not None and place in names)

@@ -67,7 +67,7 @@ def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace
 
 
 def run(program: Program) -> int:
-    """Serve until SIGTERM or Ctrl-C. UserError for what cannot be, before anything is loaded where that shows it."""
+    """Serve until SIGTERM or Ctrl-C. Raises UserError for invalid options, if possible before anything is loaded."""
     args = parse(program)
     console()
     keys = read_keys(args.keys_file)
@@ -102,20 +102,20 @@ def run(program: Program) -> int:
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **SOCKET))
     place = address(args.host, listener.getsockname()[1])
     log.info(f"{place} answers; the model is being loaded")
-    # uvicorn ends well on SIGTERM, and then raises it once more for whoever handled it before
+    # uvicorn shuts down on SIGTERM, and then raises it again for the previous handler
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal, without nohup
         signal.signal(signal.SIGHUP, lambda number, frame: setattr(server, "should_exit", True))
     server.run([listener])
     for fault in faults:
         raise fault
-    if not server.started:  # its lifespan has failed, and said why
+    if not server.started:  # its lifespan has failed and logged the reason
         raise UserError("the server could not be started; what is above says why")
     return 0
 
 
 def read_loras(texts: list[str]) -> dict[str, str]:
-    """Files by the names that jobs give; UserError for what is none."""
+    """Parse NAME=FILE arguments. Raises UserError if one is invalid."""
     found: dict[str, str] = {}
     for text in texts:
         match = LORA.fullmatch(text)

@@ -1,4 +1,4 @@
-"""What a client of the live protocol may say (docs/streaming.md), checked: all bounded, none names a file."""
+"""Checks of messages from clients of the live protocol (docs/streaming.md). All values are bounded."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -35,19 +35,19 @@ class Control:
 
 
 def bounds(schedule: Schedule) -> tuple[int, int]:
-    """Most steps of a chunk and most chunks with their own number that may be asked for: the configured ones always."""
+    """Limits of requested schedules: steps of a chunk, and chunks with their own number; at least as configured."""
     return max(MAX_STEPS, *map(len, schedule.timesteps_by_chunk)), max(MAX_ROWS, len(schedule.timesteps_by_chunk))
 
 
 class Reader:
-    """Reads messages for the model of one configuration."""
+    """Parses messages for the model of a configuration."""
 
     def __init__(self, config: Config, max_seconds: float):
         self.config, self.max_seconds = config, max_seconds
         self.schedule = Schedule.from_config(config.schedule, config.stream)
 
     def read(self, text: str) -> Control:
-        """The message in `text`; MessageError, with a sentence to show and its id, for anything else."""
+        """Parse a message. Raises MessageError, with the id of the message, if it is invalid."""
         values = _object(text)
         number = values.get("id")
         if values.get("type") == "shown":
@@ -103,7 +103,7 @@ class Reader:
 
 
 class MessageError(UserError):
-    """A message without sense. id: its own, where it has one."""
+    """An invalid message. id: of the message, if it has one."""
 
     def __init__(self, sentence: str, id: int | None = None):
         super().__init__(sentence)

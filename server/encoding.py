@@ -1,7 +1,7 @@
-"""Chunks of video as they are sent: one fragment of MP4 each, or one JPEG a frame; frames are uint8 [T, H, W, 3], RGB.
+"""Encoding of chunks for sending: one MP4 fragment each, or one JPEG per frame. Frames are uint8 [T, H, W, 3], RGB.
 
-Every chunk is encoded by itself, from a key frame on: any order of chunks plays, and those of several takes go into one
-file. Its place in time is in the fragment, so that a player finds a stream that begins in the middle.
+Chunks are encoded independently and start with a key frame, so they can be played in any order, and chunks of several
+takes can be joined in one file. A fragment contains its time, so playback can start in the middle of a stream.
 """
 
 import io
@@ -18,7 +18,7 @@ from utils.video import add_h264, to_yuv
 log = get_logger(__name__)
 QUALITY, THUMB_QUALITY = 92, 80  # of JPEG
 THUMB = 96  # pixels across
-# name -> options for no delay: no frame waits for later ones. A GPU's encoder goes before the CPU's
+# name -> options without delay (no frame depends on later ones). Hardware encoders are preferred
 HARDWARE = {
     "h264_nvenc": {"preset": "p3", "tune": "ull", "rc": "constqp", "qp": "23", "bf": "0", "zerolatency": "1"},
     "h264_videotoolbox": {"realtime": "1", "q:v": "65", "bf": "0"},
@@ -34,7 +34,7 @@ FRAGMENT = {
 class FragmentEncoder:
     """H.264 in fragments of MP4. size: (height, width), both even.
 
-    encoder: a name that ffmpeg knows; None = of the hardware's that work here the first, else x264.
+    encoder: its name in ffmpeg; None = the first hardware encoder that works here, else x264.
     """
 
     def __init__(self, fps: int, size: tuple[int, int], encoder: str | None = None):
@@ -50,7 +50,7 @@ class FragmentEncoder:
         return b"".join(box for kind, box in self._boxes(frames, first) if kind in (b"moof", b"mdat"))
 
     def _boxes(self, frames: np.ndarray, first: int) -> Iterator[tuple[bytes, bytes]]:
-        """A file of its own, in boxes: kind, and the whole box."""
+        """The boxes of a separate file: type and content."""
         out = io.BytesIO()
         options = SOFTWARE if self.encoder == "libx264" else HARDWARE[self.encoder]
         fragment = FRAGMENT | {"fragment_index": str(first + 1)}
@@ -68,7 +68,7 @@ class FragmentEncoder:
 
 @cache
 def find_encoder(fps: int, size: tuple[int, int]) -> str:
-    """The first encoder of the hardware that encodes a frame here; libx264 where none does."""
+    """The first hardware encoder that works on this machine, else libx264."""
     for name in HARDWARE:
         try:
             FragmentEncoder(fps, size, name)

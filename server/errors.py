@@ -17,7 +17,7 @@ log = get_logger(__name__)
 
 
 class ApiError(Exception):
-    """What a request is refused with: one sentence, and what a program can tell it by."""
+    """An error response: one sentence, and a code for programs."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        message = message.encode("utf-8", "replace").decode()  # a quoted value may be no text that can be sent
+        message = message.encode("utf-8", "replace").decode()  # quoted values may not be encodable
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
@@ -71,7 +71,7 @@ class ErrorBody(BaseModel):
 
 
 def sentence_of(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """What pydantic found first, as a sentence, and the parameter's name."""
+    """The first error of pydantic as a sentence, and the name of its parameter."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(place) or None
@@ -86,7 +86,7 @@ def sentence_of(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let `app` answer every error in this shape."""
+    """Make `app` return all errors in this format."""
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
@@ -117,5 +117,5 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
-        """Ours, which Starlette raises again for uvicorn to log."""
+        """A bug; Starlette raises it again, and uvicorn logs it."""
         return ApiError(500, "the server could not do this; its log says why", code="server_error").response()

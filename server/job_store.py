@@ -1,11 +1,11 @@
-"""Jobs and their files on disk: what is in here outlives the server.
+"""Jobs and their files on disk, which outlive the server.
 
     jobs.sqlite                 a row a job; SQLite with a write-ahead log
     video_<32 digits>.mp4       the finished video      .jpg   its thumbnail      .png   the picture that it begins with
 
-Order of writing: a file is written aside and renamed, and then the row says that it is there; a row is deleted, and
-then its files. So a row never promises what is missing, and after a crash `recover` runs again what was running and
-removes files that no row knows. One process uses a folder at a time.
+A file is written under a temporary name and renamed before its row is updated; a row is deleted before its files. Rows
+therefore never refer to missing files. After a crash, `recover` repeats the jobs that were running and removes files
+without rows. Only one process uses a folder at a time.
 """
 
 import json
@@ -55,7 +55,7 @@ COLUMNS = "number, id, owner, status, created_at, completed_at, expires_at, atte
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """What a video is to be; all of it checked."""
+    """The checked parameters of a video."""
 
     prompt: str
     seconds: float
@@ -83,7 +83,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class JobLimits:
-    """How much may wait and stay; options of serve.py."""
+    """Limits of the queue and of stored jobs; options of serve.py."""
 
     queue: int = number(100, 1, 100_000)  # jobs that wait, of all keys
     queue_per_key: int = number(20, 1, 100_000)  # jobs of a key that wait or run
@@ -95,10 +95,10 @@ class JobLimits:
 
 
 class JobStore:
-    """One thread at a time may use it."""
+    """Table and files of jobs. Not thread-safe."""
 
     def __init__(self, folder: Path, limits: JobLimits):
-        """UserError where the folder is in use, cannot be written to, or holds a database of something else."""
+        """Raises UserError if the folder is in use, not writable, or has the database of another program."""
         self.folder, self.limits = Path(folder), limits
         check_writable(self.folder, "--jobs_folder")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,10 +110,10 @@ class JobStore:
 
     def _opened(self) -> sqlite3.Connection:
         path = self.folder / "jobs.sqlite"
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # transactions are begun by hand
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # transactions are explicit
         try:
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")  # what was answered is there after a power cut
+            db.execute("PRAGMA synchronous = FULL")  # a confirmed write survives a power failure
             version = db.execute("PRAGMA user_version").fetchone()[0]
             empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if version != VERSION and not (version == 0 and empty):
@@ -146,17 +146,17 @@ class JobStore:
         return [_job(row) for row in rows]
 
     def path(self, id: str, ending: str) -> Path:
-        """Of a file of a job, which may be missing."""
+        """Path of a file of a job, which may not exist."""
         assert ID.fullmatch(id) and ending in (VIDEO, THUMBNAIL, IMAGE)
         return self.folder / f"{id}{ending}"
 
     def add(
         self, owner: str, request: JobRequest, digest: str, idempotency_key: str | None, image: bytes | None
     ) -> tuple[Job, bool]:
-        """A new job, and whether it is new: a key that was used before gives the job that it was used for.
+        """Create a job; returns it and True, or for a repeated idempotency key the earlier job and False.
 
-        digest: of all that was asked for, by which a key's second use is compared. image: a PNG file.
-        ApiError where there is no room, or where the key was used for something else.
+        digest: of the request, compared if a key is used again. image: a PNG file.
+        Raises ApiError if a limit is reached, or if the key was used for another request.
         """
         limits, id = self.limits, f"video_{secrets.token_hex(16)}"
         with self._transaction() as db:
@@ -188,7 +188,7 @@ class JobStore:
         return self._jobs("WHERE id = ?", id)[0], True
 
     def get(self, owner: str, id: str) -> Job:
-        """ApiError where this owner has no such job."""
+        """A job of an owner. Raises ApiError if there is none."""
         found = self._jobs("WHERE id = ? AND owner = ?", id, owner)
         if not found:
             raise ApiError(404, f"there is no video {id[:50]}; it may be deleted or expired", code="video_not_found")
@@ -215,24 +215,24 @@ class JobStore:
         return dict(self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
 
     def begin(self, id: str) -> bool:
-        """The job runs from now on; False if it was taken away meanwhile."""
+        """Mark a job as running; False if it is not waiting any more."""
         query = "UPDATE jobs SET status = ?, attempts = attempts + 1 WHERE id = ? AND status = ?"
         return bool(self._db.execute(query, (RUNNING, id, QUEUED)).rowcount)
 
     def put_back(self, id: str, *, counted: bool) -> None:
-        """A running job waits again, at its old place. counted: the run counts as one of MAX_ATTEMPTS."""
+        """Return a running job to its place in the queue. counted: the run counts towards MAX_ATTEMPTS."""
         query = "UPDATE jobs SET status = ?, attempts = attempts - ? WHERE id = ? AND status = ?"
         self._db.execute(query, (QUEUED, int(not counted), id, RUNNING))
 
     def finish(self, id: str, code: str | None = None, message: str = "") -> None:
-        """A waiting or running job has its video; with a code, it has failed, and its video is removed."""
+        """Mark a waiting or running job as completed; with `code`, as failed, and remove its files."""
         now = time.time()
         error = None if code is None else json.dumps({"code": code, "message": message})
         query = (
             "UPDATE jobs SET status = ?, completed_at = ?, expires_at = ?, error = ? WHERE id = ? AND status IN (?, ?)"
         )
         values = (FAILED if error else DONE, now, now + self.limits.keep_hours * 3600, error, id, QUEUED, RUNNING)
-        if self._db.execute(query, values).rowcount:  # else it had ended before
+        if self._db.execute(query, values).rowcount:  # otherwise it had ended before
             self._remove_files(id, (IMAGE,) if code is None else (IMAGE, VIDEO, THUMBNAIL))
 
     def remove(self, id: str) -> None:
@@ -244,16 +244,16 @@ class JobStore:
             self.path(id, ending).unlink(missing_ok=True)
 
     def expire(self) -> int:
-        """Remove what has stayed for its time; how many."""
+        """Remove expired jobs; returns their number."""
         old = self._db.execute("SELECT id FROM jobs WHERE expires_at < ?", (time.time(),)).fetchall()
         for (id,) in old:
             self.remove(id)
         return len(old)
 
     def recover(self, running: Collection[str] = ()) -> None:
-        """Run again, or report as failed, what is marked as running and is not; remove files that no job needs.
+        """Repeat, or mark as failed, jobs that are marked as running but do not run; remove files without a job.
 
-        running: ids of the jobs that do run.
+        running: ids of the running jobs.
         """
         for job in self._jobs("WHERE status = ?", RUNNING):
             if job.id in running:
@@ -272,7 +272,7 @@ class JobStore:
 
 
 def digest_of(values: Mapping[str, Any], image: bytes | None) -> str:
-    """Of all that was asked for."""
+    """Digest of a request."""
     text = json.dumps(values, sort_keys=True, default=str)
     return sha256(text.encode() + b"\0" + (image or b"")).hexdigest()
 

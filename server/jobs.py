@@ -1,7 +1,7 @@
-"""Which job runs next, and what becomes of it: between the HTTP API, the store and the workers.
+"""The job queue, between the HTTP API, the store and the workers.
 
-A job waits until a worker is free. Keys take turns by seconds of video, not by number of jobs: the next job is the
-oldest of the key that has been served least. Live sessions go before jobs; the workers see to that.
+A job waits until a worker is free. Scheduling between keys is fair by seconds of video, not by number of jobs: the next
+job is the oldest of the key that has been served least. Workers give live sessions priority over jobs.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from utils.logs import get_logger
 from utils.pictures import read_picture
 
 log = get_logger(__name__)
-LOOK_SECONDS = 1.0  # between two looks at whether a worker is free, where nothing else says so
-TIDY_SECONDS = 60.0  # between two looks at what has expired
+LOOK_SECONDS = 1.0  # between checks for a free worker, without other events
+TIDY_SECONDS = 60.0  # between removals of expired jobs
 
 
 class JobQueue:
-    """Runs on the event loop; the store has a thread of its own, so that no disk holds up a live stream."""
+    """Runs on the event loop. The store has its own thread, so that disk access does not delay live streams."""
 
     def __init__(self, store: JobStore, pool: WorkerPool, metrics: Metrics):
         self.store, self.pool, self.metrics = store, pool, metrics
@@ -46,12 +46,12 @@ class JobQueue:
         return await asyncio.get_running_loop().run_in_executor(self._thread, method, *values)
 
     async def start(self) -> None:
-        """Take up what a server before has left, and begin."""
+        """Recover the jobs of an earlier server, and start scheduling."""
         await self._on_disk(self.store.recover)
         self._scheduler = asyncio.create_task(self._schedule())
 
     async def stop(self, grace_seconds: float) -> None:
-        """Start nothing more; what runs has `grace_seconds` to finish, and then waits for the next server."""
+        """Stop scheduling. Running jobs have `grace_seconds` to finish; the next server repeats the others."""
         self._stopping = True
         self._wake.set()
         await self._scheduler
@@ -89,10 +89,10 @@ class JobQueue:
         return self.store.path(job.id, ending)
 
     async def cancel(self, owner: str, id: str) -> Job:
-        """The job, which has failed then; ApiError if it had ended before."""
+        """Cancel a job and return it, as failed. Raises ApiError if it had ended before."""
         job = await self.get(owner, id)
         await self._on_disk(self.store.finish, id, "cancelled", "the video was cancelled")
-        await self._end(id, "cancelled")  # after the row, so that it is not begun in between
+        await self._end(id, "cancelled")  # after the row is written, so that it is not started in between
         ended = await self.get(owner, id)
         if job.status not in (QUEUED, RUNNING) or ended.status == DONE:
             raise ApiError(400, f"the video is {ended.status} already; only what waits or runs can be cancelled")
@@ -103,10 +103,10 @@ class JobQueue:
         await self.get(owner, id)
         await self._on_disk(self.store.remove, id)
         await self._end(id, "cancelled")
-        await self._on_disk(self.store.remove, id)  # files that have come meanwhile
+        await self._on_disk(self.store.remove, id)  # files written in the meantime
 
     async def _end(self, id: str, reason: str) -> None:
-        """Cancel a job's task, if it runs, and wait for its end."""
+        """Cancel the task of a running job and wait for its end."""
         if id in self._running:
             self._ended_by_us[id] = reason
             task = self._running[id][1]
@@ -114,7 +114,7 @@ class JobQueue:
             await asyncio.wait([task])
 
     async def _schedule(self) -> None:
-        """Start jobs until the server stops; a disk that refuses for a while is waited for."""
+        """Start jobs until the server stops; retries after errors of the disk."""
         said = None
         while not self._stopping:
             self._wake.clear()
@@ -150,8 +150,8 @@ class JobQueue:
     def _next(self, heads: Mapping[str, Job]) -> Job | None:
         """The job whose owner is first in turn, by start-time fair queueing over seconds of video.
 
-        An owner's turn comes where the seconds of video end that were started for it, and not before the turn of the
-        newest job that runs: nobody saves up turns by staying away.
+        The start tag of an owner is the end of the seconds of video that were started for it, but not less than the tag
+        of the newest running job, so that idle owners do not accumulate credit.
         """
         if not heads:
             return None

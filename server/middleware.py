@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: access, a bound on its body, headers of the answer."""
+"""Middleware: access control, limits of request bodies, response headers."""
 
 import asyncio
 import re
@@ -12,9 +12,9 @@ from server.access import NOBODY, AccessPolicy
 from server.errors import ApiError
 
 POLICY = 1008  # close code of RFC 6455
-BODY_SECONDS = 30.0  # in which a body must have arrived
-MAX_BODY = 64 * 1024  # bytes, where nothing else is said
-MAX_DRAINED = 64 * 2**20  # bytes that are read of a body that is refused
+BODY_SECONDS = 30.0  # for receiving a body
+MAX_BODY = 64 * 1024  # bytes, by default
+MAX_DRAINED = 64 * 2**20  # bytes read of a refused body
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "frame-ancestors 'none'",
@@ -25,9 +25,9 @@ HEADERS = {
 
 
 class Access:
-    """Lets in who may come in; `scope["state"]["owner"]` says who that is.
+    """Refuses requests without access; sets `scope["state"]["owner"]`.
 
-    open_paths, open_folders: what anyone may read; only the Host and the Origin are looked at there.
+    open_paths, open_folders: need no key; only Host and Origin are checked.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Access:
             if scope["type"] == "http":
                 return await error.response()(scope, receive, send)
             await receive()
-            await send({"type": "websocket.accept"})  # a browser shows the reason of a close, and no status
+            await send({"type": "websocket.accept"})  # browsers show the reason of a close, but not an HTTP status
             return await send({"type": "websocket.close", "code": POLICY, "reason": error.message[:120]})
         scope.setdefault("state", {})["owner"] = owner
         await self.app(scope, receive, send)
@@ -56,9 +56,9 @@ class Access:
 
 
 class BoundedBodies:
-    """Refuses a body that has too many bytes or takes too long, before and while it arrives.
+    """Refuses bodies that are too large or too slow, before or while they are received.
 
-    large: patterns of paths that take more, and how much.
+    large: patterns of paths with another limit, and the limit in bytes.
     """
 
     def __init__(self, app: ASGIApp, large: Mapping[str, int]):
@@ -74,7 +74,7 @@ class BoundedBodies:
 
         async def bounded() -> Message:
             nonlocal arrived, complete
-            if complete:  # what comes now is the end of the connection, which may take as long as the answer does
+            if complete:  # only the end of the connection follows, which may take as long as the response
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -90,7 +90,7 @@ class BoundedBodies:
             return message
 
         async def drain() -> None:
-            """Take the rest and drop it: who is cut off while sending does not read the answer."""
+            """Receive and drop the rest, because a client that is cut off while sending does not read the response."""
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     size, more = arrived, not complete
@@ -107,7 +107,7 @@ class BoundedBodies:
 
 
 class AnswerHeaders:
-    """Adds HEADERS to each answer that does not have its own. content_policies: of paths, where it is another one."""
+    """Adds HEADERS to responses that lack them. content_policies: by path, if different."""
 
     def __init__(self, app: ASGIApp, content_policies: Mapping[str, str]):
         self.app, self.content_policies = app, content_policies

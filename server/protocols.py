@@ -1,7 +1,7 @@
-"""uvicorn's protocols with deadlines: a peer that does not read, or does not finish its headers, is cut off.
+"""uvicorn's protocols with timeouts for peers that do not read, or do not complete their headers.
 
-Without them, whoever opens a connection, a stream or a download and does nothing holds its place and its data for ever.
-What arrives after the headers has a deadline in server/middleware.py.
+Without them, an idle peer would keep its connection, stream or download, and the buffered data, for ever. Bodies have a
+timeout in server/middleware.py.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from server.limits import MAX_MESSAGE
 
-SEND_SECONDS = 30.0  # in which a peer must take what one `send` gave
-HEADER_SECONDS = 10.0  # in which a request's line and headers must be complete, from the connection or their first byte
-MAX_CONNECTIONS = 500  # at once; a process may usually have 1,024 files open
+SEND_SECONDS = 30.0  # for a peer to receive the data of one `send`
+HEADER_SECONDS = 10.0  # for the request line and headers, from the connection or their first byte
+MAX_CONNECTIONS = 500  # a process may usually open 1,024 files
 
 
 class _Deadline:

@@ -34,7 +34,7 @@ from utils.files import parse_json
 from utils.pictures import read_picture
 from utils.prompts import check_prompt
 
-MAX_BODY = MAX_UPLOAD * 4 // 3 + 2**16  # of a request: the picture may be in base64
+MAX_BODY = MAX_UPLOAD * 4 // 3 + 2**16  # bytes of a request, whose picture may be in base64
 SMALL_BODY = 64 * 1024  # bytes up to which bodies are not counted as uploads
 UPLOADS_PER_KEY, UPLOADS = 4, 16  # at once
 MAX_FIELDS, MAX_FIELD = 20, 32 * 1024  # of a form; bytes of one
@@ -127,14 +127,14 @@ class ModelList(BaseModel):
 
 @dataclass(frozen=True)
 class Served:
-    """What can be asked for."""
+    """What the server offers."""
 
     config: Config
     max_seconds: float
     loras: Sequence[str] = ()
 
     def request(self, given: VideoCreate, image: bool) -> JobRequest:
-        """Checked; ApiError, with a sentence, for what is not made here."""
+        """The checked request. Raises ApiError for parameters that are not supported."""
         config, video = self.config, self.config.video
         size = f"{video.width}x{video.height}"
         if given.model not in (None, config.name):
@@ -177,14 +177,14 @@ class Served:
 
 
 class _Uploads:
-    """Large bodies that have not arrived, bounded by key and in all, for they are held in memory."""
+    """Limits concurrent large uploads, per key and in total, since they are held in memory."""
 
     def __init__(self):
         self._running: list[str] = []
 
     @contextmanager
     def one(self, owner: str, request: Request) -> Iterator[None]:
-        """Around the reading of a body."""
+        """A block that reads a body."""
         stated = request.headers.get("content-length", "")
         if stated.isdecimal() and int(stated[:20]) <= SMALL_BODY:
             yield
@@ -200,7 +200,7 @@ class _Uploads:
 
 
 async def _read(request: Request) -> tuple[VideoCreate, bytes | None]:
-    """The parameters and the picture of a form or of JSON."""
+    """Parameters and picture of a form or of JSON."""
     kind, image = request.headers.get("content-type", "").partition(";")[0].strip().lower(), None
     if kind == "application/json":
         try:
@@ -247,7 +247,7 @@ def _data_url(url: str) -> bytes:
 
 
 def _png(content: bytes, size: tuple[int, int]) -> bytes:
-    """A picture that somebody sent, at the size that is made."""
+    """An uploaded picture as PNG at the size of the video."""
     if len(content) > MAX_UPLOAD:
         raise UserError(f"input_reference has {len(content):,} bytes; at most {MAX_UPLOAD:,} are taken")
     out = io.BytesIO()
@@ -266,7 +266,7 @@ ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 422, 429)}
 
 
 def _body_schema(served: Served) -> dict[str, Any]:
-    """Of a creation's body, which is read by hand for it comes in two forms, with values that can be sent."""
+    """OpenAPI schema, with examples, of the body of a creation, which is parsed manually because it has two formats."""
     schema = VideoCreate.model_json_schema()
     image = schema.pop("$defs")["ImageReference"]
     video = served.config.video

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 
 T = TypeVar("T")
-LATER_S = 60.0  # that NCCL waits beyond the others
+LATER_S = 60.0  # seconds that NCCL waits beyond the timeout
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Ranks:
         return self.rank == 0
 
     def groups(self, degree: int, setting: str) -> "Ranks":
-        """Position of this one's group among groups of `degree` neighbours, who share samples.
+        """Position of this rank's group among groups of `degree` neighbouring ranks that share samples.
 
-        UserError where `setting`=degree leaves ranks over.
+        Raises UserError if `setting`=degree does not divide the number of ranks.
         """
         if self.world % degree:
             raise UserError(
@@ -62,7 +62,7 @@ class Ranks:
 def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
     """The default process group (NCCL on CUDA, else gloo) for as long as the block runs; nothing for one process.
 
-    NCCL, which ends the process without a sentence, waits longer than `timeout_s`: what watches the ranks comes first.
+    NCCL waits longer than `timeout_s`, because it ends the process without a message; the rank watch reports first.
     """
     if ranks.world == 1:
         yield

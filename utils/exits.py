@@ -2,7 +2,7 @@
 errors keep their tracebacks.
 """
 
-from __future__ import annotations  # an older Python, too, must get as far as the sentence about its age
+from __future__ import annotations  # so that an older Python reaches the message about its version
 
 import argparse
 import difflib
@@ -130,7 +130,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def end_now(error: UserError) -> NoReturn:
-    """End the process at once with the sentence and code of `error`, from any thread, whatever the main one waits for.
+    """End the process at once with the message and exit code of `error`, from any thread, even if the main one waits.
 
     Nothing is cleaned up: what was being written stays under its temporary name.
     """
@@ -238,7 +238,7 @@ def _check_python() -> None:
 
 
 class _Lasting:
-    """A text stream that discards its output after its reader has gone away, instead of raising."""
+    """A text stream that discards its output once its reader is gone, instead of raising."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -272,7 +272,7 @@ def _lasting_streams() -> Iterator[None]:
     """Inside the block, standard output and error accept any character and discard output without a reader."""
     before = sys.stdout, sys.stderr
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-        if stream is None:  # closed by whoever started this
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the program ends
             continue
         if isinstance(stream, io.TextIOWrapper):

@@ -249,7 +249,7 @@ class FastStudent(Student):
         return sum(len(graph_cache.replays) for graph_cache in self._graph_caches.values())
 
     def release_graphs(self) -> None:
-        """Let go of all CUDA graphs; they are captured anew where they are wanted."""
+        """Free all CUDA graphs; they are captured again when needed."""
         self._graph_caches.clear()
 
     def x0(
@@ -269,7 +269,7 @@ class FastStudent(Student):
         t = as_timestep(t, x_t)
         if t.ndim == 2:  # a chunk with conditioning frames: only a few passes per stream
             return super().x0(x_t, t, text, view, start_frame, frame_ids=frame_ids)
-        x_t = x_t.contiguous()  # other strides would be compiled anew
+        x_t = x_t.contiguous()  # other strides would be compiled again
         layers = [view.layer(i) for i in range(len(self.model.blocks))]
         rotary_emb = self._rotary(x_t, start_frame, frame_ids)
         if self.recorder is None:

@@ -1,6 +1,6 @@
-"""What weights are there, told from their headers in milliseconds, without torch or a network to compare them with.
+"""Inspection of weight files by their headers, in milliseconds and without torch.
 
-`model.weights.check_weights` compares every tensor with the network; this only says what a file seems to be.
+`model.weights.load.check_weights` compares every tensor with the network; this only tells what a file seems to be.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from model.weights.parts import TRANSFORMERS, find_lora, find_part
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """One thing of a configuration, as far as its header tells."""
+    """A weight file of a configuration, as described by its header."""
 
     role: str
     path: Path
@@ -55,7 +55,7 @@ def _guess(tensors: StoredTensors) -> str:
 
 
 def size_from_shapes(shapes: names.Shapes) -> TransformerSize:
-    """Sizes of a Wan transformer by the shapes of its tensors, under our names."""
+    """Sizes of a Wan transformer from the shapes of its tensors, with our names."""
     dim, channels, *patch = shapes["patch_embedding.weight"]
     blocks = {key.split(".")[1] for key in shapes if key.startswith("blocks.")}
     return TransformerSize(

@@ -1,6 +1,6 @@
-"""Where the network that a setting names is: in which file of a folder, in which part of a file, and of which sizes.
+"""Locates the network that a setting names: file, part of the file, format and sizes, from headers and without torch.
 
-Headers say it, without torch. Loading a network (plans.py) and inspecting its files (inspection.py) begin here.
+Loading (plans.py) and inspection (inspection.py) both start here.
 """
 
 from collections.abc import Mapping
@@ -92,14 +92,14 @@ def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, 
 
 
 def _parts_of(role: str, use_ema: bool) -> tuple[str, ...]:
-    """The parts of others' training checkpoints that can be `role`, best first."""
+    """Parts of foreign training checkpoints that can be `role`, best first."""
     if role not in TRANSFORMERS:
         return names.NETWORK_PARTS
     return names.STUDENT_EMA_PARTS if use_ema else names.SCORE_PARTS if role == "critic" else names.STUDENT_PARTS
 
 
 def _as(role: str, name: str, path: Path, tensors: StoredTensors, config: Mapping[str, Any]):
-    """Tensors by our names, and sizes; refuses what is not the network of the role."""
+    """Tensors with our names, and sizes. Raises UserError for another network than that of the role."""
     if role in TRANSFORMERS:
         return as_transformer(name, path, tensors, config)
     if role == "vae":
@@ -116,8 +116,9 @@ def _as(role: str, name: str, path: Path, tensors: StoredTensors, config: Mappin
 def find_lora(
     path: str | Path, name: str, part: str = "", *, values: bool = True
 ) -> tuple[Path, StoredTensors, dict[str, names.LoraTensor]]:
-    """The file of an adapter, its tensors, and what each of them is. part: of a training checkpoint, e.g. critic_lora;
-    by default the generator's. Else as `find_part`.
+    """The file of an adapter, its tensors, and their meaning. Otherwise as `find_part`.
+
+    part: of a training checkpoint, such as critic_lora; by default that of the generator.
     """
     path = resolve_path(path)
     if not path.exists():

@@ -1,8 +1,8 @@
-"""Networks as they are when they have just been loaded, out of what was made of them since.
+"""Recovers freshly loaded networks from networks that inference has changed.
 
-Inference changes a network in place: projections are fused, blocks come and go, a decoder's forward is replaced. What
-is stored or moved is the network without all that; weights that are no longer there (in 8 bits, under adapters) are
-refused.
+Inference changes a network in place: projections are fused, blocks are offloaded, a decoder's forward is replaced. To
+be stored or moved, a network is rebuilt without these changes. Weights that no longer exist (in 8 bits, under adapters)
+are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,9 +30,9 @@ FUSED = ".attn1.to_qkv."
 
 
 def plain(network: nn.Module, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """A fresh network with the weights of `network`; tensors that stay where and what they are, are shared.
+    """A fresh network with the weights of `network`; tensors that need no copy are shared.
 
-    device, dtype: None = as they are. Raises UserError where weights are kept in another form.
+    device, dtype: None = unchanged. Raises UserError if weights are kept in another form.
     """
     state = _split({name: value.detach() for name, value in unique_state_dict(network).items()})
     with init_empty_weights(include_buffers=False):
@@ -54,7 +54,7 @@ def plain(network: nn.Module, device: str | torch.device | None = None, dtype: t
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the projections that diffusers fuses in one as three again."""
+    """`state` with fused projections split into q, k and v."""
     out = {}
     for name, value in state.items():
         if FUSED in name:
@@ -66,7 +66,7 @@ def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def exact_dtype(network: nn.Module) -> torch.dtype | None:
-    """The half precision that holds all floating-point values of `network` exactly; None where there is none."""
+    """The half-precision dtype that holds all floating-point values of `network` exactly, or None."""
     values = [value for value in network.state_dict().values() if value.is_floating_point()]
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(value.to(dtype).to(value.dtype), value) for value in values):

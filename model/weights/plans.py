@@ -1,6 +1,6 @@
-"""Which file holds which network: found, opened and compared with the network, before anything is read.
+"""Plans of loading: the files of a network, compared with it before any tensor is read.
 
-A plan costs the headers of the files. It is refused, in one sentence, if the tensors are not exactly the network's.
+Making a plan reads only headers. It raises a UserError if the tensors are not exactly those of the network.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,13 +23,13 @@ from model.weights.parts import Part, find_part
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPlan(Part):
-    """A network and the tensors that fit it, of which none has been read."""
+    """A network and its tensors, none of which has been read."""
 
     build: Callable[[], nn.Module]
 
 
 def _fitting(name: str, part: Part, build: Callable[[], nn.Module]) -> WeightPlan:
-    """The plan, if the tensors are exactly the network's; else a UserError that lists what differs and guesses why."""
+    """The plan, if the tensors are exactly those of the network; else raises a UserError with the differences."""
     plan = WeightPlan(**{one.name: vars(part)[one.name] for one in fields(part)}, build=build)
     try:
         with init_empty_weights(include_buffers=False):
@@ -61,7 +61,7 @@ def plan_transformer(
 
 
 def has_ema(name: str, path: str | Path) -> bool:
-    """Whether `path` holds averaged weights of a student, too."""
+    """Whether `path` also holds averaged weights of a student."""
     path = run_folders.find_weights(resolve_path(path), averaged=False)
     if path.is_dir() and path.name != run_folders.SHARDS:
         return (subfolder(path, "transformer") / f"{EMA_STEM}.safetensors").is_file()

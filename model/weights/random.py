@@ -1,6 +1,6 @@
-"""Networks of the published sizes with random weights, made on the device: for speed and memory, which need no file.
+"""Networks of the published sizes with random weights, drawn on the device, to measure speed and memory without files.
 
-The numbers are such that activations stay of order one; the same seed gives the same weights.
+The weights are scaled so that activations are of order one; the same seed gives the same weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def random_plan(
 def random_network(
     build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, seed: int | None = 0
 ) -> nn.Module:
-    """The network of `build` with weights drawn on `device`; in float32 what its library keeps so."""
+    """The network of `build` with weights drawn on `device`; its library's float32 parts are float32."""
     return materialize(random_plan(build, device, dtype, seed), device, dtype)
 
 
@@ -62,7 +62,7 @@ def random_transformer(
 def transformer_plan(
     size: str, device: torch.device, dtype: torch.dtype, *, causal: bool, seed: int | None = 0
 ) -> WeightPlan:
-    """The same, not drawn yet."""
+    """The plan of such a network, whose weights are not drawn yet."""
     sizes = transformer_sizes(size)
     kind = CausalWanModel if causal else WanTransformer3DModel
     return random_plan(lambda: kind.from_config(sizes), device, dtype, seed)
@@ -97,7 +97,7 @@ def random_umt5(size: str, device: torch.device, dtype: torch.dtype, seed: int |
 
 
 class RandomTextEncoder:
-    """Stands for a text encoder: an embedding of each prompt that depends on its words, and costs nothing."""
+    """Replaces a text encoder: random embeddings that depend on the length of the prompt."""
 
     known_words: tuple[str, ...] = ()
 

@@ -1,9 +1,9 @@
-"""Folders that training leaves: which of the files in one hold the network that is asked for.
+"""Folders of training runs: the files in them that hold a network.
 
-    <run>/export/                       what a run of ours made of its averaged weights, in our own format
+    <run>/export/                       averaged weights, in our own format
     <run>/checkpoint_000200/state.pt    its newest state: train states with weights (module) and averages (average)
                            /manifest.json
-                           /shards/             the same of a sharded run, in the place of state.pt
+                           /shards/             instead of state.pt, for a sharded run
     <run>/checkpoint_model_000600/model.pt    Self-Forcing's and its forks'
 """
 
@@ -16,15 +16,14 @@ from model.weights import names
 from model.weights.files import StoredTensors, open_file, read_headers, read_json, resolve_path
 
 STATE, MANIFEST, MODEL, EXPORT, SHARDS = "state.pt", "manifest.json", "model.pt", "export", "shards"
-STUDENTS = ("generator", "student", "module")  # what stages call the player that is the student, best first
+STUDENTS = ("generator", "student", "module")  # train states that can be the student, best first
 CRITICS = ("critic", "fake_score", "module")
 
 
 def find_weights(path: Path, averaged: bool) -> Path:
-    """`path` itself, or what to read in its place where it is a run's folder: a folder of ours, model.pt, state.pt,
-    or the shards in its place.
+    """`path` itself, or if it is the folder of a run, what to read instead: the export, model.pt, state.pt, or shards.
 
-    averaged: not the export, which no longer tells averages and weights apart.
+    averaged: ignore the export, which does not have averages and weights separately.
     """
     if not path.is_dir() or (path / "config.json").is_file():
         return path
@@ -41,13 +40,13 @@ def find_weights(path: Path, averaged: bool) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints under `run`, ours and Self-Forcing's, those of fewer steps first."""
+    """Checkpoints under `run`, ours and Self-Forcing's, by step number."""
     steps = {p: int(m[1]) for p in run.glob("checkpoint_*") if (m := re.fullmatch(r".*_([0-9]+)", p.name))}
     return sorted(steps, key=lambda path: (steps[path], path.name))
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all that a checkpoint's manifest names is there, in its size. Self-Forcing's has no manifest."""
+    """Whether all files in a checkpoint's manifest exist with their sizes. Self-Forcing's have no manifest."""
     if (folder / MODEL).is_file():
         return True
     try:
@@ -62,7 +61,7 @@ def open_parts(name: str, path: Path, values: bool = True) -> dict[str, StoredTe
     """Parts of a state: `generator.module`, `generator.average`, ...; values: whether they can be read."""
     if path.name != SHARDS:
         return (open_file if values else read_headers)(name, path)
-    from model.weights.sharded_files import open_sharded  # torch comes with it, which looking for a file does not need
+    from model.weights.sharded_files import open_sharded  # imports torch, which finding files does not need
 
     return open_sharded(name, path)
 
@@ -72,7 +71,7 @@ def open_state(
 ) -> tuple[StoredTensors, dict[str, Any], dict[str, Any]]:
     """Tensors, config.json and card of a network in a `state.pt` or in shards.
 
-    The state does not say the network's sizes; the run's export or what the run started from does.
+    The state does not contain the sizes of the network; they are read from the export or the initial weights.
     """
     part = "average" if averaged else "module"
     parts = open_parts(name, path, values)
@@ -95,7 +94,7 @@ def open_state(
 
 
 def _beginnings(manifest: dict[str, Any], player: str, critic: bool) -> list[Path]:
-    """Weights or config.json that a run's configuration names for the network, likeliest first."""
+    """Weights or config.json that the configuration of a run names for the network, most likely first."""
     config = manifest.get("config")
     config = config if isinstance(config, dict) else {}
     training, model = (config[key] if isinstance(config.get(key), dict) else {} for key in ("training", "model"))

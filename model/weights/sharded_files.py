@@ -1,10 +1,10 @@
-"""Checkpoints that several processes have written together: torch's distributed checkpoint, read without running code.
+"""Reading of torch's distributed checkpoints without running code from them.
 
-    <folder>/.metadata        names, shapes, and where in which file each part of a tensor is
+    <folder>/.metadata        names, shapes, and the file and position of each part of a tensor
             /__<rank>_<i>.distcp
 
-Names are `<player>.<part>.<name>` (`generator.module.blocks.0.attn1.to_q.weight`). The metadata is a pickle; nothing
-but the few classes that it is made of is ever looked up for it, and tensors are read by torch's safe loader.
+Names are `<player>.<part>.<name>` (`generator.module.blocks.0.attn1.to_q.weight`). The metadata is a pickle, for
+which only a few classes are allowed; tensors are read by torch's safe loader.
 """
 
 import functools
@@ -49,7 +49,7 @@ _CLASSES = {
 
 
 def _sizes(value: Any) -> torch.Size:
-    """Sizes of a tensor: no more than tensors have."""
+    """A tensor's sizes, checked."""
     plain = isinstance(value, tuple | list) and len(value) <= MAX_LENGTH
     if not plain or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
         raise Damaged("a tensor has no sizes")
@@ -57,7 +57,7 @@ def _sizes(value: Any) -> torch.Size:
 
 
 class _Keys(dict):
-    """What names tensors or places in the metadata: keys that take no time to hash. It begins empty, as torch's do."""
+    """A dictionary of the metadata, whose keys are checked to be fast to hash. Starts empty, as torch's do."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def _layout(name: Any) -> torch.layout:
 
 
 def _nowhere(*parts: Any) -> None:
-    """In the place of the path that the checkpoint had when it was written."""
+    """Replaces the path at which the checkpoint was written."""
 
 
 _CALLED = {
@@ -118,7 +118,7 @@ class _Metadata(Walk):
 
 @functools.lru_cache(maxsize=4)
 def _metadata(path: Path, changed: int) -> Metadata:
-    """What is in `path`, held against the files beside it; once for all its tensors, which are read one by one."""
+    """The metadata in `path`, checked against the files beside it; cached, since tensors are read one by one."""
     ordinary_file("shards", path, MAX_PICKLE, fix="choose another checkpoint")
     metadata = _Metadata(io.BytesIO(path.read_bytes())).load()
     if type(metadata) is not Metadata:
@@ -151,8 +151,7 @@ def _metadata(path: Path, changed: int) -> Metadata:
 
 
 class ShardedReader(FileSystemReader):
-    """torch's reader, with a reader of metadata that runs no code, and tensors that are looked at before they are
-    made."""
+    """torch's reader with a safe reader of metadata, and a check of tensors before they are created."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / METADATA
@@ -179,10 +178,10 @@ def sharded_shapes(folder: Path) -> Shapes:
 
 
 def read_whole(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
-    """These tensors, put together on the CPU, in one process or in each of several by itself."""
+    """The complete tensors on the CPU; every process reads them independently."""
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
         dcp.load(tensors, storage_reader=ShardedReader(folder), no_dist=True)
     return tensors
 

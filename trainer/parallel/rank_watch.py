@@ -56,7 +56,7 @@ class RankWatch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def lost(self, wait_s: float) -> int | None:
-        """The rank that has gone, if it becomes known within so many seconds."""
+        """The lost rank, if it becomes known within `wait_s` seconds."""
         self._known.wait(wait_s)
         return self._lost
 
@@ -148,7 +148,7 @@ def _has_ended(process: Process) -> bool:
 
 @contextmanager
 def explain_lost_rank(control: ControlGroup, resume: str, timeout_s: float) -> Iterator[None]:
-    """Ends the run in one sentence when another rank has gone; `resume` says how to go on. Every rank calls it.
+    """Ends the run with one message when another rank is lost; `resume` tells how to resume. Every rank calls it.
 
     What the block raises for that reason becomes LostRank. Where it raises nothing, because it waits for a GPU that
     waits for that rank, the process ends.
