@@ -10,7 +10,7 @@ from tqdm import tqdm
 from model.codec import WanCodec
 from model.text import TextEncoder
 from trainer.tiny.data import encoded_clips
-from trainer.world.render import render
+from trainer.world.render import kind, render
 from trainer.world.scene import CLIP_FRAMES, World, poses, training_caption
 from utils.seeds import stable_hash
 
@@ -24,7 +24,7 @@ class Pixels:
     """
 
     def __init__(self, world: World, clips: int, frames: int, seed: int, device: torch.device):
-        scenes = world.scenes(stable_hash(seed, "codec scenes"), clips)
+        scenes = sorted(world.scenes(stable_hash(seed, "codec scenes"), clips), key=kind)  # few kinds at a time
         self.pixels = torch.empty(clips, frames, 3, world.height, world.width, dtype=torch.uint8, device=device)
         for i in tqdm(range(0, clips, TOGETHER), desc="rendering", leave=False):
             self.pixels[i : i + TOGETHER] = render(world, scenes[i : i + TOGETHER], frames, device, torch.uint8)
@@ -64,7 +64,7 @@ class Latents:
         cache: Path | None,
     ):  # fmt: skip
         world = World()
-        scenes = world.scenes(stable_hash(seed, "bank"), clips)
+        scenes = sorted(world.scenes(stable_hash(seed, "bank"), clips), key=kind)
         captions = [training_caption(scene) for scene in scenes]
         self.null = text([""])
         self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])

@@ -233,7 +233,8 @@ def _board(canvas: _Canvas, edge: Tensor, side: Tensor) -> None:
     canvas.put(cover, colour)
 
 
-def _kind(scene: Scene) -> tuple:
+def kind(scene: Scene) -> tuple:
+    """Scenes of one kind are drawn together."""
     return (scene.motion, scene.shape, scene.ground, scene.colour, scene.partner or "", scene.direction or "")
 
 
@@ -246,8 +247,8 @@ def render(
     out = torch.empty(len(scenes), num_frames, 3, world.height, world.width, device=device, dtype=dtype)
     # So many pictures at once that temporaries stay in a CPU's cache, and fill a GPU
     together = 8 if device.type == "cpu" else 4096
-    order = sorted(range(len(scenes)), key=lambda i: _kind(scenes[i]))
-    for _, some in groupby(order, key=lambda i: _kind(scenes[i])):
+    order = sorted(range(len(scenes)), key=lambda i: kind(scenes[i]))
+    for _, some in groupby(order, key=lambda i: kind(scenes[i])):
         rows = list(some)
         for first in range(0, num_frames, together):
             frames = np.arange(first, min(first + together, num_frames))
