@@ -3,6 +3,7 @@
     python scripts/world_sheets.py --output sheets                             # rendered clips, two of each motion
     python scripts/world_sheets.py --output sheets --minutes 10                # and strips of ten minutes
     python scripts/world_sheets.py --output sheets --config_path FILE          # what a student makes of the captions
+    python scripts/world_sheets.py --output sheets --vae DIR --columns 17      # rendered clips, and below through a VAE
 
 sheet.png has a row a clip, its frames at even distances, the caption above; strip.png a row a stream, one frame from
 each part of it.
@@ -25,7 +26,10 @@ import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
+from configs.geometry import TEMPORAL_STRIDE  # noqa: E402
 from configs.load import load_config  # noqa: E402
+from model.codec import WanCodec  # noqa: E402
+from model.weights.load import load_vae  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import CLIP_FRAMES, Scene, World, caption  # noqa: E402
 from utils.files import check_writable  # noqa: E402
@@ -41,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="sheets", metavar="DIR", help="folder of the pictures (%(default)s)")
     parser.add_argument("--config_path", metavar="FILE", help="show what its student makes; without it, rendered clips")
+    parser.add_argument("--vae", metavar="DIR", help="show rendered clips and, below, what this VAE makes of them")
     parser.add_argument("--clips", type=int, default=14, help="rows of the sheet (%(default)s)")
     parser.add_argument("--columns", type=int, default=9, help="frames a row (%(default)s)")
     parser.add_argument("--minutes", type=float, default=0.0, help="length of streams; 0 = no strip (%(default)s)")
@@ -48,6 +53,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7, help="of captions and noise (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, with --config_path")
     args = parser.parse_intermixed_args(arguments)
+    if args.vae and args.config_path:
+        raise UserError("--vae shows rendered clips and --config_path a student's; give one of them")
+    if args.vae and args.minutes:
+        raise UserError("--vae shows clips, not streams; leave out --minutes")
     for name, least in (("clips", 1), ("columns", 2), ("minutes", 0), ("streams", 1), ("seed", 0)):
         if vars(args)[name] < least:
             raise UserError(f"--{name} {vars(args)[name]} is too little; give at least {least}")
@@ -58,6 +67,17 @@ def rendered(world: World) -> Shown:
     def show(_: int, scene: Scene, frames: Sequence[int]) -> np.ndarray:
         parts = [render(world, [scene], 1, dtype=torch.uint8, start_frame=frame)[0] for frame in frames]
         return torch.cat(parts).permute(0, 2, 3, 1).numpy()
+
+    return show
+
+
+def reconstructed(world: World, folder: str) -> Shown:
+    codec = WanCodec(load_vae(folder).eval())
+
+    def show(_: int, scene: Scene, frames: Sequence[int]) -> np.ndarray:
+        pixels = render(world, [scene], 1 + -(-max(frames) // TEMPORAL_STRIDE) * TEMPORAL_STRIDE)
+        both = torch.cat([pixels, codec.decode(codec.encode(pixels))], dim=-2)[0, list(frames)]
+        return ((both + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
     return show
 
@@ -92,7 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     folder = check_writable(args.output, "--output")
     world = World()
-    show = rendered(world) if args.config_path is None else generated(args.config_path, args.overrides, args.seed)
+    if args.config_path is not None:
+        show = generated(args.config_path, args.overrides, args.seed)
+    else:
+        show = rendered(world) if args.vae is None else reconstructed(world, args.vae)
     folder.mkdir(parents=True, exist_ok=True)
     even = np.linspace(0, CLIP_FRAMES - 1, args.columns).round().astype(int).tolist()
     scenes = world.scenes(args.seed, args.clips, balanced=True)

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from configs.errors import UserError
 from scripts import evaluate_world, world_sheets
+from trainer.world.scene import World
 from utils.intervals import Interval
 
 
@@ -31,6 +33,22 @@ def test_sheets_show_clips_and_long_streams(tmp_path):
     assert world_sheets.main(asked) == 0
     with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "strip.png") as strip:
         assert sheet.size == (3 * 162, 2 * (98 + 13)) and strip.size == (3 * 162, 98 + 13)
+
+
+def test_a_vae_is_shown_below_what_it_was_given():
+    world = World()
+    scene = world.scene(3)
+    both = world_sheets.reconstructed(world, "assets/world/vae")(0, scene, [0, 3])
+    assert both.shape == (2, 192, 160, 3)
+    given, back = both[:, :96].astype(float), both[:, 96:].astype(float)
+    assert (given == world_sheets.rendered(world)(0, scene, [0, 3])).all()
+    assert 10 * np.log10(255**2 / ((given - back) ** 2).mean()) > 30  # dB
+
+
+def test_a_vae_and_a_student_or_streams_are_refused():
+    for other in (["--config_path", "configs/world/world.yaml"], ["--minutes", "1"]):
+        with pytest.raises(UserError, match="--vae shows"):
+            world_sheets.parse(["--vae", "assets/world/vae", *other])
 
 
 @pytest.mark.parametrize("flag, value", [("--num_prompts", "-1"), ("--minutes", "0"), ("--batch", "0")])
