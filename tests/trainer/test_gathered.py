@@ -2,13 +2,13 @@
 
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SEVERAL_RANKS
-from distill_case import distill_config, distill_stage
+from distill_case import distill_stage
 from ranks_case import group, on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -71,14 +71,28 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, ...]) -> bool:
-    """Two cycles of one process, then the same of all ranks; then what these save."""
-    settings, expected = (*SETTINGS, *network), []
+@pytest.fixture(scope="module")
+def alone(tiny_assets, tmp_path_factory):
+    """`alone(network) -> folder` of two cycles of one process, made once: `steps.pt` of what each left, `export`."""
+
+    @cache
+    def make(network: tuple[str, ...]) -> Path:
+        folder, expected = tmp_path_factory.mktemp("alone"), []
+        stage = distill_stage(tiny_assets, *SETTINGS, *network)
+        for step in range(2 * CYCLE):
+            logs = {name: value.clone() for name, value in stage.update(step).items()}
+            expected.append((logs, values(stage)))
+        torch.save(expected, folder / "steps.pt")
+        stage.export(folder / "export", 2 * CYCLE)
+        return folder
+
+    return make
+
+
+def train(assets: str, out: str, alone: str, settings: tuple[str, ...], parallel: tuple[str, ...]) -> bool:
+    """Two cycles of all ranks, compared with those of one process, in `alone`; then what they save."""
+    expected = torch.load(Path(alone, "steps.pt"), weights_only=True)
     torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)  # of this process
-    alone = distill_stage(Path(assets), *settings)
-    for step in range(2 * CYCLE):
-        logs = {name: value.clone() for name, value in alone.update(step).items()}
-        expected.append((logs, values(alone)))
     with group() as ranks:
         stage, counts = distill_stage(Path(assets), *settings, *parallel, ranks=ranks), []
         student = stage.student.model
@@ -117,8 +131,8 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
             for name, value in saved[name_of_state][part].items():
                 assert torch.equal(value, parts[f"{role} {name}"]), f"{role} {name}"
         if ranks.first:
-            alone.export(Path(out, "alone"), 2 * CYCLE)
-            assert_close(*(dict(load_student(Path(out, name)).named_parameters()) for name in ("export", "alone")))
+            exports = (load_student(Path(folder, "export")) for folder in (out, alone))
+            assert_close(*(dict(student.named_parameters()) for student in exports))
     return True
 
 
@@ -132,7 +146,7 @@ def train(assets: str, out: str, network: tuple[str, ...], parallel: tuple[str, 
     ],
     ids=["full", "adapters", "sequence", "compiled"],
 )
-def test_gathered_once_a_cycle_and_never_stale(tiny_assets, tmp_path, network, parallel):
-    distill_config(tiny_assets)  # makes the teacher
-    outcomes = on_ranks(2, train, str(tiny_assets), str(tmp_path), network, parallel)
+def test_gathered_once_a_cycle_and_never_stale(tiny_assets, alone, tmp_path, network, parallel):
+    settings = (*SETTINGS, *network)
+    outcomes = on_ranks(2, train, str(tiny_assets), str(tmp_path), str(alone(network)), settings, parallel)
     assert [o.ended for o in outcomes] == ["done"] * 2, outcomes
