@@ -164,13 +164,13 @@ def test_a_rank_that_dies_ends_the_stream_and_the_others(sessions):
     with pytest.raises(UserError, match=rf"rank {ranks.size - 1} of the {ranks.size} .* has ended \(SIGKILL\)"):
         for _ in range(1000):
             next(playing).wait()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100, "long before an exchange gives up"
     with pytest.raises(UserError, match="has ended"):
         next(several.play(PROMPTS[0]))
     own = several.student.own
     assert not (isinstance(own, FastStudent) and own.graphs), "NCCL would wait for them in the end"
     for process in ranks._processes:
-        process.wait(10)
+        process.wait(100)
 
 
 def test_ctrl_c_ends_an_endless_video_and_all_ranks(tiny_assets, tmp_path):

@@ -95,7 +95,7 @@ class Running:
             self.listener.close()
 
 
-def until(condition, seconds: float = 20):
+def until(condition, seconds: float = 120):
     """What `condition` gives, as soon as that is true."""
     deadline = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < deadline:

@@ -171,7 +171,7 @@ def visit(port: int, script):
     return asyncio.run(one())
 
 
-def until(condition, seconds: float = 60) -> bool:
+def until(condition, seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -18,7 +18,7 @@ REQUEST = JobRequest(prompt=PROMPT, seconds=5, num_frames=81, size=(64, 96), see
 
 
 def videos(server: Running):
-    return openai.OpenAI(api_key=ALICE, base_url=f"{server.url}/v1", max_retries=0, timeout=20).videos
+    return openai.OpenAI(api_key=ALICE, base_url=f"{server.url}/v1", max_retries=0, timeout=100).videos
 
 
 @pytest.fixture

@@ -46,11 +46,11 @@ class Served:
             [*command, "--jobs_folder", str(folder), *options], cwd=ROOT, env=environ, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self.videos = openai.OpenAI(api_key=ALICE, base_url=f"{self.url}/v1", max_retries=0, timeout=30).videos
+        self.videos = openai.OpenAI(api_key=ALICE, base_url=f"{self.url}/v1", max_retries=0, timeout=100).videos
 
     def get(self, path: str) -> str:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {ALICE}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=100) as answer:
             return answer.read().decode()
 
     def health(self) -> str:
@@ -62,7 +62,7 @@ class Served:
     def stop(self, number: int = signal.SIGTERM) -> str:
         """What it has said until this signal ended it."""
         self.process.send_signal(number)
-        said = self.process.communicate(timeout=60)[0]
+        said = self.process.communicate(timeout=200)[0]
         assert self.process.returncode == 0, said
         return said
 
@@ -83,7 +83,7 @@ def lora(tiny_assets, tiny_student):
 @pytest.fixture(scope="module")
 def server(tiny_assets, tmp_path_factory, lora):
     served = Served(tiny_assets, tmp_path_factory.mktemp("jobs"), "--lora", f"cartoon={lora}", "--grace_seconds", "0")
-    assert until(lambda: served.health() == "ready", 120)
+    assert until(lambda: served.health() == "ready", 300)
     yield served
     if served.process.poll() is None:
         served.process.kill()
@@ -150,9 +150,9 @@ def test_a_stop_in_the_middle_and_a_new_start(server, tiny_assets, tmp_path):
     assert ALICE not in said and "Traceback" not in said and said.count("\n") < 20, said
     again = Served(tiny_assets, folder)
     try:
-        assert until(lambda: again.health() != "no answer", 60)
+        assert until(lambda: again.health() != "no answer", 300)
         assert again.videos.retrieve(done.id).status == "completed"
-        assert until(lambda: again.videos.retrieve(job.id).status == "completed", 120)
+        assert until(lambda: again.videos.retrieve(job.id).status == "completed", 300)
         assert len(decoded(again.videos.download_content(job.id).read())) == job.model_extra["frames"]
         assert "Traceback" not in again.stop(signal.SIGHUP)
     finally:

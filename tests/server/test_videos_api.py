@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # OpenAI'
 
 
 def client(server: Running, key: str = ALICE) -> openai.OpenAI:
-    return openai.OpenAI(api_key=key, base_url=f"{server.url}/v1", max_retries=0, timeout=20)
+    return openai.OpenAI(api_key=key, base_url=f"{server.url}/v1", max_retries=0, timeout=100)
 
 
 def picture(kind: str = "png", size=(200, 100)) -> bytes:
@@ -54,7 +54,7 @@ def send(server, method: str, path: str, body: bytes | None = None, **headers) -
     headers = {"Authorization": f"Bearer {ALICE}"} | {name.replace("_", "-"): text for name, text in headers.items()}
     request = urllib.request.Request(server.url + path, body, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=100) as answer:
             status, content = answer.status, answer.read()
     except urllib.error.HTTPError as error:
         status, content = error.code, error.read()

@@ -120,10 +120,10 @@ def test_what_is_neither_is_refused_in_a_sentence(tmp_path, name, case):
 def test_files_too_large_to_be_prompts_are_not_read(tmp_path, name, size):
     with open(tmp_path / name, "wb") as file:
         file.truncate(size)  # sparse
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(UserError, match="at most .* are read"):
         read_prompts(tmp_path / name)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("case", REFUSED)
