@@ -284,7 +284,8 @@ class LiveClient:
                 self._heard(json.loads(data)) if isinstance(data, str) else self._seen(data)
             normal = True
         except ConnectionClosed as error:
-            reason = error.rcvd.reason if error.rcvd and error.rcvd.reason else reason
+            close = error.rcvd or error.sent  # sent: of this side, where the server has not answered its pings
+            reason = close.reason if close and close.reason else reason
         over = StreamEnded("closed", reason)
         for waiting in (*self._answers.values(), *self._applied.values()):
             if not waiting.done():
