@@ -36,12 +36,12 @@ from configs.load import load_config
 from model.weights.random import transformer_sizes
 from scripts.bench.layouts import ROLES
 from scripts.bench.random_prompts import random_prompts
-from trainer.loop import METRICS, run
+from trainer.loop import METRICS, history, run
 from trainer.registry import build_stage
 from utils.device import pick_device, pick_dtype, set_threads
 from utils.distributed import Ranks, process_group
 from utils.files import check_writable, write_json_atomic
-from utils.logs import JsonlSink, console, read_jsonl
+from utils.logs import JsonlSink, console
 from utils.tables import aligned
 
 FULL = {"student": "1.3B/2", "teacher": "14B/2", "critic": "1.3B/2"}
@@ -166,11 +166,6 @@ def course(rows: Sequence[dict[str, Any]], every: int) -> str:
     return aligned(lines)
 
 
-def read(logdir: Path) -> list[dict[str, Any]]:
-    """The rows of steps in the metrics of a run."""
-    return [row for row in read_jsonl(logdir / METRICS) if "seconds_per_step" in row]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.worker:
@@ -194,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings += random_prompts(args.config_path, settings, folder, transformer_sizes(args.student)["text_dim"])
     whole, again = folder / "whole", folder / "again"
     start(args, settings, whole)
-    outcome, rows = json.loads((whole / "warnings.json").read_text()), read(whole)
+    outcome, rows = json.loads((whole / "warnings.json").read_text()), history(whole)
     results = steadiness(rows, args.every)
     print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(results)}\n")
     print(course(rows, args.every), end="\n\n")
@@ -206,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     again.mkdir()
     shutil.copytree(before, again / before.name)
     start(args, settings, again)
-    resumed = exactness(rows, read(again), 2e-2 if outcome["bfloat16"] else 1e-4)
+    resumed = exactness(rows, history(again), 2e-2 if outcome["bfloat16"] else 1e-4)
     print(f"\nthe last {args.every} cycles, uninterrupted and resumed\n{table(resumed)}")
     results |= resumed
     if args.json:

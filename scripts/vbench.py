@@ -82,11 +82,6 @@ def jobs_of(suite: list[VBenchPrompt], args: argparse.Namespace) -> list[tuple[V
     return jobs
 
 
-def seed_of(seed: int, prompt: VBenchPrompt, sample: int) -> int:
-    """Each video has a seed of its own, which depends on neither order nor number of GPUs."""
-    return stable_hash(seed, "vbench", prompt.text, sample) % 2**31
-
-
 def generate(args: argparse.Namespace) -> None:
     config, ranks = load_config(args.config_path, args.overrides), Ranks.from_env()
     suite = read_suite(Path(args.prompts), Path(args.extended) if args.extended else None)
@@ -94,7 +89,7 @@ def generate(args: argparse.Namespace) -> None:
     settings = fingerprint(config, tuple(check_weights(config.model)))
     todo = []
     for prompt, sample in ranks.share(jobs_of(suite, args)):
-        seed = seed_of(args.seed, prompt, sample)
+        seed = stable_hash(args.seed, "vbench", prompt.text, sample) % 2**31  # whatever the order or number of GPUs
         digest = short_hash(prompt.extended, seed, settings)
         # vbench takes everything in its folder for a video, so records have one of their own
         record = out / "records" / f"{short_hash(prompt.text, sample)}.json"

@@ -41,7 +41,8 @@ class Access:
         headers = Headers(scope=scope)
         try:
             self.policy.check_place(headers)
-            owner = NOBODY if self._is_open(scope["path"]) else self.policy.owner(headers)
+            is_open = scope["path"] in self.open_paths or scope["path"].startswith(self.open_folders)
+            owner = NOBODY if is_open else self.policy.owner(headers)
         except ApiError as error:
             if scope["type"] == "http":
                 return await error.response()(scope, receive, send)
@@ -50,9 +51,6 @@ class Access:
             return await send({"type": "websocket.close", "code": POLICY, "reason": error.message[:120]})
         scope.setdefault("state", {})["owner"] = owner
         await self.app(scope, receive, send)
-
-    def _is_open(self, path: str) -> bool:
-        return path in self.open_paths or path.startswith(self.open_folders)
 
 
 class BoundedBodies:

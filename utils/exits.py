@@ -169,7 +169,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             return None
         sentence = _missing_package(module)
     elif isinstance(error, OSError) and error.errno is not None:
-        paths = " and ".join(shown(os.fsdecode(p)) for p in (error.filename, error.filename2) if _is_path(p))
+        names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+        paths = " and ".join(shown(os.fsdecode(name)) for name in names)
         fix = FIXES.get(error.errno, "check the path" if paths else "mend that and run this again")
         sentence = f"{paths or 'a file or a pipe'} cannot be used ({error.strerror}); {fix}"
     elif isinstance(error, MemoryError) or _is_out_of_memory(error):
@@ -182,10 +183,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     else:
         return None
     return f"error: {' '.join(sentence.split())}", WRONG_INPUT
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str | bytes | os.PathLike)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -40,10 +40,14 @@ Clip = str | os.PathLike | np.ndarray  # a file, or frames uint8 [T, H, W, 3] at
 def read_picture(source: Picture, size: tuple[int, int], name: str = "image") -> np.ndarray:
     """The picture as uint8 [H, W, 3] of `size` (height, width). source: bytes are the content of a file."""
     if isinstance(source, np.ndarray):
-        return fit(_pixels(source, 3, name), size)
+        return fit(_pixels(source, name), size)
     if isinstance(source, Image.Image):
         return fit(source, size)
-    content, shown = (source, "it") if isinstance(source, bytes) else (_content(source, name), str(source))
+    if isinstance(source, bytes):
+        content, shown = source, "it"
+    else:
+        ordinary_file(name, source, MAX_IMAGE_BYTES, fix="give the path of a file")
+        content, shown = Path(source).read_bytes(), str(source)
     if len(content) > MAX_IMAGE_BYTES:
         raise UserError(f"{name}: {shown} has {len(content):,} bytes; at most {MAX_IMAGE_BYTES:,} are taken")
     try:
@@ -65,7 +69,7 @@ def read_picture(source: Picture, size: tuple[int, int], name: str = "image") ->
 def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: str = "video") -> np.ndarray:
     """The last `frames` or fewer frames of a clip at `fps`: uint8 [T, H, W, 3] of `size` (height, width)."""
     if isinstance(source, np.ndarray):
-        pixels = [_pixels(frame, 3, name) for frame in source[-frames:]]
+        pixels = [_pixels(frame, name) for frame in source[-frames:]]
         return np.stack([fit(frame, size) for frame in pixels])
     path = Path(source)
     ordinary_file(name, path, MAX_CLIP_BYTES, fix="give the path of a file")
@@ -134,13 +138,8 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _content(path: str | os.PathLike, name: str) -> bytes:
-    ordinary_file(name, path, MAX_IMAGE_BYTES, fix="give the path of a file")
-    return Path(path).read_bytes()
-
-
-def _pixels(array: np.ndarray, dims: int, name: str) -> np.ndarray:
-    good = isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == dims and array.shape[-1] == 3
+def _pixels(array: np.ndarray, name: str) -> np.ndarray:
+    good = isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
     if not good or 0 in array.shape:
         given = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         raise UserError(f"{name} is {given}, not pixels; give uint8 [height, width, 3], RGB")

@@ -70,10 +70,6 @@ class _Keys(dict):
         super().__setitem__(key, value)
 
 
-def _memory_format(value: Any) -> Any:
-    return _MEM_FORMAT_ENCODING(int(value))
-
-
 def _layout(name: Any) -> torch.layout:
     if name != "torch.strided":
         raise Damaged("a tensor is laid out as none of ours is")
@@ -87,7 +83,7 @@ def _nowhere(*parts: Any) -> None:
 _CALLED = {
     "torch.Size": _sizes,
     "torch.serialization._get_layout": _layout,
-    f"{_DCP}.metadata._MEM_FORMAT_ENCODING": _memory_format,
+    f"{_DCP}.metadata._MEM_FORMAT_ENCODING": lambda value: _MEM_FORMAT_ENCODING(int(value)),
     "collections.OrderedDict": _Keys,
 }
 for module in ("pathlib", "pathlib._local", "pathlib._abc"):  # 3.13 has its classes elsewhere

@@ -10,7 +10,7 @@ They include the keys of the prompt but not its encoding, which is timed by itse
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -81,13 +81,14 @@ def report(
     joules = None if before is None else (energy.read() - before) / repeats
     clip, first = (median(run.arrivals[i] for run in runs) for i in (-1, 0))
     frames = batch * sum(runs[0].frames)
-    steps = [_median_spans([run.spans[k] for run in runs]) for k in range(chunks)]
+    steps = [{name: median(run.spans[k][name] for run in runs) for name in runs[0].spans[k]} for k in range(chunks)]
     rates = {"clip": frames / clip}
     if chunks > 1:
         k = max(1, chunks - 2)  # not the last, which is decoded while nothing is denoised
         gaps = [run.arrivals[k] - run.arrivals[k - 1] for run in runs]
         rates["steady"] = batch * runs[0].frames[k] / median(gaps)
-    rates["denoising"] = batch * runs[0].frames[-1] / _denoising(steps[-1])
+    denoising = sum(s for name, s in steps[-1].items() if name.startswith("step") or name == "context")
+    rates["denoising"] = batch * runs[0].frames[-1] / denoising
     return {
         "warm_up_s": warm_up,
         "clip_s": clip,
@@ -104,14 +105,6 @@ def report(
         "memory_bytes": _memory(session),
         "latents": runs[-1].latents,
     }
-
-
-def _median_spans(spans: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: median(span[name] for span in spans) for name in spans[0]}
-
-
-def _denoising(spans: dict[str, float]) -> float:
-    return sum(seconds for name, seconds in spans.items() if name.startswith("step") or name == "context")
 
 
 def _memory(session: StreamSession) -> dict[str, int]:
