@@ -16,7 +16,10 @@ from dataclasses import dataclass, replace
 
 from configs.geometry import Geometry
 from configs.schema import Config
-from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
+from configs.train_schema import TrainingConfig
+from model.sizes import RANDOM, WAN_1_3B, WAN_14B, TransformerSize
+from model.weights.files import resolve_path
+from model.weights.run_folders import find_weights
 from utils.tables import aligned
 
 GIB = 1 << 30
@@ -206,6 +209,31 @@ def held_graph_bytes(network: TransformerSize, tokens: int, itemsize: int = 2, *
     return tokens * 21 * network.dim * itemsize // 4 + network.layers * block
 
 
+def start_of(training: TrainingConfig, role: str) -> str:
+    """The entry of `training.init` whose weights `role` starts from: the critic starts from the teacher's unless
+    another source, or a training checkpoint with a critic of its own, is named for it."""
+    init = training.init
+    if role != "critic" or "critic" not in init:
+        return "teacher" if role == "critic" else role
+    path = resolve_path(init["critic"])
+    parts = path.suffix in (".pt", ".pth") or find_weights(path, averaged=False) != path
+    return "critic" if parts or init["critic"] != init.get("teacher") else "teacher"
+
+
+def weight_origin(training: TrainingConfig, role: str) -> str:
+    """What the weights of student, teacher or critic are read from. Networks with the same start from equal weights,
+    which are in memory once where they stay frozen."""
+    name = start_of(training, role)
+    source = training.init.get(name, "")
+    drawn = not source or source.startswith(RANDOM) or source.endswith(".json")
+    return f"{name}: {source}" if drawn or name == "critic" else str(resolve_path(source))
+
+
+def adapter_parameters(network: TransformerSize, rank: int) -> int:
+    """Parameters of LoRA adapters of `rank` on every linear layer of the blocks."""
+    return network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn))
+
+
 def trained_bytes(betas: Sequence[float], averaged: bool) -> int:
     """Bytes per trained parameter: float32 weight and gradient, AdamW's moments (one if beta_1 is 0), and the EMA."""
     return 4 * (2 + (2 if betas[0] else 1) + averaged)
@@ -234,44 +262,48 @@ def distill_plan(
     *,
     gpus: int = 1,
 ) -> MemoryPlan:
-    """Memory of stage `distill` on one of `gpus`: float32 weights, gradients, AdamW and EMA, compute in bfloat16.
+    """Memory of stage `distill` on one of `gpus`: float32 for what is trained (weights, gradients, AdamW and EMA), and
+    the rest in bfloat16, once for networks that start from the same; compute in bfloat16.
 
     With training.sharding each GPU holds its shard, two gathered blocks at a time, and the gathered student in bfloat16
-    (trainer/parallel/apply.py). hybrid without shard_ranks assumes machines with eight GPUs.
+    unless training.sequence_student=shared (trainer/parallel/apply.py). hybrid without shard_ranks assumes machines
+    with eight GPUs. With adapters a graph takes up to a sixth less than planned: frozen linears keep no inputs.
     """
     t, geometry, critic = config.training, geometry_for(config, student), critic or student
     shards = {"none": 1, "full": gpus, "hybrid": t.shard_ranks or min(gpus, 8)}[t.sharding]
-    lora = t.distill.lora
-
-    def adapters(network: TransformerSize, rank: int) -> int:
-        return network.layers * rank * (16 * network.dim + 2 * (network.dim + network.ffn))
-
-    def trained(network: TransformerSize, rank: int, betas: Sequence[float], averaged: bool) -> float:
-        moving = adapters(network, rank) or network.parameters
-        frozen = (8 if averaged else 4) * network.parameters if rank else 0  # the average is of the whole network
-        return (frozen + trained_bytes(betas, averaged) * moving) / shards
-
+    lora, motion = t.distill.lora, t.distill.regresses_motion
+    moved = adapter_parameters(student, lora.student_rank) or student.parameters
+    learnt = adapter_parameters(critic, lora.critic_rank) or critic.parameters
     always = {
-        "student, gradients, AdamW, average": trained(student, lora.student_rank, t.optimizer.betas, True),
-        "critic, gradients, AdamW": trained(critic, lora.critic_rank, t.distill.critic_optimizer.betas, False),
-        "teacher": (teacher.fp8_bytes if t.distill.teacher_fp8 else 2 * teacher.parameters) / shards,
+        "student, gradients, AdamW, average": trained_bytes(t.optimizer.betas, True) * moved / shards,
+        "critic, gradients, AdamW": trained_bytes(t.distill.critic_optimizer.betas, False) * learnt / shards,
+        "teacher": (teacher.fp8_bytes if t.distill.teacher_fp8 else teacher.inference_bytes) / shards,
         "text encoder": 0 if t.distill.encoded_prompts else 2 * T5_WEIGHTS,  # float32, and on every GPU
         "VAE": VAE_WEIGHTS,
     }
-    if t.distill.regresses_motion:
-        always["frozen start"] = 2 * student.parameters / shards
+    bases = set() if t.distill.teacher_fp8 else {(weight_origin(t, "teacher"), teacher)}
+    for part, role, network, frozen in (
+        ("student's base", "student", student, lora.student_rank),
+        ("critic's base", "critic", critic, lora.critic_rank),
+        ("frozen start", "student", student, motion),
+    ):
+        origin = weight_origin(t, role), network
+        if frozen and origin not in bases:
+            always[part] = network.inference_bytes / shards
+            bases.add(origin)
     if t.distill.fast_rollout:
         always["fast student"] = rollout_student_bytes(config, student)
-    if shards > 1:
-        always["student, gathered"] = 2 * (student.parameters + adapters(student, lora.student_rank))
+    whole_student = t.sequence_student == "whole"
+    if shards > 1 and whole_student:
+        always["student, gathered"] = 2 * (student.parameters + adapter_parameters(student, lora.student_rank))
     frames = max(config.video.num_latent_frames, t.distill.long.max_frames)
     # of this GPU, where several share a sample: tokens outside attention, and as many of all heads' tokens inside
     window = t.micro_batch * config.video.num_latent_frames * geometry.tokens_per_frame // t.sequence_parallel
-    sharing = t.sequence_parallel if t.sequence_student == "shared" else 1  # the student's are whole but then
+    sharing = 1 if whole_student else t.sequence_parallel
     rolled = t.micro_batch * frames * geometry.tokens_per_frame // sharing
 
-    def whole(network: TransformerSize, itemsize: int) -> dict[str, float]:
-        return {"blocks at work": 2 * network.block_parameters * itemsize} if shards > 1 else {}
+    def whole(network: TransformerSize, frozen: bool) -> dict[str, float]:
+        return {"blocks at work": 2 * network.block_parameters * (2 if frozen else 4)} if shards > 1 else {}
 
     keys = {"keys of the rollout": 4 * student.layers * rolled * student.dim}
     # each chunk is a forward pass of its own, so that what is recomputed at once is a chunk
@@ -280,10 +312,11 @@ def distill_plan(
     work = others + graph_bytes(student, chunk, True, attention=False)
     rollout = keys | {"activations": work if t.checkpointing else graph_bytes(student, rolled, False)}
     kept = {"keys of the rollout": keys["keys of the rollout"], "rollout's graph": held}
+    scoring, learning = step_bytes(teacher, 2 * window), graph_bytes(critic, window, t.checkpointing)
     return MemoryPlan(
         (
-            Phase("rollout", always | rollout | whole(student, 4)),
-            Phase("teacher", always | kept | {"activations": step_bytes(teacher, 2 * window)} | whole(teacher, 2)),
-            Phase("critic", always | {"activations": graph_bytes(critic, window, t.checkpointing)} | whole(critic, 4)),
+            Phase("rollout", always | rollout | whole(student, bool(lora.student_rank))),
+            Phase("teacher", always | kept | {"activations": scoring} | whole(teacher, True)),
+            Phase("critic", always | {"activations": learning} | whole(critic, bool(lora.critic_rank))),
         )
     )

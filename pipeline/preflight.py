@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.encoded_manifest import read_manifest
-from model.memory import GPU_SIZES_GIB, MemoryPlan, distill_plan, inference_plan
+from model.memory import GPU_SIZES_GIB, MemoryPlan, adapter_parameters, distill_plan, inference_plan
 from model.schedule import Schedule
 from model.sizes import WAN_14B, TransformerSize, size_in_name
 from model.weights.files import read_json, resolve_path
@@ -304,8 +304,8 @@ def check_inference(config: Config, memory: int | None) -> None:
 def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]:
     """Bytes of a checkpoint and of an export, from the sizes in the headers of the initial weights, as far as known.
 
-    A trained network is saved in float32 with AdamW's moments (one if the first beta is 0) and its EMA; an export has
-    two bytes per parameter.
+    What is trained, a network or its adapters, is saved in float32 with AdamW's moments (one if the first beta is 0)
+    and its EMA; an export has two bytes per parameter of the network.
     """
     t = config.training
     critic = peeks.get("critic", peeks.get("teacher"))
@@ -315,8 +315,9 @@ def saved_bytes(config: Config, peeks: dict[str, WeightInfo]) -> tuple[int, int]
     checkpoint = export = 0
     for info, rank, optimizer, averaged in trained:
         if info is not None and info.network is not None:
-            moments = 0 if rank else 2 if optimizer.betas[0] else 1
-            checkpoint += 4 * (1 + moments + averaged) * info.network.parameters
+            moments = 2 if optimizer.betas[0] else 1
+            count = adapter_parameters(info.network, rank) or info.network.parameters
+            checkpoint += 4 * (1 + moments + averaged) * count
             export += averaged * 2 * info.network.parameters
     return checkpoint, export
 

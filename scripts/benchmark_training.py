@@ -31,6 +31,7 @@ weight changes differ by 2 sqrt(e / pi); the bound 0.3 means e = 7%. In float32 
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -60,12 +61,13 @@ from safetensors.torch import load_file
 from configs.errors import UserError
 from configs.load import load_config
 from model.fp8 import check_fp8
+from model.memory import start_of
 from model.sizes import TRANSFORMER_SIZES, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts.bench import cycle_tables as tables
 from scripts.bench.cycle import cap_memory, check, measure
 from scripts.bench.fake_ranks import count_shards
-from scripts.bench.layouts import ROLES, Layout, advice, plan_table, project, sizes_of
+from scripts.bench.layouts import ADAPTERS, ROLES, Layout, advice, plan_table, project, sizes_of
 from scripts.bench.random_prompts import random_prompts
 from trainer.parallel.control_group import ControlGroup
 from utils.device import pick_device, set_threads
@@ -73,7 +75,6 @@ from utils.distributed import Ranks, process_group
 from utils.files import check_writable, write_json_atomic
 from utils.logs import console
 
-FULL = {"student": "1.3B", "teacher": "14B", "critic": "1.3B"}
 MIN_SECONDS = 20.0  # a layout is not started with less time left
 CYCLE, COMPARED, COMPILED = 90.0, 30.0, 60.0  # estimated seconds: a layout at full size, a check, compilation
 BOUNDS = {True: (2e-2, 5e-2, 0.3), False: (1e-4, 1e-3, 2e-2)}  # bfloat16 or not: losses, gradient norms, weights
@@ -158,7 +159,12 @@ class Benchmark:
         self.args, self.folder, self.began = args, folder, 0
         base = load_config(args.config_path, args.settings)
         tiny = base.model.student.startswith("assets/tiny")
-        self.sizes = {role: vars(args)[role] or ("tiny" if tiny else FULL[role]) for role in ROLES}
+        sources = {role: base.training.init.get(start_of(base.training, role), "") for role in ROLES}
+        named = {
+            role: next((size for size in TRANSFORMER_SIZES if size.lower() in source.lower()), "1.3B")
+            for role, source in sources.items()
+        }
+        self.sizes = {role: vars(args)[role] or ("tiny" if tiny else named[role]) for role in ROLES}
         self.networks = sizes_of(self.sizes, TransformerSize.from_config(transformer_sizes("tiny")))
         self.training, self.micro = base.training, base.training.micro_batch
         dim = transformer_sizes(self.sizes["student"])["text_dim"]
@@ -340,7 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.fake_ranks:
             world = args.fake_ranks
             report["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
-            report["counted"] = count_shards(bench.training, bench.sizes, world) if world > 1 else None
+            whole = world > 1 and not bench.training.distill.lora.student_rank
+            report["counted"] = count_shards(bench.training, bench.sizes, world) if whole else None
             print(tables.plan_text(report["plan"], world, args.card_gb, report["counted"]))
         timed = [] if args.check_only else args.layouts
         report["check"] = check_all(bench, args.layouts, timed) if args.check or args.check_only else []
@@ -351,8 +358,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.json:
                 write_json_atomic(args.json, report)
             print("\n" + (tables.phase_table(newest) if "updates" in newest else newest["why"]), flush=True)
-        small = {gpus: advice(*where, gpus, args.card_gb) for gpus in (1, 2, 4)}
-        report["advice"] = [(gpus, best and best[0], best[1].peak.total if best else 0) for gpus, best in small.items()]
+        report["advice"] = []
+        for trained, gpus in itertools.product(ADAPTERS, (1, 2, 4, 8)):
+            best = advice(*where, gpus, args.card_gb, trained)
+            report["advice"].append((gpus, trained, *((best[0], best[1].peak.total) if best else (None, 0))))
         trained = max(bench.networks[role].parameters for role in ("student", "critic"))
         report["projection"] = projections(args, results, trained)
     if args.json:

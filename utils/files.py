@@ -77,12 +77,13 @@ class OwnedFolder:
         return [name for name, own in zip(named, ours, strict=True) if not own]
 
 
-CARD = "card.json"
+CARD, LORA = "card.json", "lora"  # in an export: facts about it; the folder of its adapter, if one was trained
 EXPORT = OwnedFolder(
     CARD,
     re.compile(
         r"(card|config|tokenizer|tokenizer_config|special_tokens_map)\.json"
         r"|(model|diffusion_pytorch_model)(\.ema)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+        rf"|{LORA}/"
     ),
 )
 

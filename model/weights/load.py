@@ -232,7 +232,7 @@ def new_network(path: str | Path, *, causal: bool = False) -> nn.Module:
     return diffusers_network(classes[config["_class_name"]], config)
 
 
-def _on_disk(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def on_disk(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """`state` on the CPU in `dtype` (None = unchanged), without wrappers' segments in the names."""
     out = {}
     for key, value in state.items():
@@ -273,7 +273,7 @@ def save_network(
             model.save_config(partial)
         for name, tensors in weights.items():
             file = partial / f"{name}.safetensors"
-            save_file(_on_disk(tensors, dtype), file, metadata={"format": "pt"})
+            save_file(on_disk(tensors, dtype), file, metadata={"format": "pt"})
             shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
         write_json_atomic(partial / CARD, dict(card or {}))
         if tokenizer is not None:

@@ -127,11 +127,11 @@ def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Resul
     return "\n".join(lines)
 
 
-def advice_text(rows: Sequence[tuple[int, str | None, float]], card_gb: float) -> str:
+def advice_text(rows: Sequence[tuple[int, str, str | None, float]], card_gb: float) -> str:
     """Recommended settings for few GPUs."""
-    table = [["GPUs", "layout that fits", "planned peak GB"]]
-    for gpus, layout, peak in rows:
-        table.append([str(gpus), layout or "none", f"{peak / GB:.1f}" if layout else ""])
+    table = [["GPUs", "trained", "layout that fits", "planned peak GB"]]
+    for gpus, trained, layout, peak in rows:
+        table.append([str(gpus), trained, layout or "none", f"{peak / GB:.1f}" if layout else ""])
     return f"smallest change that fits {card_gb:g} GB per GPU, by plan, with precomputed prompts\n{aligned(table)}"
 
 

@@ -12,6 +12,7 @@ from configs.train_schema import TrainingConfig
 from model.fast.fp8_teacher import quantize_network
 from model.fp8 import E4M3
 from model.memory import trained_bytes
+from model.weights.load import stored_dtype
 from model.weights.random import transformer_sizes
 from trainer.parallel.apply import local, mesh_of, shard
 
@@ -43,8 +44,11 @@ def count_shards(training: TrainingConfig, sizes: Mapping[str, str], world: int)
             if role == "teacher" and training.distill.teacher_fp8:
                 quantize_network(network)
             shard(network, mesh)
-            held = [(local(p).numel(), 1 if p.dtype == E4M3 else 2) for p in network.parameters()]
+            held = [
+                (local(p).numel(), 1 if p.dtype == E4M3 else stored_dtype(network, name, torch.bfloat16).itemsize)
+                for name, p in network.named_parameters()
+            ]
             counted[NAMES[role]] = sum(size_of.get(role, bytes_each) * count for count, bytes_each in held)
-            if role == "student":
+            if role == "student" and training.sequence_student == "whole":
                 counted[GATHERED] = 2 * sum(p.numel() for p in network.parameters())
     return counted

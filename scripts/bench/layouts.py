@@ -73,8 +73,8 @@ class Layout:
         """Settings of the layout. The batch is `global_batch`, or one pass of all GPUs times `accumulate`."""
         sharding = "none" if self.gpus == 1 else "full" if self.kind == "sequence" else self.kind
         batch = global_batch or micro_batch * self.gpus // self.sequence * self.accumulate
-        degree = [f"training.sequence_parallel={self.sequence}"] if self.sequence > 1 else []
-        return [f"training.sharding={sharding}", f"training.global_batch={batch}", *degree, *self.settings]
+        degree = f"training.sequence_parallel={self.sequence}"
+        return [f"training.sharding={sharding}", f"training.global_batch={batch}", degree, *self.settings]
 
 
 # --- planned from formulas --------------------------------------------------------------------------------------------
@@ -118,7 +118,8 @@ def plan_table(
     rows = []
     for layout in layouts_for(world):
         try:
-            config = load_config(config_path, [*settings, *_plain(layout), *layout.settings])
+            degree = f"training.sequence_parallel={layout.sequence}"
+            config = load_config(config_path, [*settings, degree, *layout.settings])
         except UserError as error:
             rows.append({"layout": layout.text, "refused": str(error)})
             continue
@@ -133,29 +134,43 @@ def plan_table(
     return rows
 
 
-def _plain(layout: Layout) -> list[str]:
-    return [f"training.sequence_parallel={layout.sequence}"] if layout.sequence > 1 else []
-
-
 OWN = "training.distill.fast_rollout=false"  # no copy of the student for rollouts
+SHARED = "training.sequence_student=shared"  # no GPU holds the whole student
+ADAPTERS = {  # by what is trained
+    name: tuple(f"training.distill.lora.{role}_rank={rank}" for role in ("student", "critic"))
+    for name, rank in (("all weights", 0), ("adapters", 64))
+}
 SMALLER_LAYOUTS: tuple[tuple[str, ...], ...] = (
-    (),
-    (OWN,),
-    ("training.distill.teacher_fp8=true", OWN),
-    ("teacher=1.3B",),
-    ("training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64", OWN),
-    ("teacher=1.3B", "training.distill.lora.student_rank=64", "training.distill.lora.critic_rank=64", OWN),
+    ("",),
+    ("", OWN),
+    ("full", SHARED, OWN),
+    ("", "training.distill.teacher_fp8=true", OWN),
+    ("", "teacher=1.3B"),
+    ("sequence2", SHARED, OWN),
+    ("sequence4", SHARED, OWN),
 )
 
 
 def advice(
-    config_path: str, settings: Sequence[str], networks: Mapping[str, TransformerSize], world: int, card_gb: float
-) -> tuple[str, MemoryPlan] | None:
-    """The smallest change of settings that fits GPUs with `card_gb` GB: a layout and its memory plan."""
-    kind = "none:1" if world == 1 else f"full:{world}"
-    for rung in SMALLER_LAYOUTS:
-        layout = Layout.parse(",".join([kind, *rung]))
-        config = load_config(config_path, [*settings, *layout.settings])
+    config_path: str, settings: Sequence[str], networks: Mapping[str, TransformerSize], world: int, card_gb: float,
+    trained: str = "all weights",
+) -> tuple[str, MemoryPlan] | None:  # fmt: skip
+    """The smallest change of settings that fits GPUs with `card_gb` GB: a layout and its memory plan.
+
+    trained: of ADAPTERS. Settings that are configured already are left out of the layout.
+    """
+    for kind, *rung in SMALLER_LAYOUTS:
+        if kind and (world == 1 or world % int(kind.removeprefix("sequence") if kind != "full" else 1)):
+            continue
+        options, chosen = [option for option in rung if option.startswith(ROLES)], list(settings)
+        wanted = ((OWN,) if trained == "adapters" else ()) + ADAPTERS[trained] + tuple(rung)
+        for option in (one for one in wanted if one not in options):
+            if load_config(config_path, [*chosen, option]) != load_config(config_path, chosen):
+                options.append(option)
+                chosen.append(option)
+        layout = Layout.parse(",".join([f"{kind or ('none' if world == 1 else 'full')}:{world}", *options]))
+        degree = f"training.sequence_parallel={layout.sequence}"
+        config = load_config(config_path, [*settings, degree, *layout.settings])
         sizes = {**networks, **({} if not layout.sizes else {"teacher": WAN_1_3B})}
         plan = planned(config, sizes, shards=world)
         if plan.peak.total <= card_gb * GB - CONTEXT:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from count_bytes import counting
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from peft import LoraConfig
 from transformers import UMT5Config, UMT5EncoderModel
 
 from configs.errors import UserError
@@ -24,6 +25,7 @@ from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from model.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from pipeline.cli import LOW_MEMORY
 from pipeline.preflight import memory_plan
+from trainer.distill.networks import LORA_TARGETS
 
 BF16 = torch.bfloat16
 CONFIG = "configs/wan2.1_t2v_1.3b.yaml"
@@ -281,6 +283,44 @@ def test_training_shares_are_those_of_the_gpus():
     for phase, with_adapters, alone in zip(eight.phases, shared.phases, one.phases, strict=True):
         assert phase.parts["student, gathered"] == 2 * WAN_1_3B.parameters < with_adapters.parts["student, gathered"]
         assert "student, gathered" not in alone.parts
+
+
+@pytest.mark.parametrize("size", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
+def test_adapters_take_no_more_than_planned(monkeypatch, size):
+    """Frozen linears keep no inputs for a backward pass, and adapters share one."""
+    model = build(WanTransformer3DModel, size, 3).to(BF16).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=64, target_modules=LORA_TARGETS))
+    network = TransformerSize(dim=size.dim, ffn=size.ffn, layers=3)
+    model.enable_gradient_checkpointing(selective_checkpoint)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == memory.adapter_parameters(network, 64)
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    with torch.device("meta"):
+        latents, text = torch.empty(1, 16, 21, 60, 104, dtype=BF16), torch.empty(1, 512, 4096, dtype=BF16)
+        with counting(monkeypatch) as counter:
+            model(latents, torch.empty(1), text, return_dict=False)[0].sum().backward()
+    planned = memory.graph_bytes(network, 21 * 1560, True)
+    assert 0.85 * planned < counter.peak <= planned
+
+
+def test_a_shared_base_is_planned_once():
+    def parts(*settings: str, gpus: int = 1) -> dict[str, float]:
+        config = load_config("configs/train_wan2.1_t2v_14b_lora.yaml", ["training.sharding=none", *settings])
+        return distill_plan(config, WAN_14B, WAN_14B, WAN_14B, gpus=gpus).phases[0].parts
+
+    bases = {"student's base", "critic's base", "frozen start"}
+    wan = "wan_models/Wan2.1-T2V-14B"
+    assert parts().keys() & bases == {"student's base"}
+    assert parts()["student's base"] == parts()["teacher"] == WAN_14B.inference_bytes
+    assert not parts(f"training.init.student={wan}").keys() & bases, "all from the teacher's files"
+    motion = "training.distill.motion_regression.weight=1"
+    assert parts(motion).keys() & bases == {"student's base"}, "the initial student is the student's base"
+    assert parts("training.distill.teacher_fp8=true").keys() & bases == {"student's base", "critic's base"}
+    critic = parts("training.init.critic=checkpoints/other")
+    assert critic.keys() & bases == {"student's base", "critic's base"}
+    both = sum(parts()[f"{role}"] for role in parts() if "AdamW" in role)
+    assert both == memory.adapter_parameters(WAN_14B, 64) * 4 * (4 + 3)
 
 
 def test_no_torch_is_needed():

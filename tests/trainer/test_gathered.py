@@ -1,4 +1,5 @@
-"""A trained student that is sharded stays gathered from its first pass after a step to its next step, and no longer."""
+"""A trained student that is sharded stays gathered from its first pass after a step to its next step, and no longer;
+with training.sequence_student=shared it is gathered block by block in each pass."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ def train(assets: str, out: str, alone: str, settings: tuple[str, ...], parallel
     torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)  # of this process
     with group() as ranks:
         stage, counts = distill_stage(Path(assets), *settings, *parallel, ranks=ranks), []
-        student = stage.student.model
+        student, whole = stage.student.model, stage.config.training.sequence_student == "whole"
         text_kv, made = student.text_kv, []
         student.text_kv = lambda text: made.append(step) or text_kv(text)
         for step in range(2 * CYCLE):
@@ -103,14 +104,17 @@ def train(assets: str, out: str, alone: str, settings: tuple[str, ...], parallel
                 logs = stage.update(step)
             counts.append(seen["student"])
             assert_close(mean_over_ranks(logs), expected[step][0])
-            assert not any(isinstance(p, DTensor) for p in student.parameters())
+            assert whole == (not any(isinstance(p, DTensor) for p in student.blocks[0].parameters()))
             assert seen["critic"] > units(stage.critic.model), "forward, and blocks again"
             if step == 1:  # the average is gathered by this, and changes next
                 stage.validate(step, Path(out))
         once = units(student)
-        assert counts == [2 * once, 0, 0, once, 0, 0], "once for the first update, and once after each step"
-        assert made.count(CYCLE - 1) == stage.micro_batches, "keys of a text once a rollout"
-        held = {f"student {name}": p.detach().clone() for name, p in student.named_parameters()}
+        if whole:
+            assert counts == [2 * once, 0, 0, once, 0, 0], "once for the first update, and once after each step"
+            assert made.count(CYCLE - 1) == stage.micro_batches, "keys of a text once a rollout"
+        else:
+            assert min(counts) > once and not made, "in each pass, in which blocks make the text's keys"
+        held = {f"student {name}": full_tensor(p.detach()).clone() for name, p in student.named_parameters()}
         train_state = stage.train_states["generator"]
         assert [p for _, p in optimized(student, train_state.optimizer)] == train_state.parameters
         unshard(student)

@@ -65,12 +65,12 @@ def _plain_errors() -> Iterator[None]:
 
 
 def train_state_tensors(name: str, train_state: TrainState) -> dict[str, Tensor]:
-    """Weights and EMA of a train state by their names in a checkpoint; the tensors themselves, not copies."""
-    tensors = {f"{name}.module.{key}": value for key, value in train_state.module.state_dict().items()}
-    if train_state.average is not None:
-        average = train_state.average.module.state_dict()
-        tensors |= {f"{name}.average.{key}": value for key, value in average.items()}
-    return tensors
+    """Trained weights and EMA of a train state by their names in a checkpoint; the tensors themselves, not copies."""
+    return {
+        f"{name}.{part}.{key}": value
+        for part, module in train_state.modules.items()
+        for key, value in train_state.saved(module.state_dict()).items()
+    }
 
 
 def write(

@@ -32,7 +32,8 @@ from model.denoiser import ScoreModel, Student
 from model.flow import add_noise, shift_time, v_target
 from model.schedule import Schedule
 from model.timesteps import TIME, warp
-from model.weights.load import save_network
+from model.weights.load import on_disk, save_network
+from model.weights.lora import save_lora
 from pipeline.rollout import PrecomputedNoise, last_steps, rollout
 from pipeline.switch import embeddings_after_switch
 from trainer.backward import Backward
@@ -43,23 +44,25 @@ from trainer.distill.gradient_check import GradientCheck, gradient_check
 from trainer.distill.long_tuning import Plan, RolloutPlanner, loss_window
 from trainer.distill.losses import GeneratorInputs, critic_loss, generator_terms, term_settings
 from trainer.distill.networks import (
+    Bases,
+    adapter_weights,
     critic_state,
     frozen_initial_student,
     frozen_teacher,
-    merged,
+    merged_weights,
     motion_head_state,
     student_state,
 )
 from trainer.distill.rollout_sharing import RolloutSharing, shares_rollouts
 from trainer.pairs import Pairs, open_pairs
-from trainer.parallel.apply import ParallelPlan, mean_over_ranks, mesh_of, unshard
+from trainer.parallel.apply import ParallelPlan, is_sharded, mean_over_ranks, mesh_of, unshard
 from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
 from trainer.stage import Stage, accumulation
 from trainer.validation import Validator
 from utils.device import pick_dtype
 from utils.distributed import Ranks
-from utils.files import write_json_atomic
+from utils.files import LORA, write_json_atomic
 from utils.logs import get_logger
 from utils.seeds import generator
 
@@ -95,9 +98,10 @@ class Distill(Stage):
         self.null = self.encoder([self.settings.negative_prompt])
         self.pairs, self.pair_prompts = self._open_pairs()
 
-        teacher, self.teacher_errors = frozen_teacher(config, parallel)
+        bases: Bases = {}
+        teacher, self.teacher_errors = frozen_teacher(config, parallel, bases)
         self.teacher = ScoreModel(teacher)
-        student, critic = (make(config, parallel) for make in (student_state, critic_state))
+        student, critic = (make(config, parallel, bases) for make in (student_state, critic_state))
         self.train_states = {"generator": student, "critic": critic}
         self.student = Student(self.train_states["generator"].module)
         check_text_dim(self.encoder, self.student.model.config.text_dim)
@@ -105,7 +109,7 @@ class Distill(Stage):
         self.geometry = self.geometry.for_network(self.student.model.config)
         self.initial_student: Student | None = None  # frozen, for the motion regression
         if self.settings.regresses_motion:
-            self.initial_student = Student(frozen_initial_student(config, parallel))
+            self.initial_student = Student(frozen_initial_student(config, parallel, bases))
             unwarped = self.settings.motion_regression.timesteps
             timesteps = tuple(warp(t / TIME, config.schedule.shift) for t in unwarped)
             self.initial_schedule = replace(self.schedule, timesteps_by_chunk=(timesteps,))
@@ -255,8 +259,9 @@ class Distill(Stage):
         switch, texts = self.config.stream.switch, self._texts(plan, text, text_after)
         with self._rollout_student(student, grad) as (student, cache):
             # Text keys are computed once per text. Under FSDP blocks compute them: it must see the graph, and it
-            # gathers a frozen network pass by pass
-            if not (self.sharded and (grad or not trained)):
+            # gathers a frozen network pass by pass, as a trained one that does not stay gathered
+            gathered = trained and self.config.training.sequence_student == "whole"
+            if not is_sharded(student.model) or (gathered and not grad):
                 unshard(student.model)
                 with torch.set_grad_enabled(grad):
                     text_kv = {key: student.model.text_kv(x) for key, x in {id(x): x for x in texts}.items()}
@@ -432,7 +437,12 @@ class Distill(Stage):
             "size": [self.config.video.height, self.config.video.width],
             "trained_image_start": self.config.training.image_start > 0,
         }
-        state = self.train_states["generator"].averaged_state() if self.sharded else None
+        weights: dict[str, Tensor] = {}
+        for name, value in merged_weights(self.averaged):
+            if self.ranks.first:
+                weights |= on_disk({name: value}, torch.float16)
+        values, alphas = adapter_weights(self.averaged)
         if self.ranks.first:
-            student = merged(self.averaged, state)
-            save_network(student, folder, card=card, state=state if student is self.averaged else None)
+            save_network(self.averaged, folder, card=card, state=weights)
+            if values:
+                save_lora(values, alphas, folder / LORA, {})

@@ -30,26 +30,36 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
 
 
+def replica_of(module: nn.Module) -> nn.Module:
+    """A copy of `module` for its EMA: trained parameters are copied, frozen ones are those of `module` themselves."""
+    frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, frozen).eval().requires_grad_(False)
+
+
 class EMA:
-    """Exponential moving average of a module's parameters: e <- d e + (1 - d) p; a copy until `start_step`.
+    """Exponential moving average of a module's trained parameters: e <- d e + (1 - d) p; a copy until `start_step`.
 
     replica: a copy of `module` that holds the average; needed if `module` is sharded and cannot be copied.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int, replica: nn.Module | None = None):
         self.decay, self.start_step = decay, start_step
-        self.module = (copy.deepcopy(module) if replica is None else replica).eval().requires_grad_(False)
+        self.module = replica_of(module) if replica is None else replica
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Update with the parameters after optimizer step `step` (from 0)."""
         reshard(self.module)
         weight = 1.0 if step < self.start_step else 1.0 - self.decay
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        averages, trained = zip(*((average, p) for average, p in pairs if p.requires_grad), strict=True)
+        torch._foreach_lerp_(averages, trained, weight)
 
 
 class TrainState:
     """A trained module with its optimizer, learning rate and EMA. It does not know its loss.
+
+    Its state leaves out frozen parameters: these are read again from what the run started from.
 
     Args:
         optimizer: settings of the optimizer (default: `config.optimizer`).
@@ -77,6 +87,16 @@ class TrainState:
             fused=device.type == "cuda",
         )  # fmt: skip
         self.average = EMA(module, config.ema_decay, config.ema_start_step, replica) if averaged else None
+        self.frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained module and its EMA, by their names in a state."""
+        return {"module": self.module} | ({} if self.average is None else {"average": self.average.module})
+
+    def saved(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`state` of one of the modules without what is frozen."""
+        return {name: value for name, value in state.items() if name not in self.frozen}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -96,15 +116,10 @@ class TrainState:
 
     def state_dict(self) -> dict:
         """Full tensors, gathered on the first rank if sharded; a collective."""
-        state = {"module": module_state(self.module), "optimizer": optimizer_state(self.module, self.optimizer)}
-        return state if self.average is None else state | {"average": module_state(self.average.module)}
-
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The EMA alone, gathered as in `state_dict`."""
-        return module_state(self.average.module)
+        optimizer = {"optimizer": optimizer_state(self.module, self.optimizer)}
+        return {name: self.saved(module_state(module)) for name, module in self.modules.items()} | optimizer
 
     def load_state_dict(self, state: dict) -> None:
-        load_module_state(self.module, state["module"])
+        for name, module in self.modules.items():
+            load_module_state(module, state[name], self.frozen)
         load_optimizer_state(self.module, self.optimizer, state["optimizer"])
-        if self.average is not None:
-            load_module_state(self.average.module, state["average"])

@@ -9,7 +9,7 @@ In each case a step of N ranks equals the step of one rank on all their samples.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def parallelize(
        Attention stays uncompiled: a student's number of keys grows chunk by chunk
     5. FSDP2 on the mesh: one unit for each block and one for the rest; weights may still be on the meta device. A
        trained student stays unsharded from its first pass after an optimizer step to the next step (`reshard`), since
-       it is called chunk by chunk, also in all updates of the critic
+       it is called chunk by chunk, also in all updates of the critic; unless `training.sequence_student` is `shared`
 
     dtype: dtype in which trained weights are gathered and used, under autocast; None = their own (frozen networks).
     role: name of the network in messages; None = it takes no part in sequence parallelism.
@@ -112,7 +112,8 @@ def parallelize(
     if parallel.mesh is None:
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms stay float32
         return network.to(parallel.device)
-    shard(network, parallel.mesh, dtype, stays_gathered=causal and trained)
+    whole = training.sequence_student == "whole"
+    shard(network, parallel.mesh, dtype, stays_gathered=causal and trained and whole)
     for part in (network, *network.blocks) if streams else ():
         register_fsdp_forward_method(part, "text_kv")
     return network
@@ -228,16 +229,18 @@ def module_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_module_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load full tensors, or shards like the module's own."""
-    if not is_sharded(module):
-        module.load_state_dict(state)
-        return
+def load_module_state(module: nn.Module, state: dict[str, Tensor], frozen: Collection[str] = ()) -> None:
+    """Load full tensors, or shards like the module's own. frozen: names that are left as they are."""
     own = module.state_dict()
-    if own.keys() != state.keys():
-        raise ValueError(f"{sorted(own.keys() ^ state.keys())[:3]} are not in both the module and its state")
-    for name, target in own.items():
-        local(target).copy_(local(shard_of(state[name], target)))
+    state = {name: value for name, value in state.items() if name not in frozen}
+    if not is_sharded(module):
+        module.load_state_dict({name: own[name] for name in frozen} | state)
+        return
+    wrong = sorted((own.keys() - set(frozen)) ^ state.keys())
+    if wrong:
+        raise ValueError(f"{wrong[:3]} are not in both the module and its state")
+    for name, value in state.items():
+        local(own[name]).copy_(local(shard_of(value, own[name])))
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

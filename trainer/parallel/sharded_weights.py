@@ -43,10 +43,10 @@ def init_plan(
     return plan_transformer(f"training.init.{name}", source, cls, "critic" if name == "critic" else "student")
 
 
-def empty(plan: WeightPlan, dtype: torch.dtype) -> nn.Module:
-    """The network of `plan` in `dtype`, without weights, in evaluation mode."""
+def empty(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The network that `build` makes, in `dtype`, without weights, in evaluation mode."""
     with init_empty_weights(include_buffers=False):
-        network = plan.build()
+        network = build()
     for name, p in network.named_parameters():
         p.data = p.data.to(stored_dtype(network, name, dtype))
     return network.eval()
@@ -86,8 +86,27 @@ def fill_parts(
 
 @torch.no_grad()
 def copy_parts(network: nn.Module, source: nn.Module, device: torch.device) -> nn.Module:
-    """Give a frozen sharded network without weights copies of the parts of `source`, its like."""
-    state = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in source.state_dict().items()}
+    """Give a frozen sharded network the parts of `source`, its like: copies of trained ones, frozen ones themselves."""
+    state = {name: p.detach().clone() if p.requires_grad else p.detach() for name, p in source.named_parameters()}
+    network.load_state_dict({name: nn.Parameter(p, requires_grad=False) for name, p in state.items()}, assign=True)
+    return network.to(device)
+
+
+@torch.no_grad()
+def share_parts(
+    network: nn.Module, source: nn.Module, device: torch.device, rest: Callable[[str, Tensor], Tensor] = _nothing
+) -> nn.Module:
+    """Give a network without weights those of `source`, which is sharded like it: the same tensors, and no copies.
+
+    rest: as in `fill_parts`, for names that `source` lacks or has as adapters of its own.
+    """
+    theirs = {name.replace(".base_layer.", "."): p for name, p in source.named_parameters() if "lora_" not in name}
+    state = {}
+    for name, own in network.named_parameters():
+        value = theirs.get(name.replace(".base_layer.", "."))
+        if value is None:
+            value = shard_of(rest(name, own).to(device), own)
+        state[name] = nn.Parameter(value.detach(), requires_grad=own.requires_grad)
     network.load_state_dict(state, assign=True)
     return network.to(device)
 
@@ -102,6 +121,6 @@ def sharded_text_encoder(config: Config, parallel: ParallelPlan) -> TextEncoder:
     """The text encoder that conditions, in the precision of activations, without gradients."""
     m, dtype = config.model, pick_dtype(config.training.precision, parallel.device)
     plan = plan_text_encoder(m.text_encoder)
-    encoder = parallelize(empty(plan, dtype).requires_grad_(False), parallel)
+    encoder = parallelize(empty(plan.build, dtype).requires_grad_(False), parallel)
     fill_parts(encoder, plan, parallel.device, dtype)
     return TextEncoder(encoder, load_tokenizer(m.tokenizer, encoder.config.vocab_size), m.text_tokens)

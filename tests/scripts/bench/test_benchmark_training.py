@@ -19,7 +19,8 @@ from torch.autograd import DeviceType
 
 from configs.errors import UserError
 from configs.load import load_config
-from model.sizes import WAN_1_3B, TransformerSize
+from model.memory import distill_plan
+from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
 from scripts.bench.cycle import PhaseWatch, covered, exposed, summary
@@ -129,7 +130,8 @@ def test_layouts_are_read_and_refused():
         "training.sharding=full", "training.global_batch=12", "training.sequence_parallel=2",
         "training.distill.lora.student_rank=8",
     ]  # fmt: skip
-    assert Layout.parse("full:1").overrides(1) == ["training.sharding=none", "training.global_batch=1"]
+    alone = ["training.sharding=none", "training.global_batch=1", "training.sequence_parallel=1"]
+    assert Layout.parse("full:1").overrides(1) == alone
     assert Layout.parse("sequence:4").sequence == 4
     for wrong in ("full", "full2:2", "sequence3:4", "none:1,colour=red", "none:1,accumulate=x", "full:0"):
         with pytest.raises(UserError, match="--layouts"):
@@ -308,6 +310,31 @@ def test_advice_for_few_gpus():
     layouts = [advice(FULL, [], networks, gpus, 80)[0] for gpus in (1, 2, 4)]
     assert layouts[0].startswith("none:1,") and layouts[1:] == ["full:2", "full:4"]
     assert advice(FULL, [], networks, 1, 10) is None
+
+
+def test_advice_for_14b():
+    """The table of docs/distributed.md, and what the two configurations say of themselves."""
+    networks = sizes_of({"student": "14B", "teacher": "14B", "critic": "14B"}, WAN_14B)
+    file = "configs/train_wan2.1_t2v_14b"
+    found = {
+        (trained, card, gpus): advice(name, [], networks, gpus, card, trained)
+        for trained, name in (("all weights", f"{file}.yaml"), ("adapters", f"{file}_lora.yaml"))
+        for card in (80, 140)
+        for gpus in (1, 2, 4, 8)
+    }
+    layouts = {key: best[0] for key, best in found.items() if best}
+    assert layouts == {
+        ("all weights", 80, 8): "sequence4:8", ("all weights", 140, 4): "sequence4:4",
+        ("all weights", 140, 8): "full:8", ("adapters", 80, 2): "sequence2:2", ("adapters", 80, 4): "full:4",
+        ("adapters", 80, 8): "full:8", ("adapters", 140, 1): "none:1", ("adapters", 140, 2): "full:2",
+        ("adapters", 140, 4): "full:4", ("adapters", 140, 8): "full:8",
+    }  # fmt: skip
+    assert found["adapters", 140, 2][1].peak.total < 130e9
+    for gpus, name in ((8, ""), (4, "_lora")):
+        assert distill_plan(load_config(f"{file}{name}.yaml"), *networks.values(), gpus=gpus).peak.total < 80e9
+    for lora in ("", "_lora"):
+        args = script.parse(["--config_path", f"{file}{lora}.yaml", "--fake_ranks", "2"])
+        assert set(script.Benchmark(args, Path()).sizes.values()) == {"14B"}
 
 
 def test_bad_calls_are_refused():
