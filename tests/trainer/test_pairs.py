@@ -47,7 +47,7 @@ def folder(tiny_assets, tmp_path_factory):
 
 
 def test_counts_below_one_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--batch_size 0 is too few; give at least 1"):
+    with pytest.raises(UserError, match="--batch_size: 0 is less than 1; give 1 or more"):
         script("generate_ode_pairs", "--output_folder", str(tmp_path / "pairs"), "--batch_size", "0")
     assert not list(tmp_path.iterdir())
 
