@@ -1,5 +1,6 @@
 """Tiny random networks of our own shapes: nothing here needs the shipped weights."""
 
+import gc
 import json
 import logging
 import signal
@@ -17,6 +18,7 @@ from configs.geometry import Geometry
 from model.causal_wan import CausalWanModel
 from model.denoiser import Student
 from model.text import TextEncoder, word_tokenizer
+from trainer import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 # a test may take cases and fixtures from another folder's tests
@@ -63,6 +65,14 @@ def random_text_encoder() -> TextEncoder:
     torch.manual_seed(2)
     encoder = UMT5EncoderModel(UMT5Config(**network_config("tiny_text_encoder"))).eval().requires_grad_(False)
     return TextEncoder(encoder, word_tokenizer(WORDS), TEXT_TOKENS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_trainings_begin_at_once():
+    """Without the scan for garbage before their second step, which takes as long as several of their steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "freeze_garbage", gc.freeze)
+        yield
 
 
 @pytest.fixture(autouse=True)
