@@ -73,7 +73,7 @@ def test_batch_that_does_not_come_out(capsys):
 
 
 def test_wrong_settings_end_it():
-    with pytest.raises(UserError, match="--gpus=0 is no number"):
+    with pytest.raises(UserError, match="--gpus=0 is not a number of GPUs"):
         doctor.main(["--gpus", "0"])
     with pytest.raises(UserError, match="--gpus: invalid int value: 'x'; see python scripts/doctor.py --help"):
         doctor.main(["--gpus", "x"])
