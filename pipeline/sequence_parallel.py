@@ -214,15 +214,19 @@ class SequenceRanks:
 
     def _watch(self) -> None:
         """Wait until a rank ends; then end all."""
-        ready = wait(self._pipes)
+        wait(self._pipes)
         if self._closing:
             return
-        rank = 1 + min(self._pipes.index(pipe) for pipe in ready)
-        try:
-            said = self._pipes[rank - 1].recv()
-        except (EOFError, OSError):
-            said = ""
-        self.failure = self._ended(rank, said)
+        time.sleep(0.1)  # a rank that lost another's connection may be heard of first
+        ready = wait(self._pipes, 0)
+        heard = {}
+        for pipe in ready:
+            try:
+                heard[1 + self._pipes.index(pipe)] = pipe.recv()
+            except (EOFError, OSError):
+                heard[1 + self._pipes.index(pipe)] = ""
+        rank = min(heard, key=lambda rank: (bool(heard[rank]), rank))  # who says nothing was killed: it comes first
+        self.failure = self._ended(rank, heard[rank])
         log.error(self.failure)
         self._kill()
         self._abort()

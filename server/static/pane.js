@@ -145,7 +145,7 @@ export class Pane {
     this.screen.tick(now);
     const shown = this.screen.shown, take = this.takes.get(this.stream.take);
     const header = take?.headers.findLast(({ frame }) => frame < shown);
-    if (header && shown > take.message.frame && this.since !== null) {
+    if (header?.take === this.stream.take && shown > take.message.frame && this.since !== null) { // not of its parent
       this.$("latency").value = Math.round(now - this.since);
       this.since = null;
       this.say(`Playing: ${header.prompt}`);
