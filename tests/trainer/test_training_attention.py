@@ -86,18 +86,22 @@ def test_what_cannot_run_is_refused(tiny_assets):
         distill_config(tiny_assets, "training.attention=fa3")
 
 
+@pytest.mark.parametrize("rank, average", [(0, None), (2, "_native_cudnn")])
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_cudnn_is_given_half_precision_alone(tiny_assets, tmp_path, hopper, given, caplog, checkpointing):
-    """In the audit, updates of both networks, and validation, where the average computes in float32."""
+def test_cudnn_is_given_half_precision_alone(
+    tiny_assets, tmp_path, hopper, given, caplog, checkpointing, rank, average
+):
+    """In the audit, updates of both networks, and validation, where the average computes in float32, or where adapters
+    are trained in the precision of the weights that it shares."""
     settings = ["training.precision=bfloat16", f"training.checkpointing={checkpointing}"]
     settings += ["training.validation_clips=2", "training.distill.video_clips=1"]
-    settings += ["training.distill.lora.student_rank=2"]
+    settings += [f"training.distill.lora.student_rank={rank}"]
     with caplog.at_level(logging.INFO):
         stage = distill_stage(tiny_assets, *settings)
     assert caplog.text.count("attention of networks in training: cudnn") == 1
     for network in (stage.student.model, stage.critic.model, stage.teacher.model):
         assert backends(network) == {"_native_cudnn"}
-    assert backends(stage.averaged) == {None}
+    assert backends(stage.averaged) == {average}
     stage.begin(0, tmp_path)
     stage.update(0)
     assert given == {BF16}
