@@ -33,12 +33,13 @@ def test_a_stream_is_recorded_into_a_file_that_plays(url, tmp_path, capsys):
 
 
 def test_prompts_come_in_at_their_time(url, tmp_path, capsys):
+    # 6 s: the server has not made the last chunk when the second prompt is sent
     cues = [PROMPT, f"2:{OTHER}"]
-    assert steer.main([url, str(tmp_path / "x.mp4"), *cues, "--seconds", "4"]) == 0
+    assert steer.main([url, str(tmp_path / "x.mp4"), *cues, "--seconds", "6"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"frame 0: {PROMPT}")
     shown = int(second.split()[1].rstrip(":"))
-    assert 32 - 12 <= shown <= 32 + 24 and len(frames(tmp_path / "x.mp4")) == 69
+    assert 32 - 12 <= shown <= 32 + 24 and len(frames(tmp_path / "x.mp4")) == 105
 
 
 def test_a_branch_takes_the_place_of_what_was_recorded(url, tmp_path):
