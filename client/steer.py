@@ -52,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
     args = parser.parse_args(argv)
+    for time, prompt in args.cues:
+        if time >= args.seconds:
+            parser.error(
+                f"{time:g}:{prompt} comes after the end of the video; give more than --seconds {args.seconds:g}"
+            )
     try:
         places = asyncio.run(steer(args.url, args.path, args.cues, seconds=args.seconds, seed=args.seed, key=args.key))
     except (LiveError, OSError) as error:

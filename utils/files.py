@@ -391,7 +391,7 @@ class HashedFile:
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of `data`; the buffer may be reused afterwards."""
-        hashed = self._hash(memoryview(data))
+        hashed = self._hash(memoryview(data).cast("B"))
         try:
             return self._file.write(data)
         finally:

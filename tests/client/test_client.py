@@ -39,7 +39,15 @@ def test_prompts_come_in_at_their_time(url, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"frame 0: {PROMPT}")
     shown = int(second.split()[1].rstrip(":"))
-    assert 32 - 12 <= shown <= 32 + 24 and len(frames(tmp_path / "x.mp4")) == 105
+    assert 32 - 12 <= shown < 105 and shown % 12 == 9  # at a chunk; later where the server had made more in advance
+    assert len(frames(tmp_path / "x.mp4")) == 105
+
+
+def test_a_prompt_after_the_end_is_refused(url, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        steer.main([url, str(tmp_path / "x.mp4"), PROMPT, f"9:{OTHER}", "--seconds", "4"])
+    assert ended.value.code == 2 and "comes after the end of the video" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_branch_takes_the_place_of_what_was_recorded(url, tmp_path):

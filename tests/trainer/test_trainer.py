@@ -150,6 +150,18 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, mo
     assert ("flush", tmp_path.name) in events[renamed:removed]
 
 
+def test_a_file_system_that_syncs_files_alone_will_do(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert checkpoint.verified(checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, {"stage": "text"}, keep=1))
+
+
 def test_what_is_not_whole_neither_counts_nor_is_counted_out(tmp_path):
     """Damaged ones with higher numbers and with lower ones; what was just written stays, also beyond a million."""
     for name in ("checkpoint_000002", "checkpoint_9000000"):

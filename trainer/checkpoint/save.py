@@ -9,6 +9,7 @@ does not verify is skipped, with a warning, for the one before. Either form can 
 or not.
 """
 
+import errno
 import json
 import os
 import re
@@ -155,10 +156,13 @@ def _finish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Return once a file or the entries of a folder would outlast a loss of power."""
+    """Return once a file, or a folder's list of files, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems sync files alone
+            raise
     finally:
         os.close(descriptor)
 
