@@ -46,6 +46,7 @@ REMOVED = {  # key -> what to do in its place
     "inference.fused_gelu": KERNELS,
     "inference.fused_norms": KERNELS,
     "inference.fp8_scaling": "scales are by row, which is as fast as by tensor and more accurate",
+    "inference.fp8_attention": "to have linears alone in float8, set inference.precision=fp8_linears",
 }
 IDLE = {  # as stored by default
     "training.distill.flow.head": "difference",
@@ -56,6 +57,7 @@ IDLE = {  # as stored by default
     "inference.fused_gelu": "true",
     "inference.fused_norms": "true",
     "inference.fp8_scaling": "row",
+    "inference.fp8_attention": "true",
 }
 MOVED = {  # old key -> new key
     "inference.cpu_threads": "cpu_threads",

@@ -22,7 +22,8 @@ CONTEXT_OF = {"release_2026_03": "last_step", "release_2026_11": "last_step", "s
 DATED = {"release": "release_2026_11"}  # preset -> what it means today: the name that is stored
 STUDENT_PLACES = ("keep", "stream")
 MAX_SEED = 2**63 - 1
-PRECISION = ("auto", "float32", "bfloat16", "float16", "fp8")
+FP8 = ("fp8", "fp8_linears", "fp8_attention")
+PRECISION = ("auto", "float32", "bfloat16", "float16", *FP8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +140,12 @@ class InferenceConfig:
     num_samples: int = number(1, 1, 100_000)  # videos of one prompt, each with its own seed
     save_with_index: bool = False  # name files by the prompt's index rather than its words
     overwrite: bool = False  # generate again what is already there
-    precision: str = "auto"  # auto = bfloat16 on a GPU that has it, else float32; fp8 = linears of bfloat16 weights
+    # auto = bfloat16 on a GPU that has it, else float32; fp8 = bfloat16 with large linears in float8 and, where a
+    # kernel takes it (fa3), self-attention; fp8_linears, fp8_attention = one of the two
+    precision: str = "auto"
     attention: str = "auto"  # attention kernel; auto = the fastest for the GPU and the number of keys
     compile: str = "auto"  # blocks = parts of a block compiled once for all; auto = on a GPU; off
     cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
-    fp8_attention: bool = True  # precision=fp8: keys and values in float8, too, where a kernel takes them (fa3)
     # GPUs that share each chunk's tokens (pipeline/sequence_parallel.py): one stream is faster, as many prompts are not
     sequence_parallel: int = number(1, 1, 64)
     overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
@@ -162,7 +164,7 @@ class InferenceConfig:
         one_of(("auto", "off", "blocks"), "inference", self, "compile")
         one_of(("auto", "on", "off"), "inference", self, "cuda_graphs")
         one_of(ATTENTION, "inference", self, "attention")
-        fast = (("precision", "fp8"), ("compile", "blocks"), ("cuda_graphs", "on"))
+        fast = (*(("precision", name) for name in FP8), ("compile", "blocks"), ("cuda_graphs", "on"))
         shared = (("sequence_parallel", self.sequence_parallel),) if self.sequence_parallel > 1 else ()
         for key, value in (*fast, *shared):
             if self.student == "stream" and vars(self)[key] == value:
@@ -170,6 +172,16 @@ class InferenceConfig:
                     f"inference.{key}={value} needs the student on the GPU for good, so it does not go with "
                     f"inference.student={self.student}; leave one of them out"
                 )
+
+    @property
+    def fp8_linears(self) -> bool:
+        """Whether large linear layers are float8."""
+        return self.precision in ("fp8", "fp8_linears")
+
+    @property
+    def fp8_attention(self) -> bool:
+        """Whether self-attention is float8; with precision=fp8 only where a kernel takes it."""
+        return self.precision in ("fp8", "fp8_attention")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,16 +144,16 @@ def inference_plan(
 ) -> MemoryPlan:
     """Memory of `inference.py` in bfloat16. Phases: encoding the prompt, a denoising step, decoding a chunk.
 
-    With precision=fp8 the KV cache is assumed to be float8, as it is with FlashAttention-3. With sequence_parallel the
+    The KV cache of float8 attention is planned as float8, as it is with FlashAttention-3. With sequence_parallel the
     plan is that of the first GPU; the others hold only student, cache and step.
     """
     geometry = geometry_for(config, student)
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
     weights = student.inference_bytes if config.inference.student == "keep" else student.offloaded_bytes
-    fp8, ranks = config.inference.precision == "fp8", config.inference.sequence_parallel
-    cache = cache_bytes(student, geometry, chunks, batch, 1 if fp8 and config.inference.fp8_attention else 2)
+    ranks = config.inference.sequence_parallel
+    cache = cache_bytes(student, geometry, chunks, batch, 1 if config.inference.fp8_attention else 2)
     always = {
-        "student": student.fp8_bytes if fp8 else weights,
+        "student": student.fp8_bytes if config.inference.fp8_linears else weights,
         "codec": TINY_WEIGHTS if config.model.codec == "taehv" else VAE_WEIGHTS,
         "workspace": CUBLAS_WORKSPACE,
     }

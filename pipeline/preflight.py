@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.geometry import Geometry
-from configs.schema import Config
+from configs.schema import FP8, Config
 from model.encoded_manifest import read_manifest
 from model.memory import GPU_SIZES_GIB, MemoryPlan, adapter_parameters, distill_plan, inference_plan
 from model.schedule import Schedule
@@ -66,6 +66,8 @@ def check_environment(config: Config, *, training: bool = False, world: int | No
     except UserError as error:
         report.add_problem("driver", str(error))
     _machine(report, gpus)
+    if gpus and not training and config.inference.precision in FP8:
+        _float8(report, config, gpus)
     _disk(report, Path(config.inference.output_folder), "videos")
     peeks = _weights(report, config, training)
     _prompts(report, config, training)
@@ -102,6 +104,23 @@ def _machine(report: Report, gpus: list[machine.Gpu]) -> None:
         report.add("GPU", "none that a driver tells of; the CPU computes, which is for the tiny model only")
     report.add("attention", ", ".join(machine.kernels()))
     report.add("host memory", machine.size_text(machine.host_memory()))
+
+
+def _float8(report: Report, config: Config, gpus: list[machine.Gpu]) -> None:
+    """What is float8 on these GPUs."""
+    precision = config.inference.precision
+    known = [float(gpu.capability) for gpu in gpus if gpu.capability.replace(".", "", 1).isdecimal()]
+    installed = "fa3" in machine.kernels() and config.inference.attention in ("auto", "fa3")
+    flash3 = installed and all(9 <= capability < 10 for capability in known)
+    if config.inference.fp8_linears and min(known, default=9.0) < 8.9:
+        problem = f"inference.precision={precision} needs GPUs of sm 8.9 or later and one has {min(known)}"
+        report.add_problem("float8", f"{problem}; use inference.precision=auto")
+    elif precision == "fp8_attention" and not flash3:
+        problem = f"inference.precision={precision} needs FlashAttention-3: a Hopper GPU and `pip install fa3-fwd`"
+        report.add_problem("float8", f"{problem}; or use inference.precision=auto")
+    else:
+        both = "linears and self-attention" if flash3 else "linears, for want of FlashAttention-3 not self-attention"
+        report.add("float8", {"fp8": both, "fp8_linears": "linears", "fp8_attention": "self-attention"}[precision])
 
 
 def _disk(report: Report, folder: Path, what: str) -> None:

@@ -42,6 +42,7 @@ def commit() -> str | None:
 def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
     """Everything that a video's pixels depend on except prompt and seed, as text. Reads only samples of the weights."""
     values = to_dict(config)
+    precision = config.inference.precision.replace("fp8_linears", "fp8")  # as it was stored before it had a name
     parts = {
         "video": values["video"],
         "stream": values["stream"],
@@ -50,14 +51,13 @@ def fingerprint(config: Config, weights: Sequence[WeightCheck]) -> str:
         "use_ema": config.model.use_ema,
         "lora_scales": config.model.lora_scales,
         "text_tokens": config.model.text_tokens,
-        "precision": config.inference.precision,
+        "precision": precision,
         "text_int8": config.inference.text_int8,
         "attention": config.inference.attention,
         "weights": {check.role: _combined(check, sampled_hash) for check in weights},
     }
-    fp8 = {"fp8_scaling": "row", "fp8_attention": config.inference.fp8_attention}
-    if config.inference.precision == "fp8" and fp8 != {"fp8_scaling": "row", "fp8_attention": True}:
-        parts["fp8"] = fp8
+    if config.inference.precision == "fp8_linears":
+        parts["fp8"] = {"fp8_scaling": "row", "fp8_attention": False}
     start = config.inference.image or config.inference.video
     if start:
         parts["start"] = [sha256_of(Path(start).expanduser()), config.inference.video_frames]

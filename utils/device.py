@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from configs.errors import UserError
+from configs.schema import FP8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,9 +44,9 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations. `auto`: bfloat16 on a GPU that supports it, else float32; `fp8`: bfloat16,
-    the dtype outside of float8 linear layers; otherwise one of `DTYPES`."""
-    if name == "fp8":
+    """The dtype of weights and activations. `auto`: bfloat16 on a GPU that supports it, else float32; one of `FP8`:
+    bfloat16, the dtype of all that is not float8; otherwise one of `DTYPES`."""
+    if name in FP8:
         return torch.bfloat16
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -71,18 +71,24 @@ class FastPlan:
         gpu = device.type == "cuda"
         stays = config.student == "keep"
         triton = importlib.util.find_spec("triton") is not None
-        if config.precision == "fp8":
-            fp8.check_fp8(device)
+        if config.fp8_linears:
+            fp8.check_fp8(device, f"inference.precision={config.precision}")
         if config.cuda_graphs == "on" and not gpu:
             raise UserError(f"inference.cuda_graphs=on needs a GPU and device={device} is none; use auto")
         if config.compile == "blocks" and gpu and not triton:
             raise UserError("inference.compile=blocks needs triton, which is not installed; use inference.compile=off")
         kernels = pick_kernels(config.attention, *attention_support(device))
+        if config.precision == "fp8_attention" and kernels.self_attention != "fa3":
+            raise UserError(
+                "inference.precision=fp8_attention needs FlashAttention-3 (a Hopper GPU, `pip install fa3-fwd`), and "
+                f"self-attention is computed by {kernels.self_attention} on device={device}; "
+                "use inference.precision=auto"
+            )
         compiled = config.compile == "blocks" or (config.compile == "auto" and gpu and triton and stays)
         return cls(
             kernels=kernels,
-            fp8_cache=config.precision == "fp8" and config.fp8_attention and kernels.self_attention == "fa3",
-            fp8=config.precision == "fp8",
+            fp8_cache=config.fp8_attention and kernels.self_attention == "fa3",
+            fp8=config.fp8_linears,
             fused_gelu=gpu,
             fused_norms=gpu and compiled,
             compile=compiled,

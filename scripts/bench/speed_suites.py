@@ -45,7 +45,7 @@ H100 = (
     _full("bf16"),  # first, so that the time since the start of the process is that of a cold start
     _full("eager", *EAGER, *PLAIN_ATTENTION, repeats=2, reference=True),
     _full("fp8 by row", "inference.precision=fp8"),
-    _full("fp8 linears alone", "inference.precision=fp8", "inference.fp8_attention=false"),
+    _full("fp8 linears alone", "inference.precision=fp8_linears"),
     _full("bf16 with cuDNN", "inference.attention=cudnn"),
     _full("60 s stream", stream=60.0, repeats=2),
     _full("no graphs", "inference.cuda_graphs=off", repeats=3),

@@ -336,7 +336,7 @@ def test_the_flow_losses_heads_are_gone_and_only_those_that_did_something_are_sp
 def test_what_earlier_runs_stored_of_settings_that_are_gone_is_read_in_silence_and_other_values_are_not(caplog):
     section = {"restart_every": ("stream", "0", "5"), "past_weight": ("training.flow", "0.5", "1.0")}
     section |= {f"fused_{what}": ("inference", "true", "false") for what in ("gelu", "norms")}
-    section["fp8_scaling"] = "inference", "row", "tensor"
+    section |= {"fp8_scaling": ("inference", "row", "tensor"), "fp8_attention": ("inference", "true", "false")}
     load_config(TINY, [f"{where}.{key}={idle}" for key, (where, idle, _) in section.items()])
     assert not caplog.records
     load_config(TINY, [f"{where}.{key}={other}" for key, (where, _, other) in section.items()])

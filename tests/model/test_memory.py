@@ -207,6 +207,10 @@ def test_measured_fp8():
     plan = inference_plan(load_config(CONFIG, ["inference.precision=fp8"]))
     for part, measured in (("student", 1_679_390_848), ("KV cache", 1_725_235_200)):
         assert plan.phases[1].parts[part] == pytest.approx(measured, rel=0.01)
+    both, without = plan.phases[1].parts, inference_plan(load_config(CONFIG)).phases[1].parts
+    for name, part, other in (("linears", "student", "KV cache"), ("attention", "KV cache", "student")):
+        one = inference_plan(load_config(CONFIG, [f"inference.precision=fp8_{name}"])).phases[1].parts
+        assert one[part] == both[part] and one[other] == without[other] > both[other]
 
 
 def test_measured_training():

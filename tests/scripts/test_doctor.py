@@ -298,6 +298,27 @@ def test_training_is_refused_before_it_loads(tiny_assets, tmp_path):
         preflight.check_training(good, 1, 1000)
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability", "flash3", "said"),
+    [
+        ("fp8", "9.0", True, "linears and self-attention"),
+        ("fp8", "9.0", False, "linears, for want of FlashAttention-3 not self-attention"),
+        ("fp8_linears", "12.0", True, "linears"),
+        ("fp8_attention", "9.0", True, "self-attention"),
+        ("fp8_attention", "10.3", True, "PROBLEM  inference.precision=fp8_attention needs FlashAttention-3: a Hopper"),
+        ("fp8_attention", "9.0", False, "`pip install fa3-fwd`; or use inference.precision=auto"),
+        ("fp8_linears", "8.6", True, "needs GPUs of sm 8.9 or later and one has 8.6; use inference.precision=auto"),
+    ],
+)
+def test_what_is_float8_on_this_machine(monkeypatch, precision, capability, flash3, said):
+    monkeypatch.setattr(machine, "gpus", lambda: [replace(h100(), capability=capability)])
+    monkeypatch.setattr(machine, "kernels", lambda: ["sdpa", "cudnn"] + ["fa3"] * flash3)
+    report = preflight.check_environment(load_config(FULL, [f"inference.precision={precision}"]))
+    (line,) = [text for name, text in report.lines if name == "float8"]
+    assert said in line if "inference" in said else line == said
+    assert line.startswith("PROBLEM") == any("sm 8.9" in x or "FlashAttention-3" in x for x in report.problems)
+
+
 def test_report_is_plain_text(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: [h100()])
     monkeypatch.setattr(machine, "torch_build", lambda: ("2.13.0+cu130", "13.0"))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from small_wan import NETWORK, build, inputs, sizes, stream_cache
+from diffusers.models.transformers import transformer_wan
+from small_wan import NETWORK, build, inputs, masked_v, sizes, stream_cache
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from configs.errors import UserError
@@ -10,6 +11,7 @@ from configs.schema import InferenceConfig
 from model import fp8
 from model.attention import Kernels, attend, pick_kernels
 from model.cache import E4M3
+from model.causal_wan import chunk_causal_mask
 from model.denoiser import Student
 from model.fast.student import FastPlan, FastStudent, cache_states, linear_gelu, optimize_student
 
@@ -250,6 +252,37 @@ class TestFp8:
             assert 1e-4 < (rounded - clips[0]).norm() / clips[0].norm() < 0.05
         assert (clips[2] - clips[1]).norm() < (clips[2] - clips[0]).norm()
 
+    @torch.no_grad()
+    def test_attention_alone_against_diffusers_network_with_rounded_queries_keys_and_values(self, monkeypatch):
+        """Of a whole clip under the chunks' mask; all else in float32."""
+        geo, (ours, theirs) = sizes(3, 1), build()
+        fast = optimize_student(Student(ours), FastPlan(kernels=SDPA, fp8_cache=True))
+        dtypes = set()
+
+        def precise(kernel, *qkv):
+            dtypes.add(tuple(part.dtype for part in qkv))
+            return attend(kernel, *(part.float() for part in qkv))
+
+        monkeypatch.setattr("model.fast.student.attend", precise)
+        x, t, text = inputs(geo, 12)
+        mask, original = chunk_causal_mask(geo, 12, "cpu"), transformer_wan.dispatch_attention_fn
+
+        def rounded(q, k, v, **rest):
+            if k.shape[1] == len(mask):  # self-attention
+                q, k, v = (part.clamp(-448, 448).to(torch.float8_e4m3fn).float() for part in (q, k, v))
+            return original(q, k, v, **rest)
+
+        exact = masked_v(theirs, (x, t, text), geo, mask, monkeypatch)
+        monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", rounded)
+        wanted = masked_v(theirs, (x, t, text), geo, mask, monkeypatch)
+        cache, kv = stream_cache(ours, geo, dtype=fast.cache_dtype), ours.text_kv(text)
+        chunks = [geo.chunk(k) for k in range(geo.num_chunks(12))]
+        x0 = [fast.x0(x[:, s], t[:, s.start], kv, cache.begin(k), s.start) for k, s in enumerate(chunks)]
+        v = (x - torch.cat(x0, 1)) / (t / 1000)[:, :, None, None, None]
+        off, rounding = (v - wanted).norm(), (wanted - exact).norm()
+        assert 1e-3 < rounding / exact.norm() < 0.05 and off < 0.02 * rounding, (off, rounding, exact.norm())
+        assert dtypes == {(E4M3,) * 3, (torch.float32,) * 3}
+
     def test_what_is_too_large_is_clamped(self):
         geo = sizes(3, 1)
         cache = stream_cache(build()[0], geo, dtype=E4M3)
@@ -260,8 +293,27 @@ class TestFp8:
         assert cache._keys[0][:, : geo.tokens_per_chunk].float().unique().item() == 448
 
     def test_a_device_without_it_is_refused(self):
-        with pytest.raises(UserError, match=r"^inference.precision=fp8 needs a GPU .*; use inference.precision=auto$"):
-            FastPlan.from_config(InferenceConfig(precision="fp8"), torch.device("cpu"))
+        cpu = torch.device("cpu")
+        for name in ("fp8", "fp8_linears"):
+            with pytest.raises(UserError, match=rf"^inference.precision={name} needs a GPU .*; use inference.precision"):
+                FastPlan.from_config(InferenceConfig(precision=name), cpu)
+        with pytest.raises(UserError, match=r"fp8_attention needs FlashAttention-3 .* by sdpa on device=cpu; use in"):
+            FastPlan.from_config(InferenceConfig(precision="fp8_attention"), cpu)
+
+    def test_which_parts_are_float8(self, monkeypatch):
+        gpu, parts = torch.device("cuda", 0), {}
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+        for installed in (["sdpa", "cudnn"], ["sdpa", "cudnn", "fa3"]):
+            monkeypatch.setattr("model.attention.machine.kernels", lambda installed=installed: installed)
+            for name in ("auto", "fp8", "fp8_linears", "fp8_attention")[: 3 + ("fa3" in installed)]:
+                plan = FastPlan.from_config(InferenceConfig(precision=name), gpu)
+                parts.setdefault(name, []).append((plan.fp8, plan.fp8_cache))
+        assert parts == {
+            "auto": [(False, False)] * 2, "fp8": [(True, False), (True, True)], "fp8_linears": [(True, False)] * 2,
+            "fp8_attention": [(False, True)],
+        }  # fmt: skip
+        with pytest.raises(UserError, match="by cudnn on device=cuda:0"):
+            FastPlan.from_config(InferenceConfig(precision="fp8_attention", attention="cudnn"), gpu)
 
 
 class TestKernels:

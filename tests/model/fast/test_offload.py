@@ -108,7 +108,9 @@ class TestBlocksOnTheHost:
                 block.attn1.to_q.weight.data = block.attn1.to_q.weight.data * 1.1
         assert torch.equal(model(x, t, text), twin(x, t, text))
 
-    @pytest.mark.parametrize("setting", [{"precision": "fp8"}, {"compile": "blocks"}, {"cuda_graphs": "on"}])
+    @pytest.mark.parametrize(
+        "setting", [{"precision": "fp8"}, {"precision": "fp8_attention"}, {"compile": "blocks"}, {"cuda_graphs": "on"}]
+    )
     def test_what_does_not_go_with_it(self, monkeypatch, setting):
         monkeypatch.setattr("model.fast.student.attention_support", lambda _: ((9, 0), ["sdpa"]))
         with pytest.raises(UserError, match=r"does not go with inference\.student=stream"):
