@@ -198,8 +198,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     report["text_encoding_s"] = speed.text_seconds(bench.text, device) if bench.text else None
     tokens = args.batch * session.geometry.tokens_per_chunk
     report["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
-    fast, gpus = bench.plan.fp8, config.inference.sequence_parallel
-    settings = {"batch": args.batch, "fp8": fast, "gpus": gpus}
+    settings = {"batch": args.batch, "plan": bench.plan, "gpus": config.inference.sequence_parallel}
     report["steps"] = speed.efficiency(session, network, report, report["ceilings"], **settings)
     if args.stream:
         report["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)

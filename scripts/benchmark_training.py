@@ -20,7 +20,7 @@ Weights are random, in the published sizes; prompts have random embeddings. scri
 layouts. They run one after another in separate processes, and the reason is printed for those that do not work here.
 The run ends within a few seconds of --budget, with tables of what was measured and a list of what was not. Layouts with
 training.compile get a larger share of the budget. MFU is the FLOPs of the model (scripts/bench/training_cost.py),
-without recomputation, divided by time and by the measured matrix peak.
+without recomputation, divided by time and by the sustained matrix peak, measured under the card's power limit.
 
 --check runs first and fills torch's compile cache. It trains networks with two layers of full width for three generator
 and five critic updates, on N ranks and, with the same global batch, on one rank without compilation and fast rollouts.

@@ -59,16 +59,24 @@ def text_keys(network: TransformerSize, text_tokens: int, batch: int = 1) -> Pas
 class StepCost:
     """One network evaluation of the student for one chunk of `batch` streams."""
 
-    flops: int
+    passes: Passes
     bytes: Mapping[str, int]  # by part, each input read once and each output written once
+
+    @property
+    def flops(self) -> int:
+        return self.passes.total
 
     @property
     def total_bytes(self) -> int:
         return sum(self.bytes.values())
 
-    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Lower bound of the time in seconds."""
-        return max(self.flops / flops_per_second, self.total_bytes / bytes_per_second)
+    def matrix_seconds(self, half: float, fp8: float, *, linears: float = 0.0, attention: bool = False) -> float:
+        """Seconds of all products at `half` and `fp8` FLOPs per second, the rates of half precision and of float8.
+
+        linears: share of the linear layers' FLOPs that is float8. attention: self-attention is float8.
+        """
+        narrow = linears * self.passes.linear + attention * self.passes.past
+        return narrow / fp8 + (self.flops - narrow) / half
 
 
 def step_cost(
@@ -89,7 +97,7 @@ def step_cost(
         "activations": network.layers * 2 * n * (12 * d + 2 * f),  # inputs and outputs of the six products
         "keys and values": network.layers * 2 * d * (key_bytes * (batch * keys + n) + 2 * batch * text_tokens),
     }
-    return StepCost(network_pass(network, tokens=tokens, keys=keys, text_tokens=text_tokens, batch=batch).total, moved)
+    return StepCost(network_pass(network, tokens=tokens, keys=keys, text_tokens=text_tokens, batch=batch), moved)
 
 
 def clip_flops(

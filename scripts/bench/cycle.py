@@ -21,7 +21,7 @@ from configs.schema import Config
 from model.memory import CONTEXT
 from model.sizes import TransformerSize
 from scripts.bench.host_peak import HostPeak
-from scripts.bench.roofline import machine_of, matrix_rate
+from scripts.bench.roofline import machine_of, sustained_peak
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distill.stage import Distill
 from trainer.loop import freeze_garbage, save_checkpoint
@@ -168,12 +168,6 @@ def saving(stage: Distill, folder: Path, device: torch.device, control: ControlG
     return {"s": took, "bytes": size, "gpu_bytes": extra, "host_bytes": host.own}
 
 
-def matrix_peak(device: torch.device) -> float:
-    """FLOPs per second of a large matrix product in the precision of training."""
-    dtype, edge = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 512)
-    return matrix_rate(device, dtype, edge, edge, edge)
-
-
 def measure(
     config: Config, device: torch.device, ranks: Ranks, out: Path, deadline: float, control: ControlGroup, *,
     save: Path | None = None,
@@ -184,12 +178,13 @@ def measure(
     save: an empty folder, in which a checkpoint is timed. `out` is written after every step, so that an interrupted run
     leaves results.
     """
-    peak, began = matrix_peak(device), time.perf_counter()
+    peak = sustained_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    began = time.perf_counter()
     stage = Distill(config, device, ranks)
     watch, ratio = PhaseWatch(stage, device), config.training.distill.dfake_gen_update_ratio
     cost = cost_of(stage)
     report: dict[str, Any] = {
-        "machine": machine_of(device), "matrix_peak": peak, "build_s": time.perf_counter() - began,
+        "machine": machine_of(device), "sustained_peak": peak, "build_s": time.perf_counter() - began,
         "ranks": ranks.world, "micro_batch": config.training.micro_batch, "micro_batches": stage.micro_batches,
         "global_batch": config.training.global_batch, "ratio": ratio, "checkpointing": config.training.checkpointing,
         "turns": stage.rollout_sharing is not None,
@@ -247,7 +242,7 @@ def _phases(spans: list[dict[str, float]], price: dict[str, int], again: int, st
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Adds sums: seconds and FLOPs of an update and of a cycle, MFU, samples per second."""
-    peak, totals = report["matrix_peak"], {}
+    peak, totals = report["sustained_peak"], {}
     for who, phases in report["updates"].items():
         for phase in phases.values():
             if "flops" in phase and phase["s"] > 0:

@@ -35,8 +35,8 @@ def overview(results: Sequence[Result], card_gb: float) -> str:
         about = ["no GPU"]
     if first:
         machine = first["machine"]
-        about.insert(0, f"{machine['device']}, torch {machine['torch']}, weights: random, matrix peak measured "
-                        f"{first['matrix_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
+        about.insert(0, f"{machine['device']}, torch {machine['torch']}, weights: random, sustained matrix "
+                        f"peak measured {first['sustained_peak'] / 1e12:.3g} TFLOP/s")  # fmt: skip
     note = "exposed comm.: communication kernels during which nothing else ran, in a step with both updates; "
     note += "idle: time without kernels (profiled, which slows the host)"
     return "\n".join(["; ".join(about), aligned(rows) if len(rows) > 1 else "", note])

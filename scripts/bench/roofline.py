@@ -1,6 +1,7 @@
 """Measured peak rates of this machine for matrix products and copies, and the energy of a GPU."""
 
 import ctypes
+import functools
 import os
 import platform
 import time
@@ -15,6 +16,7 @@ from torch import Tensor
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-attn", "flash-attn-3", "fa3-fwd")
 NVML = "libnvidia-ml.so.1"
 E4M3 = torch.float8_e4m3fn
+HEAT_S = 1.0  # seconds of load after which a GPU's clock has settled
 
 
 def timed(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
@@ -37,17 +39,38 @@ def timed(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm
     return median(begin.elapsed_time(end) / 1000 for begin, end in marks)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
-    """FLOPs per second of [m, k] x [k, n] with random values. float8 is scaled by row."""
+def matrix_rate(
+    device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, *, by_row: bool = True, heat_s: float = 0.0
+) -> float:
+    """FLOPs per second of [m, k] x [k, n] with random values. by_row: scales of float8, otherwise one for all.
+
+    heat_s: seconds of this product before it is timed. A GPU under load lowers its clock to stay within its power
+    limit, so a few products are faster than those of a step that runs on and on.
+    """
     g = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, generator=g, device=device) for size in ((m, k), (n, k)))
+    a, b = (torch.randn(size, generator=g, device=device).to(dtype) for size in ((m, k), (n, k)))
     if dtype == E4M3:
-        a8, b8, ones = a.to(E4M3), b.to(E4M3), (torch.ones(m, 1, device=device), torch.ones(1, n, device=device))
-        seconds = timed(lambda: torch._scaled_mm(a8, b8.t(), *ones, out_dtype=torch.bfloat16), device)
+        scales = [torch.ones(size if by_row else (), device=device) for size in ((m, 1), (1, n))]
+
+        def work() -> Tensor:
+            return torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
     else:
-        a, b = a.to(dtype), b.to(dtype)
-        seconds = timed(lambda: a @ b.t(), device)
-    return 2 * m * n * k / seconds
+
+        def work() -> Tensor:
+            return a @ b.t()
+
+    end = time.perf_counter() + heat_s
+    while time.perf_counter() < end:
+        timed(work, device)
+    return 2 * m * n * k / timed(work, device, repeats=200 if heat_s else 10)
+
+
+@functools.cache
+def sustained_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product after HEAT_S seconds of it."""
+    gpu = device.type == "cuda"
+    edge = 8192 if gpu else 512
+    return matrix_rate(device, dtype, edge, edge, edge, heat_s=HEAT_S if gpu else 0.0)
 
 
 def copy_rate(device: torch.device, size: int) -> float:
@@ -58,14 +81,19 @@ def copy_rate(device: torch.device, size: int) -> float:
 
 
 def roofline(device: torch.device, tokens: int, dim: int, ffn: int) -> dict[str, float]:
-    """Peak FLOPs and bytes per second of the machine, and FLOPs per second of products with the network's shapes."""
+    """Sustained peak FLOPs and bytes per second of the machine, and FLOPs per second of a few products with the
+    network's shapes."""
     gpu = device.type == "cuda"
-    dtype, edge = (torch.bfloat16, 8192) if gpu else (torch.float32, 512)
-    shapes = {"peak": (edge,) * 3, "qkv": (tokens, 3 * dim, dim)}
+    dtype = torch.bfloat16 if gpu else torch.float32
+    shapes = {"qkv": (tokens, 3 * dim, dim), "out": (tokens, dim, dim)}
     shapes |= {"ffn 1": (tokens, ffn, dim), "ffn 2": (tokens, dim, ffn)}
-    rates = {f"matrix {name}": matrix_rate(device, dtype, *shape) for name, shape in shapes.items()}
+    rates = {"sustained matrix peak": sustained_peak(device, dtype)}
+    rates |= {f"matrix {name}": matrix_rate(device, dtype, *shape) for name, shape in shapes.items()}
     if gpu and torch.cuda.get_device_capability(device) >= (8, 9):
-        rates |= {f"fp8 {name}": matrix_rate(device, E4M3, *shape) for name, shape in shapes.items()}
+        rates["sustained fp8 peak"] = sustained_peak(device, E4M3)
+        for name, shape in shapes.items():
+            rates[f"fp8 {name}"] = matrix_rate(device, E4M3, *shape)
+            rates[f"fp8 {name}, one scale"] = matrix_rate(device, E4M3, *shape, by_row=False)
     rates["copy"] = copy_rate(device, 1 << (31 if gpu else 24))
     return rates
 

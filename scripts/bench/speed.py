@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.fast.student import FastPlan
+from model.fp8 import UNQUANTIZED_BLOCKS
 from model.sizes import TransformerSize
 from pipeline.async_decoder import prefetch, to_frames, to_host
 from pipeline.stream import ChunkResult, StreamSession
@@ -155,19 +157,25 @@ def efficiency(
     rates: dict[str, float],
     *,
     batch: int,
-    fp8: bool,
+    plan: FastPlan,
     gpus: int = 1,
 ) -> list[dict[str, Any]]:
-    """The last step of each chunk compared with the peak rates of `gpus`: FLOPs, bytes, and shares of both rates."""
+    """The last step of each chunk compared with the sustained rates of `gpus`: FLOPs, bytes, and shares of both rates.
+
+    matrix_share: time of the products at the sustained peak of the precision that each is computed in, per time of the
+    step.
+    """
     rows, text = [], session._prompt_track.state.kv[0][0].shape[1]
-    peak = gpus * (max(rates["matrix peak"], rates.get("fp8 peak", 0.0)) if fp8 else rates["matrix peak"])
-    copy = gpus * rates["copy"]
+    half, copy = gpus * rates["sustained matrix peak"], gpus * rates["copy"]
+    fp8 = gpus * rates.get("sustained fp8 peak", rates["sustained matrix peak"])
+    linears = plan.fp8 * max(0, network.layers - len(UNQUANTIZED_BLOCKS)) / network.layers
     for k, chunk in enumerate(report["chunks"]):
         visible = len(session.geometry.visible_chunks(k))
         cost = step_cost(
-            network, session.geometry, visible=visible, text_tokens=text, batch=batch, fp8=fp8,
+            network, session.geometry, visible=visible, text_tokens=text, batch=batch, fp8=plan.fp8,
             key_bytes=session._cache.dtype.itemsize,
         )  # fmt: skip
+        products = cost.matrix_seconds(half, fp8, linears=linears, attention=plan.fp8_cache)
         seconds = chunk[max(name for name in chunk if name.startswith("step"))]
         rows.append(
             {
@@ -176,9 +184,9 @@ def efficiency(
                 "step_s": seconds,
                 "flops": cost.flops,
                 "bytes": cost.total_bytes,
-                "matrix_share": cost.flops / seconds / peak,
+                "matrix_share": products / seconds,
                 "copy_share": cost.total_bytes / seconds / copy,
-                "floor_s": cost.floor(peak, copy),
+                "floor_s": max(products, cost.total_bytes / copy),
             }
         )
     return rows

@@ -33,7 +33,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def _chunk_rows(report: Mapping[str, Any]) -> list[list[str]]:
     names = list(dict.fromkeys(name for chunk in report["chunks"] for name in chunk if name != "arrives_s"))
-    rows = [["chunk", "key frames", *(f"{name} ms" for name in names), "arrives ms", "TFLOP", "of matrix peak"]]
+    rows = [["chunk", "key frames", *(f"{name} ms" for name in names), "arrives ms", "TFLOP", "of sustained peak"]]
     for k, (chunk, step) in enumerate(zip(report["chunks"], report["steps"], strict=True)):
         cells = [ms(chunk.get(name)) for name in names]
         cost = [f"{step['flops'] / 1e12:.3g}", f"{step['matrix_share']:.0%}"]
@@ -75,8 +75,8 @@ def _stream(measures: Mapping[str, Any]) -> str:
 
 def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """A row per variant."""
-    head = ["setting", "clip s", "first s", "step ms", "of peak", "FPS clip", "steady", "decode ms", "peak GB"]
-    head += ["error", "first clip s", "notes"]
+    head = ["setting", "clip s", "first s", "step ms", "of sustained peak", "FPS clip", "steady", "decode ms"]
+    head += ["peak GB", "error", "first clip s", "notes"]
     rows, failed = [head], []
     for name, report in reports.items():
         if "failed" in report:

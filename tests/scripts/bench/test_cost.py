@@ -44,8 +44,9 @@ def test_full_size():
     kept = [30 * 2 * 1536 * (size * (18720 + 4680) + 2 * 512) for size in (2, 1)]
     narrow = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512, key_bytes=1)
     assert [cost.bytes["keys and values"], narrow.bytes["keys and values"]] == kept
-    assert cost.floor(1e15, 3e12) == cost.flops / 1e15
-    assert cost.floor(1e18, 3e12) == cost.total_bytes / 3e12
+    assert cost.matrix_seconds(1e15, 2e15) == cost.flops / 1e15
+    whole = cost.passes.linear + cost.passes.past
+    assert cost.matrix_seconds(1e15, 2e15, linears=1.0, attention=True) == (cost.flops - whole / 2) / 1e15
 
 
 def test_a_clip_is_its_passes():
