@@ -1,7 +1,8 @@
 """Compare schedules by latency and quality on the same prompts and seeds.
 
     python scripts/explore_schedules.py --config_path configs/tiny.yaml --schedules 4322222 2222222 4444444+clean
-    python scripts/explore_schedules.py --config_path configs/tiny.yaml --budget_ms 900 --max_runs 20    # a search
+
+A schedule is written as in `schedule.steps`, one digit a chunk, with the context mode after a plus.
 
 Writes front.png, front.md, points.json and the YAML of each schedule on the Pareto front. Latency is denoising plus
 decoding: the median over --rounds in which schedules alternate, so a slower machine affects all of them. Quality is the
@@ -12,7 +13,7 @@ necessarily worse.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +29,11 @@ import torch
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.load import load_config, to_yaml
-from configs.schema import Config
+from configs.schema import CONTEXTS, Config
+from model.schedule import Schedule, with_steps
 from model.weights.files import resolve_path
 from pipeline.diagonal import DiagonalPipeline
 from scripts.quality.clip_folder import chunk_borders
-from scripts.studies.schedule_search import Candidate, Costs, Point, front, next_candidate
 from trainer.tiny.captions import ATTRIBUTES, parse_caption
 from trainer.tiny.measures import score
 from trainer.tiny.world import TinyWorld
@@ -49,6 +50,39 @@ from utils.tables import markdown
 GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
 PAPER = "4322222"  # drawn apart in the plot
 COLUMNS = {"tiny": "attributes right", "reference": "PSNR to the reference, dB"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Denoising steps of each chunk, and the context mode."""
+
+    steps: tuple[int, ...]
+    context: str = "last_step"
+
+    @classmethod
+    def parse(cls, text: str, chunks: int) -> "Candidate":
+        """Parse `4322` or `4322+clean`. The last digit repeats up to `chunks`; further digits are dropped."""
+        digits, plus, context = text.partition("+")
+        if not digits.isascii() or not digits.isdecimal() or "0" in digits:
+            raise UserError(f"schedules={text} is no schedule; write digits 1-9, one a chunk: 4322222 or 4322+clean")
+        if plus and context not in CONTEXTS:
+            raise UserError(f"schedules={text}: the context {context} is unknown; use one of {', '.join(CONTEXTS)}")
+        steps = [int(digit) for digit in digits]
+        steps += [steps[-1]] * (chunks - len(steps))
+        return cls(tuple(steps[:chunks]), context or "last_step")
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.context == "last_step" else f"+{self.context}"
+        return "".join(map(str, self.steps)) + suffix
+
+    def apply(self, config: Config) -> Config:
+        """`config` with these numbers of steps and this context mode; the rest of its schedule is unchanged."""
+        return replace(with_steps(config, self.steps, self.context), name=f"{config.name}_{self.name}")
+
+    def schedule(self, config: Config) -> Schedule:
+        changed = self.apply(config)
+        return Schedule.from_config(changed.schedule, changed.stream)
 
 
 @dataclass(frozen=True)
@@ -70,17 +104,20 @@ class Run:
         """Milliseconds until the frames of the first chunk."""
         return float(np.median([1000 * _work(clip[0]) for clip in self.timings]))
 
-    @property
-    def point(self) -> Point:
-        return Point(self.candidate, self.latency_ms, self.quality.value)
+
+def front(runs: Sequence[Run]) -> list[Run]:
+    """The Pareto front, fastest first: each run is better than all faster ones."""
+    best: list[Run] = []
+    for run in sorted(runs, key=lambda r: (r.latency_ms, -r.quality.value)):
+        if not best or run.quality.value > best[-1].quality.value:
+            best.append(run)
+    return best
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/tiny.yaml")
     parser.add_argument("--schedules", nargs="+", default=list(GRID), metavar="STEPS[+CONTEXT]", help="to run")
-    parser.add_argument("--budget_ms", type=float, help="then search for the best schedule within this latency")
-    parser.add_argument("--max_runs", type="positive", default=24, help="number of schedules, search included")
     parser.add_argument("--num_prompts", type="positive", default=16)
     parser.add_argument("--rounds", type="positive", default=8, help="timed clips of each schedule")
     parser.add_argument("--data_path", help="prompts, one a line (default: of the tiny world, or the configured file)")
@@ -89,10 +126,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference", default="8+clean", help="schedule for --quality reference")
     parser.add_argument("--out", default="videos/schedules", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_intermixed_args(arguments)
-    if args.budget_ms is not None and not args.budget_ms > 0:
-        raise UserError(f"budget_ms={args.budget_ms} is not above 0; give milliseconds per clip")
-    return args
+    return parser.parse_intermixed_args(arguments)
 
 
 def prompts_of(args: argparse.Namespace, config: Config, quality: str) -> list[str]:
@@ -176,52 +210,33 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return min(100.0, 10 * float(np.log10(255**2 / max(error, 1e-9))))
 
 
-def predictor(costs: Costs, config: Config) -> Callable[[Candidate], float]:
-    """Predicted milliseconds of a candidate's clip under `config`."""
-    return lambda candidate: costs.clip(candidate.schedule(config))
-
-
-def explore(bench: Benchmark, args: argparse.Namespace) -> list[Run]:
-    """Run the given schedules, and with a budget continue by search."""
-    grid = dict.fromkeys(Candidate.parse(text, bench.chunks) for text in args.schedules)
-    for candidate in grid:
+def explore(bench: Benchmark, schedules: Sequence[str]) -> list[Run]:
+    """Run the given schedules."""
+    candidates = dict.fromkeys(Candidate.parse(text, bench.chunks) for text in schedules)
+    for candidate in candidates:
         candidate.schedule(bench.config)  # raises UserError before anything runs
     runs = []
-    for candidate in grid:
+    for candidate in candidates:
         runs.append(bench.run(candidate))
-        print(line(runs[-1]), flush=True)
-    while args.budget_ms is not None and len(runs) < args.max_runs:
-        costs = Costs.measured([clip for run in runs for clip in run.timings])
-        cost = predictor(costs, bench.config)
-        candidate = next_candidate([run.point for run in runs], cost, args.budget_ms)
-        if candidate is None:
-            break
-        runs.append(bench.run(candidate))
-        print(f"{line(runs[-1])}  (predicted {cost(candidate):.0f} ms)", flush=True)
+        run = runs[-1]
+        print(f"{candidate.name:<18} {run.nfe:>3} NFE {run.latency_ms:>8.0f} ms  {run.quality.value:.4g}", flush=True)
     return runs
 
 
-def line(run: Run) -> str:
-    q = run.quality
-    return f"{run.candidate.name:<18} {run.nfe:>3} NFE {run.latency_ms:>8.0f} ms  {q.value:.4g}"
-
-
-def table(runs: Sequence[Run], best: Sequence[Point], quality: str, budget: float | None) -> str:
+def table(runs: Sequence[Run], best: Sequence[Run], quality: str) -> str:
     """All runs as Markdown, fastest first; those on the front are marked."""
     extra = ("seam", "flicker", "motion", "colour_drift", "sharpness")
     head = ["schedule", "front", "NFE", "clip ms", "first frames ms", COLUMNS[quality], "95% interval", *extra]
     rows = [head]
-    chosen = {point.candidate for point in best}
     for run in sorted(runs, key=lambda r: r.latency_ms):
         q = run.quality
-        cells = [run.candidate.name, "*" if run.candidate in chosen else "", str(run.nfe)]
+        cells = [run.candidate.name, "*" if run in best else "", str(run.nfe)]
         cells += [f"{run.latency_ms:.0f}", f"{run.first_ms:.0f}", f"{q.value:.4g}", f"{q.low:.4g} .. {q.high:.4g}"]
         rows.append([*cells, *(f"{run.measures[name]:.3g}" for name in extra)])
-    fit = [point for point in best if budget is not None and point.latency_ms <= budget]
-    return markdown(rows) + (f"\n\nBest within {budget:.0f} ms: {fit[-1].candidate.name}" if fit else "")
+    return markdown(rows)
 
 
-def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -> None:
+def plot(runs: Sequence[Run], best: Sequence[Run], quality: str, path: Path) -> None:
     import matplotlib  # only needed here; in the extra `report`
 
     matplotlib.use("Agg")
@@ -237,7 +252,7 @@ def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -
         place = {"xytext": (3, 5 * side), "rotation": 60 * side, "va": "bottom" if side > 0 else "top"}
         axes.annotate(run.candidate.name, (run.latency_ms, q.value), fontsize=7, textcoords="offset points", **place)
     axes.margins(x=0.08, y=0.16)
-    axes.step([p.latency_ms for p in best], [p.quality for p in best], where="post", color="#44607d", alpha=0.6)
+    axes.step([r.latency_ms for r in best], [r.quality.value for r in best], where="post", color="#44607d", alpha=0.6)
     axes.set_xlabel("clip, ms: denoising and decoding")
     axes.set_ylabel(f"{COLUMNS[quality]} (mean, 95% interval)")
     axes.grid(alpha=0.3)
@@ -245,17 +260,17 @@ def plot(runs: Sequence[Run], best: Sequence[Point], quality: str, path: Path) -
     plt.close(figure)
 
 
-def write(runs: Sequence[Run], bench: Benchmark, args: argparse.Namespace, out: Path) -> None:
-    best = front([run.point for run in runs])
-    text = table(runs, best, bench.quality, args.budget_ms)
-    for point in best:
-        with atomic_path(out / "front" / f"{point.candidate.name}.yaml") as temporary:
-            temporary.write_text(to_yaml(point.candidate.apply(bench.config)), encoding="utf-8")
+def write(runs: Sequence[Run], bench: Benchmark, out: Path) -> None:
+    best = front(runs)
+    text = table(runs, best, bench.quality)
+    for run in best:
+        with atomic_path(out / "front" / f"{run.candidate.name}.yaml") as temporary:
+            temporary.write_text(to_yaml(run.candidate.apply(bench.config)), encoding="utf-8")
     with atomic_path(out / "front.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     rows = [
         {"name": r.candidate.name, "nfe": r.nfe, "latency_ms": r.latency_ms, "first_ms": r.first_ms}
-        | {"quality": r.quality.to_dict(), "on_front": r.point in best, "measures": _plain(r.measures)}
+        | {"quality": r.quality.to_dict(), "on_front": r in best, "measures": _plain(r.measures)}
         for r in runs
     ]
     kept = {"quality": bench.quality, "prompts": list(bench.prompts), "seeds": bench.seeds}
@@ -281,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
     set_threads(config.cpu_threads)
     bench = Benchmark(config, prompts, args.seed, quality, args.reference)
-    write(bench.in_turns(explore(bench, args), args.rounds), bench, args, out)
+    write(bench.in_turns(explore(bench, args.schedules), args.rounds), bench, out)
     return 0
 
 
