@@ -4,6 +4,7 @@
     python scripts/convert_checkpoint.py students/self_forcing self_forcing.pt                          # and back
     python scripts/convert_checkpoint.py wan_models/Wan2.1-T2V-14B teachers/14b --to diffusers
     python scripts/convert_checkpoint.py longlive_base.pt student --lora lora.pt                        # merged
+    python scripts/convert_checkpoint.py logs/train_tiny_distill student --use_ema     # of a run's newest checkpoint
     python scripts/convert_checkpoint.py --tensors_only other.pt tensors.pt       # drops Python objects, runs no code
 
 Without --dtype and --lora, values are unchanged bit for bit. Tensors are memory-mapped and streamed, so only one is in

@@ -5,9 +5,9 @@ Two layouts, both of Self-Forcing, either readable:
     folder/00042.pt     {prompt: tensor [1, S, F, C, H, W]}, the first state at t = 1000, the last clean
     LMDB                latents_{i}_data (raw float16), prompts_{i}_data (UTF-8), latents_shape, prompts_shape (digits)
 
-Neither stores the timesteps of the states. Ours are stored beside them (`timesteps.json`, LMDB key `timesteps`);
-without them Self-Forcing's are assumed: 48 Euler steps at shift 8, every twelfth of them kept. Causal trajectories,
-whose chunks are conditioned on the clean ends of earlier chunks, are marked (`causal`).
+Neither stores the timesteps of the states. Ours are stored beside them, in `timesteps.json`; without it Self-Forcing's
+are assumed: 48 Euler steps at shift 8, every twelfth of them kept. Causal trajectories, whose chunks are conditioned on
+the clean ends of earlier chunks, are marked there (`causal`).
 """
 
 import json
@@ -77,11 +77,7 @@ class FolderPairs:
                     f"other files; make it again with scripts/generate_ode_pairs.py"
                 )
             self.prompts += shapes
-        file = path / TIMESTEPS
-        stored = _read_stored(field, file) if file.is_file() else {}
-        stored = stored if isinstance(stored, dict) else {"timesteps": stored}
-        self.causal = stored.get("causal", False) is True
-        self.timesteps = _checked_timesteps(field, stored.get("timesteps"), self.shape[0], path)
+        self.timesteps, self.causal = _timesteps(field, path, self.shape[0])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,12 +92,12 @@ class FolderPairs:
 
 
 class LmdbPairs:
-    """The database that scripts/create_lmdb.py writes."""
+    """The database that Self-Forcing's scripts write."""
 
     def __init__(self, field: str, path: Path):
         import lmdb  # only runs on pairs need it
 
-        self.path, again = path, "make it again with scripts/create_lmdb.py"
+        self.path, again = path, "make it again"
         size = ordinary_file(field, path / "data.mdb", fix=again)
         try:
             self.env = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
@@ -117,22 +113,19 @@ class LmdbPairs:
             self.prompts = [self._get(f"prompts_{i}_data").decode() for i in range(self.shape[0])]
             with self.env.begin(buffers=True) as transaction:
                 sizes = {len(transaction.get(f"latents_{i}_data".encode(), b"")) for i in range(self.shape[0])}
-                stored, self.causal = transaction.get(b"timesteps"), transaction.get(b"causal") is not None
-                timesteps = None if stored is None else parse_json(bytes(stored))
             if sizes != {2 * math.prod(self.shape[1:])}:
                 raise ValueError(f"latents of {sorted(sizes)[0]:,} bytes for {self.shape[1:]}")
         except (ValueError, lmdb.Error) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{field}={path} holds no valid trajectories ({error}); {again}") from error
-        states = self.shape[1] if len(self.shape) == 6 else 1
-        self.timesteps = _checked_timesteps(field, timesteps, states, path)
+        self.timesteps, self.causal = _timesteps(field, path, self.shape[1] if len(self.shape) == 6 else 1)
 
     def _get(self, key: str) -> bytes:
         with self.env.begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
-            raise UserError(f"{self.env.path()} has no entry {key}; make it again with scripts/create_lmdb.py")
+            raise UserError(f"{self.env.path()} has no entry {key}; make it again")
         return value
 
     def __len__(self) -> int:
@@ -153,30 +146,6 @@ def write_timesteps(folder: Path, timesteps: Sequence[float], *, causal: bool) -
     file.write_text(json.dumps(content))
 
 
-def write_lmdb(pairs: Pairs, path: Path) -> int:
-    """Write `pairs` to a new LMDB; of repeated prompts only the first. Returns the number of written pairs."""
-    import lmdb
-
-    path.mkdir(parents=True, exist_ok=True)
-    first = {prompt: i for i, prompt in reversed(list(enumerate(pairs.prompts)))}
-    rows = sorted(first.values())
-    shape = tuple(pairs.read(rows[:1]).shape[1:])
-    size = 2 * len(rows) * (2 * int(np.prod(shape)) + 65536) + (1 << 24)
-    env = lmdb.open(str(path), map_size=size, subdir=True)
-    with env.begin(write=True) as transaction:
-        for row, i in enumerate(rows):
-            transaction.put(f"latents_{row}_data".encode(), pairs.read([i])[0].contiguous().numpy().tobytes())
-            transaction.put(f"prompts_{row}_data".encode(), pairs.prompts[i].encode())
-        numbers = " ".join(str(n) for n in (len(rows), *shape))
-        transaction.put(b"latents_shape", numbers.encode())
-        transaction.put(b"prompts_shape", str(len(rows)).encode())
-        transaction.put(b"timesteps", json.dumps(list(pairs.timesteps)).encode())
-        if pairs.causal:
-            transaction.put(b"causal", b"1")
-    env.close()
-    return len(rows)
-
-
 def _read_stored(field: str, file: Path) -> Any:
     ordinary_file(field, file, MAX_TOLD)
     try:
@@ -185,13 +154,17 @@ def _read_stored(field: str, file: Path) -> Any:
         raise UserError(f"{field}: {file} is not valid JSON ({error}); make the trajectories again") from error
 
 
-def _checked_timesteps(field: str, stored: Any, states: int, path: Path) -> tuple[float, ...]:
-    """The stored timesteps, or Self-Forcing's if none are stored and the number of states fits."""
+def _timesteps(field: str, path: Path, states: int) -> tuple[tuple[float, ...], bool]:
+    """The timesteps of the trajectories in `path`, Self-Forcing's if none are stored and the number of states fits;
+    and whether the trajectories are causal."""
+    content = _read_stored(field, path / TIMESTEPS) if (path / TIMESTEPS).is_file() else {}
+    content = content if isinstance(content, dict) else {"timesteps": content}
+    stored, causal = content.get("timesteps"), content.get("causal", False) is True
     if stored is None and states == len(SELF_FORCING):
-        return SELF_FORCING
+        return SELF_FORCING, causal
     if stored is None or not isinstance(stored, list) or len(stored) != states:
         raise UserError(f"{path} has trajectories of {states} states at unknown timesteps; write them to {TIMESTEPS}")
     numbers = [t for t in stored if isinstance(t, int | float) and 0 <= t <= 1000]
     if len(numbers) != states or any(a <= b for a, b in pairwise(numbers)) or numbers[-1] != 0:
         raise UserError(f"{field}={path} has timesteps {str(stored)[:60]} that do not fall to 0; correct {TIMESTEPS}")
-    return tuple(float(t) for t in numbers)
+    return tuple(float(t) for t in numbers), causal

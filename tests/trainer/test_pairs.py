@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import to_yaml
 from model.causal_wan import chunk_causal_mask
 from model.flow import v_from_x0
-from trainer.pairs import SELF_FORCING, open_pairs, write_lmdb, write_timesteps
+from trainer.pairs import SELF_FORCING, TIMESTEPS, open_pairs, write_timesteps
 from trainer.registry import build_stage
 from trainer.trajectories import CausalTrajectoryMaker, TrajectoryMaker
 from utils.distributed import Ranks
@@ -31,6 +31,20 @@ def script(name: str, *arguments: str) -> str:
         patch.setattr(sys, "argv", [name, *arguments])
         assert main() == 0
     return out.getvalue()
+
+
+def write_lmdb(folder, path):
+    """The trajectories of a folder as Self-Forcing's create_lmdb_iterative.py stores them."""
+    pairs = open_pairs("pairs", folder)
+    states = [pairs.read([i])[0].contiguous().numpy() for i in range(len(pairs))]
+    path.mkdir(exist_ok=True)
+    with lmdb.open(str(path), map_size=1 << 26) as env, env.begin(write=True) as transaction:
+        for i, (prompt, value) in enumerate(zip(pairs.prompts, states, strict=True)):
+            transaction.put(f"latents_{i}_data".encode(), value.tobytes())
+            transaction.put(f"prompts_{i}_data".encode(), prompt.encode())
+        transaction.put(b"latents_shape", " ".join(str(n) for n in (len(states), *states[0].shape)).encode())
+        transaction.put(b"prompts_shape", str(len(states)).encode())
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +85,9 @@ def test_trajectories_follow_the_teacher(tiny_assets):
 
 
 def test_lmdb_holds_what_the_folder_holds(folder, tmp_path):
-    assert "3 of 3 trajectories" in script("create_lmdb", "--data_path", str(folder), "--lmdb_path", str(tmp_path))
+    with pytest.raises(UserError, match="6 states at unknown timesteps"):
+        open_pairs("pairs", write_lmdb(folder, tmp_path))
+    shutil.copy(folder / TIMESTEPS, tmp_path)
     a, b = open_pairs("pairs", folder), open_pairs("pairs", tmp_path)
     assert a.prompts == b.prompts and a.timesteps == b.timesteps and len(a) == len(b) == 3
     assert torch.equal(a.read([2, 0]), b.read([2, 0])) and a.read([0]).shape == (1, 6, 12, 16, 4, 6)
@@ -83,9 +99,8 @@ def test_self_forcings_layout_without_timesteps(tmp_path):
         torch.save({prompt: torch.randn(1, 5, 3, 16, 4, 6)}, tmp_path / f"{i:05d}.pt")
     pairs = open_pairs("pairs", tmp_path)
     assert pairs.timesteps == SELF_FORCING and SELF_FORCING[1] == pytest.approx(960)
-    assert write_lmdb(pairs, tmp_path / "lmdb") == 2, "a prompt is kept once"
-    again = open_pairs("pairs", tmp_path / "lmdb")
-    assert again.prompts == ["a cat", "a dog"] and torch.equal(again.read([1]), pairs.read([1]))
+    again = open_pairs("pairs", write_lmdb(tmp_path, tmp_path / "lmdb"))
+    assert again.timesteps == SELF_FORCING and torch.equal(again.read([1]), pairs.read([1]))
 
 
 def test_unknown_timesteps_and_empty_folders_are_refused(tmp_path):
@@ -131,14 +146,14 @@ def test_causal_trajectories_are_those_of_all_chunks_at_once_given_their_ends(ti
 
 
 def test_regression_on_causal_trajectories(tiny_assets, tmp_path):
-    """Made by the script, kept as LMDB too; the student sees their ends, noised, and states of each chunk's own row."""
+    """Made by the script, as LMDB too; the student sees their ends, noised, and states of each chunk's own row."""
     teacher = f"training.init.teacher={tiny_assets / 'student'}"
     (tmp_path / "case.yaml").write_text(to_yaml(distill_config(tiny_assets, teacher)))
     arguments = ["--config_path", str(tmp_path / "case.yaml"), "--output_folder", str(tmp_path / "pairs")]
     script("generate_ode_pairs", *arguments, "--steps", "2", "--count", "3", "--batch_size", "2", "--causal")
     with pytest.raises(UserError, match="trajectories of another kind"):
         write_timesteps(tmp_path / "pairs", [1000.0, 0.0], causal=False)
-    write_lmdb(open_pairs("pairs", tmp_path / "pairs"), tmp_path / "lmdb")
+    shutil.copy(tmp_path / "pairs" / TIMESTEPS, write_lmdb(tmp_path / "pairs", tmp_path / "lmdb"))
     stages = []
     for kept in ("lmdb", "pairs"):
         extra = ["training.stage=ode_regression", f"training.distill.pairs={tmp_path / kept}"]
@@ -185,8 +200,7 @@ def few(folder, states: int = 5):
     folder.mkdir()
     for i, prompt in enumerate(["a cat", "a dog", "a fish"]):
         torch.save({prompt: torch.randn(1, states, 3, 16, 4, 6)}, folder / f"{i:05d}.pt")
-    write_lmdb(open_pairs("pairs", folder), folder.with_name("lmdb"))
-    return folder, folder.with_name("lmdb")
+    return folder, write_lmdb(folder, folder.with_name("lmdb"))
 
 
 def rewritten(lmdb_folder, key: str, value: bytes | None) -> None:
@@ -265,9 +279,8 @@ DATABASES = {
     "one missing": lambda path: rewritten(path, "latents_1_data", None),
     "a prompt missing": lambda path: rewritten(path, "prompts_2_data", None),
     "a prompt that is no text": lambda path: rewritten(path, "prompts_2_data", b"\xff\xfe"),
-    "timesteps that are none": lambda path: rewritten(path, "timesteps", b"[1000, NaN, 0, 0, 0]"),
-    "timesteps that rise": lambda path: rewritten(path, "timesteps", b"[0, 250, 500, 750, 1000]"),
-    "timesteps of words": lambda path: rewritten(path, "timesteps", b'["a", "b", "c", "d", "e"]'),
+    "timesteps that rise": lambda path: (path / TIMESTEPS).write_text("[0, 250, 500, 750, 1000]"),
+    "timesteps of words": lambda path: (path / TIMESTEPS).write_text('["a", "b", "c", "d", "e"]'),
     "NaN": lambda path: rewritten(path, "latents_1_data", b"\xff\x7f" * (5 * 3 * 16 * 4 * 6)),
 }
 

@@ -225,10 +225,10 @@ def test_an_unknown_logger_is_refused():
         load_config("configs/train_tiny.yaml", ["training.loggers=[mlflow]"])
 
 
-def test_export_of_a_checkpoint(config_file, tmp_path, monkeypatch, capsys):
-    """Averaged by default, the weights themselves on demand; both load."""
+def test_a_run_is_converted(config_file, tmp_path):
+    """Averages of its newest checkpoint, and the weights themselves of a checkpoint; both load."""
     from model.weights.load import load_student
-    from scripts import export_checkpoint
+    from scripts import convert_checkpoint
     from trainer.loop import run
     from trainer.registry import build_stage
     from utils.distributed import Ranks
@@ -236,30 +236,29 @@ def test_export_of_a_checkpoint(config_file, tmp_path, monkeypatch, capsys):
     config = load_config(config_file, ["training.validation_clips=0"])
     stage = build_stage(config, torch.device("cpu"), Ranks())
     run(stage, tmp_path / "run")
-    for flags, required_weights in ([], stage.averaged), (["--raw"], stage.student.model):
+    (newest,) = (tmp_path / "run").glob("checkpoint_*3")
+    for source, flags, wanted in (tmp_path / "run", ["--use_ema"], stage.averaged), (newest, [], stage.student.model):
         out = tmp_path / f"out{len(flags)}"
-        arguments = [str(tmp_path / "run"), str(out), "--dtype", "float32", *flags]
-        monkeypatch.setattr(sys, "argv", ["export_checkpoint.py", *arguments])
-        assert export_checkpoint.main() == 0 and "weights of step 3" in capsys.readouterr().out
-        loaded = load_student(out).state_dict()
-        assert all(torch.equal(value, loaded[name]) for name, value in required_weights.state_dict().items())
+        assert convert_checkpoint.main([str(source), str(out), *flags]) == 0
+        loaded = load_student(out)
+        state = loaded.state_dict()
+        assert loaded.card["step"] == 3
+        assert all(torch.equal(value, state[name]) for name, value in wanted.state_dict().items())
 
 
-def test_a_newest_checkpoint_is_whole_and_newest_by_number(config_file, tmp_path, monkeypatch):
-    """For export_checkpoint.py and for inference: not by text, not a damaged one, not one without a manifest."""
+def test_a_newest_checkpoint_is_whole_and_newest_by_number(tmp_path):
+    """For inference: not by text, not a damaged one, not one without a manifest."""
     from model.weights.run_folders import find_weights
-    from scripts import export_checkpoint
     from trainer.checkpoint import save as checkpoint
 
     for step in (999_999, 1_000_000, 1_000_001):
         checkpoint.save(tmp_path, step, {"x": torch.zeros(99)}, {"stage": "text"}, keep=9)
     newest = checkpoint.folders(tmp_path)[-1]
-    assert export_checkpoint.newest_of(tmp_path) == newest == find_weights(tmp_path, averaged=False).parent
+    assert find_weights(tmp_path, averaged=False).parent == newest
     whole = (newest / "state.pt").read_bytes()
     (newest / "state.pt").write_bytes(whole[:-9])
     (tmp_path / "checkpoint_2000000").mkdir()
     (tmp_path / "checkpoint_2000000" / "state.pt").write_bytes(whole)
-    assert export_checkpoint.newest_of(tmp_path).name == "checkpoint_1000000"
     assert find_weights(tmp_path, averaged=False).parent.name == "checkpoint_1000000"
 
 

@@ -3,13 +3,11 @@
 import errno
 import os
 import pickle
-import sys
 import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 from configs.errors import UserError
@@ -17,6 +15,7 @@ from configs.load import load_config, to_dict
 from model.weights.load import load_student
 from model.weights.safe_pickle import dry_run
 from model.weights.sharded_files import open_sharded
+from scripts import convert_checkpoint
 from trainer.checkpoint import save as checkpoint
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.checkpoint.resume import check_changes, check_init_finished
@@ -165,8 +164,8 @@ def test_settings_named_in_the_lists_exist():
     assert {*FREE, *ROLLOUT, *TUNED} <= _fields(Config, "").keys()
 
 
-def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, capsys):
-    """What `scripts/export_checkpoint.py` and inference find in a sharded run: the student, its sizes, its average."""
+def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path):
+    """What `scripts/convert_checkpoint.py` and inference find in a sharded run: the student, its sizes, its average."""
     from distill_case import distill_config, distill_stage
 
     stage = distill_stage(tiny_assets)
@@ -180,13 +179,11 @@ def test_a_checkpoint_in_parts_is_exported(tiny_assets, tmp_path, monkeypatch, c
     folder = checkpoint.save(tmp_path / "run", 4, write, manifest, keep=2)
     hashes = checkpoint.verified(folder)["files"]
     assert hashes == {f"shards/{file.name}": block_hash_of(file) for file in (folder / "shards").iterdir()}
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import export_checkpoint
-
-    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32"])
-    assert export_checkpoint.main() == 0 and "averaged weights of step 4" in capsys.readouterr().out
-    exported = load_student(tmp_path / "out").state_dict()
-    assert all(torch.equal(value, exported[name]) for name, value in stage.averaged.state_dict().items())
+    assert convert_checkpoint.main([str(tmp_path / "run"), str(tmp_path / "out"), "--use_ema"]) == 0
+    exported = load_student(tmp_path / "out")
+    state = exported.state_dict()
+    assert exported.card["step"] == 4
+    assert all(torch.equal(value, state[name]) for name, value in stage.averaged.state_dict().items())
     raw = load_student(folder).state_dict()
     assert all(torch.equal(value, raw[name]) for name, value in stage.student.model.state_dict().items())
 
