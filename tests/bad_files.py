@@ -497,9 +497,9 @@ def tensor(count: int, shape: tuple[int, ...], stride: tuple[int, ...], legacy: 
 
 def _cases() -> Iterator[tuple[str, Maker]]:
     for name in WHOLE:
-        yield from ((f"cut {name} {i}", truncated(name, i)) for i in range(6))
-        yield from ((f"flip {name} {i}", flipped(name, i)) for i in range(6))
-    yield from ((f"directory {i}", directory_flipped(i)) for i in range(6))
+        yield from ((f"cut {name} {i}", truncated(name, i)) for i in range(4))
+        yield from ((f"flip {name} {i}", flipped(name, i)) for i in range(4))
+    yield from ((f"directory {i}", directory_flipped(i)) for i in range(4))
     yield from ((f"noise {i}", noise(i)) for i in range(10))
     for suffix in (".pt", ".safetensors"):
         for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):

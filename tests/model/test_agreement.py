@@ -64,9 +64,8 @@ WAYS = ("bidirectional", "masked", "stream")
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("layers", [2, 30])
-def test_float32(monkeypatch, layers, way):
-    ours, theirs = pair(layers)
+def test_float32(monkeypatch, way):
+    ours, theirs = pair(30)
     expected = masked_v(theirs, inputs(), GEO, rule() if way != "bidirectional" else None, monkeypatch)
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(our_v(ours, way), expected, rtol=0, atol=1e-5)

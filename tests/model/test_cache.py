@@ -83,14 +83,6 @@ def test_slots_are_those_of_the_drawing(window, sink):
         assert prefix[:sink] == list(range(min(sink, chunk + 1)))
 
 
-def test_values_are_not_keys():
-    geo = geometry(2, 0)
-    for cache in (stream(geo), GraphCache(geo, LAYERS)):
-        k, v = chunk_kv(geo)
-        seen_k, seen_v = cache.begin(0).put(0, k, v)
-        assert torch.equal(seen_k, k) and torch.equal(seen_v, v)
-
-
 @pytest.mark.parametrize("make", [stream, lambda geo: GraphCache(geo, LAYERS)], ids=["stream", "graph"])
 class TestOrder:
     def test_a_gap_is_refused(self, make):

@@ -29,26 +29,6 @@ class TestAgainstDiffusers:
         assert torch.allclose(ours(x, t, text), expected, **CLOSE)
         assert torch.allclose(ours(x, t[:, None].expand(2, frames), text), expected, **CLOSE)
 
-    @torch.no_grad()
-    def test_per_frame_timesteps_are_diffusers_per_token_timesteps(self):
-        ours, theirs = build()
-        geo = sizes(0, 0)
-        x, _, text = inputs(geo, 4)
-        t = torch.tensor([[1000.0, 933.06, 357.14, 0.0], [5.0, 250.0, 625.0, 980.0]])
-        tokens = t.repeat_interleave(geo.tokens_per_frame, 1)
-        expected = theirs(x.transpose(1, 2), tokens, text, return_dict=False)[0].transpose(1, 2)
-        assert torch.allclose(ours(x, t, text), expected, **CLOSE)
-
-    @torch.no_grad()
-    def test_one_chunk_as_long_as_the_clip(self):
-        ours, theirs = build()
-        geo = sizes(1, 0, chunk_frames=6)
-        x, _, text = inputs(geo, 6)
-        t = torch.tensor([933.0629, 357.1429])
-        expected = theirs(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
-        v = ours(x, t, ours.text_kv(text), view=stream_cache(ours, geo).begin(0))
-        assert torch.allclose(v, expected, **CLOSE)
-
     def test_gradients(self):
         ours, theirs = build()
         x, text = torch.randn(1, 3, 16, 4, 6), torch.randn(1, 5, NETWORK["text_dim"])
@@ -57,11 +37,6 @@ class TestAgainstDiffusers:
         (theirs(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2) * weight).sum().backward()
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(p.grad, q.grad, atol=1e-5 * q.grad.abs().max().item() + 1e-6, rtol=1e-4), name
-
-    def test_names_of_parameters(self):
-        ours, theirs = build()
-        assert list(ours.state_dict()) == list(theirs.state_dict())
-
 
 class TestCache:
     @pytest.mark.parametrize("window, sink", [(0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (4, 2), (9, 1)])
@@ -178,7 +153,7 @@ class TestMasks:
 
 
 class TestRotary:
-    @pytest.mark.parametrize("first", [0, 900, 1500, -7])
+    @pytest.mark.parametrize("first", [0, 900, 1500, 1_000_000, -7])
     def test_any_frame_index_against_complex_float64(self, first):
         rotary, ids = FrameRotary(24), torch.arange(first, first + 3)
         cos, sin = rotary(ids, 2, 3)
@@ -197,9 +172,6 @@ class TestRotary:
                     assert torch.allclose(sin[0, row, 0].double(), turn.imag, atol=1e-7)
                     row += 1
 
-    def test_full_size_head_is_split_44_42_42(self):
-        assert FrameRotary(128).axes == (44, 42, 42)
-
     @torch.no_grad()
     def test_only_distances_matter_also_past_1024_frames(self):
         model, geo = build()[0], sizes(0, 0)
@@ -208,20 +180,6 @@ class TestRotary:
         assert torch.allclose(near, far, atol=1e-4)
         shuffled = model(x, t, text, frame_ids=torch.tensor([3, 0, -2, 9]))
         assert (near - shuffled).abs().max() > 1e-3
-
-    @torch.no_grad()
-    def test_a_cached_stream_runs_past_1024_frames(self):
-        model, geo = build()[0], sizes(2, 1, chunk_frames=1, height=16, width=16)
-        x, t, text = inputs(geo, 4)
-        a, b = (
-            torch.cat(
-                [model(x[:, k : k + 1], t[:, k : k + 1], text, view=c.begin(k), start_frame=at + k) for k in range(4)],
-                1,
-            )
-            for at, c in ((0, stream_cache(model, geo)), (1022, stream_cache(model, geo)))
-        )
-        assert torch.allclose(a, b, atol=1e-4)
-
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -62,10 +62,6 @@ def test_warped_values(steps, rows):
     assert [pytest.approx(row, abs=1e-4) for row in rows] == [list(row) for row in ours]
 
 
-def test_self_forcing_is_the_list_of_the_family():
-    assert build(preset="self_forcing").timesteps(0) == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-4)
-
-
 def test_unwarped_values():
     assert build(steps="4", warp=False).timesteps(0) == pytest.approx([1000, 700, 400, 100])
 
@@ -108,17 +104,6 @@ def test_levels_of_the_context(context, timestep, level):
     assert schedule.context_mode(5) == context
     assert schedule.context_timestep(5) == timestep
     assert schedule.kv_timestep(5) == pytest.approx(level)
-
-
-def test_exceptions_hold_for_their_chunk_alone():
-    schedule = build({"context_by_chunk": {2: "clean"}})
-    assert [schedule.context_mode(k) for k in range(4)] == ["last_step", "last_step", "clean", "last_step"]
-
-
-def test_the_last_row_repeats():
-    schedule = build(steps="432")
-    assert schedule.timesteps(2) == schedule.timesteps(3) == schedule.timesteps(1000)
-    assert schedule.timesteps(1) != schedule.timesteps(2)
 
 
 def test_a_preset_that_fixes_the_context_goes_before_the_stream():
@@ -187,13 +172,6 @@ def test_mistakes_are_named_in_one_sentence(fields, message):
     with pytest.raises(UserError, match=message) as error:
         build(**fields)
     assert "\n" not in str(error.value) and ";" in str(error.value), "and end with a fix"
-
-
-def test_a_schedule_is_a_frozen_value():
-    schedule = build()
-    with pytest.raises(AttributeError):
-        schedule.timesteps_by_chunk = ()
-    assert hash(schedule) == hash(build()) and schedule == build()
 
 
 def changed(counts, context=None, stream: dict | None = None, **schedule) -> Schedule:

@@ -60,8 +60,7 @@ def test_self_forcing_there_and_back(tmp_path, checkpoint):
     assert not list(tmp_path.glob(".partial*"))
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("middle", ["ours", "diffusers", "self-forcing"])
+@pytest.mark.parametrize("middle, shards", [("ours", 1), ("diffusers", 3), ("self-forcing", 3)])
 def test_original_there_and_back(tmp_path, mixed, middle, shards):
     folder = write_wan_folder(tmp_path / "wan", mixed, shards)
     between = tmp_path / ("m.pt" if middle == "self-forcing" else "m")
@@ -209,14 +208,13 @@ def test_full_disk(tmp_path, checkpoint, monkeypatch):
 
 MEMORY = """
 import sys
-sys.path[:0] = [{root!r}]
+sys.path[:0] = [sys.argv[3]]
 from pathlib import Path
 from scripts.convert_checkpoint import main
 import model.weights.export, diffusers, transformers
 def anonymous():
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) << 10
-start, most = anonymous(), 0
 from utils.progress import tqdm
 update = tqdm.update
 def watch(self, n=1):
@@ -224,24 +222,25 @@ def watch(self, n=1):
     most = max(most, anonymous())
     return update(self, n)
 tqdm.update = watch
-main({arguments!r})
-print("anonymous bytes", most - start)
+for form, name in (("wan", "out"), ("self-forcing", "out.pt")):
+    start = most = anonymous()
+    main([sys.argv[1], sys.argv[2] + "/" + name, "--to", form])
+    print("anonymous bytes", most - start)
 """
 
 
-@pytest.mark.parametrize("form", ["wan", "self-forcing"])
-def test_no_second_copy_in_memory(tmp_path, form):
-    """300 MB of shards go through in the memory of a few tensors (8 MB each)."""
-    config = WAN_CONFIG | {"num_layers": 12, "ffn_dim": 16_384}
+def test_no_second_copy_in_memory(tmp_path):
+    """100 MB of shards go through in the memory of a few tensors (8 MB each)."""
+    config = WAN_CONFIG | {"num_layers": 5, "ffn_dim": 16_384}
     with torch.device("meta"):
-        model = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, num_layers=12, ffn_dim=16_384,
+        model = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, num_layers=5, ffn_dim=16_384,
                                       text_dim=12, freq_dim=16)  # fmt: skip
     state = {n: torch.rand(v.shape) for n, v in original(model.to_empty(device="cpu")).items()}
     size = sum(value.nbytes for value in state.values())
-    assert size > 200e6
+    assert size > 80e6
     source = write_wan_folder(tmp_path / "in", state, 3)
     (source / "config.json").write_text(json.dumps(config))
-    arguments = [str(source), str(tmp_path / ("out.pt" if form == "self-forcing" else "out")), "--to", form]
-    code = MEMORY.format(root=str(ROOT), arguments=arguments)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
-    assert int(run.stdout.split("anonymous bytes")[1]) < 0.25 * size
+    command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path), str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    peaks = [int(line.split()[2]) for line in run.stdout.splitlines() if line.startswith("anonymous bytes")]
+    assert len(peaks) == 2 and max(peaks) < 0.25 * size

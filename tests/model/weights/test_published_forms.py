@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from bad_files import CASES
 from safetensors.torch import save_file
 from weight_layouts import TO_T5, foreign, original, random_t5, random_wan, same_output, write_wan_folder
 
@@ -139,19 +138,6 @@ def test_layouts_are_those_of_the_networks(tmp_path, wan):
     t5.save_pretrained(tmp_path / "t5")
     plan = plan_text_encoder(tmp_path / "t5")
     assert names.t5_shapes(t5.config.to_dict()) == plan.tensors.shapes
-
-
-# Only loading tells: values are read, or torch is needed to build what the file asks for.
-VALUES = ("nan", "inf", "-inf", "config rope_max_seq_len", "config attention_head_dim", "shape that overflows")
-LIKE = ("config ", "shape (", "missing ", "torch.", "cut ", "pipe ", "call ", "repeated ", "card ", "NaN", "infinity")
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.startswith(LIKE) and not c.startswith(VALUES)])
-def test_looking_refuses_what_loading_refuses(tmp_path, case):
-    role, path = CASES[case](tmp_path)
-    if role in ("student", "teacher", "text_encoder"):
-        with pytest.raises(UserError):
-            inspect_weights(role, path)
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""200 damaged or hostile weight files: each is refused in one sentence, quickly, in little memory, and runs nothing."""
+"""More than 200 damaged or hostile weight files: each is refused in one sentence, quickly, in little memory, and runs nothing."""
 
 import random
 import resource
@@ -11,6 +11,7 @@ from bad_files import CASES, WHOLE, flipped, run_of_shards, written
 
 from configs.errors import UserError
 from model.weights import load as weights
+from model.weights.inspection import inspect_weights
 
 LOADERS = {
     "student": weights.load_student,
@@ -19,6 +20,7 @@ LOADERS = {
     "text_encoder": lambda path: weights.load_text_encoder(path, path.parent, 8),
     "tiny_decoder": weights.load_tiny_decoder,
 }
+LOOKS = ("student", "teacher", "text_encoder")  # as doctor.py does
 MOST_SECONDS = 5  # of this process's own time, so that others of a busy machine do not count
 HANGS = 120  # seconds of the clock
 MOST_MEMORY = 2 << 30  # bytes
@@ -58,11 +60,19 @@ def test_there_are_many():
     assert len(CASES) >= 200
 
 
+# Only loading tells: values are read, or torch is needed to build what the file asks for.
+VALUES = ("nan", "inf", "-inf", "config rope_max_seq_len", "config attention_head_dim", "shape that overflows")
+LOOKED_AT = ("config ", "shape (", "missing ", "torch.", "cut ", "pipe ", "call ", "repeated ", "card ", "NaN")
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_refused(tmp_path, watched, case):
+def test_refused_by_loading_and_by_looking(tmp_path, watched, case):
     folder = tmp_path / "case"
     folder.mkdir()
     role, path = CASES[case](folder)
+    if case.startswith((*LOOKED_AT, "infinity")) and not case.startswith(VALUES) and role in LOOKS:
+        with pytest.raises(UserError):
+            inspect_weights(role, path)
     with pytest.raises(UserError) as caught:
         LOADERS[role](path)
     message = str(caught.value)
