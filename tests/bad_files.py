@@ -1,4 +1,4 @@
-"""200 weight files that are damaged or mean harm, made from small whole ones. Used by test_weights_fuzz.py.
+"""More than 200 weight files that are damaged or mean harm, made from small whole ones. Used by test_weights_fuzz.py.
 
 Each maker takes an empty folder and returns (role, path); `CASES` maps a label to a maker. Everything is drawn from
 fixed seeds.
