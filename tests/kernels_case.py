@@ -23,12 +23,14 @@ def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu", tokens: int 
     x, branch = (torch.randn(2, tokens, width).to(device, dtype) for _ in range(2))
     x[0, 1] = 0  # no spread
     affine = [torch.randn(width).to(device, dtype) for _ in range(2)]
+    factors = [torch.rand(2 * tokens, 1).to(device), torch.rand(width, 1).to(device), affine[1]]
     for frames in (1, 3):
         modulation = torch.randn(2, frames, 6, width).to(device)
-        yield f"norm, {frames}", (x, None, modulation, NONE, SHIFT, None, None, 1e-6)
-        yield f"gated, affine, {frames}", (x, branch, modulation, GATE, NONE, *affine, 1e-6)
-        yield f"added, norm, {frames}", (x, branch, modulation, NONE, FFN_SHIFT, None, None, 1e-6)
-        yield f"gated, {frames}", (x, branch, modulation, GATE, NONE, None, None, 0.0)
+        yield f"norm, {frames}", (x, None, [], modulation, NONE, SHIFT, None, None, 1e-6)
+        yield f"gated, affine, {frames}", (x, branch, [], modulation, GATE, NONE, *affine, 1e-6)
+        yield f"added, norm, {frames}", (x, branch, factors, modulation, NONE, FFN_SHIFT, None, None, 1e-6)
+        yield f"gated, {frames}", (x, branch, [], modulation, GATE, NONE, None, None, 0.0)
+        yield f"product, gated, affine, {frames}", (x, branch, factors, modulation, GATE, NONE, *affine, 1e-6)
 
 
 def turn_case(width: int, dtype: torch.dtype, slot: torch.dtype, device: str = "cpu", tokens: int = 21) -> tuple:
@@ -69,7 +71,7 @@ def close(got: Tensor, wanted: Tensor, name: str) -> None:
 def compare_norms(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
     """kernel(*case, scaled) -> as `reference_residual_norm`."""
     for name, case in norm_cases(width, dtype, device):
-        for scaled in (False, True)[: 1 + (case[4] >= 0 or case[5] is not None)]:
+        for scaled in (False, True)[: 1 + (case[5] >= 0 or case[6] is not None)]:
             wanted = fast_kernels.reference_residual_norm(*case, scaled)
             for got, one in zip(kernel(*case, scaled), wanted, strict=True):
                 close(got, one, f"{name}, {one.dtype}")

@@ -4,6 +4,8 @@ A program loads whole rows (tokens) into registers, so that each tensor is read 
 Results are rounded to the dtype of the output, and before float8 to the dtype of the input.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -28,14 +30,18 @@ def _gelu(x):
 
 @triton.jit
 def _residual_norm(
-    x, branch, modulation, weight, bias, sums, out, scales, tokens, eps,
+    x, branch, row_scales, column_scales, branch_bias, modulation, weight, bias, sums, out, scales, tokens, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    BRANCH: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, AFFINE: tl.constexpr, SCALED: tl.constexpr,
+    BRANCH: tl.constexpr, FACTORS: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, AFFINE: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of ROWS tokens, groups of `tokens` tokens that share one modulation [6, D])."""
     group = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < D
+    if FACTORS:
+        column_scale = tl.load(column_scales + col, mask=inside, other=0.0)
+        added_bias = tl.load(branch_bias + col, mask=inside, other=0.0).to(tl.float32)
     if GATE >= 0:
         gate = tl.load(modulation + (group * 6 + GATE) * D + col, mask=inside, other=0.0)
     if SHIFT >= 0:
@@ -52,6 +58,9 @@ def _residual_norm(
         value = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
         if BRANCH:
             added = tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
+            if FACTORS:
+                row_scale = tl.load(row_scales + row, mask=token < tokens, other=0.0)
+                added = added * row_scale * column_scale + added_bias
             if GATE >= 0:
                 added = added * gate
             total = (value + added).to(sums.dtype.element_ty)
@@ -68,8 +77,9 @@ def _residual_norm(
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, modulation: Tensor, gate: int, shift: int, weight: Tensor | None,
-    bias: Tensor | None, eps: float, dtype: torch.dtype, scaled: bool, rows: int = 2, warps: int = 4,
+    x: Tensor, branch: Tensor | None, factors: Sequence[Tensor], modulation: Tensor, gate: int, shift: int,
+    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, scaled: bool, rows: int = 2,
+    warps: int = 4,
 ) -> list[Tensor]:  # fmt: skip
     """As `residual_norm` of model/fast/ops.py. rows: tokens per program."""
     x, modulation = x.contiguous(), modulation.contiguous()
@@ -83,9 +93,9 @@ def residual_norm(
     tokens = count // groups
     with torch.cuda.device_of(x):
         _residual_norm[(triton.cdiv(tokens, rows), groups)](
-            x, branch, modulation, weight, bias, sums, out, scales, tokens, eps,
-            D=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, BRANCH=branch is not None, GATE=gate,
-            SHIFT=shift, AFFINE=affine, SCALED=scaled, num_warps=warps,
+            x, branch, *(factors or [None] * 3), modulation, weight, bias, sums, out, scales, tokens, eps,
+            D=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, BRANCH=branch is not None,
+            FACTORS=len(factors) > 0, GATE=gate, SHIFT=shift, AFFINE=affine, SCALED=scaled, num_warps=warps,
         )  # fmt: skip
     return [y for y in (sums, out, scales) if y is not None]
 
