@@ -1,6 +1,6 @@
 """Variants of the suites of `scripts/benchmark.py`, by importance; the last ones may be skipped for lack of time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,14 +76,26 @@ def _pair(network: str, name: str, *settings: str) -> tuple[Variant, Variant]:
     return _full(one, *settings, **case), _full(two, *settings, TWO, against=one, **case)
 
 
+def _precisions(network: str) -> Iterator[Variant]:
+    """bfloat16, and what can be float8; latents are compared with those of bfloat16."""
+    case, plain = {"network": network, "repeats": 2, "standard": False}, f"{network} bf16"
+    yield _full(plain, **case)
+    for name in ("fp8", "fp8_attention", "fp8_linears"):
+        yield _full(f"{network} {name}", f"inference.precision={name}", against=plain, **case)
+
+
+# the difference that another kernel makes in bfloat16
+OTHER_KERNEL = _full(
+    "1.3B bf16 with cuDNN", "inference.attention=cudnn", standard=False, against="1.3B bf16", repeats=1
+)
 TWO_GPUS = (
     *_pair("14B", "fp8", FP8),
     *_pair("14B", "bf16"),
     *_pair("1.3B", "fp8", FP8),
     *_pair("1.3B", "bf16"),
-    # the difference that another kernel makes on one GPU
-    _full("1.3B bf16 with cuDNN", "inference.attention=cudnn", standard=False, against="1.3B bf16", repeats=1),
+    OTHER_KERNEL,
 )
+PRECISIONS = (*_precisions("14B"), *_precisions("1.3B"), OTHER_KERNEL)
 CPU = (
     _tiny("plain", reference=True),
     _tiny("compiled", "inference.compile=blocks"),
@@ -91,4 +103,4 @@ CPU = (
     _tiny("fp8", "inference.precision=fp8"),
     _tiny("2 processes", "inference.sequence_parallel=2"),
 )
-SUITES: dict[str, tuple[Variant, ...]] = {"h100": H100, "two_gpus": TWO_GPUS, "cpu": CPU}
+SUITES: dict[str, tuple[Variant, ...]] = {"h100": H100, "two_gpus": TWO_GPUS, "precisions": PRECISIONS, "cpu": CPU}

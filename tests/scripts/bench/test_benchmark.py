@@ -115,9 +115,13 @@ def test_a_suite_without_time_names_what_it_left_out(monkeypatch):
 
 
 def test_every_variant_is_a_configuration():
-    for variant in (*SUITES["h100"], *SUITES["cpu"]):
-        benchmark.load_config(variant.config, variant.settings)
-        assert set(variant.arguments) <= vars(benchmark.parse([])).keys()
+    for suite in SUITES.values():
+        names = [variant.name for variant in suite]
+        assert len(set(names)) == len(names)
+        for i, variant in enumerate(suite):
+            benchmark.load_config(variant.config, variant.settings)
+            assert set(variant.arguments) <= vars(benchmark.parse([])).keys()
+            assert not variant.against or variant.against in names[:i]
     assert [v.name for v in SUITES["h100"] if v.reference] == ["eager"]
 
 
