@@ -2,6 +2,7 @@
 
     python scripts/train_world.py [--stages text vae ...] [--minutes 22] [key=value ...]
     python scripts/train_world.py --stages vae --warm --logdir logs/more seed=1 training.steps=6000    # trains it on
+    torchrun --standalone --nproc_per_node=2 scripts/train_world.py [...]      # on two GPUs, with the same batches
 
 Each stage is `train.py --config_path configs/world/<file>.yaml` and starts from what the ones before it wrote. The same
 command continues where a stopped run was; with --minutes it stops by itself, after a checkpoint. Settings given here go
@@ -9,11 +10,10 @@ to every stage. With --warm a stage starts from the weights that it exported, wi
 are gone or its settings change. Give it another seed too, and so other clips.
 """
 
-import os
-import signal
+import math
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,9 +23,13 @@ from utils import exits  # noqa: E402
 exits.guard(__name__)
 
 from configs.errors import UserError  # noqa: E402
+from configs.load import load_config  # noqa: E402
 from trainer.cli import parse  # noqa: E402
 from trainer.command import train  # noqa: E402
+from trainer.parallel.control_group import ControlGroup  # noqa: E402
 from trainer.world.scene import World, training_caption  # noqa: E402
+from utils.device import pick_device  # noqa: E402
+from utils.distributed import Ranks, process_group  # noqa: E402
 from utils.files import atomic_path, check_writable  # noqa: E402
 from utils.seeds import stable_hash  # noqa: E402
 
@@ -55,6 +59,14 @@ def settings_of(stage: str, output: str, logdir: str, warm: bool = False) -> lis
     return settings + ["schedule.steps=4"] * (stage == "four")
 
 
+def shared_out(file: str, settings: Sequence[str], world: int) -> list[str]:
+    """Settings that share a stage's batches out over `world` ranks, so that a step sees as much as on one."""
+    t = load_config(file, settings).training
+    micro = min(t.micro_batch, max(1, t.global_batch // world))
+    first = max(1, t.flow.first_chunk_batch * micro // t.micro_batch)
+    return [f"training.micro_batch={micro}", f"training.flow.first_chunk_batch={first}"]
+
+
 def write_prompts(file: Path, count: int) -> None:
     """Captions for distillation, which needs no clips: as people type them, one a line."""
     scenes = World().scenes(stable_hash(0, "prompts"), count)
@@ -80,20 +92,24 @@ def main() -> int:
     if args.warm and "text" in args.stages:
         raise UserError("--warm: stage text always starts from nothing; name the others, e.g. --stages vae")
     logdir, output = (check_writable(v, flag) for v, flag in ((args.logdir, "--logdir"), (args.output, "--output")))
-    write_prompts(logdir / "prompts.txt", args.prompts)
-    if args.minutes is not None:
-        alarm = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-        alarm.daemon = True
-        alarm.start()
-    rows = []
-    for stage in args.stages:
-        start = time.perf_counter()
-        flags = ["--config_path", f"configs/world/{FILES.get(stage, stage)}.yaml", "--logdir", f"{logdir}/{stage}"]
-        ended = train(parse([*flags, *settings_of(stage, str(output), str(logdir), args.warm), *args.settings]))
-        rows.append(f"{stage:<10} {time.perf_counter() - start:>8.1f}{'' if ended else '  stopped'}")
-        if not ended:
-            break
-    print("\n".join([f"{'stage':<10} {'seconds':>8}", *rows]))
+    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    ranks, rows = Ranks.from_env(), [f"{'stage':<10} {'seconds':>8}"]
+    device = pick_device(load_config("configs/world/world.yaml", args.settings).device, ranks.local_rank)
+    with process_group(ranks, device):  # one for all stages
+        if ranks.first:
+            write_prompts(logdir / "prompts.txt", args.prompts)
+        ControlGroup().wait()
+        for stage in args.stages:
+            start = time.monotonic()
+            file = f"configs/world/{FILES.get(stage, stage)}.yaml"
+            settings = [*settings_of(stage, str(output), str(logdir), args.warm), *args.settings]
+            settings += shared_out(file, settings, ranks.world)
+            ended = train(parse(["--config_path", file, "--logdir", f"{logdir}/{stage}", *settings]), until)
+            rows.append(f"{stage:<10} {time.monotonic() - start:>8.1f}{'' if ended else '  stopped'}")
+            if not ended or time.monotonic() > until:
+                break
+    if ranks.first:
+        print("\n".join(rows))
     return 0
 
 

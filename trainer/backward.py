@@ -78,7 +78,8 @@ class Backward:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # thread_local: NCCL asks for its events on a thread of its own
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.once(plan, scale, inputs)
         except RuntimeError as error:  # something cannot be captured: continue without graphs
             reason = str(error).splitlines()[0]

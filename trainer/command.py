@@ -1,5 +1,6 @@
 """What `train.py` does: one stage, from flags to its end."""
 
+import math
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,8 +25,9 @@ from utils.sinks import check_loggers
 log = get_logger(__name__)
 
 
-def train(args: Namespace) -> bool:
-    """Run the stage that `args` (of trainer/cli.py) describe. Returns whether its end was reached, not a signal."""
+def train(args: Namespace, until: float = math.inf) -> bool:
+    """Run the stage that `args` (of trainer/cli.py) describe. Returns whether its end was reached, not a signal or the
+    time `until`, of time.monotonic()."""
     config = load_config(args.config_path, args.overrides)
     if config.seed == RANDOM_SEED:
         raise UserError(f"seed={RANDOM_SEED} draws one for inference; give training one that a resumed run can repeat")
@@ -58,4 +60,4 @@ def train(args: Namespace) -> bool:
             with atomic_path(logdir / "config.yaml") as temporary:
                 temporary.write_text(to_yaml(config), encoding="utf-8")
         sinks = make_sinks(config, logdir, wandb=not args.disable_wandb, wandb_dir=args.wandb_save_dir)
-        return run(stage, logdir, sinks, save=not args.no_save)
+        return run(stage, logdir, sinks, save=not args.no_save, until=until)

@@ -41,10 +41,17 @@ METRICS, CURVES, END = "metrics.jsonl", "curves.png", "end.json"  # in the run's
 
 
 class _StopRequest:
-    """Turns SIGTERM, Ctrl-C and a closed terminal into a request to stop after the current micro-batch."""
+    """Turns SIGTERM, Ctrl-C and a closed terminal into a request to stop after the current micro-batch, and so does the
+    time `until`, of time.monotonic()."""
+
+    def __init__(self, until: float):
+        self.until, self.signalled = until, False
+
+    @property
+    def asked(self) -> bool:
+        return self.signalled or time.monotonic() > self.until
 
     def __enter__(self):
-        self.asked = False
         asking = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             asking.append(signal.SIGHUP)
@@ -53,7 +60,7 @@ class _StopRequest:
         return self
 
     def _ask(self, number: int, *_):
-        self.asked = True
+        self.signalled = True
         if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
             devnull = os.open(os.devnull, os.O_WRONLY)
             for descriptor in self.terminals:
@@ -73,7 +80,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class _StepAborted(Exception):
-    """A signal came in the middle of a step, which is discarded."""
+    """A request to stop came in the middle of a step, which is discarded."""
 
 
 class _FiniteCheck:
@@ -248,8 +255,12 @@ def _validate(stage: Stage, step: int, logdir: Path, reporter: _RunReporter, con
     control.wait()
 
 
-def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | None = None, *, save: bool = True) -> bool:
-    """Train until `training.steps` or a signal. Returns whether the end was reached.
+def run(
+    stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | None = None, *, save: bool = True,
+    until: float = math.inf,
+) -> bool:  # fmt: skip
+    """Train until `training.steps`, a signal or the time `until`, of time.monotonic(). Returns whether the end was
+    reached.
 
     sinks: makes the metric sinks, given the first step of the run; None = those of the configuration.
     save: write checkpoints and exports.
@@ -264,7 +275,7 @@ def run(stage: Stage, logdir: Path, sinks: Callable[[int], Sequence[Sink]] | Non
         stage.begin(start, logdir)
         make = sinks or make_sinks(stage.config, logdir)
         made = make(start) if stage.ranks.first else []
-        with _StopRequest() as stop, ExitStack() as stack:
+        with _StopRequest(until) as stop, ExitStack() as stack:
             stack.callback(gc.unfreeze)
             reporter = _RunReporter(stage, logdir, start, [stack.enter_context(sink) for sink in made])
             if not _steps(stage, logdir, reporter, stop, control, save):
@@ -317,7 +328,7 @@ def freeze_garbage() -> None:
 def _steps(
     stage: Stage, logdir: Path, reporter: _RunReporter, stop: _StopRequest, control: ControlGroup, save: bool
 ) -> bool:
-    """Run all remaining steps. Returns False if a signal stopped the run before the last one."""
+    """Run all remaining steps. Returns False if the run was stopped before the last one."""
     t, finite = stage.config.training, _FiniteCheck()
 
     def between() -> None:
@@ -344,7 +355,7 @@ def _steps(
         if saving and save:
             save_checkpoint(stage, logdir, done, control)
         if stopping:
-            log.info("stopped by a signal after step %d; the same command resumes", done)
+            log.info("stopped after step %d; the same command resumes", done)
             return False
         if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
             _validate(stage, done, logdir, reporter, control)
@@ -355,14 +366,14 @@ def _stop_within_step(
     stage: Stage, logdir: Path, step: int, reporter: _RunReporter, finite: _FiniteCheck, control: ControlGroup,
     save: bool,
 ) -> None:  # fmt: skip
-    """Save the state before step `step` (from 0), which a signal has interrupted."""
+    """Save the state before step `step` (from 0), which was interrupted."""
     if control.any(finite.bad(drain=True)):
         reporter.log(*finite.checked)
     if not all(bool(value.isfinite().all()) for value in sharded_checkpoint.flat(stage.state_dict()).values()):
         reporter.stop_at(["values of the first half of the step are"], step + 1, stage.last_batch())
     if save:
         save_checkpoint(stage, logdir, step, control)
-    log.info("stopped by a signal in step %d, which will be repeated; the same command resumes", step + 1)
+    log.info("stopped in step %d, which will be repeated; the same command resumes", step + 1)
 
 
 def _export(stage: Stage, logdir: Path, step: int, control: ControlGroup) -> None:

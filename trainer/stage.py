@@ -100,8 +100,13 @@ class Supervised(Stage):
         )  # fmt: skip
 
     def plan(self, step: int) -> Hashable:
-        """Which kind of batch a step takes. Batches of one kind have one shape."""
+        """Which kind of batch a step takes, the same on all ranks. Batches of one kind have one shape."""
         return ()
+
+    def part(self, step: int, micro: int) -> int:
+        """Number of a micro-batch among those of all steps and ranks, from which its samples are drawn: N ranks see the
+        same ones as one rank with N times the accumulation."""
+        return (step * self.micro_batches + micro) * self.ranks.world + self.ranks.rank
 
     @abstractmethod
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:

@@ -60,11 +60,12 @@ class Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
-    """The default process group (NCCL on CUDA, else gloo) for as long as the block runs; nothing for one process.
+    """The default process group (NCCL on CUDA, else gloo) for as long as the block runs; nothing for one process, or
+    within a block that has one.
 
     NCCL waits longer than `timeout_s`, because it ends the process without a message; the rank watch reports first.
     """
-    if ranks.world == 1:
+    if ranks.world == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":

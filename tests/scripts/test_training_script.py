@@ -66,7 +66,7 @@ def test_a_signal_saves_and_ends_well(tmp_path, who):
         assert process.wait(300) == 0, (tmp_path / "said.txt").read_text()
     (folder,) = logdir.glob("checkpoint_*")
     assert int(folder.name.rpartition("_")[2]) >= steps(logdir)[-1] - 1 > 0
-    assert "stopped by a signal" in (tmp_path / "said.txt").read_text()
+    assert "the same command resumes" in (tmp_path / "said.txt").read_text()
 
 
 def test_bad_input_is_one_sentence_and_no_success(tmp_path):

@@ -66,21 +66,21 @@ class CodecStage(Supervised):
 
     def plan(self, step: int) -> int:
         """Length of the step's clips in frames."""
-        rng = generator(self.config.seed, "clips", step * self.micro_batches, self.ranks.rank)
+        rng = generator(self.config.seed, "clips", step * self.micro_batches * self.ranks.world, 0)
         lengths = self.config.training.codec.clip_frames
         return lengths[int(torch.randint(len(lengths), (), generator=rng))]
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """`micro_batch` clips of the shortest length, or as many longer ones as have no more frames."""
         codec, frames = self.config.training.codec, self.plan(step)
-        name = step * self.micro_batches + micro
-        rng = generator(self.config.seed, "clips", name, self.ranks.rank)
+        part = self.part(step, micro)
+        rng = generator(self.config.seed, "clips", part, 0)
         torch.randint(1, (), generator=rng)  # the length's place
         size = max(1, self.config.training.micro_batch * min(codec.clip_frames) // frames)
-        index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, self.device)
+        index = draw(len(self.bank.pixels), size, self.config.seed, part, self.device)
         pixels = self.bank.batch(index, frames, codec.crop, rng)
         shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
-        noise = generator(self.config.seed, "posterior", name, self.ranks.rank, device=self.device)
+        noise = generator(self.config.seed, "posterior", part, 0, device=self.device)
         return {"pixels": pixels, "eps": torch.randn(shape, generator=noise, device=self.device)}
 
     def loss(self, pixels: Tensor, eps: Tensor) -> dict[str, Tensor]:

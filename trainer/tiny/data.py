@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -20,9 +21,9 @@ from utils.files import atomic_path
 from utils.seeds import generator, stable_hash
 
 
-def draw(clips: int, count: int, seed: int, step: int, rank: int, device: torch.device) -> Tensor:
-    """Indices of the clips of one batch: a function of (seed, step, rank)."""
-    rng = generator(seed, "batch", step, rank)
+def draw(clips: int, count: int, seed: int, part: int, device: torch.device) -> Tensor:
+    """Indices of the clips of one micro-batch: a function of (seed, part)."""
+    rng = generator(seed, "batch", part, 0)
     return torch.randint(clips, (count,), generator=rng).to(device, non_blocking=True)
 
 
@@ -141,17 +142,27 @@ def encoded_clips(
     render: Callable[..., Tensor], codec: WanCodec, scenes: Sequence[TinyScene | SwitchedScene], frames: int,
     dtype: torch.dtype, cache: Path | None,
 ) -> Tensor:  # fmt: skip
-    """float16 [N, F, C, h, w] of scenes, on the codec's device; read from `cache` if it was made before."""
+    """float16 [N, F, C, h, w] of scenes, on the codec's device; read from `cache` if it was made before.
+
+    Every rank calls it; each encodes its share.
+    """
     device = next(codec.vae.parameters()).device
 
     @torch.no_grad()
     def encode() -> Tensor:
-        parts = []
-        for i in tqdm(range(0, len(scenes), 32), desc="encoding clips", leave=False):
-            pixels = render(scenes[i : i + 32], frames, device=device)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        each, parts = -(-len(scenes) // world), []
+        own = [scenes[i % len(scenes)] for i in range(rank * each, (rank + 1) * each)]
+        for i in tqdm(range(0, each, 32), desc="encoding clips", leave=False, disable=rank > 0):
+            pixels = render(own[i : i + 32], frames, device=device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 parts.append(codec.encode(pixels).half())
-        return torch.cat(parts)
+        latents = torch.cat(parts)
+        if world > 1:
+            shares = [torch.empty_like(latents) for _ in range(world)]
+            dist.all_gather(shares, latents)
+            latents = torch.cat(shares)[: len(scenes)]
+        return latents
 
     if cache is None:
         return encode()
@@ -175,6 +186,8 @@ def _kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
     if path.exists():
         return load_file(path)["latents"]
     latents = make()
+    if dist.is_initialized() and dist.get_rank():  # the first one writes it
+        return latents
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as aside:
         save_file({"latents": latents.cpu()}, aside)

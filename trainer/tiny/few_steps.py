@@ -73,9 +73,9 @@ class FewSteps(TeacherForcing):
 
     def _first_chunks(self, step: int, micro: int) -> dict[str, Tensor]:
         """First chunks at a timestep of their trajectories, as arguments of the loss of teacher forcing."""
-        rng, name = self._rng(step, micro), step * self.micro_batches + micro
+        rng = self._rng(step, micro)
         size = self.config.training.flow.first_chunk_batch
-        index = draw(len(self.states), size, self.config.seed, name, self.ranks.rank, self.device)
+        index = draw(len(self.states), size, self.config.seed, self.part(step, micro), self.device)
         steps = torch.randint(self.states.shape[1] - 1, (size,), generator=rng, device=self.device)
         x_t, x0 = self.states[index, steps].float(), self.states[index, -1].float()
         t = self.timesteps[0, steps][:, None].expand(x0.shape[:2])

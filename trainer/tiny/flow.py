@@ -56,8 +56,7 @@ class FlowStage(Supervised):
         )  # fmt: skip
 
     def _rng(self, step: int, micro: int) -> torch.Generator:
-        name = step * self.micro_batches + micro
-        return generator(self.config.seed, self.name, name, self.ranks.rank, device=self.device)
+        return generator(self.config.seed, self.name, self.part(step, micro), 0, device=self.device)
 
     def plan(self, step: int) -> str:
         """Kind of step: whole clips; first chunks, which teach the words of captions at a fraction of the cost; or
@@ -73,9 +72,8 @@ class FlowStage(Supervised):
         """Latents [B, F, C, h, w] and text [B, L, D] of a micro-batch."""
         t, kind = self.config.training, self.plan(step)
         size = {WHOLE: t.micro_batch, FIRST: t.flow.first_chunk_batch, CROPPED: t.flow.crop_batch}[kind]
-        name = step * self.micro_batches + micro
         bank, frames = (self.bank, None) if kind == WHOLE else (self.first_chunks, self.geometry.chunk_frames)
-        index = draw(len(bank.latents), size, self.config.seed, name, self.ranks.rank, self.device)
+        index = draw(len(bank.latents), size, self.config.seed, self.part(step, micro), self.device)
         if kind == CROPPED:
             return bank.crops(index, frames, t.flow.crop, rng)
         x0, text = bank.batch(index)

@@ -47,7 +47,7 @@ class TextStage(Supervised):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         size = self.config.training.micro_batch
-        start = ((step * self.micro_batches + micro) * self.ranks.world + self.ranks.rank) * size
+        start = self.part(step, micro) * size
         prompts = [self.captions[(start + i) % len(self.captions)] for i in range(size)]
         ids, mask = self.encoder.tokenize(prompts)
         batch = {"ids": ids, "mask": mask} | self._labels(prompts)

@@ -52,7 +52,7 @@ class WorldText(Supervised):
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         size = self.config.training.micro_batch
-        start = ((step * self.micro_batches + micro) * self.ranks.world + self.ranks.rank) * size
+        start = self.part(step, micro) * size
         return self._encoded([self.captions[(start + i) % len(self.captions)] for i in range(size)])
 
     def _encoded(self, said: list[str]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class WorldVAE(CodecStage):
     def plan(self, step: int) -> tuple[int, int]:
         """Frames of the step's clips, and the side of its squares (0 = whole frames)."""
         knobs = self.config.training.codec
-        rng = generator(self.config.seed, "clips", step, self.ranks.rank)
+        rng = generator(self.config.seed, "clips", step, 0)
         lengths = [1] if step < knobs.stills * self.config.training.steps else knobs.clip_frames
         frames = lengths[int(torch.randint(len(lengths), (), generator=rng))]
         return frames, 0 if float(torch.rand((), generator=rng)) < WHOLE_SHARE else knobs.crop
@@ -46,12 +46,12 @@ class WorldVAE(CodecStage):
         knobs, t, (frames, crop) = self.config.training.codec, self.config.training, self.plan(step)
         area = (crop or self.world.height) * (crop or self.world.width)
         size = max(1, t.micro_batch * min(knobs.clip_frames) * max(crop, knobs.crop) ** 2 // (frames * area))
-        name = step * self.micro_batches + micro
-        index = draw(len(self.bank.pixels), size, self.config.seed, name, self.ranks.rank, torch.device("cpu"))
-        cut = generator(self.config.seed, "cut", name, self.ranks.rank)
+        part = self.part(step, micro)
+        index = draw(len(self.bank.pixels), size, self.config.seed, part, torch.device("cpu"))
+        cut = generator(self.config.seed, "cut", part, 0)
         pixels = self.bank.batch(index, frames, crop, cut)
         shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
-        noise = generator(self.config.seed, "posterior", name, self.ranks.rank, device=self.device)
+        noise = generator(self.config.seed, "posterior", part, 0, device=self.device)
         return {"pixels": pixels, "eps": torch.randn(shape, generator=noise, device=self.device)}
 
     def _whole_clips(self, count: int) -> Tensor:
