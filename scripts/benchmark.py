@@ -3,7 +3,6 @@
     python scripts/benchmark.py                                                     # the tiny model, on a CPU too
     python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --random_weights model.codec=taehv
     python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --json report.json --stream 60
-    python scripts/benchmark.py --compare before.json after.json
     python scripts/benchmark.py --suite h100 --json suite.json --budget 520         # many settings, a table last
 
 Missing weights are replaced by random ones of the same sizes, with which speed and memory are the same; the report says
@@ -12,9 +11,7 @@ so. Figures are medians of --repeats runs after two warm-up runs. They do not in
 
 import argparse
 import gc
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +38,6 @@ from model.fast.offload import BlockOffload
 from model.fast.student import FastPlan
 from model.sizes import TRANSFORMER_SIZES, TransformerSize
 from model.text import TextEncoder, word_tokenizer
-from model.weights.files import read_json
 from model.weights.load import check_weights
 from model.weights.random import RandomTextEncoder, random_codec, random_transformer, random_umt5
 from pipeline.diagonal import DiagonalPipeline
@@ -51,7 +47,7 @@ from pipeline.stream import StreamSession
 from scripts.bench import speed
 from scripts.bench.roofline import machine_of, roofline
 from scripts.bench.speed_suites import SUITES, Variant
-from scripts.bench.speed_tables import comparison, suite_table, table
+from scripts.bench.speed_tables import suite_table, table
 from utils.device import pick_device, pick_dtype, set_threads
 from utils.files import write_json_atomic
 from utils.logs import console
@@ -70,9 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type="positive", default=1, metavar="N", help="streams at once (%(default)s)")
     parser.add_argument("--stream", type=float, default=0, metavar="S", help="also measure a stream of this length")
     parser.add_argument("--text", action="store_true", help="also measure text encoding (11 GB more at full size)")
-    parser.add_argument("--cold", action="store_true", help="start with empty compile caches, as on a new machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="REPORT", help="compare two reports; runs nothing")
     parser.add_argument("--suite", choices=SUITES, help="run all variants of a suite")
     parser.add_argument("--only", default="", metavar="A,B", help="run only these variants of the suite")
     parser.add_argument("--budget", type=float, default=520, help="seconds for a suite (default: %(default)s)")
@@ -260,20 +254,14 @@ def run_variant(variant: Variant, args: argparse.Namespace, rates: dict[str, flo
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.compare:
-        print(comparison(*(read_json("--compare", path) for path in args.compare)))
-        return 0
     console()
-    with tempfile.TemporaryDirectory() as folder:
-        if args.cold:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = folder
-        if args.suite:
-            reports = run_suite(args)
-            print(suite_table(reports))
-            return int(all("failed" in report for report in reports.values()))
-        config = load_config(args.config_path, args.settings)
-        set_threads(config.cpu_threads)
-        report = plain(measure(config, args))
+    if args.suite:
+        reports = run_suite(args)
+        print(suite_table(reports))
+        return int(all("failed" in report for report in reports.values()))
+    config = load_config(args.config_path, args.settings)
+    set_threads(config.cpu_threads)
+    report = plain(measure(config, args))
     print(table(report))
     if args.json:
         write_json_atomic(args.json, report)

@@ -1,6 +1,5 @@
-"""Measured peak rates of this machine for matrix products and copies, and the energy of a GPU."""
+"""Measured peak rates of this machine for matrix products and copies."""
 
-import ctypes
 import functools
 import os
 import platform
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-attn", "flash-attn-3", "fa3-fwd")
-NVML = "libnvidia-ml.so.1"
 E4M3 = torch.float8_e4m3fn
 HEAT_S = 1.0  # seconds of load after which a GPU's clock has settled
 
@@ -117,34 +115,6 @@ def machine_of(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return facts
-
-
-class Energy:
-    """Energy of a GPU in joules, by its counter (NVML); None if it has none."""
-
-    def __init__(self, device: torch.device):
-        self._handle = None
-        if device.type != "cuda":
-            return
-        try:
-            self._nvml = ctypes.CDLL(NVML)
-        except OSError:
-            return
-        handle = ctypes.c_void_p()
-        bus = str(torch.cuda.get_device_properties(device).uuid)
-        available = self._nvml.nvmlInit_v2() == 0 and (
-            self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{bus}".encode(), ctypes.byref(handle)) == 0
-        )
-        self._handle = handle if available else None
-
-    def read(self) -> float | None:
-        """Joules since the driver was loaded; None without a counter."""
-        if self._handle is None:
-            return None
-        millijoules = ctypes.c_ulonglong()
-        if self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle, ctypes.byref(millijoules)):
-            return None
-        return millijoules.value / 1000
 
 
 def nbytes(tensors: list[Tensor]) -> int:

@@ -24,7 +24,7 @@ from model.sizes import TransformerSize
 from pipeline.async_decoder import prefetch, to_frames, to_host
 from pipeline.stream import ChunkResult, StreamSession
 from scripts.bench.cost import clip_flops, step_cost
-from scripts.bench.roofline import Energy, nbytes, timed
+from scripts.bench.roofline import nbytes, timed
 
 PROMPT = "a red circle moves right"
 WARM_UPS = 2  # the first runs each cache state, the second captures the remaining ones
@@ -77,10 +77,7 @@ def report(
     warm_up = time.perf_counter() - began
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    energy = Energy(device)
-    before, began = energy.read(), time.perf_counter()
     runs = [play(session, chunks, batch) for _ in range(repeats)]
-    joules = None if before is None else (energy.read() - before) / repeats
     clip, first = (median(run.arrivals[i] for run in runs) for i in (-1, 0))
     frames = batch * sum(runs[0].frames)
     steps = [{name: median(run.spans[k][name] for run in runs) for name in runs[0].spans[k]} for k in range(chunks)]
@@ -100,7 +97,6 @@ def report(
         "rates_fps": rates,
         "chunks": [{"arrives_s": median(run.arrivals[k] for run in runs), **steps[k]} for k in range(chunks)],
         "realtime_at_fps": fps,
-        "joules_a_clip": joules,
         "clip_flops": clip_flops(
             network, session.geometry, session.schedule, chunks, text_tokens=text_tokens, batch=batch
         ),

@@ -1,6 +1,6 @@
-"""Speed reports as text: one report in full, a suite as rows, two reports side by side."""
+"""Speed reports as text: one report in full, a suite as rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from utils.tables import aligned
@@ -57,7 +57,6 @@ def _figures(report: Mapping[str, Any]) -> list[list[str]]:
         ["first clip, with compilation", f"{report['first_clip_s']:.1f} s"],
         ["process start to first clip", f"{report['since_start_s']:.1f} s"],
         ["last step", f"{ms(last['step_s'])} ms; floor {ms(last['floor_s'])} ms"],
-        ["energy", "no counter" if report["joules_a_clip"] is None else f"{report['joules_a_clip']:.0f} J a clip"],
     ]
     rows += [[f"memory: {name}", f"{size / GB:.2f} GB"] for name, size in report["memory_bytes"].items()]
     rows += [[f"ceiling: {n}", f"{r / 1e12:.3g} {'TB/s' if n == 'copy' else 'TFLOP/s'}"] for n, r in peaks.items()]
@@ -95,32 +94,3 @@ def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
         cells += ["" if error is None else f"{error:.1e}", f"{report['first_clip_s']:.1f}", "; ".join(notes)]
         rows.append([name, *cells])
     return "\n".join([aligned(rows), *failed])
-
-
-def comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """All figures in both reports, the ratio of the second to the first, and the settings that differ."""
-    first, second = dict(_numbers(a)), dict(_numbers(b))
-    rows = [["", "first", "second", "second / first"]]
-    for name, value in first.items():
-        if name in second:
-            ratio = f"{second[name] / value:.3f}" if value else ""
-            rows.append([name, f"{value:.6g}", f"{second[name]:.6g}", ratio])
-    differ = [
-        f"{part}.{key}: {a[part].get(key)} | {b[part].get(key)}"
-        for part in ("machine", "settings")
-        for key in dict.fromkeys([*a.get(part, {}), *b.get(part, {})])
-        if a[part].get(key) != b[part].get(key)
-    ]
-    return "\n".join([aligned(rows), "", *(differ or ["same machine and settings"])])
-
-
-def _numbers(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in report.items():
-        if key in ("machine", "settings"):
-            continue
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield from _numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value
