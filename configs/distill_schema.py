@@ -7,7 +7,6 @@ from configs.optimizer_schema import OptimizerConfig
 from configs.validate import check_bounds, number, one_of
 
 ROLLOUT_CONTEXTS = ("inference", "release")
-LONG_ROLLOUTS = ("inference", "release")
 EXITS = ("random", "last", "release")
 FRAME_ERRORS = ("motion", "release")
 
@@ -21,8 +20,8 @@ class FlowLossConfig:
 
     weight: float = number(4.0, 0, 1_000_000)  # lambda_flow; 0 = off
     half: bool = True  # the factor 1/2 that the spatial loss has, too; false: as in commit 24ef1c9
-    frame_weights: bool = True  # weight frames by position and accumulated error
-    # error that frame weights depend on: of the critic's motion, or (release) of the gradient against the latents
+    # frames are weighted by position and accumulated error: of the critic's motion, or (release) of the gradient
+    # against the latents
     frame_error: str = "motion"
     gradient_cut: bool = False  # true: no gradient, as up to commit 4ea418d; for comparison only
 
@@ -36,13 +35,10 @@ class MotionRegressionConfig:
     """Regression of motion on the frozen initial student, through a trained head.
 
     As in diagdistill's commit 24ef1c9; so are the defaults, except for the weight (1 there) and the learning rate
-    (ours). The head has `layers` convolutions over single frames of motion; the target's head is its EMA.
+    (ours). The target's head is the EMA of the head.
     """
 
     weight: float = number(0.0, 0, 1_000_000)  # times gamma; 0 = off
-    layers: int = number(2, 1, 16)
-    hidden: int = number(64, 1, 4096)  # channels between them
-    kernel: int = number(1, 1, 15)  # pixels of a latent frame, odd
     decay: float = number(0.95, 0, 1)  # of the EMA
     lr: float = number(1e-4, 0, 10)  # of the head
     # of the initial student in every chunk, un-warped
@@ -50,8 +46,6 @@ class MotionRegressionConfig:
 
     def __post_init__(self):
         check_bounds("training.distill.motion_regression", self)
-        if self.kernel % 2 == 0:
-            raise UserError(f"training.distill.motion_regression.kernel={self.kernel} has no middle; use 1 or 3")
         row = self.timesteps
         if not row or any(a <= b for a, b in zip(row, row[1:], strict=False)):
             raise UserError(
@@ -70,13 +64,9 @@ class LongConfig:
     min_frames: int = number(0, 0, 100_000)
     # share of rollouts whose prompt changes before the loss window
     switch_share: float = number(0.0, 0, 1)
-    rollout: str = "inference"  # before the window as inference; release: Self-Forcing (trainer/distill/long_tuning.py)
-    reencode_first: bool = True  # re-encode the window's first latent as an image, like the first latent of a clip
-    decode_frames: int = number(6, 0, 1024)  # latents decoded for that image, itself the last; 0 = all before it, too
 
     def __post_init__(self):
         check_bounds("training.distill.long", self)
-        one_of(LONG_ROLLOUTS, "training.distill.long", self, "rollout")
         if self.max_frames and self.min_frames > self.max_frames:
             raise UserError(
                 f"training.distill.long.min_frames={self.min_frames} is above max_frames={self.max_frames}; lower it"

@@ -30,34 +30,34 @@ from configs.reading import ordinary_file
 from configs.schema import CONTEXT_OF, DATED, Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-STORED = {"preset", "steps", "first", "last", "warp", "shift", "timesteps"}  # every key of a stored schedule
+STORED = {"preset", "steps", "first", "last", "shift", "timesteps"}  # every key of a stored schedule
 log = logging.getLogger(f"diagonal.{__name__}")
-# removed settings, and what to use instead
 HEADS = "motion is compared as it is, which was `difference`; a trained head: training.distill.motion_regression"
+HEAD = "the head is that of diagdistill's commit 24ef1c9"
 KERNELS = "our own kernels are used wherever they can be; for operators of torch: inference.compile=off"
-REMOVED = {  # key -> what to do in its place
-    "model.teacher": "set training.init.teacher",
-    "model.critic": "set training.init.critic",
-    "training.distill.flow.head": HEADS,
-    "training.distill.flow.head_lr": HEADS,
-    "training.flow.past_weight": "it is 0.5",
-    "training.flow.ode_clips": "stage ode_regression learns trajectories of scripts/generate_ode_pairs.py --causal",
-    "stream.restart_every": "a schedule starts once",
-    "inference.fused_gelu": KERNELS,
-    "inference.fused_norms": KERNELS,
-    "inference.fp8_scaling": "scales are by row, which is as fast as by tensor and more accurate",
-    "inference.fp8_attention": "to have linears alone in float8, set inference.precision=fp8_linears",
-}
-IDLE = {  # as stored by default
-    "training.distill.flow.head": "difference",
-    "training.distill.flow.head_lr": "0.0001",
-    "training.flow.past_weight": "0.5",
-    "training.flow.ode_clips": 4096,
-    "stream.restart_every": 0,
-    "inference.fused_gelu": "true",
-    "inference.fused_norms": "true",
-    "inference.fp8_scaling": "row",
-    "inference.fp8_attention": "true",
+REMOVED = {  # key -> what was stored by default, and what to do instead
+    "model.teacher": (None, "set training.init.teacher"),
+    "model.critic": (None, "set training.init.critic"),
+    "schedule.warp": ("true", "set schedule.shift=1 for timesteps that are not shifted"),
+    "stream.context_by_chunk": ({}, "stream.context holds for all chunks"),
+    "stream.restart_every": (0, "a schedule starts once"),
+    "inference.fused_gelu": ("true", KERNELS),
+    "inference.fused_norms": ("true", KERNELS),
+    "inference.fp8_scaling": ("row", "scales are by row, which is as fast as by tensor and more accurate"),
+    "inference.fp8_attention": ("true", "to have linears alone in float8, set inference.precision=fp8_linears"),
+    "training.flow.past_weight": ("0.5", "it is 0.5"),
+    "training.flow.ode_clips": (
+        4096, "stage ode_regression learns trajectories of scripts/generate_ode_pairs.py --causal"
+    ),
+    "training.distill.flow.head": ("difference", HEADS),
+    "training.distill.flow.head_lr": ("0.0001", HEADS),
+    "training.distill.flow.frame_weights": ("true", "frames are weighted in any case"),
+    "training.distill.motion_regression.layers": (2, HEAD),
+    "training.distill.motion_regression.hidden": (64, HEAD),
+    "training.distill.motion_regression.kernel": (1, HEAD),
+    "training.distill.long.rollout": ("inference", "chunks before the window are made as in inference"),
+    "training.distill.long.reencode_first": ("true", "the window's first latent is re-encoded in any case"),
+    "training.distill.long.decode_frames": (6, "it is 6"),
 }
 MOVED = {  # old key -> new key
     "inference.cpu_threads": "cpu_threads",
@@ -78,8 +78,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     UserError for anything unknown, mistyped or out of range.
     """
-    files = [as_meant(_check(moved(layer), Config, "")) for layer in _layers(Path(path), ())]
-    given = [as_meant(_check(moved(_override(text)), Config, "")) for text in overrides]
+    files = [_check(moved(layer), Config, "") for layer in _layers(Path(path), ())]
+    given = [_check(moved(_override(text)), Config, "") for text in overrides]
     layers = [*files, *given]
     _check_context([[layer] for layer in files] + [given])
     try:
@@ -87,19 +87,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return OmegaConf.to_object(merged)
     except REFUSED as error:
         raise UserError(_describe(error, layers)) from None
-
-
-def as_meant(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with a preset whose meaning has changed under its dated name, if they are a stored tree.
-
-    A stored tree has every key. `release` in it was stored before presets were dated and means the release of March
-    2026; in a hand-written file it means today's.
-    """
-    schedule = values.get("schedule")
-    if not isinstance(schedule, dict) or not STORED <= schedule.keys() or schedule["preset"] != "release":
-        return values
-    log.warning("schedule.preset=release was stored when it meant release_2026_03, and is read as that")
-    return values | {"schedule": schedule | {"preset": "release_2026_03"}}
 
 
 def _check_context(groups: list[list[dict[str, Any]]]) -> None:
@@ -285,14 +272,15 @@ def _merged(values: dict, over: dict) -> dict:
 
 
 def _check(values: dict, section: type, prefix: str) -> dict:
-    """`values` with empty sections dropped and chunk numbers made integers; refuses keys that `section` lacks."""
+    """`values` with empty sections dropped; refuses keys that `section` lacks."""
     hints = typing.get_type_hints(section)
     checked = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if name in REMOVED:
-            if value is not None and value != IDLE.get(name):
-                log.warning("%s=%s is not read any more: %s", name, shown(value), REMOVED[name])
+            idle, instead = REMOVED[name]
+            if value is not None and value != idle:
+                log.warning("%s=%s is not read any more: %s", name, shown(value), instead)
             continue
         if key not in hints:
             raise UserError(_unknown(name))
@@ -303,8 +291,6 @@ def _check(values: dict, section: type, prefix: str) -> dict:
                 keys = ", ".join(typing.get_type_hints(hints[key]))
                 raise UserError(f"{name}={shown(value)} is a section, not a value; set one of its keys: {keys}")
             value = _check(value, hints[key], f"{name}.")
-        elif isinstance(value, dict) and typing.get_args(hints[key])[:1] == (int,):
-            value = {int(k) if re.fullmatch("[0-9]{1,18}", str(k)) else k: v for k, v in value.items()}
         _check_text(name, value)
         checked[key] = value
     return checked

@@ -47,8 +47,7 @@ class ScheduleConfig:
     steps: Any = "4322222"  # steps of chunk 0, 1, ...: digits, or a list of integers
     first: float = number(1000.0, 0, 1000)  # un-warped timestep of a chunk's first step
     last: float = number(100.0, 0, 1000)  # un-warped timestep of a chunk's last step
-    warp: bool = True  # map un-warped timesteps through the shift
-    shift: float = number(5.0, 0.01, 100)  # sigma' = s sigma / (1 + (s - 1) sigma)
+    shift: float = number(5.0, 0.01, 100)  # sigma' = s sigma / (1 + (s - 1) sigma); 1 = none
     # instead of steps: the timesteps of each chunk, taken as they are
     timesteps: list[list[float]] | None = number(None, 0, 1000)
 
@@ -69,7 +68,6 @@ class StreamConfig:
     position_frames: int = number(1024, 0, 1_000_000)
     context: str = "last_step"  # keys that later chunks see: last_step (diagonal forcing), clean, renoise
     context_timestep: float = number(0.0, 0, 1000)  # timestep of the extra pass of `renoise`; `clean` always uses 0
-    context_by_chunk: dict[int, str] = number({}, 0, 100_000)  # exceptions, e.g. {0: clean}
     switch: str = "recache"  # handling of a new prompt (pipeline/switch.py): recache, recache_window, blend, cut
     switch_chunks: int = number(3, 1, 10_000)  # chunks that a blend takes
 
@@ -77,10 +75,6 @@ class StreamConfig:
         check_bounds("stream", self)
         one_of(SWITCHES, "stream", self, "switch")
         one_of(CONTEXTS, "stream", self, "context")
-        for chunk, policy in self.context_by_chunk.items():
-            if policy not in CONTEXTS:
-                known = ", ".join(CONTEXTS)
-                raise UserError(f"stream.context_by_chunk.{chunk}={policy} is unknown; use one of {known}")
         c, w, s = self.chunk_frames, self.window_frames, self.sink_frames
         for name, value in (("window_frames", w), ("sink_frames", s)):
             if value % c:

@@ -11,9 +11,9 @@ BOUNDS = "bounds"  # key in a field's metadata
 
 
 def number(default: Any, low: float, high: float) -> Any:
-    """A dataclass field of numbers in [low, high]: one, lists of them, or a mapping whose keys they are."""
+    """A dataclass field of numbers in [low, high]: one, or lists of them."""
     metadata = {BOUNDS: (low, high)}
-    if isinstance(default, list | dict):
+    if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -32,8 +32,8 @@ def check_bounds(section: str, values: Any) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """Every number in `value`: itself, items of lists, keys of mappings."""
-    if isinstance(value, list | tuple | dict):
+    """Every number in `value`: itself, and items of lists."""
+    if isinstance(value, list | tuple):
         for item in value:
             yield from _numbers(item)
     elif isinstance(value, int | float):

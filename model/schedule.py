@@ -1,4 +1,4 @@
-"""The diagonal schedule: the timesteps and the context mode of each chunk.
+"""The diagonal schedule: the timesteps of each chunk, and the context mode.
 
 Before the shift, timesteps are evenly spaced from `first` to `last`; the shift warps them (100 -> 357.1, 550 -> 859.4
 at shift 5). Later chunks have fewer steps, and the last row holds for all chunks after it (Diagonal Distillation, arXiv
@@ -21,7 +21,7 @@ from model.timesteps import TIME, warp
 from utils.tables import aligned
 
 MAX_STEPS, MAX_ROWS = 1000, 1000  # steps of a chunk; chunks with their own row of timesteps
-EVEN = {"first": 1000.0, "last": 100.0, "warp": True, "shift": 5.0}
+EVEN = {"first": 1000.0, "last": 100.0, "shift": 5.0}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # the paper's table of schedules and its figure; the context mode is that of stream.context
@@ -45,11 +45,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Timesteps and context mode of each chunk. The last row of timesteps holds for all later chunks."""
+    """Timesteps of each chunk, and the context mode. The last row of timesteps holds for all later chunks."""
 
     timesteps_by_chunk: tuple[tuple[float, ...], ...]  # in (0, 1000], falling; the last repeats
-    default_context: str = "last_step"
-    context_exceptions: tuple[tuple[int, str], ...] = ()  # (chunk, context mode), by chunk
+    context: str = "last_step"  # the context mode
     renoise_timestep: float = 0.0
 
     @classmethod
@@ -58,35 +57,26 @@ class Schedule:
 
         Raises UserError for values that are no schedule.
         """
-        schedule, default_context = _spelled_out(schedule, stream.context)
+        schedule, context = _spelled_out(schedule, stream.context)
         rows = _given_rows(schedule.timesteps) if schedule.timesteps is not None else _even_rows(schedule)
-        return cls(
-            timesteps_by_chunk=rows,
-            default_context=default_context,
-            context_exceptions=tuple(sorted(stream.context_by_chunk.items())),
-            renoise_timestep=float(stream.context_timestep),
-        )
+        return cls(timesteps_by_chunk=rows, context=context, renoise_timestep=float(stream.context_timestep))
 
     def timesteps(self, chunk: int) -> tuple[float, ...]:
         """Timesteps of `chunk`."""
         return self.timesteps_by_chunk[min(chunk, len(self.timesteps_by_chunk) - 1)]
 
-    def context_mode(self, chunk: int) -> str:
-        """Context mode of `chunk`."""
-        return dict(self.context_exceptions).get(chunk, self.default_context)
-
-    def context_timestep(self, chunk: int) -> float | None:
-        """Timestep of the extra pass that writes the context of `chunk`; None if there is no extra pass."""
-        return {"last_step": None, "clean": 0.0, "renoise": self.renoise_timestep}[self.context_mode(chunk)]
+    @property
+    def context_timestep(self) -> float | None:
+        """Timestep of the extra pass that writes the context of a chunk; None if there is no extra pass."""
+        return {"last_step": None, "clean": 0.0, "renoise": self.renoise_timestep}[self.context]
 
     def kv_timestep(self, chunk: int) -> float:
         """Timestep of the keys and values of `chunk` that later chunks attend to."""
-        timestep = self.context_timestep(chunk)
-        return self.timesteps(chunk)[-1] if timestep is None else timestep
+        return self.timesteps(chunk)[-1] if self.context_timestep is None else self.context_timestep
 
     def nfe(self, num_chunks: int) -> int:
         """Number of evaluations of the student for `num_chunks` chunks, context passes included."""
-        return sum(len(self.timesteps(k)) + (self.context_timestep(k) is not None) for k in range(num_chunks))
+        return sum(len(self.timesteps(k)) + (self.context_timestep is not None) for k in range(num_chunks))
 
     def table(self, num_chunks: int | None = None, geometry: Geometry | None = None) -> str:
         """The schedule as text: one line for each run of equal chunks, then the total number of evaluations.
@@ -94,7 +84,7 @@ class Schedule:
         `2+` means chunk 2 and all later ones. geometry: adds a column with the latent frames that a chunk attends to.
         Without `num_chunks` there is no total, and chunks beyond the last that differs are not shown.
         """
-        settled = max(len(self.timesteps_by_chunk), *(chunk + 2 for chunk, _ in self.context_exceptions), 1)
+        settled = len(self.timesteps_by_chunk)
         shown = settled if num_chunks is None else num_chunks
         horizon = max(settled, shown + 1)  # one more than shown, to see whether the number of keys still grows
         width = max(len(_short(t)) for row in self.timesteps_by_chunk for t in row)
@@ -121,49 +111,44 @@ class Schedule:
         """The schedule as lists, strings and numbers for JSON; `from_dict` is the inverse."""
         return {
             "rows": [list(row) for row in self.timesteps_by_chunk],
-            "policy": self.default_context,
-            "exceptions": [list(item) for item in self.context_exceptions],
+            "policy": self.context,
             "renoise_timestep": self.renoise_timestep,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
         """The inverse of `to_dict`. Raises UserError for values that are no schedule, since they come from files."""
-        if values.get("restart_every"):
-            again = shown(values["restart_every"])
-            raise UserError(f"restart_every={again} of a stored schedule is not played any more; remove it there")
-        stream = StreamConfig(
-            context=values["policy"],
-            context_by_chunk={int(chunk): default_context for chunk, default_context in values["exceptions"]},
-            context_timestep=float(values["renoise_timestep"]),
-        )
+        for name in ("restart_every", "exceptions"):
+            if values.get(name):
+                raise UserError(f"{name}={shown(values[name])} of a stored schedule is not played any more; remove it")
+        stream = StreamConfig(context=values["policy"], context_timestep=float(values["renoise_timestep"]))
         return cls.from_config(ScheduleConfig(timesteps=[[float(t) for t in row] for row in values["rows"]]), stream)
 
     def _cells(self, chunk: int, geometry: Geometry | None, width: int) -> list[str]:
         """What the table says of a chunk, its number apart; `width` characters a timestep."""
         row = self.timesteps(chunk)
         cells = [str(len(row)), "  ".join(_short(t).ljust(width) for t in row).rstrip()]
-        cells += [self.context_mode(chunk), _short(self.kv_timestep(chunk))]
+        cells += [self.context, _short(self.kv_timestep(chunk))]
         return cells + ([str(geometry.kv_frames(chunk))] if geometry else [])
 
 
 def with_steps(config: Config, steps: Sequence[int], context: str | None = None) -> Config:
     """`config` with `steps[k]` denoising steps in chunk k and an otherwise unchanged schedule.
 
-    If the schedule is given by numbers of steps, first, last, warp and shift are kept, also those of a preset. If it
+    If the schedule is given by numbers of steps, first, last and shift are kept, also those of a preset. If it
     lists timesteps, a chunk gets the row with that number of steps (of the nearest chunk, if there are several); if
     there is none, the timesteps of the longest row, interpolated linearly, or for one step its first timestep.
-    context: replaces the context mode; exceptions for single chunks are kept. Raises UserError if `steps` are no
-    counts, or if no row has two steps to interpolate between.
+    context: replaces the context mode. Raises UserError if `steps` are no counts, or if no row has two steps to
+    interpolate between.
     """
-    schedule, default_context = _spelled_out(config.schedule, config.stream.context)
+    schedule, configured = _spelled_out(config.schedule, config.stream.context)
     if schedule.timesteps is None:
         schedule = replace(schedule, steps=list(steps))
     else:
         rows = _given_rows(schedule.timesteps)
         changed = [list(_row_of(rows, k, n)) for k, n in enumerate(_counts(steps))]
         schedule = replace(schedule, timesteps=changed)
-    return replace(config, schedule=schedule, stream=replace(config.stream, context=context or default_context))
+    return replace(config, schedule=schedule, stream=replace(config.stream, context=context or configured))
 
 
 def as_schedule(given: Any, config: Config) -> Schedule:
@@ -178,9 +163,9 @@ def as_schedule(given: Any, config: Config) -> Schedule:
         named = replace(config, schedule=ScheduleConfig(preset=given))
         return Schedule.from_config(named.schedule, named.stream)
     if isinstance(given, list | tuple) and given and all(isinstance(row, list | tuple) for row in given):
-        _, default_context = _spelled_out(config.schedule, config.stream.context)
+        _, context = _spelled_out(config.schedule, config.stream.context)
         listed = ScheduleConfig(timesteps=[list(row) for row in given])
-        return Schedule.from_config(listed, replace(config.stream, context=default_context))
+        return Schedule.from_config(listed, replace(config.stream, context=context))
     if not isinstance(given, str | list | tuple):
         raise UserError(
             f"schedule={shown(given)} is no schedule; give a preset ({', '.join([*PRESETS, *DATED])}), steps a chunk "
@@ -248,7 +233,7 @@ def _even_rows(schedule: ScheduleConfig) -> tuple[tuple[float, ...], ...]:
     rows = []
     for steps in _counts(schedule.steps):
         row = [first + (last - first) * i / max(steps - 1, 1) for i in range(steps)]
-        rows.append(tuple(warp(t / TIME, schedule.shift) if schedule.warp else t for t in row))
+        rows.append(tuple(warp(t / TIME, schedule.shift) for t in row))
     return tuple(rows)
 
 

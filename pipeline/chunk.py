@@ -100,8 +100,8 @@ def update_cache(
 ) -> None:
     """Write the context of chunk `chunk` to the cache: the keys and values that later chunks attend to.
 
-    level: `Schedule.context_timestep(chunk)`. None (last_step): the cache already holds it. 0 (clean): one pass over
-    x0 itself. Above 0 (renoise): one pass over x0 noised to `context_timestep` with `eps()`, drawn only then.
+    context_timestep: that of the schedule. None (last_step): the cache already holds it. 0 (clean): one pass over x0
+    itself. Above 0 (renoise): one pass over x0 noised to `context_timestep` with `eps()`, drawn only then.
     Records a graph if the caller has gradients enabled.
     """
     if context_timestep is None:

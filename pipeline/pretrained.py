@@ -57,11 +57,7 @@ def settings_of(config: Config, schedule: Schedule) -> dict[str, Any]:
     values = to_dict(config)
     if schedule != Schedule.from_config(config.schedule, config.stream):
         values["schedule"] |= {"preset": None, "timesteps": [list(row) for row in schedule.timesteps_by_chunk]}
-        values["stream"] |= {
-            "context": schedule.default_context,
-            "context_by_chunk": dict(schedule.context_exceptions),
-            "context_timestep": schedule.renoise_timestep,
-        }
+        values["stream"] |= {"context": schedule.context, "context_timestep": schedule.renoise_timestep}
     kept: dict[str, Any] = {}
     for name in PIPELINE_SETTINGS:
         section, _, key = name.partition(".")

@@ -176,7 +176,7 @@ def _write_context(
     with torch.no_grad():
         timestep = release_timestep
         if timestep is None:
-            timestep = schedule.context_timestep(chunk)
+            timestep = schedule.context_timestep
             x0 = _finish_denoising(student, schedule.timesteps(chunk), noise, x0, exit_at, place)
         update_cache(student, x0, context_timestep=timestep, eps=lambda: noise.context(chunk), **readers)
         if not graph:

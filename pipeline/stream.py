@@ -317,7 +317,7 @@ class StreamSession:
             noise = self._noise.initial(chunk)
             latents = denoise_chunk(student, noise, row, renoise=renoise, conditioning=conditioning, **place)
             timer.mark(f"step {len(row) - 1}")
-            context_timestep = self.schedule.context_timestep(chunk)
+            context_timestep = self.schedule.context_timestep
         else:
             context_timestep = self.schedule.kv_timestep(chunk)
         if context_timestep is not None:

@@ -170,7 +170,7 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
             "batch": args.batch,
             "gpus": config.inference.sequence_parallel,
             "schedule": [list(session.schedule.timesteps(k)) for k in range(chunks)],
-            "context": session.schedule.context_mode(0),
+            "context": session.schedule.context,
             "window_frames": config.stream.window_frames,
             "codec": config.model.codec,
             "precision": config.inference.precision,

@@ -89,7 +89,7 @@ class Reader:
             changed = with_steps(self.config, self._steps(asked["steps"]))
             found = Schedule.from_config(changed.schedule, changed.stream)
         if asked.get("context") is not None:
-            found = replace(found, default_context=_choice(asked, "context", CONTEXTS))
+            found = replace(found, context=_choice(asked, "context", CONTEXTS))
         return found
 
     def _steps(self, steps: Any) -> list[int]:

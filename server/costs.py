@@ -35,5 +35,5 @@ class Costs:
 
 def later_nfe(schedule: Schedule) -> int:
     """NFE of each chunk after those that the schedule lists."""
-    chunk = max(len(schedule.timesteps_by_chunk), *(chunk + 1 for chunk, _ in schedule.context_exceptions), 1)
+    chunk = len(schedule.timesteps_by_chunk)
     return schedule.nfe(chunk + 1) - schedule.nfe(chunk)

@@ -341,7 +341,7 @@ class WorkerProcess:
             "video": VIDEO,
             "mime": self.encoder.mime,
             "steps": [len(row) for row in schedule.timesteps_by_chunk],
-            "context": schedule.default_context,
+            "context": schedule.context,
             "switch": config.stream.switch,
             "presets": list(PRESETS),
             "contexts": CONTEXTS,

@@ -46,7 +46,7 @@ class Chunk:
 
     @property
     def nfe(self) -> int:
-        return len(self.schedule.timesteps(self.chunk)) + (self.schedule.context_timestep(self.chunk) is not None)
+        return len(self.schedule.timesteps(self.chunk)) + (self.schedule.context_timestep is not None)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def clip_flops(
     """FLOPs of all passes of a clip, context passes included."""
     total, tokens = 0, geometry.tokens_per_chunk
     for chunk in range(chunks):
-        passes = len(schedule.timesteps(chunk)) + (schedule.context_timestep(chunk) is not None)
+        passes = len(schedule.timesteps(chunk)) + (schedule.context_timestep is not None)
         keys = len(geometry.visible_chunks(chunk)) * tokens
         total += passes * network_pass(network, tokens=tokens, keys=keys, text_tokens=text_tokens, batch=batch).total
     return total

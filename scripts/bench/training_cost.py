@@ -88,7 +88,7 @@ class DistillCost:
         """FLOPs of the rollout of the frozen initial student, all steps of every chunk."""
         total = text_keys(self.student, self.text_tokens, self.batch) if self.start_steps else Passes()
         for chunk in range(chunks if self.start_steps else 0):
-            extra = self.release_context or self.schedule.context_timestep(chunk) is not None
+            extra = self.release_context or self.schedule.context_timestep is not None
             for _ in range(self.start_steps + (extra and chunk + 1 < chunks)):
                 total += self._pass(chunk)
         return total
@@ -106,4 +106,4 @@ class DistillCost:
         if self.release_context:
             return 1
         rest = len(self.schedule.timesteps(chunk)) - 1 - exit_at
-        return rest + (self.schedule.context_timestep(chunk) is not None)
+        return rest + (self.schedule.context_timestep is not None)

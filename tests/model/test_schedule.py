@@ -35,8 +35,8 @@ def test_every_preset_prints_as_its_golden_table():
     check_golden("schedule_presets", "\n".join(tables))
 
 
-def test_context_exceptions_and_an_unbounded_window_print_as_their_golden_tables():
-    mixed = {"context": "renoise", "context_timestep": 20.0, "context_by_chunk": {0: "clean", 3: "last_step"}}
+def test_a_context_and_an_unbounded_window_print_as_their_golden_tables():
+    mixed = {"context": "renoise", "context_timestep": 20.0}
     endless = Geometry(height=64, width=96, window_frames=0, sink_frames=0)
     tables = [
         build(mixed, steps=[3, 2]).table(9, FULL),
@@ -63,7 +63,7 @@ def test_warped_values(steps, rows):
 
 
 def test_unwarped_values():
-    assert build(steps="4", warp=False).timesteps(0) == pytest.approx([1000, 700, 400, 100])
+    assert build(steps="4", shift=1.0).timesteps(0) == pytest.approx([1000, 700, 400, 100])
 
 
 def test_releases_are_taken_as_their_code_passes_them():
@@ -72,7 +72,7 @@ def test_releases_are_taken_as_their_code_passes_them():
     four, two = ([warp(t / 1000, 5.0) for t in row] for row in ((1000, 750, 500, 100), (1000, 100)))
     rows = [list(row) for row in today.timesteps_by_chunk]
     assert [pytest.approx(row) for row in (four, [four[0], four[1], four[3]], two)] == rows
-    assert {march.default_context, today.default_context} == {"last_step"}
+    assert {march.context, today.context} == {"last_step"}
 
 
 def test_a_preset_is_stored_under_its_date():
@@ -93,7 +93,6 @@ def test_evaluations_of_seven_chunks(preset, nfe):
 
 def test_context_passes_are_counted():
     assert build({"context": "clean"}).nfe(7) == 24
-    assert build({"context_by_chunk": {0: "clean"}}, preset="release").nfe(7) == 18, "as the first release runs it"
 
 
 @pytest.mark.parametrize(
@@ -101,14 +100,14 @@ def test_context_passes_are_counted():
 )
 def test_levels_of_the_context(context, timestep, level):
     schedule = build({"context": context, "context_timestep": 20.0})
-    assert schedule.context_mode(5) == context
-    assert schedule.context_timestep(5) == timestep
+    assert schedule.context == context
+    assert schedule.context_timestep == timestep
     assert schedule.kv_timestep(5) == pytest.approx(level)
 
 
 def test_a_preset_that_fixes_the_context_goes_before_the_stream():
-    assert build({"context": "clean"}, preset="release").context_mode(0) == "last_step"
-    assert build({"context": "clean"}, preset="paper_4322222").context_mode(0) == "clean"
+    assert build({"context": "clean"}, preset="release").context == "last_step"
+    assert build({"context": "clean"}, preset="paper_4322222").context == "clean"
 
 
 @pytest.mark.parametrize("steps", ["4322", 4322, [4, 3, 2, 2], (4, 3, 2, 2)])
@@ -118,12 +117,13 @@ def test_ways_to_write_steps_agree(steps):
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_round_trip_through_json(preset):
-    schedule = build({"context_by_chunk": {1: "clean"}}, preset=preset)
+    schedule = build({"context": "clean"}, preset=preset)
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 @pytest.mark.parametrize(
-    "change", [{"policy": "own"}, {"rows": []}, {"rows": [[2000]]}, {"exceptions": [[0, "own"]]}, {"restart_every": 5}]
+    "change",
+    [{"policy": "own"}, {"rows": []}, {"rows": [[2000]]}, {"exceptions": [[0, "clean"]]}, {"restart_every": 5}],
 )
 def test_a_stored_schedule_is_checked(change):
     with pytest.raises(UserError):
@@ -188,9 +188,9 @@ ROWS = [[1000.0, 900.0, 700.0, 300.0], [1000.0, 500.0], [1000.0, 800.0, 350.0]]
     "stream, schedule",
     [
         *(({}, {"preset": name}) for name in PRESETS),
-        ({"context": "renoise", "context_timestep": 30.0, "context_by_chunk": {1: "clean"}}, {"steps": "432"}),
+        ({"context": "renoise", "context_timestep": 30.0}, {"steps": "432"}),
         ({}, {"steps": [3, 2], "first": 990.0, "last": 200.0, "shift": 3.0}),
-        ({"context_by_chunk": {0: "clean"}}, {"steps": "42", "warp": False}),
+        ({}, {"steps": "42", "shift": 1.0}),
         ({"context": "clean"}, {"timesteps": ROWS}),
     ],
 )
@@ -200,13 +200,13 @@ def test_a_schedule_with_its_own_numbers_of_steps_is_the_same(stream, schedule):
 
 
 def test_other_numbers_of_steps_keep_all_else_of_a_schedule_that_counts_steps():
-    stream = {"context_by_chunk": {1: "clean"}, "context_timestep": 20.0}
+    stream = {"context_timestep": 20.0}
     kept = {"first": 990.0, "last": 200.0, "shift": 3.0}
     ours = changed([3, 2], "renoise", stream=stream, steps="4322222", **kept)
     assert ours == build(stream | {"context": "renoise"}, steps="32", **kept)
     ours = changed([2], preset="self_forcing")
     assert ours.timesteps(0) == pytest.approx([1000, 625]), "the preset's last"
-    assert ours.context_mode(3) == "clean", "and context"
+    assert ours.context == "clean", "and context"
 
 
 def test_other_numbers_of_steps_of_listed_timesteps():

@@ -13,9 +13,8 @@ ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
 CHUNKS = 6  # the window holds 4: the ring rolls
 POLICIES = {
     "last_step": {},
-    "clean": {"default_context": "clean"},
-    "renoise": {"default_context": "renoise", "renoise_timestep": 200.0},
-    "mixed": {"context_exceptions": ((0, "clean"),)},
+    "clean": {"context": "clean"},
+    "renoise": {"context": "renoise", "renoise_timestep": 200.0},
 }
 
 
@@ -52,7 +51,7 @@ def generate(student, schedule, geometry, text, kind="stream", seeds=(3, 4)):
             student, noise.initial(k), schedule.timesteps(k), renoise=lambda i, k=k: noise.renoise(k, i), **place
         )
         update_cache(
-            student, x0, context_timestep=schedule.context_timestep(k), eps=lambda k=k: noise.context(k), **place
+            student, x0, context_timestep=schedule.context_timestep, eps=lambda k=k: noise.context(k), **place
         )
         chunks.append(x0)
     return torch.cat(chunks, dim=1)
@@ -77,10 +76,9 @@ def naive(student, schedule, geometry, text, seeds=(3, 4)):
             if i + 1 < len(row):
                 s = row[i + 1] / 1000
                 x = (1 - s) * x0 + s * noise.renoise(k, i + 1)
-        policy = schedule.context_mode(k)
-        if policy == "clean":
+        if schedule.context == "clean":
             seen = x0, 0.0
-        elif policy == "renoise":
+        elif schedule.context == "renoise":
             s = schedule.renoise_timestep / 1000
             seen = (1 - s) * x0 + s * noise.context(k), schedule.renoise_timestep
         past.append(seen[0])

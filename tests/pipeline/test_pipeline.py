@@ -136,7 +136,7 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("context", ["last_step", "clean", "renoise"])
 def test_nothing_on_the_path_waits_for_the_device(tiny_student, tiny_vae, tiny_text_encoder, tiny_geometry, context):
-    schedule = Schedule(timesteps_by_chunk=((1000.0, 357.1),), default_context=context, renoise_timestep=100.0)
+    schedule = Schedule(timesteps_by_chunk=((1000.0, 357.1),), context=context, renoise_timestep=100.0)
     session = StreamSession(tiny_student, WanCodec(tiny_vae), tiny_text_encoder, schedule, tiny_geometry)
     generated = session.play(PROMPT, 0, 6)
     next(generated)

@@ -163,7 +163,7 @@ def test_sizes(pipe, tiny_assets):
         ("self_forcing", ["schedule.preset=self_forcing"]),
         ([[1000, 500], [900.0]], ["schedule.timesteps=[[1000, 500], [900]]"]),
         (
-            Schedule(timesteps_by_chunk=((1000.0, 357.1),), default_context="clean"),
+            Schedule(timesteps_by_chunk=((1000.0, 357.1),), context="clean"),
             ["schedule.timesteps=[[1000, 357.1]]", "stream.context=clean"],
         ),
     ],
@@ -184,9 +184,9 @@ def test_schedules(pipe, tiny_assets, schedule, settings):
 def test_steps_keep_the_rest_of_a_configured_preset(tiny_assets):
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "schedule.preset=self_forcing")
     pipe.schedule = [2, 1]
-    assert pipe.schedule.default_context == "clean" and pipe.schedule.timesteps_by_chunk[0] == (1000.0, 625.0)
+    assert pipe.schedule.context == "clean" and pipe.schedule.timesteps_by_chunk[0] == (1000.0, 625.0)
     pipe.schedule = [[1000.0]]
-    assert pipe.schedule.default_context == "clean"
+    assert pipe.schedule.context == "clean"
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -320,8 +320,8 @@ def test_numbers_are_stored_in_half_precision_where_that_holds_them(tiny_assets,
 def test_a_schedule_that_was_set_is_saved(tiny_assets, tmp_path):
     pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml")
     pipe.schedule = Schedule(
-        timesteps_by_chunk=((1000.0, 400.0), (1000.0,)), default_context="renoise",
-        context_exceptions=((1, "clean"),), renoise_timestep=50.0,
+        timesteps_by_chunk=((1000.0, 400.0), (1000.0,)), context="renoise",
+        renoise_timestep=50.0,
     )
     pipe.save_pretrained(tmp_path / "a")
     loaded = DiagonalPipeline.from_pretrained(tmp_path / "a")

@@ -21,9 +21,8 @@ from pipeline.switch import embeddings_after_switch
 ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
 POLICIES = {
     "last_step": {},
-    "clean": {"default_context": "clean"},
-    "renoise": {"default_context": "renoise", "renoise_timestep": 200.0},
-    "mixed": {"context_exceptions": ((0, "clean"),)},
+    "clean": {"context": "clean"},
+    "renoise": {"context": "renoise", "renoise_timestep": 200.0},
 }
 GEOMETRY = Geometry(height=32, width=48, window_frames=9)  # 3 chunks of window: the ring rolls at chunk 3
 CHUNKS = 6
@@ -87,13 +86,13 @@ def test_the_releases_context_is_not_what_inference_leaves(tiny_student, text):
     last = last_steps(schedule, CHUNKS)
     ours, theirs = (run(tiny_student, schedule, last, text=text, context=c) for c in ("inference", "release"))
     assert torch.equal(ours[:, :3], theirs[:, :3]) and not torch.equal(ours[:, 3:6], theirs[:, 3:6])
-    renoised = Schedule(timesteps_by_chunk=ROWS, default_context="renoise", renoise_timestep=100.0)
+    renoised = Schedule(timesteps_by_chunk=ROWS, context="renoise", renoise_timestep=100.0)
     assert torch.equal(theirs, run(tiny_student, renoised, last, text=text)), "from whole rows: one pass more, at 100"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
 def test_only_the_drawn_step_has_a_graph(trained, text, share):
-    schedule = Schedule(timesteps_by_chunk=ROWS, default_context="clean")
+    schedule = Schedule(timesteps_by_chunk=ROWS, context="clean")
     calls = []
 
     class Spy(Student):
@@ -266,7 +265,7 @@ def test_a_switch_of_prompt_is_bit_identical_to_what_is_said_to_a_session(
 @pytest.mark.parametrize("switch", ["recache", "recache_window", "blend", "cut"])
 def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypatch, switch):
     """The rollout of the stage itself, on its own noise, against a session that is given that noise."""
-    long = "training.distill.long={max_frames: 24, min_frames: 24, switch_share: 1.0, reencode_first: false}"
+    long = "training.distill.long={max_frames: 24, min_frames: 24, switch_share: 1.0}"
     extra = [long, "training.distill.exit=last", f"stream.switch={switch}", "stream.switch_chunks=2"]
     stage = distill_stage(tiny_assets, *extra)
     plan = stage.planner.draw("generator", 0)
@@ -281,7 +280,7 @@ def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypat
     played = [next(playing).latents for _ in range(plan.switch)]
     session.set_prompt("after")
     played += [result.latents for result in playing]
-    assert 1 <= plan.switch <= 4 and torch.equal(ours, torch.cat(played, dim=1)[:, -12:])
+    assert 1 <= plan.switch <= 4 and torch.equal(ours[:, 1:], torch.cat(played, dim=1)[:, -11:])
 
 
 class _Given(PrecomputedNoise):

@@ -40,8 +40,7 @@ def test_a_candidate_is_the_schedule_that_inference_runs(tmp_path):
     assert str(ours) == str(Schedule.from_config(told.schedule, told.stream))
     release = load_config("configs/tiny.yaml", ["schedule={preset: release, steps: '4322222'}"])
     assert str(Candidate.parse("432", 7).schedule(release)) == str(configured(release)), "its own timesteps"
-    kept = ["stream.context_by_chunk={0: renoise}"]
-    forcing = load_config("configs/self_forcing.yaml", kept)
+    forcing = load_config("configs/self_forcing.yaml")
     assert Candidate.parse("4+clean", 7).schedule(forcing).table(7) == configured(forcing).table(7)
     (tmp_path / "point.yaml").write_text(explore.to_yaml(Candidate.parse("432", 7).apply(config)))
     again = load_config(tmp_path / "point.yaml")

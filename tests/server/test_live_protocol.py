@@ -261,7 +261,7 @@ def test_a_message_without_sense_is_a_sentence(message, pipe):  # noqa: F811
     "settings",
     [
         ["schedule={preset: self_forcing}"],
-        ["schedule={preset: release}", "stream.context_by_chunk={0: clean}"],
+        ["schedule={preset: release}"],
         ["schedule.first=990", "schedule.last=300", "schedule.shift=3"],
         ["schedule={timesteps: [[1000, 400], [990, 300]]}", "stream.context=renoise", "stream.context_timestep=50"],
         ["schedule.steps=9" + "1" * 14],
@@ -270,5 +270,5 @@ def test_a_message_without_sense_is_a_sentence(message, pipe):  # noqa: F811
 def test_the_steps_that_hello_tells_are_the_configured_schedule(tiny_assets, settings):
     reader = Reader(load_config(tiny_assets / "tiny.yaml", settings), 600)
     asked = {"steps": [len(row) for row in reader.schedule.timesteps_by_chunk]}
-    for schedule in (asked, asked | {"context": reader.schedule.default_context}):
+    for schedule in (asked, asked | {"context": reader.schedule.context}):
         assert reader.read(json.dumps(GOOD | {"schedule": schedule})).schedule == reader.schedule

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.load import CHECKOUT, as_meant, moved, to_dict
+from configs.load import CHECKOUT, moved, to_dict
 from configs.schema import Config
 from model.weights.files import resolve_path
 from model.weights.run_folders import EXPORT as EXPORTS
@@ -108,7 +108,7 @@ def check_changes(before: dict[str, Any], config: Config, logdir: Path, *, warn:
 
     Settings that `before` lacks are ignored.
     """
-    saved, now = flat(as_meant(moved(before))), flat(to_dict(config))
+    saved, now = flat(moved(before)), flat(to_dict(config))
     changed = {key: (old, now[key]) for key, old in saved.items() if key in now and now[key] != old}
     accepted = config.training.accept_changes
     refused = [key for key in changed if not _in(key, (*FREE, *TUNED, *accepted))]

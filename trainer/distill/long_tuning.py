@@ -4,9 +4,9 @@
     window                     [ first ............ ]     the last `video.num_latent_frames`; the loss sees these
     counted                            [ .......... ]     all but the window's first chunk, if it is not the rollout's
 
-`long.rollout: release` follows Self-Forcing: chunks before the window stop at their drawn exits, too (here they run to
-their last step, as in a stream); the window's first chunk has a graph, so that gradients reach it through its keys and
-values; and the critic learns from the full window (here it leaves out the same frames as the student's loss).
+Chunks before the window run to their last step, as in a stream, and the window's first chunk has no graph. In
+Self-Forcing's code they stop at their drawn exits, and that chunk has one; no configuration of it or of diagdistill
+makes such rollouts.
 
 Teacher and critic know clips that begin with the latent of a single image, so the window's first latent is replaced by
 an encoding of the last pixel frame that it decodes to (Self-Forcing, arXiv 2506.08009); its chunk then has no gradient.
@@ -24,6 +24,8 @@ from model.codec import Codec
 from model.schedule import Schedule
 from pipeline.rollout import clipped_exits, exit_steps, last_steps
 from utils.seeds import generator
+
+DECODED = 6  # latents that are decoded for the image that the window begins with, its own the last
 
 
 class Plan(NamedTuple):
@@ -66,16 +68,12 @@ class RolloutPlanner:
         chunks = self.shortest + int(length * (self.longest - self.shortest + 1))
         d = self.config.training.distill
         before = chunks - self.window
-        release = d.long.rollout == "release"
-        exits = self._exits(name, step, chunks, share)
-        if not release:
-            exits = last_steps(self.schedule, chunks)[:before] + exits[before:]
+        exits = last_steps(self.schedule, chunks)[:before] + self._exits(name, step, chunks, share)[before:]
         switch = 1 + int(where * before) if before and switches < d.long.switch_share else None
-        masked = before and not (release and name == "critic")
-        counted = slice(self.chunk_frames, self.window * self.chunk_frames) if masked else None
+        counted = slice(self.chunk_frames, self.window * self.chunk_frames) if before else None
         drawn = torch.rand(1, generator=generator(self.config.seed, "image start", name, step), dtype=torch.float64)
         image = float(drawn) < self.config.training.image_start
-        return Plan(exits, before + 1 if before and not release else before, switch, counted, image)
+        return Plan(exits, before + 1 if before else 0, switch, counted, image)
 
     def _exits(self, name: str, step: int, chunks: int, share: float) -> tuple[int, ...]:
         """Exit step of each chunk, as set by `training.distill.exit`."""
@@ -89,18 +87,15 @@ class RolloutPlanner:
         return exit_steps(self.schedule, chunks, share)
 
 
-def loss_window(x: Tensor, frames: int, codec: Codec, *, reencode: bool, decode_frames: int) -> Tensor:
+def loss_window(x: Tensor, frames: int, codec: Codec) -> Tensor:
     """The last `frames` latents of x [B, F, C, H, W] as a clip of its own; x itself if it is no longer.
 
-    reencode: replace the first of them by an encoding of the last pixel frame that it decodes to, without a graph.
-    decode_frames: number of latents that are decoded for it, itself the last; 0 = all from the start of the rollout.
+    The first of them is an encoding of the last pixel frame that it decodes to, without a graph.
     """
     start = x.shape[1] - frames
     if start == 0:
         return x
-    if not reencode:
-        return x[:, start:]
     with torch.no_grad():
-        past = x[:, max(0, start + 1 - decode_frames) if decode_frames else 0 : start + 1].detach()
+        past = x[:, max(0, start + 1 - DECODED) : start + 1].detach()
         image = codec.encode(codec.decode(past)[:, -1:]).to(x.dtype)
     return torch.cat([image, x[:, start + 1 :]], dim=1)

@@ -50,8 +50,7 @@ def generator_terms(s: GeneratorInputs, d: DistillConfig) -> tuple[dict[str, Ten
     if d.gamma * d.flow.weight:
         f = d.flow
         loss, seen = flow_matching_loss(
-            s.x, s.real, s.fake, half=f.half, frame_weights=f.frame_weights, frame_error=f.frame_error,
-            gradient_cut=f.gradient_cut, frames=s.frames,
+            s.x, s.real, s.fake, half=f.half, frame_error=f.frame_error, gradient_cut=f.gradient_cut, frames=s.frames,
         )  # fmt: skip
         terms["flow"], logs = d.gamma * f.weight * loss, logs | seen
     if s.target is not None and d.regression_weight:
@@ -98,7 +97,6 @@ def flow_matching_loss(
     fake_x0: Tensor,
     *,
     half: bool = True,
-    frame_weights: bool = True,
     frame_error: str = "motion",
     gradient_cut: bool = False,
     frames: slice | None = None,
@@ -109,8 +107,8 @@ def flow_matching_loss(
         g_F   = (F(f) - F(r)) / mean|F(x) - F(r)|
         L_F   = 1/2 mean_i w_i (F(x)_i - sg(F(x)_i - g_F,i))^2      so that dL_F/dF(x)_i = w_i g_F,i / numel
 
-    i runs over the differences between neighbouring latent frames; w as in `frame_weighting`, or 1. The gradient
-    reaches x through F(x).
+    i runs over the differences between neighbouring latent frames; w as in `frame_weighting`. The gradient reaches
+    x through F(x).
 
     half: with the factor 1/2, which diagdistill's flow loss lacks in commit 24ef1c9 (its spatial loss has it).
     frame_error: the error that w depends on. motion: (F(f) - F(r))^2, the error of motion. release:
@@ -124,7 +122,7 @@ def flow_matching_loss(
     of_r, of_f = of_r.detach(), of_f.detach()
     g = _normalised(of_f - of_r, of_x - of_r)
     error = (of_f - of_r if frame_error == "motion" else g - x[:, 1:].detach()).square().flatten(2).mean(2)  # [B, N]
-    weight = frame_weighting(error) if frame_weights else torch.ones_like(error)
+    weight = frame_weighting(error)
     log = {"flow_gradient": g.detach().abs().mean()}
     if frames is not None:
         inside = differences(frames)

@@ -106,7 +106,7 @@ def motion_head_state(config: Config, channels: int, device: torch.device) -> Tr
     t, r = config.training, config.training.distill.motion_regression
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_hash(config.seed, "motion head"))
-        head = MotionHead(r, channels).to(device)
+        head = MotionHead(channels).to(device)
     optimizer_config = replace(t.distill.critic_optimizer, lr=r.lr, betas=[0.9, 0.999], muon_lr=0.0)
     train_state = TrainState(head, t, optimizer=optimizer_config, averaged=False)
     train_state.average = EMA(head, r.decay, start_step=0)

@@ -282,8 +282,7 @@ class Distill(Stage):
                 keep_sink=switch == "recache_window",
                 conditioning=image,
             )
-        long, frames = d.long, self.config.video.num_latent_frames
-        return loss_window(x, frames, self.codec, reencode=long.reencode_first, decode_frames=long.decode_frames)
+        return loss_window(x, self.config.video.num_latent_frames, self.codec)
 
     @torch.no_grad()
     def _scores(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

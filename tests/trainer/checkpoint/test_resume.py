@@ -134,18 +134,6 @@ def test_what_may_change(change, said, tmp_path, caplog):
     assert ("from here on" in caplog.text) == (said is not None)
 
 
-def test_a_run_that_began_with_the_release_of_march_goes_on_with_it(tmp_path, caplog):
-    def of(preset):
-        return load_config("configs/train_tiny.yaml", [f"schedule={{preset: {preset}, steps: '4322222'}}"])
-
-    before = to_dict(of("release"))
-    before["schedule"]["preset"] = "release"  # as checkpoints had it
-    check_changes(before, of("release_2026_03"), tmp_path)
-    assert "read as that" in caplog.text
-    with pytest.raises(UserError, match="schedule.preset=release_2026_11 was release_2026_03 when"):
-        check_changes(before, of("release"), tmp_path)
-
-
 @pytest.mark.parametrize("fast", [True, False])
 def test_settings_that_rollouts_are_made_by_are_not_free(fast, tmp_path, caplog):
     text = ["training.ema_start_step=1", f"training.distill.fast_rollout={fast}".lower(), "training.cuda_graphs=false"]

@@ -13,7 +13,6 @@ from model.sizes import WAN_1_3B
 FAST, PLAIN = (f"training.distill.fast_rollout={on}" for on in ("true", "false"))
 LONG = (
     "training.distill.long.max_frames=18", "training.distill.long.switch_share=1", "stream.sink_frames=3",
-    "training.distill.long.reencode_first=false",
 )  # fmt: skip
 
 
