@@ -165,7 +165,6 @@ AS_WRITTEN = [  # digits are digits, and words are words, wherever YAML 1.1 sees
     ("training.export='null'", ("training", "export"), "null"),
     ("schedule.first=1e3", ("schedule", "first"), 1000.0),
     ("schedule.timesteps=[[1000, 500], [1000]]", ("schedule", "timesteps"), [[1000.0, 500.0], [1000.0]]),
-    ("stream.context_by_chunk={1: renoise, 2: clean}", ("stream", "context_by_chunk"), {1: "renoise", 2: "clean"}),
     ("inference.output_folder=a=b", ("inference", "output_folder"), "a=b"),
 ]
 
