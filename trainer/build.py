@@ -20,7 +20,6 @@ from model.causal_wan import CausalWanModel
 from model.codec import WanCodec
 from model.text import TextEncoder, word_tokenizer
 from model.weights.load import load_score, load_student, load_text_encoder, load_vae, new_network
-from trainer.tiny.captions import VOCABULARY
 from utils.seeds import stable_hash
 
 CPU = torch.device("cpu")
@@ -107,8 +106,8 @@ def vae(config: Config) -> AutoencoderKLWan:
     return load_vae(path, CPU, torch.float32)
 
 
-def trained_text_encoder(config: Config, vocabulary: Sequence[str] = VOCABULARY) -> TextEncoder:
-    """The tiny text encoder to train, with the words of its world."""
+def trained_text_encoder(config: Config, vocabulary: Sequence[str]) -> TextEncoder:
+    """The small text encoder to train, with the words of its world."""
     path = _source(config, "text_encoder")
     encoder = _fresh(config, "text_encoder", path)
     return TextEncoder(encoder, word_tokenizer(vocabulary), config.model.text_tokens)

@@ -6,7 +6,7 @@ from configs.schema import Config
 from trainer.distill.stage import Distill
 from trainer.ode_regression import ODERegression
 from trainer.stage import Stage
-from trainer.tiny.codec import CodecStage
+from trainer.tiny.codec import TinyCodec
 from trainer.tiny.few_steps import FewSteps
 from trainer.tiny.flow import Pretrain, TeacherForcing
 from trainer.tiny.text import TextStage
@@ -18,7 +18,7 @@ from utils.distributed import Ranks
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
-        *(TextStage, CodecStage, Pretrain, TeacherForcing, FewSteps, ODERegression, Distill),
+        *(TextStage, TinyCodec, Pretrain, TeacherForcing, FewSteps, ODERegression, Distill),
         *(WorldText, WorldVAE, WorldTeacher, WorldCausal),
     )
 }

@@ -1,4 +1,4 @@
-"""Validation: sampled clips measured against their captions, and caption gaps."""
+"""Validation: sampled clips, and what they show of their captions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +7,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 from configs.geometry import Geometry
 from configs.schema import Config
 from model.causal_wan import CausalWanModel
 from model.codec import Codec
 from model.denoiser import ScoreModel, Student
-from model.flow import add_noise, v_target
 from model.schedule import Schedule
 from model.text import TextEncoder
 from pipeline.async_decoder import to_frames
@@ -22,11 +20,8 @@ from pipeline.bidirectional import sample
 from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
 from trainer.prompt_bank import validation_prompts
-from trainer.tiny.captions import ATTRIBUTES
-from trainer.tiny.data import LatentBank
 from trainer.tiny.measures import score as score_clips
-from trainer.tiny.world import caption, flip_attribute
-from utils.seeds import generator, sample_seed
+from utils.seeds import sample_seed
 from utils.video import VideoWriter, contact_sheet
 
 LABEL = 16  # pixels: height of the line of text above clips that are shown side by side
@@ -74,35 +69,6 @@ def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str,
     """Share of clips with each attribute as in the caption; writes a contact sheet of the first eight."""
     write_sheet(prompts, frames, sheet)
     return {name: interval.value for name, interval in score_clips(prompts, frames).columns.items()}
-
-
-@torch.no_grad()
-def caption_gaps(
-    score: ScoreModel, bank: LatentBank, text: TextEncoder, seed: int, clips: int = 128
-) -> dict[str, float]:
-    """Loss with one attribute of the caption changed minus loss with the right caption, by attribute.
-
-    Mean over timesteps 600, 800, 900, 950. `axis` turns the direction by 90 degrees, `sign` reverses it. An attribute
-    without a gap is not being learnt from the caption.
-    """
-    clips = min(clips, len(bank.latents))
-    index = torch.arange(clips, device=bank.latents.device)
-    x0, _ = bank.batch(index)
-    rng = generator(seed, "caption gaps", device=x0.device)
-    eps = torch.randn(x0.shape, generator=rng, device=x0.device)
-    scenes, draw = bank.scenes[:clips], np.random.default_rng(seed)
-    names = (*ATTRIBUTES, "axis", "sign")
-    said = {"right": text([caption(scene) for scene in scenes])}
-    said |= {name: text([flip_attribute(scene, name, draw) for scene in scenes]) for name in names}
-    losses = {}
-    for name, embedded in said.items():
-        total = 0.0
-        for t in (600.0, 800.0, 900.0, 950.0):
-            times = torch.full((clips,), t, device=x0.device)
-            v = score.v(add_noise(x0, eps, times), times, embedded)
-            total += F.mse_loss(v.float(), v_target(x0, eps)).item() / 4
-        losses[name] = total
-    return {f"gap_{name}": losses[name] - losses["right"] for name in names}
 
 
 class Validator:

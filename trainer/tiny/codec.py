@@ -1,62 +1,19 @@
 """Stage `codec`: train the tiny VAE on clips of the tiny world."""
 
-from pathlib import Path
-
 import torch
-from diffusers import AutoencoderKLWan
-from PIL import Image
 from torch import Tensor
 
-from configs.schema import Config
-from configs.train_schema import CodecLossConfig
-from model.codec import WanCodec
-from model.weights.load import save_network
-from trainer.build import vae
-from trainer.stage import Supervised
-from trainer.tiny.data import PixelBank, draw
+from trainer.clips import draw
+from trainer.codec import CodecStage
+from trainer.tiny.data import PixelBank
 from trainer.tiny.world import TinyWorld
-from utils.distributed import Ranks
 from utils.seeds import generator, stable_hash
-from utils.video import contact_sheet
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each clip [B, ...], for values in [-1, 1]."""
-    return 10 * torch.log10(4.0 / (a - b).square().flatten(1).mean(1))
-
-
-def codec_loss(x: Tensor, y: Tensor, kl: Tensor, weights: CodecLossConfig) -> dict[str, Tensor]:
-    """L = |d| + mse d^2 + chroma (d - mean of d over RGB)^2 + gradient |rows and columns of d, differenced|
-    + temporal |frames of d, differenced| + kl KL.
-
-    d = x - y of pixels and reconstruction [B, T, 3, H, W], each term a mean; kl: [B] nats a latent value.
-    """
-    d = x - y
-    terms = {
-        "l1": d.abs().mean(),
-        "mse": d.square().mean(),
-        "chroma": (d - d.mean(2, keepdim=True)).square().mean(),
-        "gradient": (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()) / 2,
-        "temporal": d.diff(dim=1).abs().sum() / max(1, d[:, 1:].numel()),  # of a single frame, none
-        "kl": kl.mean(),
-    }
-    loss = terms["l1"] + sum(vars(weights)[name] * term for name, term in terms.items() if name != "l1")
-    return {"loss": loss} | terms
-
-
-class CodecStage(Supervised):
-    """Reconstruction through a sampled posterior. Latent statistics are measured and stored at export."""
+class TinyCodec(CodecStage):
+    """Clips of several lengths, whole or cut out around the subject."""
 
     name = "codec"
-
-    def __init__(self, config: Config, device: torch.device, ranks: Ranks):
-        module = vae(config)
-        if config.training.codec.decoder_only:
-            module.encoder.requires_grad_(False)
-            module.quant_conv.requires_grad_(False)
-        super().__init__(config, device, ranks, module)
-        self.codec = WanCodec(self.module)
-        self._render_bank()
 
     def _render_bank(self) -> None:
         c = self.config
@@ -79,54 +36,8 @@ class CodecStage(Supervised):
         size = max(1, self.config.training.micro_batch * min(codec.clip_frames) // frames)
         index = draw(len(self.bank.pixels), size, self.config.seed, part, self.device)
         pixels = self.bank.batch(index, frames, codec.crop, rng)
-        shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
-        noise = generator(self.config.seed, "posterior", part, 0, device=self.device)
-        return {"pixels": pixels, "eps": torch.randn(shape, generator=noise, device=self.device)}
-
-    def loss(self, pixels: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        posterior = self.codec.posterior(pixels)
-        z = posterior.mean + torch.exp(0.5 * posterior.logvar) * eps
-        out = self.codec.decode_latents(z)
-        kl = posterior.kl() / eps[0].numel()
-        return codec_loss(pixels, out.float(), kl.float(), self.config.training.codec)
+        return {"pixels": pixels, "eps": self._noise(part, pixels)}
 
     def _whole_clips(self, count: int) -> Tensor:
         scenes = self.world.scenes(stable_hash(self.config.seed, "validation"), count)
         return self.world.render(scenes, 81, device=self.device)
-
-    @torch.no_grad()
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """PSNR in dB of unseen 81-frame clips."""
-        codec, scores = WanCodec(self.averaged), []
-        clips = self._whole_clips(self.config.training.validation_clips)
-        for pixels in clips.split(8):
-            out = codec.decode(codec.encode(pixels))
-            scores.append(psnr(pixels, out))
-        both = torch.cat([pixels[0], out[0]], dim=-1)[:: max(1, len(out[0]) // 18)]
-        frames = ((both.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().cpu().numpy()
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet: Image.Image = contact_sheet(frames, columns=6)
-        sheet.save(folder / f"codec_{step:06d}.png")
-        scores = torch.cat(scores)
-        return {"psnr": scores.mean().item(), "psnr_worst": scores.min().item()}
-
-    @torch.no_grad()
-    def export(self, folder: Path, step: int) -> None:
-        """Write the VAE with the mean and standard deviation of each latent channel, over 32 whole clips.
-
-        Under an encoder that stays they stay, too.
-        """
-        module: AutoencoderKLWan = self.averaged
-        card = {"stage": self.name, "step": step}
-        if self.config.training.codec.decoder_only:
-            save_network(module, folder, card=card)
-            return
-        codec = WanCodec(module)
-        clips = self._whole_clips(32)
-        z = torch.cat([codec.posterior(pixels).mean for pixels in clips.split(8)])
-        channels = z.transpose(1, 2).transpose(0, 1).flatten(1).double()
-        module.register_to_config(
-            latents_mean=[round(v, 5) for v in channels.mean(1).tolist()],
-            latents_std=[round(v, 5) for v in channels.std(1).tolist()],
-        )
-        save_network(module, folder, card=card)

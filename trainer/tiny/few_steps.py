@@ -23,8 +23,10 @@ from tqdm import tqdm
 from configs.schema import Config
 from model.flow import add_noise, euler_v, integrate, v_from_x0, x0_from_v
 from trainer.build import causal_student
-from trainer.tiny.data import SwitchedBank, draw
-from trainer.tiny.flow import FIRST, WHOLE, TeacherForcing
+from trainer.clips import draw
+from trainer.flow import FIRST, WHOLE
+from trainer.tiny.data import SwitchedBank
+from trainer.tiny.flow import TeacherForcing
 from trainer.trajectories import trajectory_grid
 from utils.device import pick_dtype
 from utils.distributed import Ranks

@@ -15,7 +15,7 @@ from model.text import TextEncoder
 from model.weights.load import save_network
 from trainer.build import seeded, trained_text_encoder
 from trainer.stage import Supervised
-from trainer.tiny.captions import VALUES, parse_caption
+from trainer.tiny.captions import VALUES, VOCABULARY, parse_caption
 from trainer.tiny.world import TinyWorld, training_caption
 from utils.distributed import Ranks
 from utils.seeds import stable_hash
@@ -27,7 +27,7 @@ class TextStage(Supervised):
     name = "text"
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
-        self.encoder: TextEncoder = trained_text_encoder(config)
+        self.encoder: TextEncoder = trained_text_encoder(config, VOCABULARY)
         width = self.encoder.encoder.config.d_model
         with seeded(config, "heads"):
             heads = {name: nn.Linear(width, len(values) + 1) for name, values in VALUES.items()}

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from model.codec import WanCodec
 from model.text import TextEncoder
-from trainer.tiny.data import encoded_clips
+from trainer.clips import encoded_clips
 from trainer.world.render import kind, render
 from trainer.world.scene import CLIP_FRAMES, World, poses, training_caption
 from utils.seeds import stable_hash

@@ -1,7 +1,6 @@
 """Stages `world_teacher` (bidirectional) and `world_causal` (a causal student): flow matching on the moving world.
 
-The losses are those of stages `pretrain` and `teacher_forcing` (trainer/tiny/flow.py); here are the clips and what is
-looked at. Every step is on whole clips.
+The losses are in trainer/flow.py; here are the clips and what is looked at.
 """
 
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from configs.geometry import pixel_frames
 from configs.load import CHECKOUT
 from model.denoiser import ScoreModel
-from trainer.tiny.flow import Pretrain, TeacherForcing
+from trainer.flow import Teacher, TeacherForcing
 from trainer.validation import causal_clips, teacher_clips, write_sheet
 from trainer.world.data import Latents
 from trainer.world.measures import score
@@ -25,7 +24,7 @@ SEED = 4322222  # of captions that no training sees
 class _OnTheMovingWorld:
     """The bank of latents, and the measures."""
 
-    def _bank(self, clips: int, latent_frames: int, **_) -> Latents:
+    def _bank(self, clips: int, latent_frames: int) -> Latents:
         c, cache = self.config, self.config.training.flow.bank_cache
         return Latents(
             self.codec, self.text, clips=clips, frames=pixel_frames(latent_frames), seed=c.seed,
@@ -40,7 +39,7 @@ class _OnTheMovingWorld:
         return World().prompts(SEED, self.config.training.validation_clips)
 
 
-class WorldTeacher(_OnTheMovingWorld, Pretrain):
+class WorldTeacher(_OnTheMovingWorld, Teacher):
     """The teacher: a bidirectional network, one timestep a clip."""
 
     name = "world_teacher"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from model.codec import WanCodec
-from trainer.tiny.codec import CodecStage
-from trainer.tiny.data import draw
+from trainer.clips import draw
+from trainer.codec import CodecStage
 from trainer.world.data import Pixels, validation_clips
 from trainer.world.measures import measure, score_measured
 from trainer.world.scene import CLIP_FRAMES, World, caption, poses
@@ -23,7 +23,7 @@ BOX = 1.5  # half side of a subject's box, in sizes
 
 
 class WorldVAE(CodecStage):
-    """The loss, the export and the optimizer are those of stage `codec`."""
+    """Squares around the subject, and whole frames."""
 
     name = "world_vae"
 
@@ -50,9 +50,7 @@ class WorldVAE(CodecStage):
         index = draw(len(self.bank.pixels), size, self.config.seed, part, torch.device("cpu"))
         cut = generator(self.config.seed, "cut", part, 0)
         pixels = self.bank.batch(index, frames, crop, cut)
-        shape = (size, 1 + (frames - 1) // 4, self.codec.latent_channels, pixels.shape[3] // 8, pixels.shape[4] // 8)
-        noise = generator(self.config.seed, "posterior", part, 0, device=self.device)
-        return {"pixels": pixels, "eps": torch.randn(shape, generator=noise, device=self.device)}
+        return {"pixels": pixels, "eps": self._noise(part, pixels)}
 
     def _whole_clips(self, count: int) -> Tensor:
         return validation_clips(self.world, count, self.config.seed, self.device)

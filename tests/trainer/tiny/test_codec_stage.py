@@ -7,7 +7,8 @@ import torch
 from configs.load import load_config
 from configs.train_schema import CodecLossConfig
 from model.weights.files import read_json
-from trainer.tiny.codec import CodecStage, codec_loss
+from trainer.codec import codec_loss
+from trainer.tiny.codec import TinyCodec
 from utils.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def test_decoder_alone(tmp_path):
         "configs/train_tiny_decoder.yaml",
         [*small, "training.codec.clip_frames=[5]", "training.precision=float32", "training.ema_decay=0.0"],
     )
-    stage = CodecStage(config, CPU, Ranks())
+    stage = TinyCodec(config, CPU, Ranks())
     before = {name: value.clone() for name, value in stage.module.state_dict().items()}
     for step in range(2):
         assert stage.update(step)["gradient_norm"] > 0

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from configs.load import load_config
 from model.causal_wan import CausalWanModel, chunk_causal_mask
 from model.flow import euler_v, integrate, shift_time
+from trainer.flow import FIRST, WHOLE
 from trainer.tiny.few_steps import FewSteps
-from trainer.tiny.flow import CROPPED, FIRST, WHOLE, Pretrain, TeacherForcing
+from trainer.tiny.flow import CROPPED, Pretrain, TeacherForcing
 from utils.distributed import Ranks
 from utils.seeds import generator
 
