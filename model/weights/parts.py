@@ -60,6 +60,11 @@ def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, 
     if not path.exists():
         raise missing_weights(name, path, "does not exist")
     transformer = role in TRANSFORMERS
+    if transformer and (path / "transformer_2").is_dir():
+        raise UserError(
+            f"{name}={path} has two networks, for high and for low noise (Wan 2.2), which are not combined here; "
+            f"give a folder of Wan 2.1"
+        )
     path = subfolder(
         run_folders.find_weights(path, use_ema) if transformer else path, "transformer" if transformer else role
     )

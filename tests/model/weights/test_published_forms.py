@@ -73,8 +73,20 @@ def test_students_of_14b(tmp_path, layout):
             file = path / "transformer" / "config.json"
             more = {"_class_name": "CausalWanTransformer3DModel", "num_frames_per_block": 3, "local_attn_size": -1}
             file.write_text(json.dumps(json.loads(file.read_text()) | more | {"sink_size": 0}))
+            index = {"_class_name": "WanCausalDMDPipeline", "transformer": ["diffusers", "CausalWanTransformer3DModel"]}
+            (path / "model_index.json").write_text(json.dumps(index))
     assert inspect_weights("student", path).network.layers == 2
     same_output(weights.load_student(path), wan)
+
+
+def test_a_pipeline_of_two_networks_is_refused(tmp_path, wan):
+    """Wan 2.2 and FastVideo's causal students of it; each network by itself has a folder that can be named."""
+    for name in ("transformer", "transformer_2"):
+        wan.save_pretrained(tmp_path / name)
+    for look in (weights.load_student, lambda path: inspect_weights("student", path)):
+        with pytest.raises(UserError, match=r"model.student=.* has two networks, .* \(Wan 2.2\)"):
+            look(tmp_path)
+    same_output(weights.load_student(tmp_path / "transformer_2"), wan)
 
 
 @pytest.mark.parametrize("form", ["as transformers saves it", "half", "untied", "old", "new", "Wan's names"])
