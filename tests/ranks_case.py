@@ -178,6 +178,7 @@ def _fork_server() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(["ranks_server"])
     with pytest.MonkeyPatch.context() as patch:  # up to Python 3.12 the server is not given sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() of an import would bar ranks from CUDA
         forkserver.ensure_running()
     return context
 
