@@ -81,7 +81,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     files = [_check(moved(layer), Config, "") for layer in _layers(Path(path), ())]
     given = [_check(moved(_override(text)), Config, "") for text in overrides]
     layers = [*files, *given]
-    _check_context([[layer] for layer in files] + [given])
+    groups = [[layer] for layer in files] + [given]
+    _check_context(groups)
+    _check_schedule(groups)
     try:
         merged = OmegaConf.merge(_writable_schema(), *layers)
         return OmegaConf.to_object(merged)
@@ -108,6 +110,24 @@ def _check_context(groups: list[list[dict[str, Any]]]) -> None:
             f"stream.context={shown(context)} has no effect beside schedule.preset={preset}, whose own is {own}; leave "
             f"it out, or write the schedule's steps in place of the preset"
         )
+
+
+def _check_schedule(groups: list[list[dict[str, Any]]]) -> None:
+    """Refuse numbers of steps, and what else timesteps are computed from, where a preset or a list of timesteps of the
+    same layer or an earlier one decides; stored trees may have both. groups: as in `_check_context`."""
+    decides: dict[str, Any] = {"preset": None, "timesteps": None}
+    for group in groups:
+        schedules = [layer["schedule"] for layer in group if "schedule" in layer]
+        for schedule in schedules:
+            decides |= {name: schedule[name] for name in decides.keys() & schedule.keys()}
+        by = next((name for name, value in decides.items() if value is not None), None)
+        for schedule in schedules:
+            for name in sorted(schedule.keys() - decides.keys()):
+                if by and not STORED <= schedule.keys():
+                    raise UserError(
+                        f"schedule.{name}={shown(schedule[name])} has no effect beside schedule.{by}="
+                        f"{shown(decides[by])}; leave out one of the two (schedule.{by}=null)"
+                    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -152,6 +172,10 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[dict]:
         return [values]
     if not isinstance(base, str):
         raise UserError(f"base={shown(base)} in {path} is not a file name; write base: other.yaml")
+    if not (file.parent / base).exists():
+        raise UserError(
+            f"base={shown(base)} of {shown(file)} does not exist; give the file relative to that one, or whole"
+        )
     return [*_layers(file.parent / base, (*seen, file)), values]
 
 

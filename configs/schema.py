@@ -115,8 +115,8 @@ class ModelConfig:
         one_of(("wan", "taehv"), "model", self, "codec")
         if self.lora_scales and len(self.lora_scales) != len(self.lora):
             raise UserError(
-                f"model.lora_scales={self.lora_scales} has {len(self.lora_scales)} values for {len(self.lora)} in "
-                f"model.lora; give one for each, or none"
+                f"model.lora_scales={self.lora_scales} differs in length from model.lora ({len(self.lora_scales)} and "
+                f"{len(self.lora)}); give one for each adapter, or none"
             )
 
 

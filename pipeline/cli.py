@@ -45,6 +45,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
     given = vars(args)
+    if args.prompt is not None and args.data_path is not None:
+        parser.error("--prompt and --data_path were both given; a run takes its prompts from one of them")
     args.endless = args.num_output_frames == "0"
     if args.endless:
         args.num_output_frames = None

@@ -275,6 +275,11 @@ def plan_output(
     if video is not None and os.path.isdir(video):
         raise UserError(f"--output={output} is a folder; give a file, or --output_folder")
     ending = "" if video is None else video.suffix.lower()
+    own = FORMAT_OF_SUFFIX.get(ending) or ("fmp4" if ending == ".mp4" else ending if ending in FILE_KINDS else None)
+    if kind and own not in (None, kind):
+        raise UserError(
+            f"--output={output} does not end as --format={kind} does; end it in {SUFFIX_OF[kind]}, or leave that out"
+        )
     kind = kind or FORMAT_OF_SUFFIX.get(ending) or ("fmp4" if video is None or (endless and ending == ".mp4") else None)
     if kind is None and (endless or ending not in FILE_KINDS):
         known = [*SUFFIX_OF.values()] if endless else [*FILE_KINDS, *FORMAT_OF_SUFFIX]

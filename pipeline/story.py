@@ -68,6 +68,11 @@ def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, i
     lines = [_checked_entry(record, f"{path} entry {i}") for i, record in enumerate(records, start=1)]
     timed = [("at" in line, where) for line, where in lines]
     if all(is_timed for is_timed, _ in timed):
+        if indices:
+            raise UserError(
+                f"inference.switch_frame_indices={indices} has no effect on {path}, whose lines have times "
+                f"('at'); leave it out"
+            )
         return [_timed(lines, fps, latent_frames)]
     if any(is_timed for is_timed, _ in timed):
         raise UserError(f"{path} mixes lines that have 'at' with lines that have 'prompts'; use one kind")
@@ -76,11 +81,15 @@ def read_stories(path: str | os.PathLike, fps: int, latent_frames: int | None, i
 
 def planned_stories(config: Config, prompts: Sequence[str] | None = None, *, endless: bool = False) -> list[Story]:
     """The stories of the configured file, or of `prompts` instead; a single prompt is a story too."""
-    names = config.inference
-    if prompts is not None:
-        return [Story.of(check_prompt(prompt, "--prompt")) for prompt in prompts]
-    path = resolve_path(names.prompts)
-    if not holds_stories(path):
+    names, path = config.inference, resolve_path(config.inference.prompts)
+    if prompts is not None or not holds_stories(path):
+        if names.switch_frame_indices:
+            raise UserError(
+                f"inference.switch_frame_indices={names.switch_frame_indices} has no effect without a story; give a "
+                f"file with lines of 'prompts' (--data_path story.jsonl), or leave it out"
+            )
+        if prompts is not None:
+            return [Story.of(check_prompt(prompt, "--prompt")) for prompt in prompts]
         return [Story.of(prompt) for prompt in read_prompts(path)]
     length = None if endless else config.video.num_latent_frames
     return read_stories(path, config.video.fps, length, names.switch_frame_indices)

@@ -33,6 +33,7 @@ from utils.files import sha256_of
 from utils.machine import free_space
 from utils.progress import progress_bar
 from utils.prompts import read_prompts
+from utils.tables import aligned
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 KEPT = "downloaded parts are kept, and the same command resumes"
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table() -> str:
     """One line for each download."""
-    return "\n".join(f"{name:<15}{d.gigabytes:>6.2f} GB  {d.folder:<28}{d.what}" for name, d in DOWNLOADS.items())
+    return aligned([(name, f"{d.gigabytes:5.2f} GB", d.folder, d.what) for name, d in DOWNLOADS.items()], left=4)
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------

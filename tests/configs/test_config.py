@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.load import CHECKOUT, load_config, presets, to_dict, to_yaml
 from configs.schema import Config
 from configs.train_schema import STAGES
@@ -267,7 +267,8 @@ def test_a_circle_of_bases_is_refused(tmp_path):
 def test_a_missing_base_is_refused(tmp_path):
     folder = tmp_path / "a folder" / ("x" * 80)  # of a long path the end is said
     folder.mkdir(parents=True)
-    assert "gone.yaml does not exist" in refusal(write(folder, "a.yaml", "base: gone.yaml"))
+    path = write(folder, "a.yaml", "base: gone.yaml")
+    assert refusal(path).startswith(f"base=gone.yaml of {shown(path)} does not exist; ")
 
 
 @pytest.mark.parametrize("key", ["teacher", "critic"])
@@ -336,6 +337,34 @@ def test_a_file_over_that_of_a_preset_has_no_effect_in_silence_either(tmp_path):
     path = write(tmp_path, "a.yaml", f"base: {CHECKOUT}/configs/self_forcing.yaml\nstream:\n  context: last_step\n")
     assert "has no effect beside schedule.preset=self_forcing" in refusal(path)
     load_config(write(tmp_path, "b.yaml", to_yaml(load_config("configs/self_forcing.yaml"))))  # what is stored has both
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{timesteps: [[1000, 500]], steps: 43}",
+        "{timesteps: [[1000, 500]], first: 900}",
+        '{preset: release, steps: "4322222"}',  # as by default, which is not what the preset has
+    ],
+)
+def test_what_timesteps_are_computed_from_is_refused_beside_timesteps(tmp_path, schedule):
+    assert "has no effect beside schedule." in refusal(write(tmp_path, "a.yaml", f"schedule: {schedule}\n"))
+    base, _, later = schedule.strip("{}").rpartition(", ")
+    write(tmp_path, "b.yaml", f"schedule: {{{base}}}\n")
+    assert "has no effect beside schedule." in refusal(
+        write(tmp_path, "c.yaml", f"base: b.yaml\nschedule: {{{later}}}\n")
+    )
+    decides = base.partition(":")[0]
+    over = load_config(tmp_path / "b.yaml", [f"schedule.{decides}=null", f"schedule={{{later}}}"]).schedule
+    assert vars(over)[decides] is None
+    write(tmp_path, "d.yaml", f"schedule: {{{later}}}\n")
+    assert load_config(write(tmp_path, "e.yaml", f"base: d.yaml\nschedule: {{{base}}}\n"))  # the later one replaces
+
+
+def test_a_stored_schedule_has_both_and_is_read(tmp_path):
+    stored = write(tmp_path, "a.yaml", to_yaml(load_config(TINY, ["schedule.timesteps=[[1000, 500]]"])))
+    assert load_config(stored).schedule.timesteps == [[1000.0, 500.0]]
+    assert "schedule.steps=43 has no effect beside schedule.timesteps=" in refusal(stored, "schedule.steps=43")
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "distill"])

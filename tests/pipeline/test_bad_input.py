@@ -61,6 +61,10 @@ ARGUMENTS = {
     "absent GPU": (["device=cuda:99"], "device=cuda:99"),
     "unknown attention": (["inference.attention=fast"], "inference.attention=fast"),
     "GPU kernel on the CPU": (["inference.attention=fa3"], "inference.attention=fa3 needs a GPU"),
+    "a prompt and a file of them": (
+        ["--prompt", "a", "--data_path", "p.txt"],
+        "--prompt and --data_path were both given",
+    ),
     "unknown precision": (["inference.precision=fp4"], "inference.precision=fp4"),
 }
 

@@ -122,6 +122,14 @@ def test_both_formats_of_a_story(tmp_path):
     assert read_stories(path, 16, 21) == [Story((A, B), (0, 9))]
 
 
+@pytest.mark.parametrize("text", ["", A, {"at": 0, "prompt": A}])
+def test_switch_frames_without_prompts_to_switch_to_are_refused(tiny_assets, tmp_path, text):
+    file = [f"inference.prompts={write(tmp_path / 'p.txt', text)}"] if text else []
+    config = load_config(tiny_assets / "tiny.yaml", ["inference.switch_frame_indices='6'", *file])
+    with pytest.raises(UserError, match="switch_frame_indices=6 has no effect"):
+        make_plan(config, None if text else [A, B])
+
+
 def test_what_holds_stories_says_the_content(tmp_path):
     story = {"prompts": [A, B], "switch_frame_indices": "12"}
     for name in ("s.jsonl", "S.JSONL", "s.txt", "s.json"):
@@ -406,6 +414,15 @@ def test_an_output_that_cannot_be_is_refused(tiny_assets, prompts, output, endle
     config = load_config(tiny_assets / "tiny.yaml")
     with pytest.raises(UserError, match=sentence):
         make_plan(config, prompts, endless=endless, output=output)
+
+
+@pytest.mark.parametrize(("output", "kind"), [("a.mp4", "y4m"), ("a.gif", "fmp4"), ("a.rgb", "y4m"), ("a.y4m", "raw")])
+def test_an_output_and_a_format_that_differ_are_refused(tiny_assets, output, kind):
+    config = load_config(tiny_assets / "tiny.yaml")
+    with pytest.raises(UserError, match=f"--output={output} .*--format={kind}"):
+        make_plan(config, [A], output=output, kind=kind)
+    for name in ("a.bin", "a.mp4" if kind == "fmp4" else f"a.{kind}"):
+        assert make_plan(config, [A], output=name, kind=kind).jobs[0].kind == kind
 
 
 def test_a_device_or_pipe_as_output_is_written_to_and_not_replaced(cli, tmp_path):  # noqa: F811

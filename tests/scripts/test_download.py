@@ -260,6 +260,7 @@ def test_list_and_advice(capsys):
     assert download.main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in DOWNLOADS)
+    assert all(f" {wanted.folder} " in shown for wanted in DOWNLOADS.values())
     from model.weights.files import DOWNLOAD_OF_FIELD
     from model.weights.files import DOWNLOADS as ADVICE
 

@@ -200,7 +200,7 @@ def test_what_does_not_fit(tmp_path, wan, wan_state, student):
         plan_lora(tmp_path / "longlive_models" / "lora.pt")
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         plan_lora(tmp_path)
-    with pytest.raises(UserError, match="2 values for 1"):
+    with pytest.raises(UserError, match=r"differs in length from model.lora \(2 and 1\)"):
         load_config("configs/tiny.yaml", ["model.lora=[a.pt]", "model.lora_scales=[1, 2]"])
 
 
