@@ -166,7 +166,8 @@ def streams(play: Player, config: Config, args: argparse.Namespace, _: Through) 
 
 
 def switches(play: Player, config: Config, args: argparse.Namespace, _: Through) -> dict[str, Interval]:
-    """The colour is read in each chunk; `stayed`: it is the new one in every chunk that shows one, from WITHIN on."""
+    """The colour is read in each chunk; `stayed`: from WITHIN on every chunk that shows one, at least half of them,
+    shows the new one."""
     world = World(config.video.height, config.video.width)
     scenes = world.scenes(args.seed + 2, args.switches, balanced=True)
     later = [replace(scene, colour=new_colour(scene, i)) for i, scene in enumerate(scenes)]
@@ -178,8 +179,14 @@ def switches(play: Player, config: Config, args: argparse.Namespace, _: Through)
         played = play(scenes[part], seeds, chunks, {SWITCH_AT: later[part]})
         read = torch.stack([measure(frames)["colour"].cpu() for frames in played])[SWITCH_AT:]  # [chunks, B]
         seen += int((read[:WITHIN] == wanted).any(0).sum())
-        stayed += int(((read[WITHIN:] == wanted) | (read[WITHIN:] < 0)).all(0).sum())
+        stayed += int(kept(read[WITHIN:], wanted).sum())
     return {"seen": wilson(seen, len(scenes)), "stayed": wilson(stayed, len(scenes))}
+
+
+def kept(read: Tensor, wanted: Tensor) -> Tensor:
+    """bool [B]: of the colours [chunks, B] that are read, -1 = none is seen, half are the wanted one, and no other."""
+    right = read == wanted
+    return (right | (read < 0)).all(0) & (right.double().mean(0) >= 0.5)
 
 
 def new_colour(scene: Scene, turn: int) -> str:

@@ -33,10 +33,13 @@ def validation_seeds(config: Config, count: int) -> list[int]:
 
 
 def teacher_clips(
-    score: ScoreModel, codec: Codec, text: TextEncoder, prompts: list[str], geometry: Geometry, config: Config
-) -> Tensor:
-    """Pixels [B, T, 3, H, W] that the teacher generates from `prompts` in 50 Euler steps."""
-    embedded, null, guidance = text(prompts), text([""]), config.training.flow.guidance
+    score: ScoreModel, codec: Codec, text: TextEncoder, prompts: list[str], geometry: Geometry, config: Config,
+    guidance: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Pixels [B, T, 3, H, W] that the teacher generates from `prompts` in 50 Euler steps; guidance: None = that of
+    `training.flow`."""
+    embedded, null = text(prompts), text([""])
+    guidance = config.training.flow.guidance if guidance is None else guidance
     source = NoiseSource(validation_seeds(config, len(prompts)), geometry, embedded.device, torch.float32)
     chunks = geometry.num_chunks(config.video.num_latent_frames)
     noise = torch.cat([source.initial(k) for k in range(chunks)], dim=1)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.errors import UserError
@@ -26,6 +27,11 @@ def test_a_seam_and_a_miss_are_told():
     assert evaluate_world.verdict("clips.seam", Interval(1.2, 1.1, 1.3, 9)).startswith("missed")
     assert evaluate_world.verdict("streams.sharpness_trend", Interval(0.1, -0.1, 0.3, 9)).startswith("reached")
     assert evaluate_world.verdict("clips.spread_starts", Interval(float("nan"), 0, 0, 1)).startswith("unknown")
+
+
+def test_a_colour_that_is_gone_has_not_stayed():
+    read = torch.tensor([[2, 2, -1, -1], [2, 2, 2, -1], [-1, 3, -1, -1], [2, 2, -1, -1]])
+    assert evaluate_world.kept(read, torch.tensor([2, 2, 2, 2])).tolist() == [True, False, False, False]
 
 
 def test_sheets_show_clips_and_long_streams(tmp_path):

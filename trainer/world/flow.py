@@ -19,6 +19,7 @@ from trainer.world.scene import World
 from utils.device import pick_dtype
 
 SEED = 4322222  # of captions that no training sees
+GUIDANCES = (0.0, 0.5, 1.0)  # of the teacher's clips that are looked at
 
 
 class _OnTheMovingWorld:
@@ -46,11 +47,14 @@ class WorldTeacher(_OnTheMovingWorld, Teacher):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """What clips in 50 steps show of their captions."""
-        prompts = self._prompts()
-        model = ScoreModel(self.averaged)
-        frames = teacher_clips(model, self.codec, self.text, prompts, self.geometry, self.config)
-        return self._judged(prompts, frames, folder / f"{self.name}_{step:06d}.png")
+        """What clips in 50 steps show of their captions, by guidance: that of distillation is chosen from it."""
+        prompts, figures = self._prompts(), {}
+        for guidance in GUIDANCES:
+            places = (self.codec, self.text, prompts, self.geometry, self.config)
+            frames = teacher_clips(ScoreModel(self.averaged), *places, guidance)
+            found = self._judged(prompts, frames, folder / f"{self.name}_{step:06d}_guidance_{guidance:g}.png")
+            figures |= {f"guidance_{guidance:g}_{name}": value for name, value in found.items()}
+        return figures
 
 
 class WorldCausal(_OnTheMovingWorld, TeacherForcing):
