@@ -194,9 +194,10 @@ def start(tiny_assets: Path, *arguments: str, **environment: str) -> subprocess.
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", code, str(ROOT / "inference.py"), "--config_path", str(tiny_assets / "tiny.yaml")]
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # packages may be anywhere
     return subprocess.Popen(
         [*command, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
