@@ -16,29 +16,15 @@ from pipeline import DiagonalPipeline
 from pipeline.plan import make_plan
 from utils import exits
 
-# what is given -> words that the sentence holds: the field, and what is wrong with it
+# what is given -> words that the sentence holds: the field, and what is wrong with it; settings: configs/test_config.py
 ARGUMENTS = {
     "unknown key": (["video.heigth=64"], "video.heigth is not a setting; did you mean video.height"),
-    "unknown section": (["vidoe.height=64"], "vidoe is not a setting; did you mean video?"),
     "unknown flag": (["--sead", "3"], "unrecognized arguments: --sead (did you mean --seed?)"),
     "flag without its value": (["--seed"], "--seed"),
-    "no key=value": (["fast"], "override=fast"),
     "text for a number": (["--seed", "three"], "--seed=three has the wrong type; it must be an integer"),
     "fraction for a whole number": (["--num_samples", "1.5"], "error: --num_samples=1.5"),
-    "no samples": (["inference.num_samples=0"], "error: inference.num_samples=0"),
-    "text for a switch": (["inference.overwrite=maybe"], "inference.overwrite=maybe"),
     "frames in no whole chunks": (["--num_output_frames", "20"], "--num_output_frames=20"),
     "fewer frames than none": (["--num_output_frames", "-3"], "--num_output_frames=-3"),
-    "height in no whole patches": (["video.height=30"], "video.height=30 is not divisible by 16"),
-    "width in no whole patches": (["video.width=100"], "video.width=100 is not divisible by 16"),
-    "window in no whole chunks": (["stream.window_frames=10"], "stream.window_frames=10"),
-    "unknown context": (["stream.context=dirty"], "stream.context=dirty"),
-    "rising schedule": (["schedule.timesteps=[[357, 1000]]"], "does not fall"),
-    "empty schedule": (["schedule.timesteps=[]"], "schedule.timesteps=[]"),
-    "empty row": (["schedule.timesteps=[[]]"], "schedule.timesteps.0=[]"),
-    "no steps": (["schedule.steps=''"], "schedule.steps="),
-    "zero steps": (["schedule.steps=402"], "schedule.steps=402"),
-    "unknown preset": (["schedule.preset=fast"], "schedule.preset=fast"),
     "missing weights": (["--checkpoint_path", "nowhere"], "nowhere"),
     "missing vae": (["model.vae=nowhere"], "model.vae="),
     "missing config": (["--config_path", "nowhere.yaml"], "config_path=nowhere.yaml"),
@@ -52,20 +38,16 @@ ARGUMENTS = {
     "unbounded samples": (["--num_samples", "1000000000"], "--num_samples=1000000000 is out of range"),
     "too many videos": (["--num_samples", "100000", *["--prompt", "a"] * 11], "are 1,100,000 videos, and one run"),
     "unbounded frames": (["--num_output_frames", "999999999"], "--num_output_frames=999999999 is out of range"),
-    "unbounded threads": (["cpu_threads=1000000"], "cpu_threads=1000000 is out of range"),
     "seed below -1": (["--seed", "-2"], "--seed=-2 is out of range; it must lie in [-1, "),
     "flag and setting": (["--seed", "1", "seed=-2"], "error: seed=-2"),
-    "seed of 300 digits": (["--seed", "9" * 300], "is out of range"),
     "device without kernels": (["device=mps"], "device=mps is none that this runs on"),
     "unknown device": (["device=quantum"], "device=quantum"),
     "absent GPU": (["device=cuda:99"], "device=cuda:99"),
-    "unknown attention": (["inference.attention=fast"], "inference.attention=fast"),
     "GPU kernel on the CPU": (["inference.attention=fa3"], "inference.attention=fa3 needs a GPU"),
     "a prompt and a file of them": (
         ["--prompt", "a", "--data_path", "p.txt"],
         "--prompt and --data_path were both given",
     ),
-    "unknown precision": (["inference.precision=fp4"], "inference.precision=fp4"),
 }
 
 
@@ -102,13 +84,9 @@ def test_arguments(refused, case):
     assert words in refused(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfea", "UTF-8"), (b"a\0b", "NUL")],
-)
-def test_prompt_files(refused, tmp_path, content, words):
-    (tmp_path / "prompts.txt").write_bytes(content)
-    assert words in refused("--data_path", "prompts.txt")
+def test_a_prompt_file_that_is_none(refused, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"a\0b")
+    assert "NUL" in refused("--data_path", "prompts.txt")
 
 
 def copy(tiny_assets: Path, tmp_path: Path, part: str) -> Path:
@@ -116,10 +94,9 @@ def copy(tiny_assets: Path, tmp_path: Path, part: str) -> Path:
 
 
 @pytest.mark.parametrize("part", ["student", "vae", "text_encoder"])
-@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
-def test_truncated_weights(refused, tiny_assets, tmp_path, part, keep):
+def test_truncated_weights(refused, tiny_assets, tmp_path, part):
     (weights,) = copy(tiny_assets, tmp_path, part).glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:keep])
+    weights.write_bytes(weights.read_bytes()[:1000])
     line = refused(f"model.{part}={weights.parent}")
     assert f"model.{part}" in line or str(weights) in line
 

@@ -2,20 +2,15 @@
 
 import pytest
 import torch
+from small_wan import stream_cache
+from test_rollout import POLICIES, ROWS
 
-from model.cache import GraphCache, StreamCache
 from model.denoiser import Student
 from model.schedule import Schedule
 from pipeline.chunk import denoise_chunk, update_cache
 from pipeline.noise import NoiseSource
 
-ROWS = ((1000.0, 900.0, 700.0, 357.1), (1000.0, 900.0, 357.1), (1000.0, 357.1))
 CHUNKS = 6  # the window holds 4: the ring rolls
-POLICIES = {
-    "last_step": {},
-    "clean": {"context": "clean"},
-    "renoise": {"context": "renoise", "renoise_timestep": 200.0},
-}
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +19,11 @@ def text(tiny_student):
     return torch.randn(2, 12, tiny_student.model.config.text_dim)
 
 
-def new_cache(kind, student, geometry, batch=2):
-    config = student.model.config
-    if kind == "graph":
-        return GraphCache(geometry, config.num_layers)
-    return StreamCache(
-        config.num_layers,
-        batch,
-        config.num_attention_heads,
-        config.attention_head_dim,
-        geometry,
-        device="cpu",
-        dtype=torch.float32,
-    )
-
-
 @torch.no_grad()
-def generate(student, schedule, geometry, text, kind="stream", seeds=(3, 4)):
+def generate(student, schedule, geometry, text, seeds=(3, 4)):
     """What inference does, latents of all chunks [B, F, C, H, W]."""
     noise = NoiseSource(seeds, geometry, "cpu", torch.float32)
-    cache = new_cache(kind, student, geometry, len(seeds))
+    cache = stream_cache(student.model, geometry, len(seeds))
     chunks = []
     for k in range(CHUNKS):
         place = {"cache": cache, "chunk": k, "text": text}
@@ -109,23 +89,6 @@ def test_matches_the_naive_twin(tiny_student, tiny_geometry, text, policy):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_training_cache_is_bit_identical_to_the_ring(tiny_student, tiny_geometry, text, policy):
-    schedule = Schedule(timesteps_by_chunk=ROWS, **POLICIES[policy])
-    ring = generate(tiny_student, schedule, tiny_geometry, text, "stream")
-    assert torch.equal(ring, generate(tiny_student, schedule, tiny_geometry, text, "graph"))
-
-
-def test_policies_differ_from_the_second_chunk_on(tiny_student, tiny_geometry, text):
-    runs = [
-        generate(tiny_student, Schedule(timesteps_by_chunk=ROWS, **options), tiny_geometry, text)
-        for options in POLICIES.values()
-    ]
-    for run in runs[1:]:
-        assert torch.equal(run[:, :3], runs[0][:, :3])
-        assert not torch.equal(run[:, 3:6], runs[0][:, 3:6])
-
-
 class Recorder(Student):
     """Counts evaluations and notes their levels and whether they record a graph."""
 
@@ -138,59 +101,13 @@ class Recorder(Student):
         return super().x0(x_t, t, *args)
 
 
-@pytest.mark.parametrize("exit_at", [0, 2, None])
-def test_only_the_exit_step_has_a_graph(tiny_student, tiny_geometry, text, exit_at):
-    student = Recorder(tiny_student)
-    noise = NoiseSource((3, 4), tiny_geometry, "cpu", torch.float32)
-    cache = new_cache("graph", student, tiny_geometry)
-    initial = noise.initial(0).requires_grad_()
-    weight = student.model.proj_out.weight.requires_grad_()
-    x0 = denoise_chunk(
-        student,
-        initial,
-        ROWS[0],
-        cache=cache,
-        chunk=0,
-        text=text,
-        renoise=lambda i: noise.renoise(0, i),
-        exit_at=exit_at,
-        grad=True,
-    )
-    last = 3 if exit_at is None else exit_at
-    assert student.calls == [(t, i == last) for i, t in enumerate(ROWS[0][: last + 1])]
-    (gradient,) = torch.autograd.grad(x0.square().mean(), weight)
-    assert gradient.abs().max() > 0
-    weight.requires_grad_(False)
-
-
-def test_exit_at_the_last_step_is_inference(tiny_student, tiny_geometry, text):
-    results = []
-    exits = {"exit_at": 3, "grad": False}, {"exit_at": 3, "grad": True}
-    for kind, options in (("stream", {}), ("graph", exits[0]), ("graph", exits[1])):
-        noise = NoiseSource((3, 4), tiny_geometry, "cpu", torch.float32)
-        cache = new_cache(kind, tiny_student, tiny_geometry)
-        results.append(
-            denoise_chunk(
-                tiny_student,
-                noise.initial(0),
-                ROWS[0],
-                cache=cache,
-                chunk=0,
-                text=text,
-                renoise=lambda i, noise=noise: noise.renoise(0, i),
-                **options,
-            ).detach()
-        )
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
 def test_last_step_makes_no_pass_and_clean_draws_no_noise(tiny_student, tiny_geometry, text):
     student = Recorder(tiny_student)
 
     def eps():
         raise AssertionError("noise drawn for a pass that needs none")
 
-    cache = new_cache("stream", student, tiny_geometry)
+    cache = stream_cache(student.model, tiny_geometry)
     x0 = torch.zeros(tiny_geometry.latent_shape(2, 3))
     update_cache(student, x0, context_timestep=None, cache=cache, chunk=0, text=text, eps=eps)
     assert student.calls == []

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
+from small_wan import stream_cache
 from test_rollout import GEOMETRY, POLICIES, ROWS
 from test_session import OTHER, PROMPT, Counting, make, same  # noqa: F401  (fixture)
 
-from model.cache import GraphCache, StreamCache
+from model.cache import GraphCache
 from model.codec import WanCodec
 from model.fast.student import FastPlan, optimize_student
 from model.schedule import Schedule
@@ -20,12 +21,6 @@ CONTEXTS = ("last_step", "clean", "renoise")
 
 def latents(geometry, frames: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(geometry.latent_shape(batch, frames), generator=torch.Generator().manual_seed(7))
-
-
-def empty_cache(model, geometry, batch: int = 1) -> StreamCache:
-    c = model.config
-    size = (c.num_layers, batch, c.num_attention_heads, c.attention_head_dim)
-    return StreamCache(*size, geometry, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 6])
@@ -54,7 +49,7 @@ def test_an_image_is_shown_at_the_level_of_the_context_in_every_step(make, tiny_
     row = session.schedule.timesteps(0)
     level = {"last_step": row[-1], "clean": 0.0, "renoise": 200.0}[context]
     shown = (1 - level / 1000) * image + level / 1000 * noise.context(0)[:, :1]
-    x, cache = noise.initial(0), empty_cache(model, tiny_geometry)
+    x, cache = noise.initial(0), stream_cache(model, tiny_geometry, 1)
     for i, t in enumerate(row):
         x = torch.cat([shown, x[:, 1:]], 1)
         times = torch.tensor([[level, t, t]])
@@ -73,7 +68,7 @@ def test_a_clip_leaves_the_keys_that_the_policy_says(make, tiny_geometry, contex
     session, clip = make(context=context, context_timestep=200.0), latents(tiny_geometry, 6)
     list(session.play(PROMPT, 5, 2, clip))
     model, text = session.student.model, session.text_encoder([PROMPT])
-    noise, cache = NoiseSource([5], tiny_geometry, "cpu", torch.float32), empty_cache(model, tiny_geometry)
+    noise, cache = NoiseSource([5], tiny_geometry, "cpu", torch.float32), stream_cache(model, tiny_geometry, 1)
     for k in range(2):
         level = {"last_step": session.schedule.timesteps(k)[-1], "clean": 0.0, "renoise": 200.0}[context]
         x = (1 - level / 1000) * clip[:, 3 * k : 3 * k + 3] + level / 1000 * noise.context(k)

@@ -333,7 +333,7 @@ def test_a_recording_ends_well_where_the_disk_is_full(cli, tmp_path, capsys, nam
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "long.json"])
 
 
-@pytest.mark.parametrize("name", ["one.mp4", "one.webm", "one.gif", "one.y4m"])
+@pytest.mark.parametrize("name", ["one.mp4", "one.gif", "one.y4m"])
 def test_a_video_that_the_disk_cannot_hold_leaves_nothing(cli, tmp_path, capsys, name):  # noqa: F811
     with files_of_at_most(1500):
         assert cli("--prompt", A, "--output", name) == 2
@@ -391,7 +391,7 @@ def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "folder.mp4", "old.json", "old.mp4"]
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webm", "a.webp", "a.y4m"])
+@pytest.mark.parametrize("name", ["a.webp", "a.y4m"])
 def test_an_output_is_what_its_ending_says(cli, tmp_path, name):  # noqa: F811
     assert cli("--prompt", A, "--num_output_frames", "3", "--output", name) == 0
     if name != "a.webp":  # which libav does not read

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.errors import UserError
 from configs.load import load_config
 from model.codec import WanCodec
 from model.schedule import Schedule
@@ -33,13 +32,6 @@ def test_streams_9_frames_and_then_12_at_a_time(pipe):
     assert np.concatenate(chunks).std() > 1
 
 
-def test_first_chunk_comes_before_the_second_is_made(pipe):
-    stream = pipe.stream(PROMPT)
-    next(stream)
-    assert pipe.session.chunk == 1
-    stream.close()
-
-
 def test_call_is_stream_joined_and_can_be_repeated(pipe, tmp_path):
     video = pipe(PROMPT, seed=3).videos[0]
     assert np.array_equal(video.frames, np.concatenate(list(pipe.stream(PROMPT, seed=3))))
@@ -60,12 +52,6 @@ def test_a_batch_gives_what_each_prompt_gives_alone(pipe):
     assert [len(chunk) for chunk in chunks] == [2, 2, 2] and chunks[1][1].shape == (12, 32, 48, 3)
 
 
-def test_prompts_matter(pipe):
-    # random weights: some other noise, too, would do, so compare latents of the same seed
-    latents = [next(pipe.session.play(prompt, 0, 1)).latents for prompt in (PROMPT, OTHER)]
-    assert not torch.equal(*latents)
-
-
 def test_frames_are_those_of_decoding_the_whole_clip(pipe):
     results = [result.wait() for result in pipe.session.play([PROMPT], [0], 3)]
     whole = to_frames(pipe.session.codec.decode(torch.cat([result.latents for result in results], dim=1)))
@@ -83,9 +69,6 @@ def test_to_frames_rounds_and_clamps():
 
 def test_num_frames_are_pixel_frames(pipe):
     assert len(pipe(PROMPT, num_frames=21).videos[0].frames) == 21
-    for wrong in (20, 25):
-        with pytest.raises(UserError):
-            pipe(PROMPT, num_frames=wrong)
 
 
 def test_schedule_prints_as_a_table(pipe):
@@ -105,15 +88,11 @@ def test_context_policy_reaches_the_loop(tiny_assets):
     assert [list(chunk)[-2] for chunk in clean(PROMPT).videos[0].timings] == ["context", "context"]
 
 
-def test_memory_does_not_grow_with_length(pipe):
-    sizes, generated = [], pipe.session.play(PROMPT, 0, None)
-    for _ in range(8):
-        next(generated)
-        sizes.append(pipe.session._cache.bytes)
-    assert len(set(sizes)) == 1
+def test_the_memory_of_the_last_clip_is_used_again(pipe):
+    next(pipe.session.play(PROMPT, 0, 1))
     before = pipe.session._cache
     next(pipe.session.play(OTHER, 1, 1))
-    assert pipe.session._cache is before, "the memory of the last clip is used again"
+    assert pipe.session._cache is before
 
 
 def test_an_old_stream_does_not_mix_with_a_new_one(pipe):
@@ -142,19 +121,6 @@ def test_nothing_on_the_path_waits_for_the_device(tiny_student, tiny_vae, tiny_t
     next(generated)
     with NoSync():
         assert len(list(generated)) == 5
-
-
-@pytest.mark.parametrize("bad", ["", " ", "a\0b"])
-def test_bad_prompts(pipe, bad):
-    with pytest.raises(UserError):
-        next(pipe.stream(bad))
-
-
-def test_seeds_and_prompts_must_match(pipe):
-    with pytest.raises(UserError, match="2 seeds were given for 1 prompts"):
-        pipe([PROMPT], seed=[1, 2])
-    with pytest.raises(UserError):
-        pipe([])
 
 
 def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):

@@ -132,16 +132,6 @@ def test_checkpointing_changes_no_gradient(trained, text, share, context):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True) if a is not None)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.99])
-def test_context_grad_lets_the_loss_of_later_chunks_reach_earlier_ones(trained, text, share):
-    """Key projections of the first chunk move the third chunk's loss by another amount when the past is cut."""
-    schedule = Schedule(timesteps_by_chunk=ROWS)
-    exits = exit_steps(schedule, 3, share)
-    found = [gradients(trained, run(trained, schedule, exits, text=text, context_grad=on)) for on in (True, False)]
-    moved = [a for a, b in zip(*found, strict=True) if a is not None and not torch.allclose(a, b, rtol=1e-3)]
-    assert len(moved) > 20
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_straight_through_keys_carry_the_exits_graph_and_the_last_steps_numbers(trained, text, share):
     schedule = Schedule(timesteps_by_chunk=ROWS)
@@ -286,11 +276,3 @@ def test_long_tuning_changes_the_prompt_as_inference_does(tiny_assets, monkeypat
 class _Given(PrecomputedNoise):
     def prefetch(self, chunk: int) -> None:
         """Nothing to draw."""
-
-
-def test_the_prompt_can_change_on_the_way(tiny_student, text):
-    schedule = Schedule(timesteps_by_chunk=ROWS)
-    last = last_steps(schedule, 4)
-    one = run(tiny_student, schedule, last, text=text, chunks=4)
-    two = run(tiny_student, schedule, last, text_of=lambda k: text if k < 2 else -text, chunks=4)
-    assert torch.equal(one[:, :6], two[:, :6]) and not torch.equal(one[:, 6:], two[:, 6:])

@@ -53,8 +53,7 @@ def numbers(path, fps: int) -> list[int]:
     return [round((value - 10) / 4) for value in read_clip(path, SIZE, fps, 1000).mean((1, 2, 3))]
 
 
-@pytest.mark.parametrize("fps", [16, 24])
-@pytest.mark.parametrize("rate", [Fraction(8), Fraction(16), Fraction(24), Fraction(30_000, 1001), Fraction(32)])
+@pytest.mark.parametrize("rate, fps", [(Fraction(8), 16), (Fraction(24), 16), (Fraction(30_000, 1001), 24)])
 @pytest.mark.parametrize("ending", CONTAINERS)
 def test_the_frame_that_shows_at_each_time_whatever_the_time_base(tmp_path, ending, rate, fps):
     if (ending, rate) == ("gif", Fraction(30_000, 1001)):

@@ -10,7 +10,7 @@ from utils.prompts import read_prompts
 
 MB = 1 << 20
 READ = {
-    "BOM and CRLF": ("\ufeffa red circle\r\na blue square\r\n".encode(), ["a red circle", "a blue square"]),
+    "BOM and CRLF": ("\ufeffa red circle\r\na\u2028square\r\n".encode(), ["a red circle", "a\u2028square"]),
     "old Mac": (b"one\rtwo", ["one", "two"]),
     "no last line end": (b"one\n\n  two\t", ["one", "two"]),
     "other scripts": ("рыжий кот\n红色的圆\n🔴➡️\n".encode(), ["рыжий кот", "红色的圆", "🔴➡️"]),

@@ -49,7 +49,7 @@ from utils.files import (
 )
 from utils.logs import JsonlSink, console, get_logger, read_jsonl
 from utils.progress import progress_bar
-from utils.prompts import check_prompt, read_prompts
+from utils.prompts import check_prompt
 from utils.seeds import generator, resolve_seed, sample_seed, stable_hash
 from utils.timers import SpanTimer
 
@@ -285,33 +285,6 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
 
 
-def test_read_prompts_tolerates_windows(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_bytes("\ufeffone\r\n\r\n  zwei ä \r\nthree\u2028still three\n\n".encode())
-    assert read_prompts(path) == ["one", "zwei ä", "three\u2028still three"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "does not exist"),
-        (b"", "holds no prompt"),
-        (b"\xef\xbb\xbf\n \n", "holds no prompt"),
-        (b"ok\n\xff\xfe", "UTF-8 at byte 3"),
-        ("utf-16 text".encode("utf-16"), "UTF-8"),
-        (b"ok\na\0b\n", "line 2.*NUL"),
-    ],
-)
-def test_read_prompts_refuses(tmp_path, content, message):
-    path = tmp_path / "p.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_prompts(path)
-    with pytest.raises(UserError, match="no ordinary file"):
-        read_prompts(tmp_path)
-
-
 @pytest.mark.parametrize("prompt", ["", " \n\t", "a\0b", "bad \udcff byte"])
 def test_check_prompt_refuses(prompt):
     with pytest.raises(UserError):
@@ -382,23 +355,6 @@ def test_ranks_from_env(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "four")
     with pytest.raises(UserError, match="integers"):
         Ranks.from_env()
-
-
-def test_process_group_of_two():
-    code = (
-        "import os, sys, torch, torch.distributed as dist\n"
-        "from utils.distributed import Ranks, process_group\n"
-        "with process_group(Ranks.from_env(), torch.device('cpu')):\n"
-        "    x = torch.tensor([dist.get_rank() + 1.0]); dist.all_reduce(x); assert x.item() == 3, x\n"
-        "assert not dist.is_initialized()\n"
-    )
-    port = str(20_000 + os.getpid() % 20_000)
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
 
 
 def test_devices_and_precision():

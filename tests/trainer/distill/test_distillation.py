@@ -8,7 +8,6 @@ import torch
 from distill_case import distill_config, distill_stage
 
 from configs.errors import UserError
-from model.weights.load import load_student
 from trainer.distill.diagnostics import warnings
 from trainer.distill.gradient_check import gradient_check
 from trainer.distill.long_tuning import loss_window
@@ -127,11 +126,11 @@ def test_a_warm_up_of_all_steps_is_refused(tiny_assets):
         distill_config(tiny_assets, "training.distill.critic_warmup=6")
 
 
-@pytest.mark.parametrize("variant", ["half=true", "half=false", "frame_error=release"])
-def test_the_flow_loss_changes_the_students_gradient(tiny_assets, variant):
-    on = student_gradient(distill_stage(tiny_assets, f"training.distill.flow.{variant}"))
+def test_the_flow_loss_changes_the_students_gradient(tiny_assets):
     off = student_gradient(distill_stage(tiny_assets, "training.distill.flow.weight=0"))
-    assert largest_difference(on, off) > 1e-3 * max(x.abs().max().item() for x in off)
+    for variant in ("half=true", "half=false", "frame_error=release"):
+        on = student_gradient(distill_stage(tiny_assets, f"training.distill.flow.{variant}"))
+        assert largest_difference(on, off) > 1e-3 * max(x.abs().max().item() for x in off), variant
 
 
 def test_the_flow_loss_of_4ea418d_changes_nothing_and_is_called_so(tiny_assets, tmp_path, caplog):
@@ -186,7 +185,7 @@ def test_a_step_in_bfloat16_gives_no_warning(tiny_assets):
     assert not given, [str(warning.message) for warning in given]
 
 
-@pytest.mark.parametrize(("stop_after", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("stop_after", "warmup"), [(2, 0), (3, 0), (1, 2)])
 def test_resume_is_exact_in_the_middle_of_a_cycle(tiny_assets, tmp_path, stop_after, warmup):
     extra = [MOTION, f"training.distill.critic_warmup={warmup}"]
     straight = distill_stage(tiny_assets, *extra)
@@ -215,16 +214,10 @@ def test_resume_is_exact_in_the_middle_of_a_cycle(tiny_assets, tmp_path, stop_af
     assert rows[0] == rows[1] and len(rows[0]) == 6
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["training.checkpointing=true"],
-        ["training.precision=float32"],
-    ],
-)
-def test_what_must_not_change_the_gradient(tiny_assets, overrides):
-    plain = student_gradient(distill_stage(tiny_assets), 1)
-    other = student_gradient(distill_stage(tiny_assets, *overrides), 1)
+def test_checkpointing_does_not_change_the_gradient(tiny_assets):
+    plain, other = (
+        student_gradient(distill_stage(tiny_assets, f"training.checkpointing={on}"), 1) for on in ("false", "true")
+    )
     assert largest_difference(plain, other) <= 1e-7
 
 
@@ -237,40 +230,17 @@ def test_bfloat16_gradients_agree_roughly(tiny_assets):
     assert all(g.abs().max() > 0 for g, e in zip(rough, exact, strict=True) if e.abs().max() > 1e-4)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["training.distill.rollout_context=release"],
-        ["training.distill.context_grad=false"],
-        ["training.distill.exit=last"],
-        ["training.distill.rollout_context=release", "training.distill.context_noise=0"],
-        ["training.distill.fake_guidance=0.5"],
-        ["stream.context=clean"],
-        ["schedule.steps=2"],
-        ["training.distill.guidance=0"],
-    ],
-)
-def test_settings_change_the_gradient(tiny_assets, overrides):
-    stage = distill_stage(tiny_assets)
+def test_settings_change_the_gradient(tiny_assets):
+    stage, release = distill_stage(tiny_assets), "training.distill.rollout_context=release"
     early = next(s for s in range(60) if stage.planner.draw("generator", s).exits == (1, 1, 0, 0))
-    other = student_gradient(distill_stage(tiny_assets, *overrides), early)
-    assert largest_difference(student_gradient(stage, early), other) > 1e-5
-
-
-def test_lora_moves_adapters_alone_and_exports_merged_weights(tiny_assets, tmp_path):
-    lora = "training.distill.lora={student_rank: 4, critic_rank: 2}"
-    stage = distill_stage(tiny_assets, lora, "training.steps=4")
-    before = states(stage)
-    run(stage, tmp_path)
-    after = states(stage)
-    moved = [k for k in after if k in before and "/module/" in k and not torch.equal(before[k], after[k])]
-    assert moved and all("lora_" in k for k in moved)
-    exported = load_student(tmp_path / "export")
-    x, t, text = torch.randn(1, 3, 16, 4, 6), torch.tensor([500.0]), torch.randn(1, 12, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(exported(x, t, text), stage.averaged(x, t, text), rtol=1e-2, atol=1e-2)
-        base = load_student(tiny_assets / "student")
-        assert (exported(x, t, text) - base(x, t, text)).abs().max() > 1e-4
+    plain = student_gradient(stage, early)
+    for overrides in (
+        [release], [release, "training.distill.context_noise=0"], ["training.distill.context_grad=false"],
+        ["training.distill.exit=last"], ["training.distill.fake_guidance=0.5"], ["stream.context=clean"],
+        ["schedule.steps=2"], ["training.distill.guidance=0"],
+    ):  # fmt: skip
+        other = student_gradient(distill_stage(tiny_assets, *overrides), early)
+        assert largest_difference(plain, other) > 1e-5, overrides
 
 
 class TestLong:
@@ -310,11 +280,6 @@ class TestLong:
         logs = stage.generator_backward.run(plan, [batch])
         assert logs["loss"].isfinite()
 
-    def test_steps_run(self, tiny_assets):
-        stage = distill_stage(tiny_assets, self.LONG)
-        assert all(v.isfinite() for step in range(4) for v in stage.update(step).values())
-
-
 def test_rollout_shorter_than_the_window_is_refused(tiny_assets):
     with pytest.raises(UserError, match="long.max_frames=9 is shorter"):
         distill_stage(tiny_assets, "training.distill.long.max_frames=9")
@@ -347,10 +312,8 @@ def test_validation_writes_a_video_with_the_teachers_clips(tiny_assets, tmp_path
 
 def test_prompts_of_a_file(tiny_assets, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle moves right\na blue square\n")
-    for ahead in ("true", "false"):
-        extra = [f"training.distill.prompts={tmp_path / 'p.txt'}", f"training.distill.encode_ahead={ahead}"]
-        stage = distill_stage(tiny_assets, *extra)
-        assert len(stage.prompts) == 2 and stage.update(0)["critic_loss"].isfinite()
+    stage = distill_stage(tiny_assets, f"training.distill.prompts={tmp_path / 'p.txt'}")
+    assert len(stage.prompts) == 2 and stage.update(0)["critic_loss"].isfinite()
 
 
 def test_open_captions_are_a_share_and_leave_the_others_alone(tiny_assets):

@@ -3,7 +3,6 @@
 `bash scripts/failure_drills.sh` runs these by themselves and shows what each rank said; with --gpu on GPUs.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -153,14 +152,3 @@ def test_a_corrupted_newest_checkpoint_falls_back(stopped, tiny_assets, alone, t
     shard.write_bytes(content)
     assert checkpoint.newest(out, "distill")[0] == checkpoint.folders(out)[-2]
     finish(tiny_assets, out, alone)
-
-
-def test_what_may_change_and_what_may_not(stopped, tiny_assets, tmp_path):
-    out = shutil.copytree(stopped[0], tmp_path / "copy")
-    outcomes = run_ranks(tiny_assets, out, 2, *SHARDED, "seed=7")
-    assert [o.ended for o in outcomes] == ["UserError"] * 2, outcomes
-    assert all("seed=7 was 0" in o.said and "training.accept_changes" in o.said for o in outcomes), outcomes
-    settings = ("seed=7", "training.accept_changes=[seed]", "training.optimizer.lr=1e-4", "training.log_every=2")
-    assert [o.ended for o in run_ranks(tiny_assets, out, 2, *SHARDED, *settings)] == ["done"] * 2
-    manifest = json.loads((checkpoint.folders(out)[-1] / "manifest.json").read_text())
-    assert manifest["config"]["seed"] == 7

@@ -1,6 +1,5 @@
 """Ranks over gloo do what one rank does with the same global batch: data parallel, sharded, sequence parallel."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -96,13 +95,3 @@ def test_ranks_that_share_samples_encode_together(tiny_assets, alone, tmp_path):
     more = ("training.sequence_parallel=2", "training.sharding=full", "training.distill.encode_ahead=false")
     start(tiny_assets, tmp_path, 2, *more)
     assert_same(alone, tmp_path)
-
-
-def test_a_sharded_run_resumes_recomputes_and_validates(tiny_assets, alone, tmp_path):
-    """Without its last checkpoint it goes on from the one before, and ends where one process does."""
-    sharded = ["training.sharding=full", "training.checkpoint_every=3", "training.checkpointing=true"]
-    start(tiny_assets, tmp_path, 2, *sharded)
-    shutil.rmtree(checkpoint.folders(tmp_path)[-1])
-    start(tiny_assets, tmp_path, 2, *sharded, "training.validation_clips=2", "training.distill.video_clips=1")
-    assert_same(alone, tmp_path)
-    assert list((tmp_path / "validation").glob("*.mp4"))
