@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from configs.distill_schema import DistillConfig
 from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
-from configs.validate import check_bounds, number, one_of
+from configs.validate import check_bounds, groups_of, number, one_of
 
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "ode_regression", "distill")
 WORLD_STAGES = ("world_text", "world_vae", "world_teacher", "world_causal")  # of the moving world
@@ -167,3 +167,20 @@ class TrainingConfig:
                 f"training.image_start={self.image_start} needs the student whole on each rank that makes an image; "
                 "set image_start=0 or training.sequence_student=whole"
             )
+
+    def accumulation(self, ranks: int) -> tuple[int, str]:
+        """Micro-batches per rank and step, so that all ranks together process `global_batch` samples; and in words.
+
+        Raises UserError if that is no whole number, or if ranks that share samples do not come in whole groups.
+        """
+        groups = groups_of(ranks, self.sequence_parallel, "training.sequence_parallel")
+        who = f"{groups} rank{'s' * (groups != 1)}"
+        if self.sequence_parallel > 1:
+            who = f"{groups} group{'s' * (groups != 1)} of {self.sequence_parallel} ranks"
+        rounds, rest = divmod(self.global_batch, self.micro_batch * groups)
+        if rest or not rounds:
+            raise UserError(
+                f"training.global_batch={self.global_batch} is not a multiple of training.micro_batch="
+                f"{self.micro_batch} x {who}; try {max(1, rounds) * self.micro_batch * groups}"
+            )
+        return rounds, f"{self.global_batch} = {self.micro_batch} a pass x {who} x {rounds} accumulated"

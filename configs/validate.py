@@ -49,6 +49,16 @@ def one_of(choices: Iterable[str], section: str, values: Any, *names: str) -> No
             raise UserError(f"{section}.{name}={shown(value)} is unknown; use one of {', '.join(choices)}")
 
 
+def groups_of(ranks: int, degree: int, setting: str) -> int:
+    """Number of groups of `setting`=degree ranks. Raises UserError if some ranks are left over."""
+    if ranks % degree:
+        raise UserError(
+            f"{setting}={degree} does not divide {ranks} rank{'s' * (ranks != 1)}; "
+            f"start a multiple of {degree} with torchrun --nproc_per_node, or lower it"
+        )
+    return ranks // degree
+
+
 def check_shares(setting: str, degree: int, count: int, what: str) -> None:
     """Refuse `setting`=degree where it does not divide `count` things, which `what` names."""
     if count % degree:

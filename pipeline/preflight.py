@@ -186,22 +186,10 @@ def _schedule(report: Report, config: Config) -> None:
 
 
 def _batch(report: Report, config: Config, world: int) -> None:
-    t = config.training
-    if world % t.sequence_parallel:
-        problem = f"training.sequence_parallel={t.sequence_parallel} does not divide {world} processes; lower it"
-        report.add_problem("batch", problem)
-        return
-    world //= t.sequence_parallel
-    processes = "processes" if t.sequence_parallel == 1 else f"groups of {t.sequence_parallel} processes"
-    rounds, rest = divmod(t.global_batch, t.micro_batch * world)
-    if rest or not rounds:
-        report.add_problem(
-            "batch",
-            f"training.global_batch={t.global_batch} is not a multiple of training.micro_batch={t.micro_batch} x "
-            f"{world} {processes}; try {max(1, rounds) * t.micro_batch * world}",
-        )
-    else:
-        report.add("batch", f"{t.global_batch} = {t.micro_batch} a pass x {world} {processes} x {rounds} accumulated")
+    try:
+        report.add("batch", config.training.accumulation(world)[1])
+    except UserError as error:
+        report.add_problem("batch", str(error))
 
 
 def _sharing(report: Report, config: Config, gpus: int) -> None:

@@ -286,7 +286,8 @@ def run(
                 if save and stage.ranks.first:
                     show_curves(logdir, stage.name)
         if save:
-            _export(stage, logdir, reached, control)
+            saved = stage.export_often and start < reached  # with the last checkpoint, to <logdir>/export
+            _export(stage, logdir, reached, control, done=saved)
             if stage.ranks.first:
                 write_json_atomic(logdir / END, {"steps": reached})
     return True
@@ -376,9 +377,10 @@ def _stop_within_step(
     log.info("stopped in step %d, which will be repeated; the same command resumes", step + 1)
 
 
-def _export(stage: Stage, logdir: Path, step: int, control: ControlGroup) -> None:
+def _export(stage: Stage, logdir: Path, step: int, control: ControlGroup, done: bool) -> None:
+    """done: they have just been written to <logdir>/export."""
     folder = export_folder(stage.config, logdir)
-    if stage.sharded or stage.ranks.first:
+    if (stage.sharded or stage.ranks.first) and not (done and folder == logdir / EXPORT):
         stage.export(folder, step)
     control.wait()
     log.info("trained weights are in %s", folder)

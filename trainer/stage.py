@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Config
-from configs.train_schema import TrainingConfig
 from trainer.backward import Backward
 from trainer.optim.train_state import TrainState
 from utils.compiling import TRAINING_OPTIONS
@@ -19,21 +18,6 @@ from utils.distributed import Ranks
 from utils.logs import get_logger
 
 log = get_logger(__name__)
-
-
-def accumulation(training: TrainingConfig, ranks: Ranks) -> int:
-    """Micro-batches per rank and step, so that all ranks together process `training.global_batch` samples."""
-    at_once = training.micro_batch * ranks.world
-    parts, rest = divmod(training.global_batch, at_once)
-    if rest or not parts:
-        raise UserError(
-            f"training.global_batch={training.global_batch} is not a multiple of training.micro_batch="
-            f"{training.micro_batch} x {ranks.world} ranks; try {max(1, parts) * at_once}"
-        )
-    ranks_text = f"{ranks.world} rank{'s' * (ranks.world != 1)}"
-    log.info("global batch %d = micro batch %d x %s x %d accumulated", training.global_batch, training.micro_batch,
-             ranks_text, parts)  # fmt: skip
-    return parts
 
 
 class Stage(ABC):
@@ -47,6 +31,8 @@ class Stage(ABC):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         self.config, self.device, self.ranks = config, device, ranks
+        self.micro_batches, batch = config.training.accumulation(ranks.world)
+        log.info("batch: %s", batch)
 
     @abstractmethod
     def update(self, step: int) -> dict[str, Tensor]:
@@ -87,7 +73,6 @@ class Supervised(Stage):
         t = config.training
         if t.sharding != "none":
             raise UserError(f"training.sharding={t.sharding} is for stage distill; use none for stage {t.stage}")
-        self.micro_batches = accumulation(t, ranks)
         self.module = module.to(device).train()
         self.train_state = TrainState(self.module, t)
         self.train_states = {"module": self.train_state}

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError
+from configs.validate import groups_of
 
 T = TypeVar("T")
 LATER_S = 60.0  # seconds that NCCL waits beyond the timeout
@@ -46,12 +47,7 @@ class Ranks:
 
         Raises UserError if `setting`=degree does not divide the number of ranks.
         """
-        if self.world % degree:
-            raise UserError(
-                f"{setting}={degree} does not divide {self.world} rank{'s' * (self.world != 1)}; "
-                f"start a multiple of {degree} with torchrun --nproc_per_node, or lower it"
-            )
-        return Ranks(self.rank // degree, self.world // degree, self.local_rank // degree)
+        return Ranks(self.rank // degree, groups_of(self.world, degree, setting), self.local_rank // degree)
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's items, distributed round robin."""

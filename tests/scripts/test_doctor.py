@@ -62,14 +62,14 @@ def test_missing_files_are_all_told_at_once(capsys, monkeypatch):
     assert "31." in shown.split("40 GiB card")[1].splitlines()[0]  # as configured, sizes of Wan being taken for granted
     assert doctor.main(["--config_path", TRAIN, "--train", "--gpus", "8"]) == 1
     shown = capsys.readouterr().out
-    assert "64 = 1 a pass x 8 processes x 8 accumulated" in shown and "download.py prompts" in shown
+    assert "64 = 1 a pass x 8 ranks x 8 accumulated" in shown and "download.py prompts" in shown
     assert "one GPU of 8" in shown and "download.py wan-14b" in shown and "download.py self-forcing" in shown
 
 
 def test_batch_that_does_not_come_out(capsys):
     doctor.main(["--config_path", TRAIN, "--train", "--gpus", "7"])
     shown = capsys.readouterr().out
-    assert "global_batch=64 is not a multiple of training.micro_batch=1 x 7 processes; try 63" in shown
+    assert "global_batch=64 is not a multiple of training.micro_batch=1 x 7 ranks; try 63" in shown
 
 
 def test_wrong_settings_end_it():

@@ -58,7 +58,7 @@ from trainer.pairs import Pairs, open_pairs
 from trainer.parallel.apply import ParallelPlan, is_sharded, mean_over_ranks, mesh_of, unshard
 from trainer.parallel.sequence import check_tokens, data_ranks, sequence_group
 from trainer.prompt_bank import PromptBank, check_text_dim, text_source, training_prompts
-from trainer.stage import Stage, accumulation
+from trainer.stage import Stage
 from trainer.validation import Validator
 from utils.device import pick_dtype
 from utils.distributed import Ranks
@@ -83,7 +83,6 @@ class Distill(Stage):
         self.settings, self.mesh = t.distill, mesh_of(t, device)
         self.sharded = self.mesh is not None
         self.data = data_ranks(t.sequence_parallel, ranks)
-        self.micro_batches = accumulation(t, self.data)
         self.geometry = Geometry.from_config(config)
         check_tokens(t, self.geometry, config.video.num_latent_frames)
         self.sequence = sequence_group(t.sequence_parallel, ranks, device)

@@ -1,6 +1,7 @@
 """Stage `distill` on random tiny networks: who is moved by what, exact resume, variants, and what stops it."""
 
 import json
+import shutil
 from warnings import catch_warnings, simplefilter
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from distill_case import distill_config, distill_stage
 
 from configs.errors import UserError
+from model.weights.load import load_student
 from trainer.distill.diagnostics import warnings
 from trainer.distill.gradient_check import gradient_check
 from trainer.distill.long_tuning import loss_window
@@ -283,6 +285,23 @@ class TestLong:
 def test_rollout_shorter_than_the_window_is_refused(tiny_assets):
     with pytest.raises(UserError, match="long.max_frames=9 is shorter"):
         distill_stage(tiny_assets, "training.distill.long.max_frames=9")
+
+
+def test_the_last_step_is_exported_once(tiny_assets, tmp_path):
+    """With its checkpoint; again where a run at its end has lost it, and to a folder that is named beside it."""
+
+    def exports(*settings: str) -> list[tuple[str, int]]:
+        stage, made = distill_stage(tiny_assets, "training.steps=2", *settings), []
+        write = stage.export
+        stage.export = lambda folder, step: (made.append((folder.name, step)), write(folder, step))
+        run(stage, tmp_path / "run")
+        return made
+
+    assert exports("training.checkpoint_every=1") == [("export", 1), ("export", 2)]
+    shutil.rmtree(tmp_path / "run" / "export")
+    assert exports() == [("export", 2)] and load_student(tmp_path / "run" / "export").card["step"] == 2
+    shutil.rmtree(tmp_path / "run")
+    assert exports(f"training.export={tmp_path / 'mine'}") == [("export", 2), ("mine", 2)]
 
 
 def test_nan_stops_the_run_with_its_batch_and_without_a_checkpoint(tiny_assets, tmp_path):

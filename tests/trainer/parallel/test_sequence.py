@@ -73,9 +73,9 @@ def test_batches_count_samples_once(tiny_assets):
     report = Report()
     config = distill_config(tiny_assets, "training.sequence_parallel=2", "training.global_batch=4")
     _batch(report, config, 4)
-    assert report.lines == [("batch", "4 = 2 a pass x 2 groups of 2 processes x 1 accumulated")]
+    assert report.lines == [("batch", "4 = 2 a pass x 2 groups of 2 ranks x 1 accumulated")]
     _batch(report, config, 3)
-    assert "sequence_parallel=2 does not divide 3 processes" in report.problems[0]
+    assert "sequence_parallel=2 does not divide 3 ranks" in report.problems[0]
 
 
 def test_the_memory_plan_shares_activations_and_keys(tiny_assets):
