@@ -40,9 +40,12 @@ def outcome(network: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     return {"output": out.detach()} | gradients
 
 
-def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[nn.Module], Tensor]) -> None:
+def compare(
+    name: str, network: nn.Module, group: SequenceGroup, run: Callable[[nn.Module], Tensor], ways: int = 4
+) -> None:
     """`run` of the network, of a copy on the group, of that with recomputation as in training, of that sharded, and of
-    that compiled. Self-attention runs as often in each, but for a student that is recomputed."""
+    that compiled (the first of these `ways`). Self-attention runs as often in each, but for a student that is
+    recomputed."""
     with KernelRuns() as once:
         expected = outcome(network, lambda: run(network))
     parts = copy.deepcopy(network)
@@ -51,7 +54,7 @@ def compare(name: str, network: nn.Module, group: SequenceGroup, run: Callable[[
     checks = {"shared out": lambda: None, "recomputed": lambda: parts.enable_gradient_checkpointing(again)}
     checks["sharded"] = lambda: shard(parts, mesh_of(TrainingConfig(sharding="full"), CPU))
     checks["compiled"] = lambda: compile_blocks(parts, backend="aot_eager", fullgraph=True)
-    for how, change in checks.items():
+    for how, change in list(checks.items())[:ways]:
         change()
         with KernelRuns() as seen:
             found = outcome(parts, lambda: run(parts))
@@ -91,5 +94,5 @@ def compare_networks() -> bool:
         compare("score", score, group, lambda m: ScoreModel(m).v(latents, t[:, 0], text))
         compare("student", student, group, lambda m: rolled(m, text))
         mask = chunk_causal_mask(GEOMETRY, 6, CPU)
-        compare("whole clip", student, group, lambda m: m(latents, t[:, 0], text, mask=mask))
+        compare("whole clip", student, group, lambda m: m(latents, t[:, 0], text, mask=mask), ways=1)
     return True

@@ -21,7 +21,7 @@ SETTINGS = (
     "device=cpu", "training.sharding=full", "training.steps=100000", "training.global_batch=2",
     "training.micro_batch=1", "training.validation_clips=0", "training.image_start=0", "training.log_every=1",
     "training.checkpoint_every=0", "training.distill.critic_warmup=0", "training.bank_clips=8",
-    "video.num_latent_frames=6", "training.timeout_s=900",
+    "video={height: 32, width: 48, num_latent_frames: 6}", "training.timeout_s=900",
 )  # fmt: skip
 
 
