@@ -6,6 +6,7 @@ rather than rounding, and its float8 loses a carry, so that the last cast is tor
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,6 +55,14 @@ def rows_case(width: int, dtype: torch.dtype, device: str = "cpu", count: int = 
     return x.to(device, dtype)
 
 
+def query_cases(width: int, dtype: torch.dtype, device: str = "cpu", tokens: int = 21) -> Iterator[tuple]:
+    """Arguments of `reference_query_norm`."""
+    *_, product = norm_cases(width, dtype, device, tokens)
+    x, _, factors, *_, weight, _, _ = product[1]
+    for given in ([], factors):
+        yield 3 * x, given, weight, 1e-6
+
+
 def close(got: Tensor, wanted: Tensor, name: str) -> None:
     """Equal but for the last bit of a few."""
     assert got.dtype is wanted.dtype and got.shape == wanted.shape, name
@@ -75,6 +84,12 @@ def compare_norms(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -
             wanted = fast_kernels.reference_residual_norm(*case, scaled)
             for got, one in zip(kernel(*case, scaled), wanted, strict=True):
                 close(got, one, f"{name}, {one.dtype}")
+
+
+def compare_queries(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """kernel(*case) -> as `reference_query_norm`."""
+    for case in query_cases(width, dtype, device):
+        close(kernel(*case), fast_kernels.reference_query_norm(*case), f"text's queries, {len(case[1])} factors")
 
 
 def compare_turns(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -129,6 +144,7 @@ def main() -> None:
         norm, turn, _ = interpreted(triton_kernels, rows=rows, warps=warps)
         compare_norms(norm, width, half)
         compare_turns(turn, width, half)
+        compare_queries(partial(triton_kernels.query_norm, rows=rows, warps=warps), width, half)
     for width in (96, 256, 1536, 8960):
         compare_rows(interpreted(triton_kernels)[-1], width, half)
     print("every kernel agrees")

@@ -6,7 +6,8 @@
     feed_forward            output projection | sum, norm | feed-forward | gate, sum
 
 In float8 the kernel of a norm or GELU also quantizes its output for the next product; the output of attention is
-quantized by a kernel of its own. The kernel of a sum multiplies a float8 product by its scales.
+quantized by a kernel of its own. The kernel of a sum, or of the norm of the text's queries, multiplies a float8 product
+by its scales.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from model.fast.ops import (
     linear_gelu,
     qk_norm_rope,
     quantize_rows,
+    query_norm,
     residual_norm,
 )
 from model.fp8 import Fp8Linear
@@ -36,7 +38,7 @@ def fits(model: CausalWanModel) -> bool:
     return all(
         block.attn1.fused_projections
         and isinstance(block.norm2, nn.LayerNorm)
-        and all(norm.weight.dtype is dtype for norm in (block.attn1.norm_q, block.attn1.norm_k))
+        and all(norm.weight.dtype is dtype for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q))
         for block in model.blocks
     )
 
@@ -65,7 +67,8 @@ def cross_attention_query(
     attn = block.attn2
     y = _branch(block.attn1.to_out[0], attn_output.flatten(2, 3))
     x, *rows = _norm(block.norm2, attn.to_q, x, modulation, **y, gate=GATE)
-    return x, attn.norm_q(_product(attn.to_q, rows, x)).type_as(x).unflatten(2, (attn.heads, -1))
+    q = query_norm(*_unscaled(attn.to_q, rows, x), attn.norm_q.weight, attn.norm_q.eps)
+    return x, q.unflatten(2, (attn.heads, -1))
 
 
 def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor, fused_gelu: bool) -> Tensor:
@@ -96,8 +99,18 @@ def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _branch(linear: nn.Module, y: Tensor, gelu: bool = False) -> dict[str, Any]:
     """linear applied to y [B, L, D], or to its GELU, as `residual_norm` takes it."""
+    if isinstance(linear, Fp8Linear):
+        rows = quantize_rows(y.flatten(0, -2), gelu)
+    else:
+        rows = [functional.gelu(y, approximate="tanh") if gelu else y]
+    product, factors = _unscaled(linear, rows, y)
+    return {"branch": product, "factors": factors}
+
+
+def _unscaled(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """As `_product`, but of float8 without scales and bias, which are returned beside it."""
     if not isinstance(linear, Fp8Linear):
-        return {"branch": linear(functional.gelu(y, approximate="tanh") if gelu else y)}
-    value, scale = quantize_rows(y.flatten(0, -2), gelu)
-    product = fp8_product(value, linear.weight).view(*y.shape[:-1], -1)
-    return {"branch": product, "factors": (scale, linear.scale, linear.bias)}
+        return linear(rows[0]), []
+    value, scale = rows
+    product = fp8_product(value.flatten(0, -2), linear.weight).view(*like.shape[:-1], -1)
+    return product, [scale, linear.scale, linear.bias]

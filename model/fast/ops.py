@@ -2,6 +2,7 @@
 
     residual_norm   scales and bias of a float8 product, residual addition, norm and modulation, quantization to float8
     fp8_product     a matrix product of float8 numbers, without scales
+    query_norm      scales and bias of a float8 product, norm of the queries of cross-attention
     qk_norm_rope    norms of queries and keys, rotary embedding, writing of keys and values into their slots
     quantize_rows   GELU and quantization to float8
     linear_gelu     GELU in the epilogue of a matrix product (a kernel of torch)
@@ -55,11 +56,9 @@ def _(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled):
 def reference_residual_norm(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
     """What the kernel computes, in torch."""
     rows, out = modulation.unsqueeze(3).unbind(2), []
-    if factors:
-        by_row, by_column, added = factors
-        branch = branch.float() * by_row.view(*x.shape[:2], 1) * by_column.view(-1) + added.float()
     if branch is not None:
-        branch = branch.float() if gate < 0 else _gate(branch.float(), rows[gate])
+        branch = _scaled(branch, factors)
+        branch = branch if gate < 0 else _gate(branch, rows[gate])
         x = (x.float() + branch).type_as(x)
         out.append(x)
     if shift < 0 and weight is None:
@@ -71,6 +70,14 @@ def reference_residual_norm(x, branch, factors, modulation, gate, shift, weight,
         return [*out, y]
     value, scale = quantize(y.flatten(0, 1))
     return [*out, value.view_as(y), scale]
+
+
+def _scaled(product: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """product [B, L, D], float32, times the scales of its rows [B L, 1] and columns [D, 1], plus the bias [D]."""
+    if not factors:
+        return product.float()
+    by_row, by_column, bias = factors
+    return product.float() * by_row.view(*product.shape[:2], 1) * by_column.view(-1) + bias.float()
 
 
 def residual_norm(
@@ -117,6 +124,26 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 @cache
 def _one(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
+
+
+@torch.library.custom_op("diagonal::query_norm", mutates_args=())
+def query_norm(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of x [B, L, D], in the dtype of the weight [D]. factors: as in `residual_norm`."""
+    if x.is_cuda:
+        from model.fast import triton_kernels
+
+        return triton_kernels.query_norm(x, factors, weight, eps)
+    return reference_query_norm(x, factors, weight, eps)
+
+
+@query_norm.register_fake
+def _(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=weight.dtype)
+
+
+def reference_query_norm(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
+    """What the kernel computes, in torch."""
+    return functional.rms_norm(_scaled(x, factors), weight.shape, weight.float(), eps).to(weight.dtype)
 
 
 @torch.library.custom_op("diagonal::qk_norm_rope", mutates_args=("k_slot", "v_slot"))

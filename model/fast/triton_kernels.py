@@ -108,6 +108,42 @@ def _rms_norm(x, weight, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _query_norm(
+    x, row_scales, column_scales, bias, weight, out, count, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FACTORS: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of ROWS of the `count` rows."""
+    col = tl.arange(0, BLOCK)
+    inside = col < D
+    factor = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    if FACTORS:
+        column_scale = tl.load(column_scales + col, mask=inside, other=0.0)
+        added = tl.load(bias + col, mask=inside, other=0.0).to(tl.float32)
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        here = inside & (row < count)
+        value = tl.load(x + row * D + col, mask=here, other=0.0).to(tl.float32)
+        if FACTORS:
+            value = value * tl.load(row_scales + row, mask=row < count, other=0.0) * column_scale + added
+        y = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * factor
+        tl.store(out + row * D + col, y.to(out.dtype.element_ty), mask=here)
+
+
+def query_norm(
+    x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float, rows: int = 2, warps: int = 4
+) -> Tensor:
+    """As `query_norm` of model/fast/ops.py. rows: tokens per program."""
+    x, width = x.contiguous(), x.shape[-1]
+    out, count = torch.empty_like(x, dtype=weight.dtype), x.numel() // width
+    with torch.cuda.device_of(x):
+        _query_norm[(triton.cdiv(count, rows),)](
+            x, *(factors or [None] * 3), weight, out, count, eps,
+            D=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, FACTORS=len(factors) > 0, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _rotate(x, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr):
     """Rotate neighbouring pairs of x [HEADS, 2 HALF] by the angles [1, HALF]."""
     a, b = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
