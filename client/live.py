@@ -123,6 +123,8 @@ class LiveClient:
 
     async def __aenter__(self) -> "LiveClient":
         scheme, place, path, _, _ = urlsplit(self.url)
+        if scheme not in ("http", "https") or not place:
+            raise LiveError(f"{self.url} is no address of a server; give one such as http://127.0.0.1:8000")
         address = urlunsplit(("wss" if scheme == "https" else "ws", place, f"{path}/v1/live", "", ""))
         try:
             self._socket = await connect(address, additional_headers=self._headers, max_size=MAX_FRAME)

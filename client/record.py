@@ -15,12 +15,19 @@ async def record(
     url: str, prompt: str, path: str, *, seconds: float | None = None, seed: int = 0, key: str | None = None
 ) -> int:
     """Record until the video's length is reached; the number of frames. The file is whole whenever it ends."""
+    recorder = Recorder(path)  # before the server makes anything
     async with LiveClient(url, key) as live:
-        with Recorder(path) as recorder:
+        with recorder:
             await live.open(prompt, seed=seed, seconds=seconds)
             async for chunk in live:
                 recorder.write(chunk)
         return recorder.frames
+
+
+def stopped(path: str) -> int:
+    """What Ctrl-C leaves, on standard error; the exit code."""
+    print(f"stopped; {path} holds what was made, if a chunk came", file=sys.stderr)
+    return 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         frames = asyncio.run(
             record(args.url, args.prompt, args.path, seconds=args.seconds, seed=args.seed, key=args.key)
         )
-    except (LiveError, OSError) as error:
+    except (LiveError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; {args.path} holds what was made", file=sys.stderr)
-        return 130
+        return stopped(args.path)
     print(f"{args.path}: {frames} frames")
     return 0
 

@@ -12,6 +12,7 @@ from client.live import Chunk
 class Recorder:
     """A context manager that writes fragments as they come, to a `.partial` file that plays at any time.
 
+    path: ends in .mp4, since that is what is written (ValueError); its folder is there.
     It gets its name when the block ends, also by an error, if it holds a chunk. A chunk that goes back (`seek`,
     `branch`) takes the place of what was recorded from there on. ValueError for a chunk that does not go on from what
     is in the file: a branch of a take that was replaced.
@@ -19,6 +20,10 @@ class Recorder:
 
     def __init__(self, path: str | PathLike):
         self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise ValueError(f"{path} does not end in .mp4, and what is recorded is MP4; give another name")
+        if not self.path.parent.is_dir():
+            raise ValueError(f"{path} cannot be recorded: the folder {self.path.parent} does not exist; create it")
         self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self.frames = 0
         self._places: dict[int, int] = {}  # first frame of each chunk -> where in the file it begins

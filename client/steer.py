@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from client import LiveClient, LiveError, Place, Recorder
+from client.record import stopped
 
 Cue = tuple[float, str]  # seconds of the video, prompt
 
@@ -23,8 +24,9 @@ async def steer(
     """
     first, *later = cues
     receipts = []
+    recorder = Recorder(path)  # before the server makes anything
     async with LiveClient(url, key, paced=True) as live:
-        with Recorder(path) as recorder:
+        with recorder:
             receipts.append(await live.open(first[1], seed=seed, seconds=seconds))
             async for chunk in live:
                 recorder.write(chunk)
@@ -52,16 +54,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
     args = parser.parse_args(argv)
+    before = 0.0
     for time, prompt in args.cues:
+        if not time >= before:
+            parser.error(f"{time:g}:{prompt} comes after {before:g} s; give the prompts in the order of their times")
+        before = time
         if time >= args.seconds:
             parser.error(
                 f"{time:g}:{prompt} comes after the end of the video; give more than --seconds {args.seconds:g}"
             )
     try:
         places = asyncio.run(steer(args.url, args.path, args.cues, seconds=args.seconds, seed=args.seed, key=args.key))
-    except (LiveError, OSError) as error:
+    except (LiveError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return stopped(args.path)
     for (_, prompt), place in zip(args.cues, places, strict=True):
         print(f"frame {place.frame}: {prompt}", *place.warnings)
     return 0

@@ -83,6 +83,7 @@ def run(program: Program) -> int:
     loras = read_loras(args.lora)
     source = ModelSource(args.config_path, tuple(args.settings), loras)
     config = source.config()
+    source.check()
     groups = len(gpus()) // config.inference.sequence_parallel if config.device != "cpu" else 1
     workers = args.workers or max(1, groups)
     pool = WorkerPool(source, workers, live)
@@ -119,7 +120,9 @@ def read_loras(texts: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         match = LORA.fullmatch(text)
-        if match is None or match[1] in found:
-            raise UserError(f"--lora={text} is not of the form NAME=FILE, or its name is there already; rename it")
+        if match is None:
+            raise UserError(f"--lora={text} is not of the form NAME=FILE; give a name of letters, digits, _, . or -")
+        if match[1] in found:
+            raise UserError(f"--lora={text} has the name of another one; rename it")
         found[match[1]] = match[2]
     return found

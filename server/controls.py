@@ -132,7 +132,7 @@ def _prompt(values: Mapping[str, Any], name: str) -> str:
 def _number(values: Mapping[str, Any], name: str, low: float, high: float) -> float:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise MessageError(f"{name}={str(value)[:40]} is out of range; give a number from {low:g} to {high:g}")
+        raise MessageError(f"{name}={str(value)[:40]} is out of range; give a number from {low:,.16g} to {high:,.16g}")
     return value
 
 

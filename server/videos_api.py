@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from configs.schema import DATED, Config
 from model.schedule import PRESETS
@@ -239,7 +239,7 @@ async def _read(request: Request) -> tuple[VideoCreate, bytes | None]:
 def _data_url(url: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not re.fullmatch(r"data:image/[a-z+.-]{1,20};base64", head):
-        raise _invalid("input_reference", f"{url[:30]}... is not fetched; give a file, or data:image/png;base64,...")
+        raise _invalid("input_reference", f"{shown(url)} is not fetched; give a file, or data:image/png;base64,...")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -28,6 +28,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from model.schedule import Schedule
+from model.weights.inspection import inspect_weights, required_weights
 from server.controls import Control
 from server.costs import HEADROOM, Costs, later_nfe
 from server.limits import Limits
@@ -70,6 +71,14 @@ class ModelSource:
 
     def config(self) -> Config:
         return load_config(self.config_path, self.overrides)
+
+    def check(self) -> None:
+        """Raise a UserError if weights or an adapter are missing or damaged, by their headers, before workers start."""
+        config = self.config()
+        for role, path, name in required_weights(config):
+            inspect_weights(role, path, use_ema=config.model.use_ema and role == "student", name=name)
+        for name, path in self.loras.items():
+            inspect_weights("lora", path, name=f"--lora {name}")
 
     def load(self, rank: int) -> "DiagonalPipeline":
         """The pipeline on GPU `rank` of those there are. Runs in the worker; the front must not import torch's half."""

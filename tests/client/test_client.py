@@ -50,6 +50,38 @@ def test_a_prompt_after_the_end_is_refused(url, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_prompts_out_of_order_are_refused(tmp_path, capsys):
+    for cues in (["4:a", "2:b"], ["0:a", "nan:b"], ["-1:a"]):
+        with pytest.raises(SystemExit) as ended:
+            steer.main(["http://127.0.0.1:9", str(tmp_path / "x.mp4"), "--", *cues])
+        assert ended.value.code == 2 and "in the order of their times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x", "gone/x.mp4"])
+def test_a_file_that_cannot_be_recorded_is_refused_before_anything_is_made(tmp_path, capsys, name):
+    for main, given in ((record.main, [PROMPT, str(tmp_path / name)]), (steer.main, [str(tmp_path / name), PROMPT])):
+        assert main(["http://127.0.0.1:9", *given]) == 2  # where nothing answers
+        assert f"error: {tmp_path / name} " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:9", "ftp://127.0.0.1:9", ""])
+def test_an_address_that_is_none_is_a_sentence(tmp_path, capsys, url):
+    assert record.main([url, PROMPT, str(tmp_path / "x.mp4")]) == 2
+    assert "is no address of a server; give one such as http://" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_sentence(tmp_path, capsys, monkeypatch):
+    def interrupted(coroutine):
+        coroutine.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run", interrupted)
+    path = str(tmp_path / "x.mp4")
+    for main, given in ((record.main, [PROMPT, path]), (steer.main, [path, PROMPT])):
+        assert main(["http://127.0.0.1:9", *given]) == 130
+        assert "stopped; " in capsys.readouterr().err
+
+
 def test_a_branch_takes_the_place_of_what_was_recorded(url, tmp_path):
     async def run():
         seen = []
