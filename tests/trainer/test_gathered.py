@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_case import read_state
 from conftest import SEVERAL_RANKS
 from distill_case import distill_stage
 from ranks_case import group, on_ranks
@@ -17,7 +18,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from model.weights.load import load_student
-from trainer.checkpoint.sharded import read_state, write
+from trainer.checkpoint.sharded import write
 from trainer.distill.stage import Distill
 from trainer.parallel.apply import full_tensor, mean_over_ranks, optimized, optimizer_state, reshard, unshard
 from trainer.parallel.control_group import ControlGroup

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_case import latest
 from torch import nn
 
 from configs.errors import UserError
@@ -74,7 +75,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog):
         checkpoint.save(tmp_path, step, {"x": torch.tensor([step])}, {"stage": "text"}, keep=3)
     newest = checkpoint.folders(tmp_path)[-1] / "state.pt"
     newest.write_bytes(newest.read_bytes()[:-7])
-    state, manifest = checkpoint.latest(tmp_path, "text")
+    state, manifest = latest(tmp_path, "text")
     assert manifest["step"] == 1 and state["x"].item() == 1
     assert "damaged" in caplog.text
 
@@ -193,7 +194,7 @@ def test_fewer_steps_than_a_run_has_reached(tmp_path, caplog):
 def test_another_stage_does_not_resume(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(1)}, {"stage": "codec"}, keep=2)
     with pytest.raises(UserError, match="stage codec.*--logdir"):
-        checkpoint.latest(tmp_path, "text")
+        latest(tmp_path, "text")
 
 
 def test_trajectory_grid_holds_every_row():

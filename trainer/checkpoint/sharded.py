@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from configs.errors import UserError
-from model.weights.sharded_files import Shapes, ShardedReader, read_whole, sharded_shapes
+from model.weights.sharded_files import Shapes, ShardedReader, sharded_shapes
 from trainer.optim.train_state import TrainState
 from trainer.parallel.apply import load_optimizer_state, optimized
 from trainer.parallel.control_group import ControlGroup
@@ -116,19 +116,6 @@ def read(folder: Path, train_states: dict[str, TrainState], control: ControlGrou
     for name, train_state in train_states.items():
         load_optimizer_state(train_state.module, train_state.optimizer, optimizers[name])
     return _nested({name.removeprefix(f"{STAGE}."): tensors[name] for name in _of(shapes, STAGE)})
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The full state on the CPU: {name: {"module": ..., "average": ..., "optimizer": ...}, "stage": ...}."""
-    state: dict[str, Any] = {}
-    stage_state = {}
-    for name, value in read_whole(folder, sharded_shapes(folder)).items():
-        owner, part, key = (*name.split(".", 2), "")[:3]
-        if owner == STAGE:
-            stage_state[name.removeprefix(f"{STAGE}.")] = value
-        else:
-            state.setdefault(owner, {}).setdefault(part, {})[key] = value
-    return state | {STAGE: _nested(stage_state)}
 
 
 def _entries(name: str, train_state: TrainState, shapes: Shapes) -> dict[str, dict[str, Tensor]]:

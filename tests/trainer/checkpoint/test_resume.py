@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoint_case import read_state
 from torch import nn
 
 from configs.errors import UserError
@@ -58,7 +59,7 @@ def test_parts_written_and_read_by_one_process(tmp_path):
         p.module(torch.randn(5, 3)).square().sum().backward()
         p.step(3)
     assert equal(before, after)
-    state = sharded_checkpoint.read_state(tmp_path / "shards")
+    state = read_state(tmp_path / "shards")
     assert state["stage"]["done"] == 7 and state["generator"]["module"]["0.weight"].shape == (4, 3)
 
 

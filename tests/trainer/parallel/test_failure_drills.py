@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_case import latest
 from conftest import SEVERAL_RANKS
 from distill_case import distill_config
 from ranks_case import GPUS, Event, run_ranks
@@ -49,7 +50,7 @@ def stopped(tiny_assets, alone, tmp_path_factory):
 
 def state(out: Path) -> dict[str, torch.Tensor]:
     """Weights, averages and optimisers' moments by name."""
-    found, manifest = checkpoint.latest(out, "distill")
+    found, manifest = latest(out, "distill")
     assert manifest["step"] == STEPS
     flat = {}
     for name in ("generator", "critic"):
@@ -86,7 +87,7 @@ def finish(assets: Path, out: Path, alone: Path, ranks: int = 2, *overrides: str
 def test_sigterm_in_the_middle_of_a_step(stopped, tiny_assets, alone, tmp_path):
     out, outcomes = stopped
     assert [o.ended for o in outcomes] == ["stopped"] * 2 and all(o.exit_code == 0 for o in outcomes), outcomes
-    found, manifest = checkpoint.latest(out, "distill")
+    found, manifest = latest(out, "distill")
     assert manifest["step"] == 3 and int(found["stage"]["generator_done"]) == 3
     copy = shutil.copytree(out, tmp_path / "copy")
     finish(tiny_assets, copy, alone)
@@ -132,7 +133,7 @@ def test_nan_on_one_rank_stops_all_and_keeps_what_they_were_given(tiny_assets, t
     for rank in range(2):
         kept = torch.load(tmp_path / f"not_finite_rank{rank}.pt", weights_only=True)
         assert kept["step"] == 3 and len(kept["critic"]["batches"]) == 2
-    assert checkpoint.latest(tmp_path, "distill")[1]["step"] == 2
+    assert latest(tmp_path, "distill")[1]["step"] == 2
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_assets, alone, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_case import latest
 from conftest import SEVERAL_RANKS
 from distill_case import distill_config
 from ranks_case import run_ranks
@@ -24,7 +25,7 @@ def start(assets: Path, out: Path, ranks: int, *overrides: str) -> None:
 
 
 def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    state, manifest = checkpoint.latest(out, "distill")
+    state, manifest = latest(out, "distill")
     assert manifest["step"] == STEPS
     return {name: state[name]["module"] for name in ("generator", "critic")} | {"ema": state["generator"]["average"]}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_case import latest
 from conftest import SEVERAL_RANKS
 from ranks_case import group, on_ranks
 
@@ -57,7 +58,7 @@ def trained(stage: str, out: Path, ranks: int, *settings: str) -> tuple[torch.Te
     outcomes = on_ranks(ranks, job, stage, str(out), settings, (math.inf,) * ranks)
     assert [outcome.ended for outcome in outcomes] == ["done"] * ranks, outcomes
     name = "distill" if stage in ("diagonal", "long") else f"world_{stage}"
-    state, manifest = checkpoint.latest(out, name)
+    state, manifest = latest(out, name)
     assert manifest["step"] == STEPS
     weights = {
         f"{role} {kind} {key}": value for role in state if role != "stage" for kind in ("module", "average")
