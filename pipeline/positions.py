@@ -17,8 +17,6 @@ shifts rare.
 """
 
 from configs.geometry import Geometry
-from model.cache import GraphCache, StreamCache
-from model.causal_wan import CausalWanModel
 
 
 def sink_offset(geometry: Geometry, chunk: int) -> int:
@@ -31,8 +29,3 @@ def sink_offset(geometry: Geometry, chunk: int) -> int:
         return 0
     step = limit + 1 - geometry.window_chunks
     return step * (1 + (chunk - limit) // step) * geometry.chunk_frames
-
-
-def shift_slot(model: CausalWanModel, cache: StreamCache | GraphCache, position: int, frames: int) -> None:
-    """Make the keys in slot `position` those of `frames` latent frames later."""
-    cache.shift_keys(position, frames, model.shift_keys)

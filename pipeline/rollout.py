@@ -18,7 +18,6 @@ Legend: latents [B, F, C, H, W]; a chunk has f latent frames.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,23 +29,15 @@ from model.denoiser import Student, as_timestep
 from model.flow import add_noise
 from model.schedule import Schedule
 from pipeline.chunk import ConditioningFrames, denoise_chunk, update_cache
+from pipeline.noise import NoiseSource
 from pipeline.switch import CachedForward, InputRecorder, RecacheState
-
-
-class Noise(Protocol):
-    """A source of noise [B, f, C, H, W], such as pipeline.noise.NoiseSource."""
-
-    def initial(self, chunk: int) -> Tensor: ...
-
-    def renoise(self, chunk: int, step: int) -> Tensor: ...
-
-    def context(self, chunk: int) -> Tensor: ...
 
 
 class PrecomputedNoise:
     """All noise of a rollout as one tensor [B, slots, f, C, H, W].
 
-    A chunk has a slot for each of its steps (the first is its initial noise) and one for its context.
+    A chunk has a slot for each of its steps (the first is its initial noise) and one for its context. Read like a
+    NoiseSource.
     """
 
     def __init__(self, drawn: Tensor, schedule: Schedule):
@@ -104,7 +95,7 @@ def last_steps(schedule: Schedule, chunks: int) -> tuple[int, ...]:
 def rollout(
     student: Student,
     schedule: Schedule,
-    noise: Noise,
+    noise: NoiseSource | PrecomputedNoise,
     text: Callable[[int], TextKV | Tensor],
     *,
     cache: GraphCache | StreamCache,
@@ -159,7 +150,7 @@ def rollout(
 def _write_context(
     student: InputRecorder,
     schedule: Schedule,
-    noise: Noise,
+    noise: NoiseSource | PrecomputedNoise,
     x0: Tensor,
     exit_at: int,
     place: dict,
@@ -186,7 +177,12 @@ def _write_context(
 
 
 def _finish_denoising(
-    student: InputRecorder, row: Sequence[float], noise: Noise, x0: Tensor, exit_at: int, place: dict
+    student: InputRecorder,
+    row: Sequence[float],
+    noise: NoiseSource | PrecomputedNoise,
+    x0: Tensor,
+    exit_at: int,
+    place: dict,
 ) -> Tensor:
     """Run the steps after `exit_at` from its x0; returns the last x0."""
     start = exit_at + 1

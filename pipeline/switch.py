@@ -29,7 +29,7 @@ from configs.schema import RECACHES, SWITCHES
 from model.cache import GraphCache, StreamCache, slot
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student
-from pipeline.positions import shift_slot, sink_offset
+from pipeline.positions import sink_offset
 from utils.prompts import check_prompt
 
 
@@ -91,7 +91,7 @@ class RecacheState:
             done = self.slots.get(i)
             due = 0 if done is None else sink_offset(self.geometry, chunk - (done.chunk - i))
             if due and due > done.offset:
-                shift_slot(model, cache, i, due - done.offset)
+                cache.shift_keys(i, due - done.offset, model.shift_keys)
                 self.slots[i] = replace(done, offset=due)
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,21 +32,7 @@ MAX_TOLD = 1 << 20  # bytes of it
 SELF_FORCING = tuple(shift_time(t, 8.0) for t in (1000.0, 750.0, 500.0, 250.0, 0.0))
 
 
-class Pairs(Protocol):
-    """`len`, `prompts`, `timesteps` of the S states, whether they were rolled out causally, and `read`."""
-
-    prompts: list[str]
-    timesteps: tuple[float, ...]
-    causal: bool
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: Sequence[int]) -> Tensor:
-        """float16 [B, S, F, C, H, W] on the CPU."""
-        ...
-
-
-def open_pairs(field: str, path: str | Path) -> Pairs:
+def open_pairs(field: str, path: str | Path) -> "Pairs":
     """Open pairs of either layout in `path` and check everything but their values. field: the setting that names it."""
     path = resolve_path(Path(path))
     if (path / "data.mdb").exists():
@@ -60,7 +46,10 @@ def open_pairs(field: str, path: str | Path) -> Pairs:
 
 
 class FolderPairs:
-    """One file per prompt. Prompts and shapes are read at once, states on demand."""
+    """One file per prompt. Prompts and shapes are read at once, states on demand.
+
+    timesteps: of the S states. causal: whether chunks are conditioned on the clean ends of earlier ones.
+    """
 
     def __init__(self, field: str, path: Path):
         self.field, self.files = field, sorted(path.glob("*.pt"))
@@ -83,6 +72,7 @@ class FolderPairs:
         return len(self.files)
 
     def read(self, index: Sequence[int]) -> Tensor:
+        """float16 [B, S, F, C, H, W] on the CPU."""
         states = []
         for i in index:
             tensors = open_file(self.field, self.files[i])[FLAT_PART]
@@ -92,7 +82,7 @@ class FolderPairs:
 
 
 class LmdbPairs:
-    """The database that Self-Forcing's scripts write."""
+    """The database that Self-Forcing's scripts write; otherwise as FolderPairs."""
 
     def __init__(self, field: str, path: Path):
         import lmdb  # only runs on pairs need it
@@ -135,6 +125,9 @@ class LmdbPairs:
         rows = [np.frombuffer(self._get(f"latents_{i}_data"), dtype=np.float16) for i in index]
         states = check_finite(self.path, f"its trajectories {list(index)}", torch.from_numpy(np.stack(rows)))
         return states.reshape(len(rows), *((1,) if len(self.shape) == 5 else ()), *self.shape[1:])
+
+
+Pairs = FolderPairs | LmdbPairs
 
 
 def write_timesteps(folder: Path, timesteps: Sequence[float], *, causal: bool) -> None:
