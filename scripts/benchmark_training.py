@@ -66,7 +66,6 @@ from model.sizes import TRANSFORMER_SIZES, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts.bench import cycle_tables as tables
 from scripts.bench.cycle import cap_memory, check, measure
-from scripts.bench.fake_ranks import count_shards
 from scripts.bench.layouts import ADAPTERS, ROLES, Layout, advice, plan_table, project, sizes_of
 from scripts.bench.random_prompts import random_prompts
 from trainer.parallel.control_group import ControlGroup
@@ -346,9 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.fake_ranks:
             world = args.fake_ranks
             report["plan"] = plan_table(*where, world, args.global_batch, args.card_gb)
-            whole = world > 1 and not bench.training.distill.lora.student_rank
-            report["counted"] = count_shards(bench.training, bench.sizes, world) if whole else None
-            print(tables.plan_text(report["plan"], world, args.card_gb, report["counted"]))
+            print(tables.plan_text(report["plan"], world, args.card_gb))
         timed = [] if args.check_only else args.layouts
         report["check"] = check_all(bench, args.layouts, timed) if args.check or args.check_only else []
         results = report["layouts"] = []

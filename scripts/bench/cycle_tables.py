@@ -110,7 +110,7 @@ def projection_table(rows: Sequence[Result], steps: int, global_batch: int, netw
     )
 
 
-def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Result | None) -> str:
+def plan_text(rows: Sequence[Result], world: int, card_gb: float) -> str:
     """A row for each planned layout."""
     phases = list(next(row["phases"] for row in rows if "phases" in row))
     table = [["layout", "shards", "accumulated", *(f"{name} GB" for name in phases), f"fits {card_gb:g} GB"]]
@@ -120,11 +120,8 @@ def plan_text(rows: Sequence[Result], world: int, card_gb: float, counted: Resul
             memory = [f"{row['phases'][name] / GB:.1f}" for name in phases]
             rounds = "not divisible" if row["accumulated"] is None else str(row["accumulated"])
             table.append([row["layout"], str(row["shards"]), rounds, *memory, "yes" if row["fits"] else "no"])
-    lines = [f"memory plan for {world} GPUs (model/memory.py), with precomputed prompts", aligned(table), *refused]
-    if counted:
-        parts = ", ".join(f"{name} {size / GB:.3f} GB" for name, size in counted.items())
-        lines.append(f"weights of rank 0 of {world}, counted on the meta device: {parts}")
-    return "\n".join(lines)
+    head = f"memory plan for {world} GPUs (model/memory.py), with precomputed prompts"
+    return "\n".join([head, aligned(table), *refused])
 
 
 def advice_text(rows: Sequence[tuple[int, str, str | None, float]], card_gb: float) -> str:

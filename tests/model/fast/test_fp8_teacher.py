@@ -5,6 +5,7 @@ import torch
 from conftest import SEVERAL_RANKS, network_config
 from diffusers import WanTransformer3DModel
 from distill_case import distill_config
+from fake_ranks import count_shards
 from ranks_case import group, on_ranks
 from small_wan import build
 
@@ -15,7 +16,6 @@ from model.fast.fp8_teacher import PROBE_TIMESTEPS, FrozenFp8Linear, quantize_an
 from model.fp8 import E4M3
 from model.memory import distill_plan
 from model.sizes import TransformerSize
-from scripts.bench.fake_ranks import count_shards
 from trainer.cli import parse
 from trainer.command import train
 from trainer.distill.networks import critic_state, frozen_teacher

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SEVERAL_RANKS
 from distill_case import distill_stage
+from fake_ranks import count_shards
 from safetensors.torch import save_file
 from torch.autograd import DeviceType
 
@@ -25,7 +26,6 @@ from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
 from scripts.bench.cycle import PhaseWatch, covered, exposed, summary
 from scripts.bench.cycle_tables import left_out, phase_table, saving_text
-from scripts.bench.fake_ranks import count_shards
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
 from utils import timers
 from utils.timers import PhaseTimer
