@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                                     # the tiny model, on a CPU too
     python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --random_weights model.codec=taehv
-    python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --json report.json --stream 60
+    python scripts/benchmark.py --config_path configs/wan2.1_t2v_1.3b.yaml --json report.json
     python scripts/benchmark.py --suite h100 --json suite.json --budget 520         # many settings, a table last
 
 Missing weights are replaced by random ones of the same sizes, with which speed and memory are the same; the report says
@@ -64,7 +64,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=("tiny", *TRANSFORMER_SIZES), help="sizes of random weights")
     parser.add_argument("--repeats", type="positive", default=5, help="clips that are timed (default: %(default)s)")
     parser.add_argument("--batch", type="positive", default=1, metavar="N", help="streams at once (%(default)s)")
-    parser.add_argument("--stream", type=float, default=0, metavar="S", help="also measure a stream of this length")
     parser.add_argument("--text", action="store_true", help="also measure text encoding (11 GB more at full size)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
     parser.add_argument("--suite", choices=SUITES, help="run all variants of a suite")
@@ -194,8 +193,6 @@ def measure(config: Config, args: argparse.Namespace, rates: dict[str, float] | 
     report["ceilings"] = rates or roofline(device, tokens, network.dim, network.ffn)
     settings = {"batch": args.batch, "plan": bench.plan, "gpus": config.inference.sequence_parallel}
     report["steps"] = speed.efficiency(session, network, report, report["ceilings"], **settings)
-    if args.stream:
-        report["stream"] = speed.time_stream(session, args.stream, config.video.fps, args.batch)
     if isinstance(session.student, ParallelStudent):
         session.student.close()  # frees the GPUs for other variants
     return report

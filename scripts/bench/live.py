@@ -159,6 +159,7 @@ def watch_stream(session: StreamSession, prompt: str, chunks: int, fps: int, pat
         "memory_change": change(watch.bytes),
         "chunk_time_change": change(watch.seconds, median),
         "chunk_seconds": median(watch.seconds),
+        "slowest_chunk_seconds": max(watch.seconds[len(watch.seconds) // 4 :]),  # the first quarter is warm-up
         **watch.seams(geometry.chunk_frames),
         "saturation_drift": watch.drift(4 * drift_frames),
     }

@@ -11,7 +11,7 @@ They include the keys of the prompt but not its encoding, which is timed by itse
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -37,7 +37,6 @@ class Playback:
     arrivals: list[float] = field(default_factory=list)
     spans: list[dict[str, float]] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)  # of each chunk, of one stream
-    memory: list[int] = field(default_factory=list)  # bytes allocated on the GPU when the chunk had arrived
     latents: Tensor | None = None  # of the last chunk, on the host
 
 
@@ -51,7 +50,6 @@ def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROM
         result.wait()
         out.arrivals.append(time.perf_counter() - begin)
         out.frames.append(result.frames.shape[1])
-        out.memory.append(torch.cuda.memory_allocated(session.device) if gpu else 0)
         out.spans.append(result.timings)
         last = result
     assert isinstance(last, ChunkResult), "a stream of no chunks"
@@ -186,56 +184,3 @@ def efficiency(
             }
         )
     return rows
-
-
-# --- a long stream ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Steadiness:
-    """Timing of a stream that is played in real time, in seconds, for chunks after the first."""
-
-    chunks: int
-    interval_median: float
-    interval_p99: float
-    interval_max: float
-    slowdown: float  # median interval of the last quarter / of the second quarter
-    late_frames: int  # frames that arrive too late for `fps`, if playback starts with the first frames
-    buffer_needed: float  # delay of playback, in seconds, with which no frame would be late
-    growth: int  # bytes allocated at the end minus those after a quarter
-
-    @property
-    def keeps_up(self) -> bool:
-        return self.late_frames == 0
-
-
-def steadiness(played: Playback, fps: int) -> Steadiness:
-    """Timing for a viewer at `fps` frames per second."""
-    assert len(played.arrivals) >= 4, "the stream is too short"
-    intervals = [b - a for a, b in zip(played.arrivals, played.arrivals[1:], strict=False)]
-    quarter = max(1, len(intervals) // 4)
-    late, wait, shown = 0, 0.0, 0
-    for arrival, frames in zip(played.arrivals, played.frames, strict=True):
-        due = played.arrivals[0] + shown / fps  # time at which the first frame of the chunk is displayed
-        wait = max(wait, arrival - due)
-        late += sum(arrival > due + i / fps for i in range(frames))
-        shown += frames
-    ordered = sorted(intervals)
-    return Steadiness(
-        chunks=len(played.arrivals),
-        interval_median=median(intervals),
-        interval_p99=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        interval_max=ordered[-1],
-        slowdown=median(intervals[-quarter:]) / median(intervals[quarter : 2 * quarter] or intervals),
-        late_frames=late,
-        buffer_needed=wait,
-        growth=played.memory[-1] - played.memory[len(played.memory) // 4],
-    )
-
-
-def time_stream(session: StreamSession, seconds: float, fps: int, batch: int = 1) -> dict[str, Any]:
-    """Measure a stream of `seconds` of video."""
-    geometry = session.geometry
-    chunks = max(4, -(-int(seconds * fps) // (4 * geometry.chunk_frames)) + 1)
-    measures = steadiness(play(session, chunks, batch), fps)
-    return asdict(measures) | {"keeps_up": measures.keeps_up, "fps": fps}

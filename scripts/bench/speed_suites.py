@@ -47,11 +47,9 @@ H100 = (
     _full("fp8 by row", "inference.precision=fp8"),
     _full("fp8 linears alone", "inference.precision=fp8_linears"),
     _full("bf16 with cuDNN", "inference.attention=cudnn"),
-    _full("60 s stream", stream=60.0, repeats=2),
     _full("no graphs", "inference.cuda_graphs=off", repeats=3),
     _full("decode not beside", "inference.overlap=false", repeats=3),
     _full("Wan VAE", "model.codec=wan", repeats=3),
-    _full("fp8 60 s stream", "inference.precision=fp8", stream=60.0, repeats=2),
     _full("5432222", "schedule.steps=5432222", standard=False, repeats=3),
     Variant(
         "35 NFE",

@@ -24,8 +24,6 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         aligned(_figures(report)),
     ]
-    if "stream" in report:
-        lines += ["", _stream(report["stream"])]
     if "fp8_layer_errors" in report:
         lines += ["", aligned([[name, f"{error:.4f}"] for name, error in report["fp8_layer_errors"].items()])]
     return "\n".join(lines)
@@ -63,15 +61,6 @@ def _figures(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _stream(measures: Mapping[str, Any]) -> str:
-    kept = "is kept" if measures["keeps_up"] else f"is not kept: {measures['late_frames']} frames late"
-    return (
-        f"stream of {measures['chunks']} chunks: a chunk each {ms(measures['interval_median'])} ms (99% within "
-        f"{ms(measures['interval_p99'])}, longest {ms(measures['interval_max'])}); {measures['fps']} FPS {kept}; "
-        f"slowdown x{measures['slowdown']:.3f}, growth {measures['growth'] / 1e6:.1f} MB"
-    )
-
-
 def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """A row per variant."""
     head = ["setting", "clip s", "first s", "step ms", "of sustained peak", "FPS clip", "steady", "decode ms"]
@@ -83,9 +72,6 @@ def suite_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         rates, last = report["rates_fps"], report["steps"][-1]
         error, notes = report.get("error_to_plain"), []
-        if "stream" in report:
-            seen = report["stream"]
-            notes.append(f"{'keeps' if seen['keeps_up'] else 'misses'} {seen['fps']} FPS, x{seen['slowdown']:.2f}")
         if report["text_encoding_s"] is not None:
             notes.append(f"text {ms(report['text_encoding_s'])} ms")
         cells = [f"{report['clip_s']:.3f}", f"{report['first_frames_s']:.3f}", ms(last["step_s"])]
