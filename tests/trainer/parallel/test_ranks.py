@@ -9,7 +9,6 @@ from conftest import SEVERAL_RANKS
 from distill_case import distill_config
 from ranks_case import run_ranks
 
-from trainer.checkpoint import save as checkpoint
 from utils.logs import read_jsonl
 
 pytestmark = [SEVERAL_RANKS, pytest.mark.slow]
