@@ -1,14 +1,16 @@
 """Train and measure the rows that decide the method's claims on the moving world, and set the claims in a table.
 
     python scripts/ablate_world.py --output logs/world_claims                      # all rows, three seeds each
-    python scripts/ablate_world.py --rows diagonal even --minutes 20               # some, for so long
+    CUDA_VISIBLE_DEVICES=1 python scripts/ablate_world.py --part 2/2 --minutes 9   # on one of two GPUs, for so long
 
-A row that is finished is not made again. rows/<row>-<seed>.json holds a value a clip; claims.md, the table, is written
-after each row. Rows and claims: scripts/studies/world_claims.py, fixed before any run.
+A row that is finished is not made again; one that is stopped continues. rows/<row>-<seed>.json holds a value a clip;
+claims.md, the table, is written after each row. Rows and claims: scripts/studies/world_claims.py, fixed before any run.
 """
 
 import argparse
 import json
+import math
+import re
 import sys
 import time
 from dataclasses import replace
@@ -29,15 +31,16 @@ from configs.geometry import pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from pipeline.preflight import check_training  # noqa: E402
-from scripts.evaluate_world import SEED, batches, generated  # noqa: E402
+from scripts.evaluate_world import SEED, Player, Wording, batches, generated  # noqa: E402
 from scripts.studies.ablation import Row, trained  # noqa: E402
 from scripts.studies.world_claims import (  # noqa: E402
+    BUDGET,
     CLIPS,
+    HALVES,
     HARD,
-    LONGER,
     MEMORY_CHUNKS,
     MEMORY_CLIPS,
-    PARENT,
+    PARENTS,
     QUICK,
     REMEMBERED,
     ROWS,
@@ -51,7 +54,7 @@ from trainer.world.memory import GAP, kept_colour  # noqa: E402
 from trainer.world.scene import Scene, World, caption  # noqa: E402
 from utils.clip_measures import seam_score  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
-from utils.files import check_writable, write_json_atomic  # noqa: E402
+from utils.files import atomic_path, check_writable, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
 
@@ -68,29 +71,53 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, metavar="N", help="of training")
     parser.add_argument("--num_prompts", type=int, default=CLIPS, help="clips a row and seed (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="clips made together (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="begin no row after so long")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th row from the I-th on (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every row, below what a row changes")
     args = parser.parse_intermixed_args(arguments)
     for name in ("num_prompts", "batch"):
         if vars(args)[name] < 1:
             raise UserError(f"--{name} {vars(args)[name]} is too few; give at least 1")
+    part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
+    if part is None or int(part[1]) > int(part[2]):
+        raise UserError(f"--part {args.part} is not one of so many; use 1/2 and 2/2 for two processes")
+    args.part = int(part[1]), int(part[2])
     return args
 
 
-def config_of(args: argparse.Namespace, row: Row, seed: int, folder: Path) -> Config:
-    """The base with the user's settings, then the row's."""
-    parent = PARENT.get(row.name)
-    start = args.start if parent is None else str(folder / "runs" / f"{parent}-{seed}" / "export")
-    base = load_config(args.config_path, args.settings)
-    steps = base.training.steps * LONGER.get(row.name, 1)
-    own = (f"training.init.student={start}", f"training.steps={steps}", f"seed={seed}")
-    return load_config(args.config_path, [*args.settings, *own, *row.overrides])
+def config_of(args: argparse.Namespace, row: Row, seed: int, start: Path | str) -> Config:
+    """The base with a row's budget, the user's settings and what the row changes. start: the student."""
+    settings = [*BUDGET, *args.settings, f"training.init.student={start}", f"seed={seed}", *row.overrides]
+    t = load_config(args.config_path, settings).training
+    if row.name in HALVES:
+        warmup = t.distill.critic_warmup // 2
+        settings += [f"training.steps={t.steps // 2}", f"training.distill.critic_warmup={warmup}"]
+    return load_config(args.config_path, settings)
+
+
+def student_of(args: argparse.Namespace, row: Row, seed: int, until: float) -> tuple[Config, Path | None]:
+    """A row's settings and its student, trained unless it is there; None if there is no time left."""
+    start, runs = args.start, Path(args.output) / "runs"
+    if row.name in PARENTS:
+        start = student_of(args, PARENTS[row.name], seed, until)[1]
+    config = config_of(args, row, seed, args.start if start is None else start)
+    if start is None or time.monotonic() > until:
+        return config, None
+    device = pick_device(config.device)
+    set_threads(config.cpu_threads, training=True)
+    check_training(config, 1, gpu_memory(device))
+    return config, trained(row, config, runs / f"{row.name}-{seed}", device, until)
+
+
+def _playing(config: Config, student: Path, wording: Wording) -> Player:
+    """Without what takes longer to make than a row's clips."""
+    plain = replace(config.inference, compile="off", cuda_graphs="off")
+    return generated(replace(config, model=replace(config.model, student=str(student)), inference=plain), wording)[0]
 
 
 def measured(config: Config, student: Path, scenes: list[Scene], batch: int) -> dict[str, list[float | None]]:
     """A value a clip of each figure, None where there is none."""
-    made = replace(config, model=replace(config.model, student=str(student)))
-    play, chunk = generated(made, caption)[0], config.stream.chunk_frames
+    play, chunk = _playing(config, student, caption), config.stream.chunk_frames
     chunks, found = config.video.num_latent_frames // chunk, []
     borders = [pixel_frames(k * chunk) for k in range(1, chunks)]
     for part in batches(len(scenes), batch, "clips"):
@@ -106,8 +133,7 @@ def measured(config: Config, student: Path, scenes: list[Scene], batch: int) -> 
 def memory(config: Config, student: Path, count: int, batch: int) -> dict[str, list[float | None]]:
     """Whether each clip of a hiding subject, and each of others over as long a time, keeps a colour that its caption
     does not state."""
-    made = replace(config, model=replace(config.model, student=str(student)))
-    play, world = generated(made, partial(caption, without=["colour"]))[0], World()
+    play, world = _playing(config, student, partial(caption, without=["colour"])), World()
     middle = pixel_frames(MEMORY_CHUNKS * config.stream.chunk_frames) // 2
     kinds = {"kept_hide": (("hide",), None), "kept_shown": (SHOWN, (middle - GAP // 2, middle + GAP // 2))}
     figures = {}
@@ -127,31 +153,27 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     console()
     out, begin = check_writable(args.output, "--output"), time.monotonic()
+    until = math.inf if args.minutes is None else begin + 60 * args.minutes
     scenes = World().scenes(SEED, args.num_prompts, balanced=True)
     hard = [scene.motion in HARD and scene.rate in QUICK for scene in scenes]
-    rows = [row for row in ROWS if row.name in args.rows]
+    wanted = [(row, seed) for seed in args.seeds for row in ROWS if row.name in args.rows]
+    first, parts = args.part
     torch.set_float32_matmul_precision("high")
-    for seed in args.seeds:
-        for row in rows:
-            file = out / "rows" / f"{row.name}-{seed}.json"
-            if file.is_file() and len(json.loads(file.read_text())["all"]) == len(scenes):
-                continue
-            if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
-                return 0
-            config = config_of(args, row, seed, out)
-            device = pick_device(config.device)
-            set_threads(config.cpu_threads, training=True)
-            check_training(config, 1, gpu_memory(device))
-            student = trained(row, config, out / "runs" / f"{row.name}-{seed}", device)
-            if student is None:
-                return 0  # stopped by a signal; the same command continues
-            file.parent.mkdir(parents=True, exist_ok=True)
-            figures = measured(config, student, scenes, args.batch)
-            if row.name == "diagonal":
-                figures |= memory(config, student, min(MEMORY_CLIPS, args.num_prompts), args.batch)
-            write_json_atomic(file, figures)
-            (out / "claims.md").write_text(table(read(out), hard), encoding="utf-8")
-            print(f"{row.title}, seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
+    for row, seed in wanted[first - 1 :: parts]:
+        file = out / "rows" / f"{row.name}-{seed}.json"
+        if file.is_file() and len(json.loads(file.read_text())["all"]) == len(scenes):
+            continue
+        config, student = student_of(args, row, seed, until)
+        if student is None:
+            return 0  # the same command continues
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figures = measured(config, student, scenes, args.batch)
+        if row.name == "diagonal":
+            figures |= memory(config, student, min(MEMORY_CLIPS, args.num_prompts), args.batch)
+        write_json_atomic(file, figures)
+        with atomic_path(out / "claims.md") as aside:
+            aside.write_text(table(read(out), hard), encoding="utf-8")
+        print(f"{row.title}, seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
     print(table(read(out), hard))
     return 0
 

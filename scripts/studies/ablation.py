@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,9 @@ def fingerprint(config: Config) -> str:
     return short_hash(to_yaml(config), *hashes)[:8]
 
 
-def trained(row: Row, config: Config, folder: Path, device: torch.device) -> Path | None:
-    """The student of a row, trained in `folder` unless it is there already; None after a signal."""
+def trained(row: Row, config: Config, folder: Path, device: torch.device, until: float = math.inf) -> Path | None:
+    """The student of a row, trained in `folder` unless it is there already; None after a signal or the time `until`, of
+    time.monotonic()."""
     if row.start is not None:
         return weights_of(config, row.start)
     export = folder / "export"
@@ -93,7 +95,7 @@ def trained(row: Row, config: Config, folder: Path, device: torch.device) -> Pat
     stage = build_stage(config, device, Ranks())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    ended = run(stage, folder)
+    ended = run(stage, folder, until=until)
     del stage
     gc.collect()  # graphs and their memory, before the next row makes its own
     if device.type == "cuda":

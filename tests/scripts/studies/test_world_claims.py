@@ -9,7 +9,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from scripts import ablate_world
 from scripts.evaluate_world import rendered
-from scripts.studies.world_claims import CLAIMS, PARENT, ROWS, SEEDS, Claim, decision, difference, table
+from scripts.studies.world_claims import CLAIMS, PARENTS, ROWS, SEEDS, Claim, decision, difference, table
 from trainer.world.captions import parse_caption
 
 ROW = {row.name: row for row in ROWS}
@@ -94,19 +94,59 @@ def test_rendered_clips_of_captions_without_a_colour_keep_theirs(monkeypatch):
 
 
 def test_every_claim_names_rows_that_there_are_and_the_table_has_a_line_of_each():
-    assert all({c.better, c.worse} <= set(ROW) for c in CLAIMS) and set(PARENT) | set(PARENT.values()) <= set(ROW)
+    assert all({c.better, c.worse} <= set(ROW) for c in CLAIMS) and set(PARENTS) <= set(ROW)
     assert len(table({}, HARD).splitlines()) == 2 + len(CLAIMS)
 
 
 def test_rows_are_settings_that_load(tmp_path):
-    args = ablate_world.parse(["--output", str(tmp_path), "training.steps=400"])
-    configs = {name: ablate_world.config_of(args, row, 1, tmp_path) for name, row in ROW.items()}
-    assert {config.seed for config in configs.values()} == {1}
-    assert configs["one_stage"].training.steps == 800 and configs["diagonal"].training.steps == 400
-    assert configs["two_stages"].training.init["student"].endswith("runs/four-1/export")
+    args = ablate_world.parse(["--output", str(tmp_path), "training.global_batch=16", "training.micro_batch=16"])
+    configs = {row.name: ablate_world.config_of(args, row, 1, "start") for row in (*ROWS, *PARENTS.values())}
+    for config in configs.values():
+        assert config.seed == 1 and config.training.init["student"] == "start" and config.training.global_batch == 16
+    updates = {n: c.training.distill.generator_updates(c.training.steps) for n, c in configs.items()}
+    assert updates.pop("four") + updates.pop("two_stages") == 200 and set(updates.values()) == {200}
     assert configs["two_newest"].training.distill.motion_regression.weight == 1
     evaluations = [sum(int(x) for x in str(configs[n].schedule.steps).ljust(7, "2")[:7]) for n in ("diagonal", "even")]
     assert evaluations[0] == 17 and sum(map(int, "2232323")) == 17 and evaluations[1] == 17
+
+
+def in_place(monkeypatch):
+    """Rows are not trained and measured but noted."""
+    made = []
+
+    def trained(row, config, folder, device, until):
+        made.append((row.name, config.seed, config.training.init["student"]))
+        return folder / "export"
+
+    monkeypatch.setattr(ablate_world, "trained", trained)
+    monkeypatch.setattr(ablate_world, "check_training", lambda *_: None)
+    monkeypatch.setattr(ablate_world, "measured", lambda config, student, scenes, batch: {"all": [1.0] * len(scenes)})
+    monkeypatch.setattr(ablate_world, "memory", lambda *_: {})
+    return made
+
+
+def test_two_processes_make_each_row_once_and_one_of_two_stages_after_its_first(monkeypatch, tmp_path):
+    made, asked = in_place(monkeypatch), ["--output", str(tmp_path), "--num_prompts", "2"]
+    for part in ("1/2", "2/2", "1/2"):  # and nothing again
+        assert ablate_world.main([*asked, "--part", part]) == 0
+    assert sorted(made) == sorted(set(made)) and len(made) == len(SEEDS) * (len(ROWS) + len(PARENTS))
+    starts = {(name, seed): start for name, seed, start in made}
+    assert starts["two_stages", 1] == str(tmp_path / "runs" / "four-1" / "export")
+    assert starts["diagonal", 1] == "logs/world/causal_start"
+    assert len(list((tmp_path / "rows").iterdir())) == len(SEEDS) * len(ROWS)
+    two_stages = next(line for line in (tmp_path / "claims.md").read_text().splitlines() if line.startswith("| 6 |"))
+    assert "+0.000 (+0.000 .. +0.000)" in two_stages
+
+
+def test_no_row_is_begun_when_the_time_is_up(monkeypatch, tmp_path):
+    made = in_place(monkeypatch)
+    assert ablate_world.main(["--output", str(tmp_path), "--num_prompts", "2", "--minutes", "0"]) == 0 and not made
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "half"])
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(UserError, match="is not one of so many"):
+        ablate_world.parse(["--part", part])
 
 
 def test_no_clips_are_refused():
