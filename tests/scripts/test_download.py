@@ -192,11 +192,6 @@ def test_github(hub, tmp_path):
     assert "no hash is known" in result.stdout
 
 
-def test_prompts(hub, tmp_path):
-    assert run("prompts", "--dest", tmp_path, endpoint=hub).returncode == 0
-    assert (tmp_path / "vidprom_filtered_extended.txt").read_text(encoding="utf-8") == "a cat\nein Bär\n"
-
-
 def test_without_a_network(tmp_path):
     line = refused(run("wan-14b", "--dest", tmp_path, endpoint=NOWHERE))
     assert f"{NOWHERE} cannot be reached" in line and "HF_ENDPOINT" in line

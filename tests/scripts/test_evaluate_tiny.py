@@ -1,6 +1,5 @@
 """scripts/evaluate_tiny.py: the table and the JSON, with rendered clips in the pipeline's place."""
 
-import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -11,13 +10,11 @@ from conftest import ROOT
 
 import pipeline
 from configs.errors import UserError
+from scripts import evaluate_tiny
 from trainer.tiny.captions import parse_caption
 from trainer.tiny.world import TinyWorld
 from utils.video import read_video
 
-SPEC = importlib.util.spec_from_file_location("evaluate_tiny", ROOT / "scripts" / "evaluate_tiny.py")
-evaluate_tiny = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(evaluate_tiny)
 KEYS = ("colour", "shape", "direction", "axis", "speed_ratio", "background", "consistency", "all")
 CONFIG = ["--config_path", str(ROOT / "configs" / "tiny.yaml")]
 
@@ -100,9 +97,3 @@ def test_bad_input_is_one_sentence(fake, flags, sentence):
     with pytest.raises(UserError) as caught:
         evaluate_tiny.main([*CONFIG, *flags] if "--config_path" not in flags else flags)
     assert sentence in str(caught.value) and len(str(caught.value).splitlines()) == 1
-
-
-def test_help_says_what_it_does(capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate_tiny.main(["--help"])
-    assert stop.value.code == 0 and "--ground_truth" in capsys.readouterr().out

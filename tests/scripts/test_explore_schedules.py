@@ -1,20 +1,16 @@
 """The schedule explorer: names and fronts by hand-made figures; the script on random weights."""
 
-import importlib.util
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from configs.errors import UserError
 from configs.load import load_config
 from model.schedule import Schedule
+from scripts import explore_schedules as explore
 
-SPEC = importlib.util.spec_from_file_location("explore_schedules", ROOT / "scripts" / "explore_schedules.py")
-explore = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(explore)
 Candidate = explore.Candidate
 CONFIG = load_config("configs/tiny.yaml")
 
@@ -72,50 +68,6 @@ def test_the_script_on_random_weights(tiny_assets, tmp_path, capsys):
     for path in (tmp_path / "front").glob("*.yaml"):
         load_config(path)
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_reference_agrees_with_itself(tiny_assets):
-    config = load_config(tiny_assets / "tiny.yaml")
-    bench = explore.Benchmark(config, ["a red circle moves right"], 0, "reference", "2")
-    assert bench.run(Candidate((2, 2))).quality.value == 100
-    assert bench.run(Candidate((1, 1))).quality.value < 100
-
-
-def test_times_are_taken_in_turns():
-    """On a machine that gets slower and slower, schedules of equal work come out equal."""
-    bench, calls = explore.Benchmark.__new__(explore.Benchmark), []
-
-    def pipe(name):
-        def make(prompt, seed):
-            calls.append((name, prompt, seed))
-            timings = [{"step 0": 1.0 * len(calls), "text": 99.0}, {"decode": 1.0}]
-            return SimpleNamespace(videos=[SimpleNamespace(timings=timings)])
-
-        return make
-
-    bench.prompts, bench.seeds, bench._pipe = ["a", "b"], [5, 6], lambda candidate: pipe(candidate.name)
-    runs = [explore.Run(Candidate((n,)), n, explore.Interval(1, 1, 1, 1), {}, []) for n in (1, 2)]
-    first, second = bench.in_turns(runs, 3)
-    one_round = [("1", "a", 5), ("1", "a", 5), ("2", "a", 5), ("2", "a", 5)]
-    assert calls[:4] == one_round and calls[4:8] == [(name, "b", 6) for name, _, _ in one_round] and len(calls) == 12
-    assert [run.first_ms for run in (first, second)] == [6000, 8000] and first.latency_ms == 7000
-
-
-def test_tiny_quality_is_the_share_of_attributes(tiny_assets):
-    bench = explore.Benchmark.__new__(explore.Benchmark)
-    world = explore.TinyWorld()
-    scenes = world.scenes(1, 3)
-    bench.reference, bench.prompts = None, [explore_caption(scene) for scene in scenes]
-    clips = list(((world.render(scenes) + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).contiguous().numpy())
-    assert bench._qualities(clips).tolist() == [1, 1, 1]
-    bench.prompts = bench.prompts[1:] + bench.prompts[:1]
-    assert bench._qualities(clips).max() < 1
-
-
-def explore_caption(scene) -> str:
-    from trainer.tiny.world import caption
-
-    return caption(scene)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The measures of live streams: what they say of streams whose faults are known."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +7,11 @@ import pytest
 import torch
 from test_session import PROMPT, make  # noqa: F401  (fixture)
 
-from configs.load import CHECKOUT
-from scripts.bench.live import FrameNumbering, StreamMeasures, change, lines, read_numbers, recoloured, watch_stream
+from scripts import measure_live as script
+from scripts.bench.live import FrameNumbering, StreamMeasures, read_numbers, recoloured, watch_stream
 from trainer.tiny.captions import COLOURS
 from trainer.tiny.world import TinyWorld
 from utils.video_live import LiveWriter
-
-SPEC = importlib.util.spec_from_file_location("measure_live", CHECKOUT / "scripts" / "measure_live.py")
-script = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(script)
 
 
 def plain(pixels: torch.Tensor) -> torch.Tensor:
@@ -69,28 +64,6 @@ def test_drift_and_seams_of_a_made_up_stream():
     seams = watch.seams(3)
     assert seams["seam_ratio"] == pytest.approx(6 * len(inside) / sum(inside), rel=1e-3)
     assert seams["seam_against_latents"] == pytest.approx(3)
-
-
-def test_large_frames_are_thinned():
-    """What is measured of every so many rows and columns of smooth frames is what all of them show."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (24, 120, 120, 3), dtype=np.uint8)
-    found = []
-    for frames in (small, small.repeat(4, 1).repeat(4, 2)):
-        watch = StreamMeasures()
-        for chunk in np.split(frames, 2):
-            watch.see(chunk, 0.1, 100)
-        found.append(watch)
-    assert found[0].saturation == pytest.approx(found[1].saturation)
-    assert found[0].steps == pytest.approx(found[1].steps)
-    assert found[0]._last.shape == found[1]._last.shape
-
-
-def test_change_leaves_the_warming_up_out():
-    assert change([9.0] * 5 + [1.0] * 10 + [1.1] * 5) == pytest.approx(0.1)
-    assert change([1.0, 2.0]) == 0.0
-    table = lines({"long": {"memory_change": 0.02, "seam_ratio": 1.0}, "switches": {"seen_within_chunks": {"2": 0.95}}})
-    assert [line.rsplit(maxsplit=1)[-1] for line in table] == ["NO", "yes", "yes"]
 
 
 def test_a_recoloured_scene_has_another_colour_and_nothing_else():

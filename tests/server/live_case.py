@@ -169,10 +169,3 @@ def visit(port: int, script):
             return await script(me)
 
     return asyncio.run(one())
-
-
-def until(condition, seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()

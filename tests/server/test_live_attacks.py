@@ -9,7 +9,8 @@ import threading
 import time
 
 import pytest
-from live_case import OTHER, PROMPT, Visitor, pipe, serve, until, visit  # noqa: F401  (fixtures)
+from api_case import until
+from live_case import OTHER, PROMPT, Visitor, pipe, serve, visit  # noqa: F401  (fixtures)
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 

@@ -1,13 +1,12 @@
 """Clip measures against figures known beforehand, and defects that are found where they were put, and nothing else."""
 
-import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
+from scripts import validate_measures as validate
 from scripts.quality.clip_defects import KINDS, find_defects
 from trainer.tiny.world import TinyWorld
 from utils.clip_measures import (
@@ -25,11 +24,6 @@ from utils.clip_measures import (
     unit_frames,
 )
 from utils.intervals import T95, Z95, mean_interval, paired_interval, t95
-
-SPEC = importlib.util.spec_from_file_location("validate_measures", ROOT / "scripts" / "validate_measures.py")
-validate = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(validate)
-
 
 NEEDS_OPENCV = pytest.mark.skipif(not has_flow(), reason="no OpenCV")
 
@@ -204,11 +198,6 @@ def test_a_defect_is_placed_where_it_is():
     clip[50:57] = clip[50].clone()
     (freeze,) = find_defects(series(clip), validate.BORDERS)
     assert (freeze.kind, freeze.first, freeze.last) == ("freeze", 51, 56)
-
-
-def test_the_table_is_markdown():
-    text = validate.table({"none": dict.fromkeys(KINDS, 1)}, 4)
-    assert text.splitlines()[-1] == "| none | " + " | ".join(["25"] * len(KINDS)) + " |"
 
 
 def student_tail(t: float, freedom: int) -> float:

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from conftest import ROOT
 
 from configs.errors import UserError
 from pipeline.async_decoder import AsyncDecoder
-from utils import exits, files
+from utils import files
 from utils.device import (
     available_cpus,
     cpu_quotas,
@@ -428,30 +427,6 @@ def test_progress_bar_stays_on_its_line(monkeypatch):
     shown = b"".join(parts).decode()
     assert "3/3" in shown and "\n" not in shown and shown.count("\r") > 3
     assert not shown.split("\r")[-2].strip(), "it vanishes"
-
-
-def test_exits(capsys):
-    def bad():
-        raise UserError("x=1 is wrong;\ntry 2")
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    def broken():
-        raise RuntimeError("ours")
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        for main, code in ((lambda: None, 0), (lambda: 3, 3), (bad, 2), (interrupted, 130)):
-            with pytest.raises(SystemExit) as stop:
-                exits.run(main)
-            assert stop.value.code == code
-        with pytest.raises(RuntimeError):
-            exits.run(broken)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "error: x=1 is wrong; try 2" and lines[1].startswith("interrupted") and len(lines) == 2
 
 
 def _spoilt(kind, folder):

@@ -13,7 +13,7 @@ from model.attention import Kernels
 from model.codec import WanCodec
 from model.fast.student import FastPlan
 from model.schedule import Schedule
-from model.sizes import WAN_1_3B, TransformerSize
+from model.sizes import WAN_1_3B
 from model.weights.random import RandomTextEncoder
 from pipeline.stream import StreamSession
 from scripts import benchmark
@@ -21,8 +21,6 @@ from scripts.bench import speed
 from scripts.bench.cost import network_pass
 from scripts.bench.roofline import copy_rate, matrix_rate, nbytes, roofline
 from scripts.bench.speed_suites import SUITES
-from scripts.bench.speed_tables import suite_table, table
-from utils.tables import aligned
 
 CPU = torch.device("cpu")
 SMALL = ["video.height=32", "video.width=48", "video.num_latent_frames=6", "--random_weights", "--repeats", "1"]
@@ -69,12 +67,6 @@ def test_the_report_holds_what_the_figures_need(report):
         assert step["floor_s"] == pytest.approx(max(products, copies))
 
 
-def test_it_reads_as_a_table(report):
-    text = table(report)
-    for words in ("rate: clip", "rate: steady stream", "rate: denoising alone", "process start to first clip"):
-        assert words in text
-
-
 def test_a_suite_goes_on_after_what_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "START", time.perf_counter())  # not when the tests began
     file = tmp_path / "suite.json"
@@ -87,14 +79,6 @@ def test_a_suite_goes_on_after_what_fails(tmp_path, capsys, monkeypatch):
     assert reports["5432222"]["chunks"][0].keys() > reports["plain"]["chunks"][0].keys()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("fp8: UserError")
-
-
-def test_a_suite_without_time_names_what_it_left_out(monkeypatch):
-    monkeypatch.setattr(benchmark, "START", -1e6)
-    args = benchmark.parse(["--suite", "h100"])
-    reports = benchmark.run_suite(args)
-    assert list(reports) == [variant.name for variant in SUITES["h100"]]
-    assert all(report["failed"].startswith("skipped") for report in reports.values())
 
 
 def test_every_variant_is_a_configuration():
@@ -113,16 +97,6 @@ def test_wrong_numbers_are_refused():
         benchmark.main(["--repeats", "0"])
     with pytest.raises(UserError, match="needs a GPU"):
         benchmark.main([*SMALL, "device=cpu", "inference.cuda_graphs=on"])
-
-
-def test_the_session_s_parts(session):
-    found = speed.parts(session, repeats=1)
-    assert found["decode_s"] > 0 and found["transfer_s"] >= 0
-    network = TransformerSize.from_config(session.student.model.config)
-    report = speed.report(session, network, chunks=2, batch=2, repeats=1, fps=16, text_tokens=12)
-    assert report["frames"] == 2 * 21
-    assert report["latents"].shape[0] == 2
-    assert report["memory_bytes"]["KV cache"] == session._cache.bytes
 
 
 def test_ceilings_of_a_cpu():
@@ -152,8 +126,3 @@ def test_the_share_of_the_peak_goes_by_what_is_float8(session):
     assert shares["none"] == pytest.approx(done.total / 1e14)
     assert shares["none"] - shares["linears"] == pytest.approx(28 / 30 * done.linear / 2e14)
     assert shares["none"] - shares["attention"] == pytest.approx(done.past / 2e14)
-
-
-def test_tables():
-    assert aligned([["a", "b"], ["long", "1"]]) == "a     b\nlong  1"
-    assert suite_table({"x": {"failed": "RuntimeError: no"}}).splitlines()[-1] == "x: RuntimeError: no"

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,8 +23,8 @@ from model.memory import distill_plan
 from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
-from scripts.bench.cycle import PhaseWatch, covered, exposed, summary
-from scripts.bench.cycle_tables import left_out, phase_table, saving_text
+from scripts.bench.cycle import PhaseWatch, exposed
+from scripts.bench.cycle_tables import phase_table, saving_text
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
 from utils import timers
 from utils.timers import PhaseTimer
@@ -35,59 +34,6 @@ FULL = "configs/train_wan2.1_t2v_1.3b.yaml"
 SMALL = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6", "training.micro_batch=1"]
 SMALL += ["training.distill.dfake_gen_update_ratio=2"]
 SMALL += [word for role in ("student", "teacher", "critic") for word in (f"--{role}", "tiny/1")]
-
-
-def test_the_examples_of_its_help_are_valid():
-    examples = [line for line in script.__doc__.replace("\\\n", "").splitlines() if line.startswith("    python ")]
-    for example in examples:
-        args = script.parse(shlex.split(example, comments=True)[2:])
-        for layout in args.layouts:
-            load_config(args.config_path, [*args.settings, *layout.overrides(1)])
-    assert len(examples) == 6
-
-
-def test_a_check_counts_its_runs(monkeypatch):
-    """Down to the last layout, which takes what is left of the budget; layouts of other settings have a rank of their
-    own to be compared with."""
-    jobs = []
-    bench = SimpleNamespace(micro=1, run=lambda job, ahead: jobs.append((job.layout.text, job.layers, len(ahead))))
-    monkeypatch.setattr(script, "compare", lambda ours, theirs: {})
-    texts = ["sequence:2", "sequence:2,training.sequence_student=shared", "sequence4:4"]
-    layouts = [Layout.parse(text) for text in texts]
-    script.check_all(bench, layouts, layouts[1:])
-    assert [left for *_, left in jobs] == [6, 5, 4, 3, 2] and all(layers == 2 for _, layers, _ in jobs)
-    assert [text for text, *_ in jobs if text in texts] == texts
-
-
-def test_what_compiles_has_more_of_the_budget(tmp_path, monkeypatch):
-    """In proportion to what it takes; and what was left out is said before the tables."""
-    monkeypatch.setattr(script, "START", 1000.0)
-    monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: 1000.0))  # which stands still
-    limits = {}
-
-    def start(self, gpus: int, spec: dict, limit: float) -> str:
-        limits["training.compile=true" in spec["settings"], spec["check"]] = spec["deadline"] - 1000 + 10
-        return "not run"
-
-    monkeypatch.setattr(script.Benchmark, "_start", start)
-    args = script.parse(["--layouts", "none:1", "none:1,training.compile=true", "--budget", "3600", *SMALL])
-    bench, jobs = script.Benchmark(args, tmp_path), [script.Job(layout) for layout in args.layouts]
-    for job in (*jobs, script.Job(args.layouts[0], layers=2), script.Job(args.layouts[1], layers=2)):
-        bench.run(job, [job, *jobs])
-    total, plain, compiled = bench.left, script.CYCLE, script.CYCLE + script.COMPILED
-    for key, cost in {(False, False): plain, (True, False): compiled, (False, True): 30, (True, True): 90}.items():
-        assert limits[key] == pytest.approx(1.2 * total * cost / (2 * cost + plain + compiled), rel=0.05)
-    lost = [{"layout": "full:2", "why": "left out: 3 s were left"}, measured(whole=False, ended="cut off after 9 s")]
-    text = left_out(lost, [{"layout": "full:4", "why": "needs GPUs: 4; there are 2"}])
-    assert text.splitlines()[1:] == [
-        "full:2: left out: 3 s were left", "full:2: cut off after 9 s", "check of full:4: needs GPUs: 4; there are 2",
-    ]  # fmt: skip
-    assert left_out([measured(whole=True)], [{"layout": "full:2", "passed": True}]) == ""
-    shown = []
-    monkeypatch.setattr(script, "print", lambda *words: shown.extend(words), raising=False)
-    found = {"layouts": lost[:1], "check": [], "projection": [], "advice": []}
-    script.show(args, found)
-    assert "left out: 3 s" in shown[0] and not any("left out: 3 s" in text for text in shown[1:])
 
 
 def test_what_is_inside_counts_for_the_inner_phase_alone(monkeypatch):
@@ -282,12 +228,6 @@ def test_a_process_that_does_not_end_is_ended(tmp_path):
     file.write_text(str(rank.pid))
     script.end(parent, [file])
     assert parent.wait(60) == rank.wait(60) == -signal.SIGKILL
-
-
-def test_sums():
-    found = summary(measured())
-    assert found["cycle_s"] == 8.5 + 5 * 4.0 and found["peak_bytes"] == 7
-    assert covered([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
 
 
 def test_a_plan_without_gpus():

@@ -1,6 +1,5 @@
 """scripts/vbench.py on a small mock of VBench: prompt file, file names, resuming, scores, totals."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -10,12 +9,9 @@ import pytest
 from conftest import ROOT, alike
 
 from configs.errors import UserError
+from scripts import vbench
 from scripts.quality.vbench import DIMENSIONS, QUALITY, SEMANTIC, read_results, read_suite, totals
 from utils.video import read_video
-
-SPEC = importlib.util.spec_from_file_location("vbench_script", ROOT / "scripts" / "vbench.py")
-vbench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(vbench)
 
 SUITE = [  # as VBench_full_info.json has them
     {"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]},
@@ -147,18 +143,6 @@ def test_python_that_is_not_there(suite, tmp_path):
     rate = ["score", "--out", str(tmp_path), "--prompts", str(suite), "--dimensions", "color", "--python", "no_python"]
     with pytest.raises(UserError, match="python=no_python cannot be started"):
         vbench.main(rate)
-
-
-def test_ranks_share_all_videos(suite, monkeypatch):
-    from utils.distributed import Ranks
-
-    args = vbench.parse_arguments(["generate", "--prompts", str(suite), "--flicker_samples", "25"])
-    jobs = vbench.jobs_of(read_suite(suite), args)
-    assert len(jobs) == 25 + 5 + 5
-    shares = [Ranks(rank, 3).share(jobs) for rank in range(3)]
-    assert sorted((p.text, i) for share in shares for p, i in share) == sorted((p.text, i) for p, i in jobs)
-    args = vbench.parse_arguments(["generate", "--prompts", str(suite), "--dimensions", "color"])
-    assert {p.text for p, _ in vbench.jobs_of(read_suite(suite), args)} == {"a red bird"}
 
 
 def test_totals_are_those_of_the_published_formula():

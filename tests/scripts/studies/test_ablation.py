@@ -1,16 +1,15 @@
 """The ablation end to end on random tiny networks: rows, resuming, figures against known clips, the table."""
 
-import importlib.util
 import json
 import shlex
 
 import pytest
 import torch
-from conftest import ROOT
 from distill_case import CPU, distill_config
 
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
+from scripts import ablate_tiny
 from scripts.studies import ablation
 from scripts.studies.ablation_table import markdown
 from scripts.studies.clips import Bench, bootstrap
@@ -18,9 +17,6 @@ from trainer.tiny.captions import parse_caption
 from trainer.tiny.world import TinyWorld
 from utils.intervals import mean_interval
 
-SPEC = importlib.util.spec_from_file_location("ablate_tiny", ROOT / "scripts" / "ablate_tiny.py")
-ablate_tiny = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(ablate_tiny)
 SMALL = ["--num_prompts", "3", "--long_prompts", "2", "--long_frames", "18", "--eval_batch", "2", "--steps", "2",
          "--open_prompts", "2"]  # fmt: skip
 

@@ -25,7 +25,6 @@ from trainer.tiny.world import (
     EXTENT,
     TinyScene,
     TinyWorld,
-    background_image,
     caption,
     flip_attribute,
     training_caption,
@@ -88,16 +87,6 @@ def test_every_training_word_is_in_the_vocabulary_and_nearly_every_vocabulary_wo
     values = {word for name in ("colour", "shape", "background") for word in VALUES[name]}
     assert values | {"right", "left", "up", "down", "slowly", "quickly", "medium"} <= set(seen)
     assert set(words_of(DEFAULT_PROMPT)) <= set(VOCABULARY)
-
-
-def test_short_prompts_are_in_the_training_distribution():
-    captions = [training_caption(s) for s in WORLD.scenes(3, 3000)]
-    stated = [parse_caption(c) for c in captions]
-    full = sum(None not in s.values() for s in stated) / len(stated)
-    short = sum(s["speed"] is None and s["background"] is None for s in stated) / len(stated)
-    assert 0.35 < full < 0.55 and 0.2 < short < 0.4
-    alike = [c for c in captions if len(c.split()) == 5 and c.split()[3:] == ["moves", "right"]]
-    assert len(alike) >= 10
 
 
 @pytest.mark.parametrize(
@@ -181,24 +170,6 @@ def test_a_frame_equals_supersampling_by_points(shape):
                 assert abs(float(frame[0, py, px]) - lower) < 0.13  # a distance is not quite a share at corners
 
 
-def test_heading_shows_in_every_frame():
-    """Bright in front and dark behind: the subject's brightness leans along the heading, for every direction."""
-    for direction in DIRECTIONS:
-        scene = a_scene(direction=direction, speed="slow", x=48.0, y=32.0)
-        frame = WORLD.render([scene], 1)[0, 0, 0]
-        vx, vy = velocity(direction, "slow")
-        x = (torch.arange(96) + 0.5 - 48.0)[None, :]
-        y = (torch.arange(64) + 0.5 - 32.0)[:, None]
-        inside = x**2 + y**2 < 81
-        along = (x * vx + y * vy) / math.hypot(vx, vy)
-        front = frame[inside & (along > 4)].mean() - frame[inside & (along < -4)].mean()
-        assert front > 0.3
-        ring = (x**2 + y**2 > 121) & (x**2 + y**2 < 225)
-        across = (x * vy - y * vx).abs() / math.hypot(vx, vy) < 4
-        trail = frame[ring & across & (along < 0)].mean() - frame[ring & across & (along > 0)].mean()
-        assert trail > 0.15  # twice the difference in [0, 1]
-
-
 def test_batches_windows_and_types_agree():
     scenes = WORLD.scenes(5, 6)
     whole = WORLD.render(scenes, 12)
@@ -224,13 +195,6 @@ def test_a_subject_that_leaves_comes_back_at_the_other_edge():
     )  # 585 frames at 0.8 are 4 periods of 117 pixels
     far = WORLD.render([scene], 1, start_frame=585 * 100_000)
     torch.testing.assert_close(far, WORLD.render([scene], 1), atol=1e-2, rtol=0)
-
-
-def test_backgrounds_are_far_from_each_other():
-    pictures = [background_image(name, 64, 96) for name in VALUES["background"]]
-    for i, a in enumerate(pictures):
-        for b in pictures[:i]:
-            assert (a - b).abs().mean() > 0.12
 
 
 @pytest.mark.cuda
