@@ -34,7 +34,7 @@ def test_a_candidate_is_the_schedule_that_inference_runs(tmp_path):
     ours = Candidate.parse("5432+clean", 7).schedule(config)
     told = load_config("configs/tiny.yaml", ["schedule.steps=5432", "stream.context=clean"])
     assert str(ours) == str(Schedule.from_config(told.schedule, told.stream))
-    release = load_config("configs/tiny.yaml", ["schedule={preset: release, steps: '4322222'}"])
+    release = load_config("configs/tiny.yaml", ["schedule.preset=release"])
     assert str(Candidate.parse("432", 7).schedule(release)) == str(configured(release)), "its own timesteps"
     forcing = load_config("configs/self_forcing.yaml")
     assert Candidate.parse("4+clean", 7).schedule(forcing).table(7) == configured(forcing).table(7)

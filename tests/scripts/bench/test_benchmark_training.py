@@ -1,5 +1,6 @@
 """The training benchmark: layouts, phases, sums, projection, plan without GPUs, and the check against one rank."""
 
+import functools
 import itertools
 import json
 import signal
@@ -23,6 +24,7 @@ from model.memory import distill_plan
 from model.sizes import WAN_1_3B, WAN_14B, TransformerSize
 from model.weights.random import transformer_sizes
 from scripts import benchmark_training as script
+from scripts.bench import layouts as layouts_of_gpus
 from scripts.bench.cycle import PhaseWatch, exposed
 from scripts.bench.cycle_tables import phase_table, saving_text
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
@@ -252,8 +254,10 @@ def test_advice_for_few_gpus():
     assert advice(FULL, [], networks, 1, 10) is None
 
 
-def test_advice_for_14b():
+def test_advice_for_14b(monkeypatch):
     """The table of docs/distributed.md, and what the two configurations say of themselves."""
+    read = functools.cache(load_config)  # the same for each card
+    monkeypatch.setattr(layouts_of_gpus, "load_config", lambda path, settings: read(path, tuple(settings)))
     networks = sizes_of({"student": "14B", "teacher": "14B", "critic": "14B"}, WAN_14B)
     file = "configs/train_wan2.1_t2v_14b"
     found = {
