@@ -24,7 +24,6 @@ exits.guard(__name__)
 from configs.errors import UserError
 from scripts.quality.clip_folder import ClipReport, find_videos, measure_video
 from scripts.quality.report_page import report_data, report_page
-from utils.clip_measures import FLOW_MEASURES
 from utils.files import atomic_path, check_writable, write_json_atomic
 from utils.progress import progress_bar
 
@@ -48,7 +47,7 @@ def read_folder(folder: Path, chunk_frames: int, workers: int) -> list[ClipRepor
     with progress_bar(f"measuring {folder.name}", len(videos), "clip") as bar:
         if workers == 1 or len(videos) == 1:
             return [_counted(measure(video), bar) for video in videos]
-        fresh = get_context("spawn")  # a fork of a process that has used OpenCV's or torch's threads can wait forever
+        fresh = get_context("spawn")  # a fork of a process that has used torch's threads can wait forever
         with ProcessPoolExecutor(min(workers, len(videos)), mp_context=fresh) as pool:
             return [_counted(clip, bar) for clip in pool.map(measure, videos)]
 
@@ -94,8 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
     with atomic_path(out / "report.html") as temporary:
         temporary.write_text(report_page(folders, out), encoding="utf-8")
     print(table(data))
-    if not FLOW_MEASURES.keys() <= data["measures"].keys():
-        print(f"without {' and '.join(FLOW_MEASURES)}: pip install opencv-python-headless gives them", file=sys.stderr)
     if "pairs" in data and not data["pairs"]:
         print("no clip of one folder has the prompt and seed of one of the other: nothing to pair", file=sys.stderr)
     alarms = sum(bool(clip.defects) for part in clips for clip in part)

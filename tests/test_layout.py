@@ -17,7 +17,7 @@ CLIENT_PROGRAMS = ("client/record.py", "client/steer.py")  # examples, which imp
 ENTRY_POINTS = ("train.py", "inference.py", "demo.py", "serve.py", "setup.py")
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt", "requirements-client.txt")
 # where the name on the index and the name in Python differ
-MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
+MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}
 
 SOURCES = [
     *(CHECKOUT / name for name in ENTRY_POINTS if (CHECKOUT / name).exists()),

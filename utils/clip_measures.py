@@ -6,16 +6,12 @@ as they are stored; chroma is max(R, G, B) - min(R, G, B). `borders` are the fir
 
 The measures do not know what is intended: a pan drifts, a strobe light flickers, fog is not sharp. They are for
 comparing clips of the same prompts and for finding suspicious ones (scripts/quality/clip_defects.py).
-
-Optical flow (FLOW_MEASURES) needs OpenCV, an optional package. The algorithm is DIS (Kroeger et al., arXiv 1603.03590),
-which runs on a CPU and has no weights. A network such as RAFT would be more accurate for large motion.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +21,6 @@ FLICKER_REACH = 3  # frames to each side that a frame's brightness is compared w
 BLUR_PIXELS = 9  # length of the box that sharpness is measured with
 LEAST_DIFFERENCE = 3 / 255  # brightness between neighbours; less is a gentle slope, or noise of a codec
 SMALLEST_STEP = 1e-6  # brightness; keeps ratios finite where nothing moves
-LEAST_FLOW_SIDE = 12  # pixels along the longer side; OpenCV refuses less
 
 
 @dataclass(frozen=True)
@@ -47,14 +42,6 @@ MEASURES = {
     "saturation_drift": Measure("share", "low", "change of mean chroma, first to last quarter, sign lost"),
     "sharpness": Measure("share", "high", "differences between neighbours that a blur takes away, median of frames"),
     "repeated": Measure("share", "low", "frames that repeat the one before"),
-}
-
-# Available if OpenCV is installed. Lengths are in pixels of the clip: at twice the resolution flow is twice as long.
-FLOW_MEASURES = {
-    "flow": Measure("pixels", "none", "mean length of the optical flow from a frame to the next"),
-    "flow_warp": Measure(
-        "levels", "low", "what is left of luma's change from a frame to the next once the flow is undone"
-    ),
 }
 
 
@@ -120,8 +107,6 @@ class FrameSeries:
     contrast: Tensor  # [T] standard deviation of luma over the frame: RMS contrast (Peli, JOSA A 7, 1990)
     saturation: Tensor  # [T] mean chroma
     sharpness: Tensor  # [T] share of the differences between neighbouring pixels that blurring takes away
-    flow: Tensor | None = None  # [T - 1] mean length in pixels, frame t to t + 1; None where not asked for
-    flow_warp: Tensor | None = None  # [T - 1] warping error in levels of 255
 
     @property
     def frames(self) -> int:
@@ -131,20 +116,14 @@ class FrameSeries:
 FAR = 4  # frames; longer than the longest flash that is detected
 
 
-def series(clip: Tensor, flow: bool = False) -> FrameSeries:
-    """Measures of each frame of a clip [T, 3, H, W]. flow: include optical flow (requires `has_flow`).
+def series(clip: Tensor) -> FrameSeries:
+    """Measures of each frame of a clip [T, 3, H, W].
 
     Sharpness is 1 minus the blur metric of Crete et al. (SPIE 6492, 2007): blurring removes much of the differences
     between neighbouring pixels from a sharp image, and little from a blurred one. It does not depend on contrast.
     Images larger than 256 on both sides are first averaged over 2 x 2 pixels, so that grain counts less.
     """
-    rows, meter = [], FlowMeter() if flow else None
-    for image in map(unit_frames, clip):
-        grey = _grey(image)
-        rows.append(_frame(image, grey))
-        if meter:
-            meter.add(grey, image.shape[-1] // grey.shape[-1])
-    table = torch.tensor(rows, dtype=torch.float32)
+    table = torch.tensor([_frame(unit_frames(image)) for image in clip], dtype=torch.float32)
     return FrameSeries(
         steps=frame_distances(clip[None])[0].cpu(),
         far_steps=frame_distances(clip[None], FAR)[0].cpu(),
@@ -153,8 +132,6 @@ def series(clip: Tensor, flow: bool = False) -> FrameSeries:
         contrast=table[:, 4],
         saturation=table[:, 5],
         sharpness=table[:, 6],
-        flow=torch.tensor(meter.lengths) if meter else None,
-        flow_warp=torch.tensor(meter.errors) if meter else None,
     )
 
 
@@ -164,11 +141,11 @@ def _grey(image: Tensor) -> Tensor:
     return F.avg_pool2d(grey[None, None], 2)[0, 0] if min(grey.shape) > 256 else grey
 
 
-def _frame(image: Tensor, grey: Tensor) -> list[float]:
-    """Mean R, G, B, mean luma, contrast, saturation, sharpness of one image [3, H, W] in [0, 1]; grey: its `_grey`."""
-    variance = grey.var()
+def _frame(image: Tensor) -> list[float]:
+    """Mean R, G, B, mean luma, contrast, saturation, sharpness of one image [3, H, W] in [0, 1]."""
+    grey = _grey(image)
     chroma = (image.amax(0) - image.amin(0)).mean()
-    return torch.stack((*image.mean((1, 2)), grey.mean(), variance.sqrt(), chroma, _sharpness(grey))).tolist()
+    return torch.stack((*image.mean((1, 2)), grey.mean(), grey.var().sqrt(), chroma, _sharpness(grey))).tolist()
 
 
 def _sharpness(grey: Tensor) -> Tensor:
@@ -184,57 +161,6 @@ def _sharpness(grey: Tensor) -> Tensor:
         lost.append(((before - after).clamp_min(0) * use).sum())
         total.append((before * use).sum())
     return sum(lost) / sum(total).clamp_min(1e-6)
-
-
-def has_flow() -> bool:
-    """Whether OpenCV is installed, which FLOW_MEASURES need (opencv-python-headless, in the extra `report`)."""
-    try:
-        import cv2  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-class FlowMeter:
-    """Optical flow between consecutive frames, which are added one by one; keeps one frame in memory.
-
-    The warping error is E_warp of Lai et al. (arXiv 1808.00449): frame t + 1, warped by the flow from t to t + 1, is
-    compared with frame t where both frames show the same point. It is absolute and of luma, while theirs is squared and
-    of RGB. Occlusions are where flow leaves the frame or backward flow does not return (Ruder et al., arXiv
-    1604.08610). Interpolation between pixels adds an error of its own.
-    """
-
-    def __init__(self) -> None:
-        import cv2
-
-        cv2.setNumThreads(1)  # clips are measured in processes side by side
-        self.dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        self.lengths: list[float] = []  # pixels, mean over the frame
-        self.errors: list[float] = []  # levels of 255
-        self.last: np.ndarray | None = None
-
-    def add(self, grey: Tensor, shrunk: int = 1) -> None:
-        """Add the next frame, luma [h, w] in [0, 1]. shrunk: pixels of the clip per pixel of this frame."""
-        frame = grey.mul(255).round().byte().cpu().numpy()
-        if self.last is not None:
-            length, error = self._pair(self.last, frame) if max(frame.shape) >= LEAST_FLOW_SIDE else (math.nan,) * 2
-            self.lengths.append(shrunk * length)
-            self.errors.append(error)
-        self.last = frame
-
-    def _pair(self, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-        """Mean length of the flow, in pixels of these frames [h, w], and warping error in levels."""
-        import cv2
-
-        there, back = self.dis.calc(before, after, None), self.dis.calc(after, before, None)  # [h, w, (x, y)]
-        height, width = before.shape
-        place = there + np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
-        back = cv2.remap(back, place, None, cv2.INTER_LINEAR)
-        both = ((place >= 0) & (place <= (width - 1, height - 1))).all(-1)
-        both &= ((there + back) ** 2).sum(-1) <= 0.01 * (there**2 + back**2).sum(-1) + 0.5
-        moved = cv2.remap(after.astype(np.float32), place, None, cv2.INTER_LINEAR)
-        error = np.abs(moved - before)[both] if both.any() else np.abs(after.astype(np.float32) - before)
-        return float(np.linalg.norm(there, axis=-1).mean()), float(error.mean())
 
 
 def flicker(values: Tensor) -> Tensor:
@@ -280,12 +206,9 @@ def colour_change(rgb: Tensor) -> float:
 
 
 def summary(clip: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
-    """MEASURES of one clip, and FLOW_MEASURES if its series has them; NaN if one is undefined (a single frame)."""
-    flow = {} if clip.flow is None else {name: math.nan for name in FLOW_MEASURES}
+    """MEASURES of one clip; NaN if one is undefined (a single frame)."""
     if clip.frames < 2:
-        return {name: math.nan for name in MEASURES} | {"sharpness": float(clip.sharpness.median())} | flow
-    if flow:
-        flow = {"flow": float(clip.flow.mean()), "flow_warp": float(clip.flow_warp.mean())}
+        return {name: math.nan for name in MEASURES} | {"sharpness": float(clip.sharpness.median())}
     early, late = quarters(clip.steps)
     return {
         "seam": float(seam_ratio(clip.steps[None], borders)[0]),
@@ -297,7 +220,6 @@ def summary(clip: FrameSeries, borders: Sequence[int]) -> dict[str, float]:
         "saturation_drift": relative_change(clip.saturation),
         "sharpness": float(clip.sharpness.median()),
         "repeated": float(repeats(clip.steps).float().mean()),
-        **flow,
     }
 
 

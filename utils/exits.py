@@ -28,7 +28,7 @@ LONGEST_MESSAGE = 300  # characters of argparse's message, which quotes all argu
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = ("configs", "utils", "model", "pipeline", "trainer", "server", "scripts")
 WRAPPERS = {"inference.py": "inference.sh", "train.py": "training.sh", "demo.py": "demo.sh", "serve.py": "serve.sh"}
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # module -> package
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # module -> package
 
 _flag_of: dict[str, str] = {}  # setting -> the flag that set it
 

@@ -2,7 +2,7 @@
 
 Each is a rule for the measures of utils/clip_measures.py. A defect should not trigger the rule of another: colour and
 sharpness are compared within a shot, the jump after a freeze is no cut, and a flash is no pair of cuts. Their accuracy
-on clips with known defects is in docs/evaluation.md, measured by `scripts/validate_measures.py`.
+on clips with known defects is in docs/benchmarks/tiny-world.md.
 """
 
 from collections.abc import Sequence

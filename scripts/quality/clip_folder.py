@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from configs.errors import UserError
 from configs.geometry import pixel_frames
 from scripts.quality.clip_defects import Defect, find_defects
-from utils.clip_measures import FLOW_MEASURES, MEASURES, Measure, as_clip, has_flow, series, summary
+from utils.clip_measures import MEASURES, as_clip, series, summary
 from utils.intervals import Interval, mean_interval, paired_interval
 from utils.video import contact_sheet, read_video, shrink
 
@@ -98,7 +98,7 @@ def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
     timings = _section(record, "timings_s")
     frames = read_video(video)
     borders = chunk_borders(len(frames), _section(config, "stream").get("chunk_frames", chunk_frames))
-    measures = series(as_clip(frames), flow=has_flow())
+    measures = series(as_clip(frames))
     small = shrink(frames, STRIP_WIDTH)
     return ClipReport(
         name=video.name,
@@ -144,15 +144,9 @@ def _strip(frames, borders: Sequence[int]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def measured(clips: Sequence[ClipReport]) -> dict[str, Measure]:
-    """The measures that all of the clips have: MEASURES, and FLOW_MEASURES where OpenCV was there."""
-    known = MEASURES | FLOW_MEASURES
-    return {name: known[name] for name in known if all(name in clip.measures for clip in clips)}
-
-
-def averages(clips: Sequence[ClipReport], names: Iterable[str]) -> dict[str, Interval]:
-    """Mean of each named measure over clips, with its interval."""
-    return {name: mean_interval(_column(clips, name)) for name in names}
+def averages(clips: Sequence[ClipReport]) -> dict[str, Interval]:
+    """Mean of each measure over clips, with its interval."""
+    return {name: mean_interval(_column(clips, name)) for name in MEASURES}
 
 
 def pair(ours: Sequence[ClipReport], others: Sequence[ClipReport]) -> list[tuple[ClipReport, ClipReport]]:
@@ -161,10 +155,10 @@ def pair(ours: Sequence[ClipReport], others: Sequence[ClipReport]) -> list[tuple
     return [(clip, by_key[clip.key]) for clip in ours if clip.key in by_key]
 
 
-def differences(pairs: Sequence[tuple[ClipReport, ClipReport]], names: Iterable[str]) -> dict[str, Interval]:
+def differences(pairs: Sequence[tuple[ClipReport, ClipReport]]) -> dict[str, Interval]:
     """Mean of second minus first over pairs, with Student's interval."""
     first, second = ([pair[i] for pair in pairs] for i in (0, 1))
-    return {name: paired_interval(_column(first, name), _column(second, name)) for name in names}
+    return {name: paired_interval(_column(first, name), _column(second, name)) for name in MEASURES}
 
 
 def _column(clips: Sequence[ClipReport], name: str) -> torch.Tensor:

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from scripts.quality.clip_folder import ClipReport, averages, differences, measured, pair
+from scripts.quality.clip_folder import ClipReport, averages, differences, pair
+from utils.clip_measures import MEASURES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def report_data(folders: Sequence[tuple[str, Sequence[ClipReport]]]) -> dict[str, Any]:
     """Contents of report.json: of one folder, or of two with the differences of their pairs (second minus first)."""
-    measures = measured([clip for _, clips in folders for clip in clips])
     data: dict[str, Any] = {
-        "measures": {name: asdict(measure) for name, measure in measures.items()},
+        "measures": {name: asdict(measure) for name, measure in MEASURES.items()},
         "folders": [
             {
                 "name": name,
-                "averages": {key: value.to_dict() for key, value in averages(clips, measures).items()},
+                "averages": {key: value.to_dict() for key, value in averages(clips).items()},
                 "clips": [clip.to_dict() for clip in clips],
             }
             for name, clips in folders
@@ -30,7 +30,7 @@ def report_data(folders: Sequence[tuple[str, Sequence[ClipReport]]]) -> dict[str
     if len(folders) == 2:
         first, second = (list(clips) for _, clips in folders)
         pairs = pair(first, second)
-        data["differences"] = {name: value.to_dict() for name, value in differences(pairs, measures).items()}
+        data["differences"] = {name: value.to_dict() for name, value in differences(pairs).items()}
         data["pairs"] = [[_index(first, a), _index(second, b)] for a, b in pairs]
     return data
 

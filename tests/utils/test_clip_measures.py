@@ -5,27 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from defect_case import BORDERS, confusion
 
-from scripts import validate_measures as validate
 from scripts.quality.clip_defects import KINDS, find_defects
 from trainer.tiny.world import TinyWorld
 from utils.clip_measures import (
-    FLOW_MEASURES,
     MEASURES,
     as_clip,
     flicker,
     frame_distances,
-    has_flow,
-    luma,
     repeats,
     runs,
     series,
     summary,
-    unit_frames,
 )
 from utils.intervals import T95, Z95, mean_interval, paired_interval, t95
-
-NEEDS_OPENCV = pytest.mark.skipif(not has_flow(), reason="no OpenCV")
 
 
 def flat(levels: list[float], height: int = 12, width: int = 16) -> torch.Tensor:
@@ -68,7 +63,7 @@ def test_sharpness_falls_with_blur_and_not_with_contrast():
     clip = TinyWorld().render(TinyWorld().scenes(3, 1))[0, :2]
     sharp = series(clip).sharpness
     pale = series(clip * 0.6).sharpness
-    soft = series(validate.F.avg_pool2d(clip, 3, stride=1, padding=1, count_include_pad=False)).sharpness
+    soft = series(F.avg_pool2d(clip, 3, stride=1, padding=1, count_include_pad=False)).sharpness
     assert (soft < 0.85 * sharp).all()
     assert torch.allclose(pale, sharp, rtol=0.1)
 
@@ -80,82 +75,6 @@ def test_contrast_and_saturation_are_those_of_numpy():
     found = series(clip)
     assert float(found.contrast[0]) == pytest.approx(grey.std(ddof=1), rel=1e-4)
     assert float(found.saturation[0]) == pytest.approx((picture.max(0) - picture.min(0)).mean(), rel=1e-4)
-
-
-def moving(frames: int, step: tuple[int, int] = (2, 1), size: tuple[int, int] = (96, 128)) -> torch.Tensor:
-    """[T, 3, H, W] in [-1, 1]: a smooth random texture that moves `step` (right, down) pixels a frame."""
-    right, down = step
-    height, width = size[0] + down * frames, size[1] + right * frames
-    coarse = torch.rand(1, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(7)) * 2 - 1
-    sheet = validate.F.interpolate(coarse, (height, width), mode="bicubic").clamp(-1, 1)[0]
-    corners = [(down * (frames - t), right * (frames - t)) for t in range(frames)]
-    return torch.stack([sheet[:, y : y + size[0], x : x + size[1]] for y, x in corners])
-
-
-def luma_change(clip: torch.Tensor) -> torch.Tensor:
-    """[T - 1] mean absolute difference of luma, levels: the warping error if the flow were nil."""
-    return 255 * luma(unit_frames(clip)).diff(dim=0).abs().mean((1, 2))
-
-
-@NEEDS_OPENCV
-@pytest.mark.parametrize(
-    "size, step", [((96, 128), (2, 1)), ((96, 128), (0, 3)), ((288, 384), (2, 1)), ((289, 385), (6, 4))]
-)
-def test_flow_of_a_known_motion_is_its_length_in_pixels(size, step):
-    """Also above 256 pixels, where images are halved first."""
-    clip = moving(4, step, size)
-    found = series(clip, flow=True)
-    assert found.flow.tolist() == pytest.approx([math.hypot(*step)] * 3, rel=0.05)
-    assert (found.flow_warp < 0.1 * luma_change(clip)).all(), "nothing but motion"
-    values = summary(found, [])
-    assert set(values) == {*MEASURES, *FLOW_MEASURES}
-    assert values["flow"] == pytest.approx(float(found.flow.mean()))
-
-
-@NEEDS_OPENCV
-def test_a_still_clip_has_no_flow():
-    values = summary(series(moving(3, (0, 0)), flow=True), [])
-    assert values["flow"] < 0.01 and values["flow_warp"] < 0.1
-    values = summary(series(flat([0.5] * 3), flow=True), [])
-    assert (values["flow"], values["flow_warp"]) == (0, 0)
-
-
-@NEEDS_OPENCV
-def test_warping_error_is_what_is_not_motion():
-    clip = moving(12)
-    clean = series(clip, flow=True)
-    flash = clip * 0.8
-    flash[5] += 0.2  # a tenth of the range
-    lit = series(flash, flow=True)
-    assert lit.flow_warp[4:6].tolist() == pytest.approx([25.5] * 2, rel=0.15)
-    assert lit.flow_warp.argsort()[-2:].sort().values.tolist() == [4, 5] and lit.flow_warp[:4].max() < 1
-    cut = torch.cat((clip[:6], clip[6:].flip(-1)))
-    found = series(cut, flow=True)
-    assert int(found.flow_warp.argmax()) == 5 and found.flow_warp[5] > 10 * clean.flow_warp.max()
-    assert summary(found, [])["flow_warp"] > 2 * summary(clean, [])["flow_warp"]
-
-
-@NEEDS_OPENCV
-def test_what_leaves_the_frame_or_is_uncovered_is_no_error():
-    """A square in front of a texture that stands still covers one part of it and uncovers another."""
-    ground = moving(1, (0, 0))[0]
-    clip = ground.expand(4, -1, -1, -1).clone()
-    for t in range(4):
-        clip[t, :, 30:62, 10 + 6 * t : 42 + 6 * t] = -ground[:, :32, :32]
-    found = series(clip, flow=True)
-    assert (found.flow_warp < 0.35 * luma_change(clip)).all()
-
-
-@NEEDS_OPENCV
-@pytest.mark.parametrize("frames, size", [(1, (96, 128)), (3, (8, 10))])
-def test_flow_is_nan_where_it_cannot_be(frames, size):
-    values = summary(series(moving(9, (1, 1), size)[:frames], flow=True), [])
-    assert math.isnan(values["flow"]) and math.isnan(values["flow_warp"])
-
-
-def test_flow_is_not_computed_unasked():
-    found = series(noise(3))
-    assert found.flow is None and set(summary(found, [])) == set(MEASURES)
 
 
 def test_repeats_are_relative_to_the_clip():
@@ -180,7 +99,7 @@ def test_short_clips_have_measures_and_no_alarm(frames):
 
 
 def test_a_defect_is_found_and_nothing_else():
-    found = validate.confusion(clips=10, seed=5, decoded=False)
+    found = confusion(clips=10, seed=5)
     assert not any(found["none"].values())
     for kind in KINDS:
         assert found[kind][kind] >= 8, f"{kind} is missed"
@@ -192,11 +111,11 @@ def test_a_defect_is_found_and_nothing_else():
 def test_a_defect_is_placed_where_it_is():
     clip = TinyWorld().render(TinyWorld().scenes(3, 1))[0]
     clip[40:42] += 0.5
-    (flash,) = find_defects(series(clip.clamp(-1, 1)), validate.BORDERS)
+    (flash,) = find_defects(series(clip.clamp(-1, 1)), BORDERS)
     assert (flash.kind, flash.first, flash.last) == ("flash", 40, 41)
     clip = TinyWorld().render(TinyWorld().scenes(3, 1))[0]
     clip[50:57] = clip[50].clone()
-    (freeze,) = find_defects(series(clip), validate.BORDERS)
+    (freeze,) = find_defects(series(clip), BORDERS)
     assert (freeze.kind, freeze.first, freeze.last) == ("freeze", 51, 56)
 
 

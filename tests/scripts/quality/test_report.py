@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -15,13 +14,12 @@ from configs.errors import UserError
 from scripts import report
 from scripts.quality.clip_folder import chunk_borders, find_videos, measure_video, pair
 from scripts.quality.report_page import report_page, schedule_text
-from utils.clip_measures import FLOW_MEASURES, MEASURES, has_flow
+from utils.clip_measures import MEASURES
 from utils.video import VideoWriter
 
 HOSTILE = 'a "red" circle </script><img src=x onerror=alert(1)>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-SHOWN = {*MEASURES, *(FLOW_MEASURES if has_flow() else ())}
 
 
 def write_clip(path: Path, seed: int, prompt: str | None, brightness: float = 0.0) -> Path:
@@ -81,7 +79,7 @@ def test_one_folder(folders, capsys):
     clip = folder["clips"][0]
     assert (clip["prompt"], clip["seed"], clip["frames"], clip["borders"]) == (HOSTILE, 1, 21, [9])
     assert (clip["seconds"], clip["first_frames"], clip["nfe"]) == (1.5, 0.25, 5)
-    assert set(clip["measures"]) == SHOWN and not clip["defects"]
+    assert set(clip["measures"]) == set(MEASURES) and not clip["defects"]
     assert len(clip["series"]["motion"]) == 20 and len(clip["series"]["luma"]) == 21
     assert "differences" not in data
     assert "3 clips, 0 with something" in capsys.readouterr().out
@@ -97,19 +95,6 @@ def test_two_folders_are_paired_by_prompt_and_seed(folders, tmp_path, capsys):
     assert seam["value"] > 0.5
     assert all("seam" in [d["kind"] for d in clip["defects"]] for clip in data["folders"][1]["clips"])
     assert "difference" in capsys.readouterr().out
-
-
-def test_without_opencv_the_columns_are_absent_and_a_line_says_so(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)  # an import of it fails
-    assert report.main([*map(str, folders), "--out", str(tmp_path), "--workers", "1"]) == 0
-    said = capsys.readouterr()
-    assert said.err.count("pip install opencv-python-headless") == 1 and "flow" not in said.out
-    data = json.loads((tmp_path / "report.json").read_text())
-    places = [data["measures"], *(folder["averages"] for folder in data["folders"])]
-    places += [clip["measures"] for folder in data["folders"] for clip in folder["clips"]]
-    places += [data["differences"]]
-    assert all(set(place) == set(MEASURES) for place in places)
-    assert "flow_warp" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_page_loads_nothing_and_is_not_broken_by_a_prompt(folders):
@@ -135,8 +120,8 @@ def test_a_browser_shows_every_clip(folders, tmp_path):
     assert "<img src=x" not in body and "&lt;img src=x" in body, "a prompt is text"
     assert 'aria-sort="ascending"' in dom
     heads = re.findall(r'<th title="[^"]*"[^>]*><button type="button">([^<]*)</button>', dom)
-    assert heads == [name.replace("_", " ") for name in (*MEASURES, *FLOW_MEASURES) if name in SHOWN]
-    assert body.count("<td") == 6 * (3 + len(SHOWN) + 3), "a cell for each column"
+    assert heads == [name.replace("_", " ") for name in MEASURES]
+    assert body.count("<td") == 6 * (3 + len(MEASURES) + 3), "a cell for each column"
     assert body.index('class="first"') < body.index('class="second"'), "sorted by seam: the plain folder comes first"
 
 
