@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import WanTransformer3DModel
 
 from model.sizes import TransformerSize
 from model.weights.files import open_safetensors
+from model.weights.names import original_config, original_name
 from scripts.bench.host_peak import HostPeak
-from scripts.measure_memory import sparse_folder
 
 NETWORK = TransformerSize(dim=512, ffn=2048, layers=16)  # 270 MB in float32
 MOST = 1.3
@@ -35,6 +36,31 @@ for path, dtype in json.loads(sys.argv[1]):
     out.append((peak.own, peak.files))
 print(json.dumps(out))
 """
+
+
+def sparse_folder(folder: Path, network: TransformerSize, shards: int, kind: str) -> int:
+    """Write an original Wan folder of sparse files, all zeros; returns their size in bytes."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**network.config)
+    shapes = {original_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    (folder / "config.json").write_text(json.dumps(original_config(model.config)), encoding="utf-8")
+    each, total, places = -(-len(shapes) // shards), 0, {}
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        header, end = {}, 0
+        for name in [*shapes][i * each : (i + 1) * each]:
+            size = torch.Size(shapes[name]).numel() * {"F32": 4, "BF16": 2}[kind]
+            header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [end, end := end + size]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+        places |= dict.fromkeys(header, file)
+        total += end
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}), encoding="utf-8")
+    return total
 
 
 def test_peak_is_seen():
