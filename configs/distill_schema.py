@@ -151,6 +151,7 @@ class DistillConfig:
 
     def __post_init__(self):
         check_bounds("training.distill", self)
+        self.critic_optimizer.check("training.distill.critic_optimizer")
         one_of(ROLLOUT_CONTEXTS, "training.distill", self, "rollout_context")
         one_of(EXITS, "training.distill", self, "exit")
         if self.min_timestep > self.max_timestep:

@@ -20,7 +20,8 @@ class OptimizerConfig:
     final_lr_share: float = number(0.05, 0, 1)  # of lr, reached at the last step; 1 = constant
     max_grad_norm: float = number(1.0, 0, 1_000_000_000)  # gradients are clipped to this norm
 
-    def __post_init__(self):
-        check_bounds("optimizer", self)
+    def check(self, section: str) -> None:
+        """Raise a UserError for values that cannot be. section: where the optimizer is configured, for its sentence."""
+        check_bounds(section, self)
         if len(self.betas) != 2:
-            raise UserError(f"optimizer.betas={shown(self.betas)} has {len(self.betas)} values; give two, [0.9, 0.99]")
+            raise UserError(f"{section}.betas={shown(self.betas)} is no pair of numbers; give two, [0.9, 0.99]")

@@ -117,6 +117,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         check_bounds("training", self)
+        self.optimizer.check("training.optimizer")
         one_of((*STAGES, *WORLD_STAGES), "training", self, "stage")
         for logger in self.loggers:
             if logger not in LOGGERS:

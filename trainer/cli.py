@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from utils.exits import Parser
+from utils.exits import Parser, set_by_flags
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,4 +25,5 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.no_visualize:
         flags.append("training.validation_clips=0")
     args.overrides = flags + args.settings
+    set_by_flags({"training.max_checkpoints": "--max_checkpoints"} if args.max_checkpoints is not None else {})
     return args

@@ -140,6 +140,10 @@ def missing_weights(field: str, path: Path, what: str) -> UserError:
                 f"the tiny weights are in assets/tiny of the repository and not in the installed package: "
                 f"install a clone with `pip install -e .`, or set {field}"
             )
+    elif (ROOT / "logs") in path.parents:
+        run = path.relative_to(ROOT / "logs").parts[0]
+        with_file = f" (`bash training.sh --config_path configs/{run}.yaml`)" * (ROOT / f"configs/{run}.yaml").is_file()
+        fix = f"train it first{with_file}, or set {field}"
     else:
         words = "/".join(path.parts[-3:]).lower()
         default = DOWNLOAD_OF_FIELD.get(field, "wan-1.3b")

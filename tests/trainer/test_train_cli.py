@@ -19,6 +19,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
+from model.weights.files import missing_weights
 from pipeline import DiagonalPipeline
 from trainer.cli import parse
 from trainer.loop import make_sinks
@@ -56,6 +57,13 @@ def test_flags_become_settings():
     assert parse(["--disable-wandb"]).disable_wandb and parse([]).config_path == "configs/train_tiny.yaml"
     with pytest.raises(UserError, match="--wrong"):
         parse(["--wrong"])
+
+
+def test_a_stage_whose_earlier_stage_has_not_run_says_which_to_train():
+    stage1 = "train_wan2.1_t2v_1.3b_stage1"
+    for stage, advice in ((stage1, f" (`bash training.sh --config_path configs/{stage1}.yaml`)"), ("mine", "")):
+        error = missing_weights("training.init.student", ROOT / "logs" / stage, "does not exist")
+        assert str(error).endswith(f"does not exist; train it first{advice}, or set training.init.student")
 
 
 def test_a_run_shows_what_it_does_and_inference_plays_what_it_leaves(
