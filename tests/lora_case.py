@@ -1,8 +1,12 @@
 """Random adapters for the small Wan transformers of weight_layouts.py."""
 
+from pathlib import Path
+
 import torch
 from diffusers import WanTransformer3DModel
 from weight_layouts import SIZES, original
+
+from model.weights.lora import save_lora
 
 RANK, LINEARS = 4, ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k",
                     "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2")  # fmt: skip
@@ -38,3 +42,14 @@ def output(model) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def visible_lora(model, path: Path, seed: int = 0) -> Path:
+    """An adapter of every block's q that is large enough to be seen."""
+    rng, values = torch.Generator().manual_seed(seed), {}
+    for i, block in enumerate(model.blocks):
+        rows, columns = block.attn1.to_q.weight.shape
+        values[f"blocks.{i}.attn1.to_q.A"] = torch.randn(4, columns, generator=rng)
+        values[f"blocks.{i}.attn1.to_q.B"] = torch.randn(rows, 4, generator=rng)
+    save_lora(values, {name[:-2]: 4.0 for name in values}, path, {})
+    return path

@@ -77,12 +77,6 @@ def test_prompts_of_a_file_take_the_place_of_open_captions(tiny_assets, tmp_path
     assert "a red circle moves right" in listed and len(listed) == 2  # and the empty one
 
 
-def test_zeros_after_the_end_are_not_stored(encoded):
-    with safe_open(Path(encoded.partition("=")[2]) / file_name(0), "pt") as file:
-        text, ends = file.get_tensor("text"), file.get_tensor("ends")
-    assert len(text) == ends[-1] and (text[ends[1:] - 1].abs().sum(1) > 0).all()
-
-
 def test_bfloat16_on_disk_is_what_bfloat16_training_computes_in(tiny_assets, tmp_path):
     encode(tiny_assets, tmp_path / "half", "training.precision=bfloat16")
     config = distill_config(tiny_assets)

@@ -223,14 +223,6 @@ def test_measured_training():
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_plan_is_a_table():
-    plan = inference_plan(load_config(CONFIG))
-    lines = plan.table().splitlines()
-    assert len({len(line) for line in lines}) == 1 and lines[-1].startswith("sum")
-    assert [phase.name for phase in plan.phases] == ["encode prompt", "denoise", "decode"]
-    assert plan.peak.name == "decode" and plan.fits(80) and not plan.fits(24)
-
-
 @pytest.mark.parametrize("card", [12, 16, 24])
 def test_presets_fit_their_card(card):
     config = load_config(f"configs/wan2.1_t2v_1.3b_{card}gb.yaml")

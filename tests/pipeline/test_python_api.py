@@ -483,10 +483,3 @@ def test_offloading_after_loading_is_that_of_the_settings(tiny_assets, name):
     loaded = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *settings)
     assert type(pipe.session.text_encoder) is type(loaded.session.text_encoder)
     assert np.array_equal(frames(pipe, PROMPT), frames(loaded, PROMPT))
-
-
-def test_components_are_the_networks(pipe):
-    parts = pipe.components
-    assert list(parts) == ["transformer", "vae", "text_encoder", "tokenizer", "schedule"]
-    assert isinstance(parts["transformer"], WanTransformer3DModel) and isinstance(parts["vae"], AutoencoderKLWan)
-    assert parts["schedule"] == pipe.schedule and pipe.session.student.model is parts["transformer"]

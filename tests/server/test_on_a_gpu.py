@@ -16,9 +16,9 @@ import pytest
 import torch
 from api_case import PROMPT, until
 from conftest import ROOT
+from lora_case import visible_lora
 
 from client import LiveClient
-from model.weights.lora import save_lora
 from server.encoding import HARDWARE, find_encoder
 from utils.video import read_video
 
@@ -28,17 +28,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.fixture(scope="module")
 def loras(tiny_assets, tiny_student) -> dict[str, Path]:
-    """Two adapters that are large enough to be seen."""
-    found = {}
-    for seed, name in enumerate(("cartoon", "noir")):
-        rng, values = torch.Generator().manual_seed(seed), {}
-        for i, block in enumerate(tiny_student.model.blocks):
-            rows, columns = block.attn1.to_q.weight.shape
-            values[f"blocks.{i}.attn1.to_q.A"] = torch.randn(4, columns, generator=rng)
-            values[f"blocks.{i}.attn1.to_q.B"] = torch.randn(rows, 4, generator=rng)
-        found[name] = tiny_assets / f"{name}.pt"
-        save_lora(values, {key[:-2]: 4.0 for key in values}, found[name], {})
-    return found
+    return {
+        name: visible_lora(tiny_student.model, tiny_assets / f"{name}.pt", seed)
+        for seed, name in enumerate(("cartoon", "noir"))
+    }
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,14 @@ import av
 import numpy as np
 import openai
 import pytest
-import torch
 from api_case import ALICE, PROMPT, FakePool, until
 from conftest import ROOT
+from lora_case import visible_lora
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 import serve
 from configs.errors import UserError
-from model.weights.lora import save_lora
 from pipeline import DiagonalPipeline
 from server.adapters import Adapters
 from utils.video import VideoWriter
@@ -69,15 +68,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def lora(tiny_assets, tiny_student):
-    """An adapter that is large enough to be seen."""
-    rng, values = torch.Generator().manual_seed(0), {}
-    for i, block in enumerate(tiny_student.model.blocks):
-        rows, columns = block.attn1.to_q.weight.shape
-        values[f"blocks.{i}.attn1.to_q.A"] = torch.randn(4, columns, generator=rng)
-        values[f"blocks.{i}.attn1.to_q.B"] = torch.randn(rows, 4, generator=rng)
-    path = tiny_assets / "cartoon.pt"
-    save_lora(values, {name[:-2]: 4.0 for name in values}, path, {})
-    return path
+    return visible_lora(tiny_student.model, tiny_assets / "cartoon.pt")
 
 
 @pytest.fixture(scope="module")

@@ -404,12 +404,6 @@ def test_timer_names_spans_and_adds_up(monkeypatch):
     assert timer.spans() == {"long": 2.0 + 4.0, "short": 0.5} and list(timer.spans()) == ["long", "short"]
 
 
-def test_progress_bar_says_nothing_without_a_terminal(capfd):
-    with progress_bar("a\nprompt" * 50, 3) as bar:
-        bar.update(3)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_progress_bar_stays_on_its_line(monkeypatch):
     terminal, ours = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))

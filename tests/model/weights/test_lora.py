@@ -48,28 +48,15 @@ def write(folder, layout: str, values) -> tuple[object, float]:
         save_file(longlive(names), folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 10}))
         return folder, 10 / RANK
-    if layout == "rslora":
-        save_file(longlive(names), folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "use_rslora": True}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        return folder, 6 / RANK**0.5
-    if layout == "down and up":
-        state = {}
-        for layer, (a, b) in names.items():
-            state |= {f"diffusion_model.{layer}.lora_down.weight": a, f"diffusion_model.{layer}.lora_up.weight": b}
-            state[f"diffusion_model.{layer}.alpha"] = torch.tensor(2.0)
-        save_file(state, folder / "style.safetensors")
-        return folder / "style.safetensors", 2 / RANK
-    assert layout == "kohya"
-    state = {}
-    for layer, (a, b) in names.items():
-        key = "lora_unet_" + layer.replace(".", "_")
-        state |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(8.0)}
-    save_file(state, folder / "style.safetensors")
-    return folder / "style.safetensors", 8 / RANK
+    assert layout == "rslora"
+    save_file(longlive(names), folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, 6 / RANK**0.5
 
 
-LAYOUTS = ("bare", "LongLive", "adapter's name inside", "peft folder", "rslora", "down and up", "kohya")
+# names of other trainers: test_lora_forms.py
+LAYOUTS = ("bare", "LongLive", "adapter's name inside", "peft folder", "rslora")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,14 +112,6 @@ def test_several(wan, student, tmp_path):
     close(output(student), before)
 
 
-def test_ranks_may_differ_by_layer(wan, student, tmp_path):
-    values = pairs(wan) | {k: v for k, v in pairs(wan, 5, rank=2).items() if k.endswith("self_attn.v")}
-    torch.save(longlive(values), tmp_path / "a.pt")
-    loras = LoraAdapters(student)
-    loras.add(plan_lora(tmp_path / "a.pt"))
-    close(output(student), output(expected(wan, (values, 1.0))))
-
-
 def test_folded_model_is_a_plain_one(wan, student, tmp_path):
     values, names = pairs(wan), list(student.state_dict())
     torch.save(longlive(values), tmp_path / "a.pt")
@@ -157,7 +136,7 @@ def test_half_precision_is_rounded_once(wan, student, tmp_path):
     assert torch.equal(student.blocks[0].attn1.to_q.weight, (weight.float() + 0.7 * (b @ a)).bfloat16())
 
 
-@pytest.mark.parametrize("layout, suffix", [("bare", ""), ("peft folder", ".pt"), ("kohya", "")])
+@pytest.mark.parametrize("layout, suffix", [("bare", ""), ("peft folder", ".pt"), ("rslora", "")])
 def test_export_round_trip(tmp_path, wan, student, layout, suffix):
     (tmp_path / "in").mkdir()
     path, factor = write(tmp_path / "in", layout, pairs(wan))

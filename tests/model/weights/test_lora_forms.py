@@ -231,7 +231,7 @@ def test_settings_mean_what_they_mean_to_peft(tmp_path, wan, student, case, form
     assert compared >= 2 * 2 * len(LINEARS)
 
 
-@pytest.mark.parametrize("case", PATTERNS)
+@pytest.mark.parametrize("case", ["none", "regex", "ranks", "both, rslora", "bias"])
 def test_settings_in_a_header_of_diffusers(tmp_path, wan, student, case):
     theirs = WanTransformer3DModel.from_config(dict(wan.config))
     theirs.load_state_dict(wan.state_dict())

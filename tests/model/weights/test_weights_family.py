@@ -66,13 +66,6 @@ def test_student_of_the_family(tmp_path, wan, wan_state, layout):
     same_output(weights.load_score(tmp_path / "model.pt"), wan)  # a teacher can start from any of them
 
 
-def test_bfloat16_files_come_out_in_the_precision_asked_for(tmp_path, wan, wan_state):
-    torch.save({"generator": {f"model.{k}": v.bfloat16() for k, v in wan_state.items()}}, tmp_path / "s.pt")
-    student = weights.load_student(tmp_path / "s.pt")
-    assert student.dtype == torch.float32
-    assert torch.equal(student.proj_out.weight, wan.proj_out.weight.bfloat16().float())
-
-
 # --- folders of runs --------------------------------------------------------------------------------------------------
 
 
