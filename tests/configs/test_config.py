@@ -117,7 +117,7 @@ def test_a_wrong_type_names_field_value_and_expected_type(field, value, expected
         ('name="a\\0b"', "name holds a NUL character; give plain text"),
         ("name=\udcff", "override=name=\udcff is not valid YAML"),
         ('name="\\udcff"', "name='\\udcff' is not valid UTF-8"),
-        ("training.loggers=[mlflow]", "training.loggers=['mlflow'] names mlflow; use any of jsonl"),
+        ("training.loggers=[mlflow]", "training.loggers=['mlflow'] names mlflow; use any of wandb"),
         ("video=480", "video=480 is a section, not a value; set one of its keys: height, width"),
     ],
 )
