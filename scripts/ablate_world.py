@@ -48,6 +48,7 @@ from scripts.studies.world_claims import (  # noqa: E402
     SHOWN,
     table,
 )
+from scripts.train_world import PROMPTS, write_prompts  # noqa: E402
 from trainer.world.captions import ATTRIBUTES  # noqa: E402
 from trainer.world.measures import agreement, measure  # noqa: E402
 from trainer.world.memory import GAP, kept_colour  # noqa: E402
@@ -87,7 +88,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def config_of(args: argparse.Namespace, row: Row, seed: int, start: Path | str) -> Config:
     """The base with a row's budget, the user's settings and what the row changes. start: the student."""
-    settings = [*BUDGET, *args.settings, f"training.init.student={start}", f"seed={seed}", *row.overrides]
+    own = (f"training.init.student={start}", f"seed={seed}", *row.overrides)
+    settings = [*BUDGET, f"training.distill.prompts={args.output}/prompts.txt", *args.settings, *own]
     t = load_config(args.config_path, settings).training
     if row.name in HALVES:
         warmup = t.distill.critic_warmup // 2
@@ -159,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [(row, seed) for seed in args.seeds for row in ROWS if row.name in args.rows]
     first, parts = args.part
     torch.set_float32_matmul_precision("high")
+    write_prompts(out / "prompts.txt", PROMPTS)
     for row, seed in wanted[first - 1 :: parts]:
         file = out / "rows" / f"{row.name}-{seed}.json"
         if file.is_file() and len(json.loads(file.read_text())["all"]) == len(scenes):

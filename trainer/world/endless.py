@@ -9,7 +9,6 @@ Memory does not grow with the pictures: a window of WINDOW frames is read as a c
 a few numbers a frame are kept. Legend: B streams, W windows, T frames.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +35,7 @@ class Stay:
     colour: Tensor  # share of frames that show the subject in which it has the caption's colour
     shape: Tensor  # the same of frames in which nothing covers it, and its shape
     size: Tensor  # largest |size / size of the first window - 1| over windows
-    rate: Tensor  # the same of the rate
+    rate: Tensor  # the same of the rate, at most 1, which it is where the motion is not seen
     rate_share: Tensor  # share of windows whose rate is within KEPT of the first one's, the same motion being seen
     saturation_trend: Tensor  # relative change over ten minutes, by a straight line through the windows
     sharpness_trend: Tensor
@@ -93,15 +92,15 @@ class Watch:
         minutes = 10 * 60 * self.fps / WINDOW  # windows in ten minutes
         same_motion = windows["motion"] == torch.tensor([[MOTIONS.index(s["motion"])] for s in self.said])
         rate = windows["period"][:, :1] / windows["period"]
-        rate = torch.where(same_motion, rate, math.inf).nan_to_num(math.inf)
+        off = torch.where(same_motion, (rate - 1).abs(), 1).nan_to_num(1).clamp_max(1)  # a lost motion: all of it
         size = windows["size"] / windows["size"][:, :1].clamp_min(1)
         return Stay(
             number=self._number(frames).float().mean(1),
             colour=self._share(frames["colour"], "colour", COLOURS, frames["seen"]),
             shape=self._share(frames["shape"], "shape", SHAPES, frames["clear"]),
             size=(size - 1).abs().amax(1),
-            rate=(rate - 1).abs().amax(1),
-            rate_share=((rate - 1).abs() <= KEPT).float().mean(1),
+            rate=off.amax(1),
+            rate_share=(off <= KEPT).float().mean(1),
             saturation_trend=_trend(windows["saturation"]) * minutes,
             sharpness_trend=_trend(windows["sharpness"]) * minutes,
         )

@@ -103,6 +103,7 @@ def test_rows_are_settings_that_load(tmp_path):
     configs = {row.name: ablate_world.config_of(args, row, 1, "start") for row in (*ROWS, *PARENTS.values())}
     for config in configs.values():
         assert config.seed == 1 and config.training.init["student"] == "start" and config.training.global_batch == 16
+        assert config.training.distill.prompts == f"{tmp_path}/prompts.txt"
     updates = {n: c.training.distill.generator_updates(c.training.steps) for n, c in configs.items()}
     assert updates.pop("four") + updates.pop("two_stages") == 200 and set(updates.values()) == {200}
     assert configs["two_newest"].training.distill.motion_regression.weight == 1
@@ -119,7 +120,8 @@ def in_place(monkeypatch):
         return folder / "export"
 
     monkeypatch.setattr(ablate_world, "trained", trained)
-    monkeypatch.setattr(ablate_world, "check_training", lambda *_: None)
+    for name in ("check_training", "write_prompts"):
+        monkeypatch.setattr(ablate_world, name, lambda *_: None)
     monkeypatch.setattr(ablate_world, "measured", lambda config, student, scenes, batch: {"all": [1.0] * len(scenes)})
     monkeypatch.setattr(ablate_world, "memory", lambda *_: {})
     return made
