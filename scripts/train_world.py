@@ -98,7 +98,8 @@ def main() -> int:
     with process_group(ranks, device):  # one for all stages
         if ranks.first:
             write_prompts(logdir / "prompts.txt", args.prompts)
-        ControlGroup().wait()
+        control = ControlGroup()
+        control.wait()
         for stage in args.stages:
             start = time.monotonic()
             file = f"configs/world/{FILES.get(stage, stage)}.yaml"
@@ -106,7 +107,7 @@ def main() -> int:
             settings += shared_out(file, settings, ranks.world)
             ended = train(parse(["--config_path", file, "--logdir", f"{logdir}/{stage}", *settings]), until)
             rows.append(f"{stage:<10} {time.monotonic() - start:>8.1f}{'' if ended else '  stopped'}")
-            if not ended or time.monotonic() > until:
+            if control.any(not ended or time.monotonic() > until):
                 break
     if ranks.first:
         print("\n".join(rows))
