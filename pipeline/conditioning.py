@@ -24,39 +24,43 @@ MOST_ERROR = 12  # of 255, root mean square; the tiny codec shows frames of its 
 
 
 def read_conditioning(
-    config: Config, image: Picture | None, video: Clip | None, num_latent_frames: int | None
+    config: Config,
+    image: Picture | None,
+    video: Clip | None,
+    num_latent_frames: int | None,
+    names: tuple[str, str] = ("inference.image", "inference.video"),
 ) -> np.ndarray | None:
     """Pixels uint8 [T, H, W, 3] that a video begins with, T = 1 or 1 + 4 n; None without image and video.
 
-    num_latent_frames: length of the video; None = endless. Loads no weights.
+    num_latent_frames: length of the video; None = endless. names: of image and video, for messages. Loads no weights.
     Raises UserError if a file is unreadable, too large or too short, or as long as the video.
     """
     if image is None and video is None:
         return None
     if image is not None and video is not None:
-        raise UserError("--image and --video were both given; a video begins with one of them")
+        raise UserError(f"{names[0]} and {names[1]} were both given; a video begins with one of them")
     if config.model.codec == "taehv":
         raise UserError("model.codec=taehv decodes only, and a start has to be encoded; set model.codec=wan")
     size = (config.video.height, config.video.width)
     if image is not None:
-        return read_picture(image, size, "inference.image")[None]
+        return read_picture(image, size, names[0])[None]
     chunk, most = config.stream.chunk_frames, _most_latents(config)
-    frames = read_clip(video, size, config.video.fps, pixel_frames(most), "inference.video")
+    frames = read_clip(video, size, config.video.fps, pixel_frames(most), names[1])
     if len(frames) < pixel_frames(chunk):
         raise UserError(
-            f"inference.video has {len(frames)} frames at {config.video.fps} a second, and a chunk needs "
-            f"{pixel_frames(chunk)}; give a longer clip, or one picture of it with --image"
+            f"{names[1]} has {len(frames)} frame{'s' * (len(frames) != 1)} at {config.video.fps} a second, and a chunk "
+            f"needs {pixel_frames(chunk)}; give a longer clip, or one picture of it as {names[0]}"
         )
     whole = ((len(frames) - 1) // 4 + 1) // chunk * chunk
     if config.inference.video_frames and whole < config.inference.video_frames:
         raise UserError(
             f"inference.video_frames={config.inference.video_frames} latent frames are {pixel_frames(most)} frames at "
-            f"{config.video.fps} a second, and inference.video has {len(frames)}; try inference.video_frames={whole}"
+            f"{config.video.fps} a second, and {names[1]} has {len(frames)}; try inference.video_frames={whole}"
         )
     if num_latent_frames is not None and whole >= num_latent_frames:
         raise UserError(
-            f"inference.video gives {whole} latent frames and the video has {num_latent_frames}, so that nothing is "
-            f"left to be made; give --num_output_frames above {whole}, or a smaller inference.video_frames"
+            f"{names[1]} gives {whole} latent frames and the video has {num_latent_frames}, so that nothing is left to "
+            f"be made; make the video longer than {whole} latent frames, or inference.video_frames smaller"
         )
     return frames[-pixel_frames(whole) :]
 

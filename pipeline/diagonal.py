@@ -418,7 +418,8 @@ class DiagonalPipeline:
             rows = as_schedule(schedule, self.config)
             warn_of_schedule(rows, self.card)
         seeds = as_seeds(seed, generator, len(prompts), samples, self.config.seed)
-        pixels = read_conditioning(config, image, video, min(lengths) * self.geometry.chunk_frames)
+        length = min(lengths) * self.geometry.chunk_frames
+        pixels = read_conditioning(config, image, video, length, names=("image", "video"))
         return Request(config, [text for text in prompts for _ in range(samples)], seeds, lengths, rows, pixels)
 
     def _session(self, config: Config) -> StreamSession:

@@ -21,14 +21,15 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.geometry import Geometry
-from configs.schema import Config
+from configs.schema import MAX_SEED, Config
 from model.cache import StreamCache
 from model.codec import Codec
 from model.denoiser import Student
 from model.schedule import Schedule
 from model.text import TextEncoder
+from pipeline.arguments import whole
 from pipeline.async_decoder import AsyncDecoder, NoDecoder
 from pipeline.chunk import ConditioningFrames, denoise_chunk, update_cache
 from pipeline.noise import NoiseSource
@@ -177,8 +178,7 @@ class StreamSession:
         said before the first chunk is made goes for that.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
-        assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
+        seeds = _one_each(seeds, len(prompts))
         self._cancelled.clear()
         self._playing = playing = object()
         timer = SpanTimer(self.device)
@@ -191,7 +191,7 @@ class StreamSession:
 
     def resume(self, num_chunks: Length = None) -> Iterator[ChunkResult]:
         """Continue the stream: after `restore`, `cancel`, or the end of `play`."""
-        assert self._cache is not None, "nothing has been played"
+        self._check_played("resume")
         self._cancelled.clear()
         self._playing = playing = object()
         return self._run(playing, self._lengths(num_chunks, len(self._noise.seeds)), SpanTimer(self.device))
@@ -201,15 +201,18 @@ class StreamSession:
 
         switch: as `stream.switch` (pipeline/switch.py); None = the session's. Raises UserError for an invalid prompt.
         """
-        assert self._cache is not None, "nothing is played"
+        self._check_played("set_prompt")
         self._prompt_track.set_prompt(prompts, switch or self.switch, self.switch_chunks)
 
     def reseed(self, seeds: int | Sequence[int]) -> None:
         """Use other seeds from the next chunk on, for another continuation of the same stream."""
-        old = self._noise.seeds
-        seeds = [seeds] * len(old) if isinstance(seeds, int) else list(seeds)
-        assert len(seeds) == len(old), f"{len(seeds)} seeds for {len(old)} streams"
-        self._noise = NoiseSource(seeds, self.geometry, self.device, torch.float32)
+        self._check_played("reseed")
+        self._noise = NoiseSource(_one_each(seeds, len(self._noise.seeds)), self.geometry, self.device, torch.float32)
+
+    def _check_played(self, what: str) -> None:
+        """Raise a UserError if there is no stream yet for the method `what`."""
+        if self._cache is None:
+            raise UserError(f"session.{what} needs a stream, and nothing has been played; call session.play first")
 
     @property
     def cache_bytes(self) -> int:
@@ -222,7 +225,7 @@ class StreamSession:
 
     def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
         """The state of the stream between chunks; the KV cache, most of it, is copied to `device` (None = the same)."""
-        assert self._cache is not None, "nothing has been played"
+        self._check_played("snapshot")
         self.async_decoder.synchronize()
         return Snapshot(
             identity=identity(self.student.model, self.geometry),
@@ -242,6 +245,8 @@ class StreamSession:
         The chunks that follow are bit-identical to those that followed then. Raises UserError for a snapshot of another
         model.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise UserError(f"snapshot={shown(snapshot)} is {type(snapshot).__name__}; give one of session.snapshot()")
         snapshot.check(identity(self.student.model, self.geometry))
         self._playing = None
         self.async_decoder.synchronize()
@@ -365,3 +370,11 @@ class StreamSession:
         if state is not before:
             timer.mark("text")
         return state.kv
+
+
+def _one_each(seeds: int | Sequence[int], streams: int) -> list[int]:
+    """The seed of each stream, from one for all or one each. Raises UserError."""
+    many = list(seeds) if isinstance(seeds, list | tuple) else [seeds] * streams
+    if len(many) != streams:
+        raise UserError(f"{len(many)} seeds were given for {streams} streams; give one, or one each")
+    return [whole("seeds", seed, 0, MAX_SEED) for seed in many]

@@ -47,6 +47,7 @@ def read_picture(source: Picture, size: tuple[int, int], name: str = "image") ->
     if isinstance(source, bytes):
         content, shown = source, "it"
     else:
+        _check_path(source, name, "a PIL image, or pixels uint8 [height, width, 3]")
         ordinary_file(name, source, MAX_IMAGE_BYTES, fix="give the path of a file")
         content, shown = Path(source).read_bytes(), str(source)
     if len(content) > MAX_IMAGE_BYTES:
@@ -67,11 +68,18 @@ def read_picture(source: Picture, size: tuple[int, int], name: str = "image") ->
         raise UserError(f"{name}: {shown} cannot be read ({reason}); give another file") from error
 
 
+def _check_path(source: object, name: str, others: str) -> None:
+    """Raise a UserError for what is no path. others: what may be given as well."""
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"{name} is {type(source).__name__}, which is not read here; give a file, {others}")
+
+
 def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: str = "video") -> np.ndarray:
     """The last `frames` or fewer frames of a clip at `fps`: uint8 [T, H, W, 3] of `size` (height, width)."""
     if isinstance(source, np.ndarray):
         pixels = [_pixels(frame, name) for frame in source[-frames:]]
         return np.stack([fit(frame, size) for frame in pixels])
+    _check_path(source, name, "or frames as one array, uint8 [frames, height, width, 3]")
     path = Path(source)
     ordinary_file(name, path, MAX_CLIP_BYTES, fix="give the path of a file")
     kept: deque[np.ndarray] = deque(maxlen=frames)

@@ -93,6 +93,10 @@ WRONG = {
     "rising timesteps": ({"schedule": [[100, 1000]]}, "does not fall"),
     "a slip": ({"hight": 32}, "hight is not an argument; did you mean height?"),
     "no argument at all": ({"qqq": 32}, "qqq is not an argument; there are prompt, seed"),
+    "a list as a clip": ({"video": [np.zeros((32, 48, 3), np.uint8)] * 9}, "^video is list, .* or frames as one array"),
+    "a number as an image": ({"image": 3}, "^image is int, which is not read here; give a file, a PIL image"),
+    "an image that is not there": ({"image": "none.png"}, "^image=none.png does not exist"),
+    "a short clip": ({"video": np.zeros((1, 32, 48, 3), np.uint8)}, "^video has 1 frame at .*picture of it as image$"),
     "two starts": ({"image": np.zeros((32, 48, 3), np.uint8), "video": "a.mp4"}, "both given"),
 }
 

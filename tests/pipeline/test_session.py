@@ -3,6 +3,7 @@
 import dataclasses
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_student
@@ -202,6 +203,24 @@ class Counting(Student):
         if self.calls == self.at:
             self.session.cancel()
         return self.student.x0(*args)
+
+
+def test_wrong_calls_of_a_session_are_a_sentence_and_change_nothing(make):
+    session = make()
+    for early in (session.snapshot, session.resume, lambda: session.set_prompt("a"), lambda: session.reseed(1)):
+        with pytest.raises(UserError, match="nothing has been played; call session.play first"):
+            early()
+    first = list(session.play("a", 3, 2))[-1].latents
+    for wrong, words in (
+        (lambda: session.reseed("b"), "seeds=b is str, not an integer"),
+        (lambda: session.reseed(1.5), "seeds=1.5 is float"),
+        (lambda: session.reseed([1, 2]), "2 seeds were given for 1 streams"),
+        (lambda: session.play("a", [None]), "seeds=null is NoneType"),
+        (lambda: session.restore(None), "snapshot=null is NoneType; give one of session.snapshot"),
+    ):
+        with pytest.raises(UserError, match=words):
+            wrong()
+    assert torch.equal(list(session.play("a", np.int64(3), 2))[-1].latents, first)
 
 
 @pytest.mark.parametrize("at", [1, 5, 14, 16])
