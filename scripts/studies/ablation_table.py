@@ -6,9 +6,12 @@ from typing import Any
 from configs.geometry import pixel_frames
 
 RowData = Mapping[str, Any]  # a row's JSON
-PERCENT = ("colour", "shape", "direction", "axis", "sign", "background")
+PERCENT = ("colour", "shape", "direction", "axis", "sign", "background", "speed", "consistency", "all")
 COLUMNS = {
     **{name: f"{name} %" for name in PERCENT},
+    "speed": "speed class %",
+    "consistency": "consistent %",
+    "all": "all of these %",
     "speed_ratio": "speed ratio",
     "motion": "motion amplitude",
     "frechet": "Fréchet",

@@ -45,7 +45,10 @@ Maker = Callable[[Sequence[str], Sequence[int], int], Tensor]  # prompts, seeds,
 Found = dict[str, Tensor]
 TEACHER_STEPS = 50
 DRAWS = 200  # of a bootstrap
-SCORED = ("colour", "shape", "direction", "axis", "sign", "background", "speed_ratio")
+SCORED = (
+    *("colour", "shape", "direction", "axis", "sign", "background"),
+    *("speed", "speed_ratio", "consistency", "all"),
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -252,21 +252,6 @@ class Scores:
     measured: dict[str, Tensor]  # of `measure`
     correct: dict[str, Tensor]  # float [B] per column: 1, 0, or NaN where not stated
 
-    def to_dict(self) -> dict[str, dict[str, float | int | None]]:
-        """{column: {value, low, high, n}}; None where there was too little to count."""
-        return {name: interval.to_dict() for name, interval in self.columns.items()}
-
-    def table(self) -> str:
-        """One line a column: name, value, 95% interval, number of clips."""
-        lines = [f"{'measure':<12} {'value':>7}   {'95% interval':^16} {'n':>5}"]
-        for name, c in self.columns.items():
-            scale, unit = (1.0, " ") if name == "speed_ratio" else (100.0, "%")
-            digits = 3 if name == "speed_ratio" else 1
-            low, high = (f"{v * scale:.{digits}f}" for v in (c.low, c.high))
-            title = "all together" if name == "all" else name
-            lines.append(f"{title:<12} {c.value * scale:>6.{digits}f}{unit}   {low:>7} .. {high:<7} {c.n:>5}")
-        return "\n".join(lines)
-
 
 def _agreement(captions: Sequence[str], measured: dict[str, Tensor]) -> dict[str, Tensor]:
     """Per column [B]: 1 right, 0 wrong, NaN not stated; speed_ratio: the ratio."""

@@ -116,7 +116,7 @@ def test_rendered_clips_score_as_they_should(tiny_assets):
         return make
 
     right, alike = (bench.columns(maker(spread), endless=True) for spread in (True, False))
-    for name in ("colour", "shape", "axis", "direction", "background"):
+    for name in ("colour", "shape", "axis", "direction", "background", "speed", "consistency", "all"):
         assert right[name].value > 0.95
     assert right["speed_ratio"].value == pytest.approx(1, abs=0.05) and abs(right["motion"].value - 1) < 0.2
     assert right["frechet"].value < 0.5 * alike["frechet"].value and alike["colour"].value < 0.5
@@ -138,5 +138,5 @@ def test_the_table_leaves_out_what_is_not_known():
     row |= {"columns": columns, "asked": {"clips": 4, "open_clips": 9, "long_clips": 0, "long_frames": 81}}
     costs, rest = (table.splitlines() for table in markdown([row]).split("\n\n")[:2])
     assert costs[2].startswith("| ours | 17 | 1.23 | 50.0 ± 25.0 | - |")
-    assert rest[2] == "| ours | 50.0 (10.0 .. 75.0) | - | - | 3.0 | - |"
+    assert rest[2] == "| ours | 50.0 (10.0 .. 75.0) | - | - | - | - | - | 3.0 | - |"
     assert all(len({line.count("|") for line in table}) == 1 for table in (costs, rest))

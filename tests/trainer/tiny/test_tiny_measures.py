@@ -102,7 +102,7 @@ def test_what_a_caption_leaves_out_is_not_counted(truth):
     columns = score_measured(["a red circle"] * 40, truth.measured).columns
     assert columns["direction"].n == columns["speed_ratio"].n == columns["background"].n == 0
     assert columns["colour"].n == 40
-    assert score_measured(["a red circle"] * 40, truth.measured).to_dict()["direction"]["value"] is None
+    assert score_measured(["a red circle"] * 40, truth.measured).columns["direction"].to_dict()["value"] is None
     with pytest.raises(UserError, match="captions=1 does not match 2 clips"):
         score(["a red circle"], torch.zeros(2, 5, 3, 64, 96))
 
