@@ -64,7 +64,7 @@ WAYS = ("bidirectional", "masked", "stream")
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_float32(monkeypatch, way):
+def test_float32_agrees_with_diffusers(monkeypatch, way):
     ours, theirs = pair(30)
     expected = masked_v(theirs, inputs(), GEO, rule() if way != "bidirectional" else None, monkeypatch)
     assert expected.abs().max() > 0.5
@@ -100,7 +100,7 @@ def bound(layers: int) -> float:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_bfloat16(monkeypatch, halves, way):
+def test_bfloat16_is_no_further_from_float32_than_diffusers_is(monkeypatch, halves, way):
     """No further from float32 than the bound, nor than diffusers in bfloat16 is; the error grows as the bound does."""
     causal, errors = way != "bidirectional", {}
     for layers in (2, 8, 30):

@@ -29,7 +29,7 @@ class TestAgainstDiffusers:
         assert torch.allclose(ours(x, t, text), expected, **CLOSE)
         assert torch.allclose(ours(x, t[:, None].expand(2, frames), text), expected, **CLOSE)
 
-    def test_gradients(self):
+    def test_gradients_are_those_of_diffusers(self):
         ours, theirs = build()
         x, text = torch.randn(1, 3, 16, 4, 6), torch.randn(1, 5, NETWORK["text_dim"])
         t, weight = torch.tensor([733.0]), torch.randn(1, 3, 16, 4, 6)

@@ -184,7 +184,7 @@ def test_a_distillation_compiles_what_a_loss_calls(tiny_assets, monkeypatch):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_inductor():
+def test_gradients_through_inductor_are_the_same():
     """Of one part: a compiler of C++ takes its time."""
     student = network("student")
     plain = backward(student, "student")

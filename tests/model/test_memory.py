@@ -40,7 +40,7 @@ def build(cls, network: TransformerSize, layers: int | None = None):
 
 
 @pytest.mark.parametrize("network", [WAN_1_3B, WAN_14B, TINY], ids=["1.3B", "14B", "tiny"])
-def test_parameters(network):
+def test_parameters_are_those_of_the_networks(network):
     model = build(WanTransformer3DModel, network)
     assert network.parameters == sum(p.numel() for p in model.parameters())
     assert network.block_parameters == sum(p.numel() for p in model.blocks[0].parameters())
@@ -57,7 +57,7 @@ def test_parameters_are_those_of_the_published_files():
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("network", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
 @torch.no_grad()
-def test_denoising_step(monkeypatch, network, batch):
+def test_activations_of_a_denoising_step_are_those_counted(monkeypatch, network, batch):
     config = load_config(CONFIG)
     geometry = Geometry.from_config(config)
     model = build(CausalWanModel, network, layers=2).to(BF16).eval()
@@ -189,7 +189,7 @@ HELD = [  # bytes that torch's allocator held, with what was asked for where it 
 
 
 @pytest.mark.parametrize("preset", MEASURED, ids=lambda preset: preset[0] or "full")
-def test_measured_inference(preset):
+def test_inference_is_planned_as_measured(preset):
     name, change = preset
     config = load_config(f"configs/wan2.1_t2v_1.3b{name}.yaml", change)
     for phase, measured in zip(inference_plan(config).phases, MEASURED[preset], strict=True):
@@ -197,11 +197,11 @@ def test_measured_inference(preset):
 
 
 @pytest.mark.parametrize(("changes", "held"), HELD, ids=["least", "int8"])
-def test_measured_holes(changes, held):
+def test_what_the_allocator_held_is_within_the_plan(changes, held):
     assert held <= inference_plan(load_config(CONFIG, changes)).peak.total - memory.CONTEXT <= 1.1 * held
 
 
-def test_measured_fp8():
+def test_float8_is_planned_as_measured():
     """Weights and cache by `scripts/benchmark.py`, the same GPU."""
     plan = inference_plan(load_config(CONFIG, ["inference.precision=fp8"]))
     for part, measured in (("student", 1_679_390_848), ("KV cache", 1_725_235_200)):
@@ -212,7 +212,7 @@ def test_measured_fp8():
         assert one[part] == both[part] and one[other] == without[other] > both[other]
 
 
-def test_measured_training():
+def test_training_is_planned_as_measured():
     """One clip of 480x832 through the 1.3B network and back, checkpointed, but for the results of self-attention, which
     were not kept then; H100, torch 2.11."""
     tokens = 21 * 1560

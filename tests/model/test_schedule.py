@@ -57,12 +57,12 @@ def test_a_context_and_an_unbounded_window_print_as_their_golden_tables():
         ("1", [[1000]]),
     ],
 )
-def test_warped_values(steps, rows):
+def test_timesteps_are_warped_by_the_shift(steps, rows):
     ours = build(steps=steps).timesteps_by_chunk
     assert [pytest.approx(row, abs=1e-4) for row in rows] == [list(row) for row in ours]
 
 
-def test_unwarped_values():
+def test_timesteps_without_a_warp_are_even():
     assert build(steps="4", shift=1.0).timesteps(0) == pytest.approx([1000, 700, 400, 100])
 
 

@@ -83,7 +83,7 @@ def test_streamed_equals_whole(decoder, sizes):
     torch.testing.assert_close(torch.cat(chunks, 1), codec.decode(x), rtol=0, atol=1e-6)
 
 
-def test_rewind(decoder):
+def test_a_stream_can_be_rewound(decoder):
     x = latents(6)
     stream = TinyDecoderCodec(decoder).stream()
     start = stream.snapshot()

@@ -79,7 +79,7 @@ def refused(tiny_assets, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
-def test_arguments(refused, case):
+def test_a_wrong_argument_is_one_sentence(refused, case):
     arguments, words = ARGUMENTS[case]
     assert words in refused(*arguments)
 
@@ -94,7 +94,7 @@ def copy(tiny_assets: Path, tmp_path: Path, part: str) -> Path:
 
 
 @pytest.mark.parametrize("part", ["student", "vae", "text_encoder"])
-def test_truncated_weights(refused, tiny_assets, tmp_path, part):
+def test_truncated_weights_are_named(refused, tiny_assets, tmp_path, part):
     (weights,) = copy(tiny_assets, tmp_path, part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     line = refused(f"model.{part}={weights.parent}")

@@ -120,7 +120,7 @@ def test_a_scheduler_of_diffusers_is_not_taken_in_silence(pipe):
     assert not hasattr(pipe, "scheduler")
 
 
-def test_seeds(pipe, tiny_assets):
+def test_seeds_are_those_of_the_settings_and_of_each_video(pipe, tiny_assets):
     configured = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "seed=5")
     assert configured(PROMPT, num_frames=9).videos[0].seed == 5
     assert np.array_equal(frames(configured, PROMPT), frames(pipe, PROMPT, seed=np.int64(5)))
@@ -131,7 +131,7 @@ def test_seeds(pipe, tiny_assets):
     assert np.abs(given[3].frames.astype(int) - frames(pipe, OTHER, sample_seed(1, 1), 9)).max() <= 1
 
 
-def test_generators(pipe):
+def test_a_generator_draws_seeds_that_make_the_video_again(pipe):
     generator = torch.Generator().manual_seed(3)
     first, second = (pipe(PROMPT, num_frames=9, generator=generator).videos[0] for _ in range(2))
     assert first.seed != second.seed, "it goes on"
@@ -145,7 +145,7 @@ def test_generators(pipe):
     assert one.seed == first.seed != other.seed
 
 
-def test_sizes(pipe, tiny_assets):
+def test_a_size_holds_for_its_call(pipe, tiny_assets):
     before = frames(pipe, PROMPT)
     wide = frames(pipe, PROMPT, height=48, width=64)
     assert wide.shape == (21, 48, 64, 3)
@@ -171,7 +171,7 @@ def test_sizes(pipe, tiny_assets):
         ),
     ],
 )
-def test_schedules(pipe, tiny_assets, schedule, settings):
+def test_a_schedule_holds_for_its_call_or_until_another_is_set(pipe, tiny_assets, schedule, settings):
     configured = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *settings)
     wanted, before = frames(configured, PROMPT), str(pipe.schedule)
     assert np.array_equal(frames(pipe, PROMPT, schedule=schedule), wanted)

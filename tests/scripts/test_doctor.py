@@ -121,7 +121,7 @@ def write_t5(folder: Path, t5) -> Path:
 # --- machine ----------------------------------------------------------------------------------------------------------
 
 
-def test_gpus(monkeypatch):
+def test_gpus_are_those_that_are_visible(monkeypatch):
     rows = b"NVIDIA H100 80GB HBM3, 81559, 80994, 580.95.05, 9.0\nNVIDIA RTX 4090, 24564, 20000, 580.95.05, 8.9\n"
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
     monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=rows, returncode=0))

@@ -167,7 +167,7 @@ def test_an_index_is_followed(hub, tmp_path):
     assert "does not name files of its own folder" in refused(run("wan-14b-hf", "--dest", tmp_path, endpoint=hub))
 
 
-def test_resumes(hub, tmp_path):
+def test_a_file_of_the_hub_is_resumed(hub, tmp_path):
     path = "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt"
     Hub.served.clear()
     Hub.break_off.add(path)
@@ -179,7 +179,7 @@ def test_resumes(hub, tmp_path):
     assert starts[0] == 0 and any(start > 0 for start in starts[1:])
 
 
-def test_github(hub, tmp_path):
+def test_a_file_of_github_is_fetched_and_resumed(hub, tmp_path):
     path = "madebyollin/taehv/raw/main/taew2_1.pth"
     Hub.served.clear()
     Hub.break_off.add(path)
@@ -213,12 +213,12 @@ def test_what_the_hub_has_not(hub, tmp_path):
     "arguments, message",
     [((), "no NAME was given"), (("wan",), "NAME=wan is unknown; use any of wan-1.3b")],
 )
-def test_wrong_arguments(arguments, message):
+def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         download.main(list(arguments))
 
 
-def test_full_disk(tmp_path):
+def test_a_full_disk_is_told_before_anything_is_fetched(tmp_path):
     DOWNLOADS["huge"] = DOWNLOADS["vae"].__class__("", "a/b", ".", {"x.pth": 1e9})
     try:
         with pytest.raises(UserError, match="huge needs some 1000000000.0 GB"):

@@ -15,7 +15,7 @@ Candidate = explore.Candidate
 CONFIG = load_config("configs/tiny.yaml")
 
 
-def test_names():
+def test_candidates_are_named_by_their_steps():
     assert Candidate.parse("43", 4).steps == (4, 3, 3, 3)
     assert Candidate.parse("5432222", 3).name == "543"
     clean = Candidate.parse("4+clean", 2)

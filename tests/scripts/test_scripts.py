@@ -113,7 +113,7 @@ def called(script: Path, echo: str, *arguments: str, **variables: str) -> list[s
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_syntax(script):
+def test_bash_can_read_each_script(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 

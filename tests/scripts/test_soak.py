@@ -37,7 +37,7 @@ def test_a_resumed_run_that_differs_is_seen():
     assert over(found) == {"critic_loss, resumed"} and found["critic_loss, resumed"][2] == pytest.approx(1e-3)
 
 
-def test_a_soak(tmp_path, capsys):
+def test_a_soak_trains_resumes_and_reports(tmp_path, capsys):
     small = ["device=cpu", "video.height=32", "video.width=48", "video.num_latent_frames=6"]
     small += [word for role in ("student", "teacher", "critic") for word in (f"--{role}", "tiny/1")]
     small += ["training.distill.dfake_gen_update_ratio=1", "--folder", str(tmp_path / "soak")]

@@ -1,7 +1,6 @@
 """What is left of jobs after a stop, a kill and a crash in between."""
 
 import dataclasses
-import json
 import sqlite3
 import time
 
@@ -171,9 +170,3 @@ def test_a_job_of_another_size_is_not_made_at_this_one(tmp_path):
     with Running(tmp_path) as server:
         assert until(lambda: videos(server).retrieve(job.id).status == "failed")
         assert "96x64" in videos(server).retrieve(job.id).error.message and not server.pool.specs
-
-
-def test_limits_out_of_range_are_a_sentence():
-    with pytest.raises(UserError, match="queue_per_key=0 is out of range"):
-        JobLimits(queue_per_key=0)
-    assert json.dumps(JobLimits().queue)

@@ -54,16 +54,6 @@ def test_a_video_is_played_as_one_file_of_fragments(port, pipe):  # noqa: F811
         assert times == pytest.approx([(made[k]["frame"] + i) / hello["fps"] for i in range(12)])
 
 
-def test_jpeg_is_one_picture_a_frame(port):
-    async def script(me):
-        await me.open(video="jpeg")
-        return await me.chunks(2)
-
-    first, second = visit(port, script)
-    assert len(first["parts"]) == 9 + 1 and len(second["parts"]) == 12 + 1
-    assert Image.open(io.BytesIO(first["parts"][0])).size == (48, 32) and first["kind"] == "jpeg"
-
-
 def test_each_control_has_two_receipts_and_shows_from_the_chunk_that_is_named(port):
     async def script(me):
         await me.open()
@@ -204,28 +194,6 @@ def test_what_the_model_does_not_know_is_said(port):
 
     for warnings, word in zip(visit(port, script), ("panda", "bamboo"), strict=True):
         assert len(warnings) == 1 and f"leaves out of the prompt: {word}. It knows these words: " in warnings[0]
-
-
-def test_what_is_no_picture_ends_in_a_sentence_and_the_next_video_plays(port, monkeypatch):
-    whole = StreamSession._next
-
-    def broken(session, *args):
-        result = whole(session, *args)
-        if result.chunk == 1:
-            result.finite.fill_(False)
-        return result
-
-    async def script(me):
-        with monkeypatch.context() as patch:
-            patch.setattr(StreamSession, "_next", broken)
-            await me.open()
-            ended = await me.until("ended")
-        await me.open()
-        return ended, await me.chunks(3)
-
-    ended, after = visit(port, script)
-    assert ended["reason"] == "fault" and "chunk 1 holds NaN or infinity" in ended["message"]
-    assert [c["chunk"] for c in after] == [0, 1, 2]
 
 
 GOOD = {"type": "open", "id": 1, "prompt": PROMPT}

@@ -55,7 +55,7 @@ class TestLibrary:
 
 class TestDenoisers:
     @torch.no_grad()
-    def test_student_x0(self):
+    def test_x0_of_a_student_is_that_of_its_v(self):
         model, geo = build()[0], sizes(2, 0)
         x, _, text = inputs(geo, 2)
         v = model(x, torch.full((2,), 357.142857), text, view=GraphCache(geo, 3).begin(0))

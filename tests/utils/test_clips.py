@@ -64,7 +64,7 @@ def test_the_frame_that_shows_at_each_time_whatever_the_time_base(tmp_path, endi
 
 
 @pytest.mark.parametrize("ending, tick", [("mkv", 1000), ("webm", 1000), ("gif", 100), ("mp4", 90_000), ("mov", 1000)])
-def test_variable_rates(tmp_path, ending, tick):
+def test_clips_of_variable_rates_show_the_frame_of_each_time(tmp_path, ending, tick):
     gaps = [7, 5, 30, 4, 4, 11, 2, 60, 3, 3, 8, 13, 6, 20, 5]  # hundredths of a second
     times = [Fraction(sum(gaps[:n]), 100) for n in range(len(gaps) + 1)]
     write(tmp_path / f"x.{ending}", times, Fraction(25), Fraction(1, tick))

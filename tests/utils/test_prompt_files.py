@@ -79,7 +79,7 @@ NONE = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_read(tmp_path, case):
+def test_plain_files_are_read(tmp_path, case):
     content, prompts = READ[case]
     (tmp_path / "p.txt").write_bytes(content)
     assert read_prompts(tmp_path / "p.txt") == prompts
@@ -127,7 +127,7 @@ def test_files_too_large_to_be_prompts_are_not_read(tmp_path, name, size):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(tmp_path, case):
+def test_files_that_are_no_text_are_refused(tmp_path, case):
     content, message = REFUSED[case]
     (tmp_path / "p.txt").write_bytes(content)
     begin = time.process_time()

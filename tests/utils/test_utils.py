@@ -63,7 +63,7 @@ def test_seeds_are_the_same_everywhere_and_for_ever():
     assert stable_hash(1, "a", 2) != stable_hash(1, "a2") and stable_hash(1, 1) != stable_hash(1, "1")
 
 
-def test_sample_seeds():
+def test_samples_of_all_seeds_differ():
     assert sample_seed(42, 0) == 42
     seeds = [sample_seed(seed, i) for seed in range(20) for i in range(1, 50)]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**31 for seed in seeds)
@@ -182,7 +182,7 @@ def test_safe_name_is_readable_and_cuts_at_words():
     assert safe_name("one two three", limit=7) == "one_two"
 
 
-def test_hashes(tmp_path):
+def test_a_hash_is_that_of_the_content(tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"abc")
     assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
@@ -246,7 +246,7 @@ def test_a_file_is_hashed_while_it_is_written(tmp_path, monkeypatch):
         torch.save(torch.zeros(1 << 20), file)
 
 
-def test_check_writable(tmp_path):
+def test_folders_that_cannot_be_written_are_refused_and_none_is_made(tmp_path):
     folder = tmp_path / "a" / "b"
     assert check_writable(folder, "out") == folder and not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
@@ -512,7 +512,7 @@ def test_quotas_of_the_groups_around_a_process_count(tmp_path, version):
     assert cpu_quotas(tmp_path / "none", tmp_path / "none") == []
 
 
-def test_threads(monkeypatch):
+def test_threads_are_those_of_setting_environment_and_machine(monkeypatch):
     """One setting; what it means where it is 0."""
     before = torch.get_num_threads()
     monkeypatch.setattr("utils.device.available_cpus", lambda: 6)

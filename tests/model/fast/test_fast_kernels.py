@@ -46,7 +46,7 @@ class TestOperators:
         torch.library.opcheck(qk_norm_rope, turn_case(96, BF16, E4M3), **fake)
         torch.library.opcheck(quantize_rows, (rows_case(96, BF16), True), **fake)
 
-    def test_kernels_interpreted(self):
+    def test_interpreted_kernels_agree_with_plain_operators(self):
         pytest.importorskip("triton")
         run = subprocess.run(
             [sys.executable, "-W", "ignore", kernels_case.__file__],
@@ -111,7 +111,7 @@ def test_a_cpu_has_none():
 @NEEDS_GPU
 class TestOnGpu:
     @pytest.mark.parametrize("width", [96, 1536])
-    def test_kernels(self, width):
+    def test_kernels_agree_with_plain_operators(self, width):
         def norm(*case):
             return torch.ops.diagonal.residual_norm(*case)
 

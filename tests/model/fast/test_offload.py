@@ -66,7 +66,7 @@ class TestBlocksOnTheHost:
 
     @pytest.mark.parametrize("layers", [1, 2, 5])
     @torch.no_grad()
-    def test_same_bits(self, layers):
+    def test_streamed_blocks_give_the_same_bits(self, layers):
         model, geo = build(num_layers=layers)[0], sizes(3, 1)
         x, t, text = inputs(geo, 10)
         expected = by_chunk(model, stream_cache(model, geo), geo, x, t, model.text_kv(text))
@@ -153,7 +153,7 @@ class TestInt8:
         assert 0 < (out - exact).norm() / exact.norm() < 0.02
 
 
-def test_pipeline(tiny_assets):
+def test_a_pipeline_in_little_memory_gives_the_same_frames(tiny_assets):
     def frames(*overrides):
         pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *overrides)
         return pipe(PROMPTS[0]).videos[0].frames.astype(int)

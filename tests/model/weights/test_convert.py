@@ -81,7 +81,7 @@ def test_diffusers_there_and_back(tmp_path, wan, middle):
     assert torch.equal(output(again), output(wan))
 
 
-def test_parts(tmp_path, checkpoint, wan):
+def test_a_part_of_a_checkpoint_can_be_chosen(tmp_path, checkpoint, wan):
     bias = wan.proj_out.bias
     convert(checkpoint, tmp_path / "ema", "--use_ema", "--to", "diffusers")
     assert torch.equal(weights.load_score(tmp_path / "ema").proj_out.bias, bias * 1.5)
@@ -112,7 +112,7 @@ def test_lora_is_merged(tmp_path, wan, student):
     assert merged.card["merged_lora"] == [{"file": "lora.pt"}] * 2
 
 
-def test_precision(tmp_path, wan):
+def test_precision_is_changed_and_what_does_not_fit_is_refused(tmp_path, wan):
     wan.save_pretrained(tmp_path / "d")
     convert(tmp_path / "d", tmp_path / "half", "--dtype", "bfloat16")
     found = tensors(tmp_path / "half")
@@ -191,7 +191,7 @@ def test_overwrite_replaces_what_we_made_and_nothing_else(tmp_path, checkpoint):
         (("--tensors_only", "sf.pt", "out"), "makes a .pt"),
     ],
 )
-def test_wrong_arguments(tmp_path, checkpoint, monkeypatch, arguments, message):
+def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path, checkpoint, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     before = sorted(tmp_path.rglob("*"))
@@ -200,7 +200,7 @@ def test_wrong_arguments(tmp_path, checkpoint, monkeypatch, arguments, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_full_disk(tmp_path, checkpoint, monkeypatch):
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"needs 0\.0 GB and 0\.0 GB are free"):
         convert(checkpoint, tmp_path / "out")

@@ -60,7 +60,7 @@ LAYOUTS = ("bare", "LongLive", "adapter's name inside", "peft folder", "rslora")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(tmp_path, wan, student, layout):
+def test_each_layout_adds_its_product_in_each_way_of_having_it(tmp_path, wan, student, layout):
     values = pairs(wan)
     path, factor = write(tmp_path, layout, values)
     before = output(student)
@@ -92,7 +92,7 @@ def test_layout_of_diffusers(tmp_path, wan, student):
     assert len(plan.layers) == 6 and set(plan.alphas.values()) == {5.0} and "rank 3" in plan.kind
 
 
-def test_several(wan, student, tmp_path):
+def test_several_adapters_add_up(wan, student, tmp_path):
     first, second = pairs(wan, 1), {k: v for k, v in pairs(wan, 2, rank=2).items() if "blocks.1.ffn" in k}
     for name, values in (("a", first), ("b", second)):
         torch.save(longlive(values), tmp_path / f"{name}.pt")
@@ -199,7 +199,7 @@ def adapter(tmp_path, tiny_student):
     return tmp_path / "adapter"
 
 
-def test_pipeline(tiny_assets, adapter):
+def test_a_pipeline_with_merged_and_unmerged_adapters_gives_the_same_frames(tiny_assets, adapter):
     def frames(*overrides):
         pipe = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *overrides)
         return pipe, pipe("a red circle moves right").videos[0].frames

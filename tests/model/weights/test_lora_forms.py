@@ -88,7 +88,7 @@ def expect(before, after, added) -> None:
 
 
 @pytest.mark.parametrize("form", NAMES)
-def test_names(tmp_path, wan, student, form):
+def test_names_of_each_trainer_are_read(tmp_path, wan, student, form):
     values = pairs(wan)
     values[HEAD] = (torch.randn(3, 128) * 0.05, torch.randn(64, 3) * 0.05)
     letters = ("lora_B", "lora_A") if form in ("peft around a wrapper", "diffusers", "pipe.dit") else ()
@@ -126,14 +126,14 @@ def extracted(wan, tmp_path):
     return tmp_path / "a.safetensors", added | {"blocks.1.attn1.to_k.bias": 6 / RANK * bias}
 
 
-def test_differences(student, extracted):
+def test_differences_beside_pairs_are_added(student, extracted):
     path, added = extracted
     assert "differences of 10 parameters" in plan_lora(path, shapes(student)).kind
     before, after = applied(student, path)
     expect(before, after, {name: SCALE * value for name, value in added.items()})
 
 
-def test_differences_alone(tmp_path, student):
+def test_differences_alone_are_an_adapter(tmp_path, student):
     save_file({"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(128, 128)}, tmp_path / "a.safetensors")
     before, after = applied(student, tmp_path / "a.safetensors")
     expect(before, after, {"blocks.0.attn1.to_q.weight": torch.full((128, 128), SCALE)})

@@ -35,7 +35,7 @@ def test_original_wan_folder(tmp_path, wan, wan_state, count):
 
 @pytest.mark.parametrize("root", [False, True])
 @pytest.mark.parametrize("size", ["10GB", "200KB"])
-def test_diffusers_folder(tmp_path, wan, root, size):
+def test_a_folder_of_diffusers_loads(tmp_path, wan, root, size):
     wan.save_pretrained(tmp_path / "transformer" if root else tmp_path, max_shard_size=size)
     same_output(weights.load_student(tmp_path), wan)
 
@@ -136,7 +136,7 @@ def test_values_beyond_half_precision_are_not_lost(tmp_path, student):
         ("tiny_text_encoder", False, UMT5EncoderModel),
     ],
 )
-def test_new_network(file, causal, cls):
+def test_a_new_network_is_of_the_class_of_its_file(file, causal, cls):
     network = weights.new_network(f"configs/networks/{file}.json", causal=causal)
     assert type(network) is cls and not any(p.is_meta for p in network.parameters())
 
@@ -163,7 +163,7 @@ def test_text_encoder_formats(tmp_path, t5):
         assert encoder.encoder.shared.weight is encoder.encoder.encoder.embed_tokens.weight
 
 
-def test_vae_formats(tmp_path):
+def test_each_format_of_a_vae_loads(tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=4).eval()  # widths 1/2/4/4, two blocks a stage, as published
     for parameter in vae.parameters():

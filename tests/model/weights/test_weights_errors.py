@@ -42,7 +42,7 @@ def test_tiny_weights_that_are_missing(tmp_path, monkeypatch):
         weights.load_student("assets/tiny/student")
 
 
-def test_missing_pieces(tmp_path, wan_state):
+def test_missing_pieces_are_named(tmp_path, wan_state):
     with pytest.raises(UserError, match=r"download\.py taew2\.1`"):
         weights.load_tiny_decoder(tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"download\.py vae`"):
@@ -62,7 +62,7 @@ def test_missing_pieces(tmp_path, wan_state):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_cut_short(tmp_path, wan_state, suffix):
+def test_a_file_that_is_cut_short_is_to_be_fetched_again(tmp_path, wan_state, suffix):
     path = tmp_path / f"student{suffix}"
     torch.save(wan_state, path) if suffix == ".pt" else save_file(wan_state, path)
     path.write_bytes(path.read_bytes()[:1000])

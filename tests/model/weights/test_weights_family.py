@@ -122,7 +122,7 @@ def test_run_whose_beginning_is_gone(run, tmp_path):
         weights.load_student(run)
 
 
-def test_damaged_manifest(run):
+def test_a_damaged_manifest_is_named(run):
     for step in (10, 20):  # a run with one that is whole goes on from there
         (run / f"checkpoint_0000{step}" / "manifest.json").write_text("[")
     with pytest.raises(UserError, match="manifest.json is not valid JSON"):
@@ -132,7 +132,7 @@ def test_damaged_manifest(run):
         weights.load_student(run)
 
 
-def test_empty_run(tmp_path):
+def test_an_empty_run_is_refused(tmp_path):
     (tmp_path / "logs").mkdir()
     with pytest.raises(UserError, match=r"model\.student=.*logs has no"):
         weights.load_student(tmp_path / "logs")

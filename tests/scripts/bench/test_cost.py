@@ -15,7 +15,7 @@ from scripts.bench.cost import clip_flops, step_cost
 
 
 @pytest.mark.parametrize("chunks, batch", [(1, 1), (3, 2)])
-def test_a_step(chunks, batch):
+def test_operations_of_a_step_are_those_that_torch_counts(chunks, batch):
     geo = sizes(3, 1)
     model, _ = build()
     latents, _, text = inputs(geo, chunks * geo.chunk_frames, batch)
@@ -31,7 +31,7 @@ def test_a_step(chunks, batch):
     assert cost.flops == counter.get_total_flops()
 
 
-def test_full_size():
+def test_a_step_at_full_size_costs_what_it_is_known_to():
     """One evaluation at 12 frames of keys is 28.3 TFLOP."""
     geo = Geometry(height=480, width=832)
     cost = step_cost(WAN_1_3B, geo, visible=4, text_tokens=512)

@@ -92,7 +92,7 @@ def test_checkpointing_computes_all_of_a_chunk_again_and_all_but_self_attention_
     assert attention[1] - attention[0] == twice > 0
 
 
-def test_full_size():
+def test_a_pass_of_14b_costs_what_it_is_known_to():
     """One pass of the 14B teacher over a clip of 480x832: 0.78 PFLOP in linear layers, 0.88 between tokens."""
     tokens = 21 * Geometry(height=480, width=832).tokens_per_frame
     one = network_pass(WAN_14B, tokens=tokens, keys=tokens, text_tokens=512)

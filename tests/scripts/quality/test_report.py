@@ -71,7 +71,7 @@ def test_borders_are_those_of_the_codec():
     assert chunk_borders(9, 3) == [] and chunk_borders(10, 3) == [9] and chunk_borders(1, 1) == []
 
 
-def test_one_folder(folders, capsys):
+def test_a_report_of_one_folder_has_each_clip(folders, capsys):
     assert report.main([str(folders[0]), "--workers", "1"]) == 0
     data = json.loads((folders[0] / "report.json").read_text())
     (folder,) = data["folders"]

@@ -101,7 +101,7 @@ def test_generate_score_table(suite, mock, tiny_assets, tmp_path, capsys, monkey
     assert "| - | - | - |" in text and "84.31 | 85.07 | 81.28" in text
 
 
-def test_static_filter(suite, mock, tmp_path, capsys):
+def test_scores_of_flicker_are_of_the_videos_that_the_filter_leaves(suite, mock, tmp_path, capsys):
     """`vbench static_filter --result_path OUT` copies static videos to OUT/filtered_videos, often fewer than five."""
     out = tmp_path / "out"
     (out / "videos").mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_totals_are_those_of_the_published_formula():
     assert totals(top) == {"total": None, "quality": 1.0, "semantic": None}
 
 
-def test_prompt_files(suite, tmp_path):
+def test_prompt_files_of_each_kind_are_read(suite, tmp_path):
     found = read_suite(suite)
     assert [p.text for p in found] == [e["prompt_en"] for e in SUITE] and found[1].extended == "a red bird"
     text = tmp_path / "all.txt"

@@ -117,7 +117,7 @@ def test_memory_is_counted(tiny_assets, same):
     assert sum(x.numel() for x in stage.train_states["generator"].state_dict()["average"].values()) == small
 
 
-def test_who_shares(tiny_assets):
+def test_networks_of_the_same_files_share_a_base(tiny_assets):
     def origins(**init: str) -> list[str]:
         written = f"training.init={json.dumps(init)}"
         training = distill_config(tiny_assets, written).training

@@ -23,7 +23,7 @@ def test_temporal_term_sees_flicker_and_no_still_error():
     torch.testing.assert_close(flicker["loss"], torch.tensor(0.25 + 2.0 * 0.5))
 
 
-def test_decoder_alone(tmp_path):
+def test_training_the_decoder_leaves_the_encoder_as_it_is(tmp_path):
     """What other networks have learnt stays: encoder and latent statistics, bit for bit."""
     small = ["training.bank_clips=4", "training.global_batch=2", "training.micro_batch=2", "training.codec.crop=0"]
     config = load_config(
