@@ -5,12 +5,13 @@
     python scripts/download.py --verify wan-1.3b             # compare existing files with their hashes
     python scripts/download.py --list
 
-An interrupted download resumes. HF_ENDPOINT names a mirror of the hub, GITHUB_ENDPOINT a mirror of GitHub, and HF_TOKEN
-an account for repositories that need one.
+An interrupted download from the hub resumes. HF_ENDPOINT names a mirror of the hub, GITHUB_ENDPOINT a mirror of GitHub,
+and HF_TOKEN an account for repositories that need one.
 """
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import socket
@@ -29,9 +30,8 @@ exits.guard(__name__)
 
 from configs.downloads import DOWNLOADS, SHARDS, Download
 from configs.errors import UserError
-from utils.files import sha256_of
+from utils.files import atomic_path, sha256_of
 from utils.machine import free_space
-from utils.progress import progress_bar
 from utils.prompts import read_prompts
 from utils.tables import aligned
 
@@ -162,29 +162,22 @@ def unreachable(name: str, host: str, error: Exception | None = None) -> UserErr
 
 
 def from_github(name: str, source: str, file: str, folder: Path) -> None:
-    """Download a file by its public address; resumes."""
+    """Download a small file by its public address."""
     owner, project, rest = source.split("/", 2)
     host = os.environ.get("GITHUB_ENDPOINT", "https://github.com").rstrip("/")
-    url, partial = f"{host}/{owner}/{project}/{rest}/{file}", folder / f"{file}.incomplete"
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    url = f"{host}/{owner}/{project}/{rest}/{file}"
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            resumed = answer.status == 206
-            size = int(answer.headers.get("Content-Length") or 0)
-            with open(partial, "ab" if resumed else "wb") as out, progress_bar(file, size or None, "B") as bar:
-                while block := answer.read(1 << 20):
-                    out.write(block)
-                    bar.update(len(block))
-        if size and partial.stat().st_size != size + (have if resumed else 0):
-            raise UserError(f"{name}: {url} was interrupted; {KEPT}")
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            content = answer.read()
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the file is already complete
-            raise UserError(f"{name}: {url} returned {error.code} {error.reason}; download it by hand") from error
+        raise UserError(f"{name}: {url} returned {error.code} {error.reason}; download it by hand") from error
+    except http.client.IncompleteRead as error:
+        raise UserError(f"{name}: {url} was interrupted; run the same command again") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         fix = "go online or set GITHUB_ENDPOINT to a mirror"
-        raise UserError(f"{name}: {host} cannot be reached ({str(error)[:100]}); {fix}; {KEPT}") from error
-    os.replace(partial, folder / file)
+        raise UserError(f"{name}: {host} cannot be reached ({str(error)[:100]}); {fix}") from error
+    with atomic_path(folder / file) as temporary:
+        temporary.write_bytes(content)
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------

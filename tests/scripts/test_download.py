@@ -181,13 +181,11 @@ def test_a_file_of_the_hub_is_resumed(hub, tmp_path):
 
 def test_a_file_of_github_is_fetched_and_resumed(hub, tmp_path):
     path = "madebyollin/taehv/raw/main/taew2_1.pth"
-    Hub.served.clear()
     Hub.break_off.add(path)
     assert "was interrupted" in refused(run("taew2.1", "--dest", tmp_path, endpoint=hub))
     assert not (tmp_path / "taew2_1.pth").exists()
     assert run("taew2.1", "--dest", tmp_path, endpoint=hub).returncode == 0
     assert (tmp_path / "taew2_1.pth").read_bytes() == FILES[path]
-    assert Hub.served[-1] == f"{path}@{len(FILES[path]) // 3}"
     result = run("--verify", "taew2.1", "--dest", tmp_path, endpoint=NOWHERE)
     assert "no hash is known" in result.stdout
 
