@@ -30,8 +30,6 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.7"],  # compiled on installation; without it, attention is torch's own
         "train": ["wandb>=0.22"],  # metrics go to a JSONL file without it
-        # the plot of scripts/explore_schedules.py
-        "report": ["matplotlib>=3.10,<4"],
         "demo": requirements("requirements-demo.txt"),  # python demo.py
         "client": requirements("requirements-client.txt"),  # the package client, which needs nothing else
         "dev": requirements("requirements-dev.txt"),

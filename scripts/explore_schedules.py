@@ -4,7 +4,7 @@
 
 A schedule is written as in `schedule.steps`, one digit a chunk, with the context mode after a plus.
 
-Writes front.png, front.md, points.json and the YAML of each schedule on the Pareto front. Latency is denoising plus
+Writes front.md, points.json and the YAML of each schedule on the Pareto front. Latency is denoising plus
 decoding: the median over --rounds in which schedules alternate, so a slower machine affects all of them. Quality is the
 share of stated attributes that are measured correctly (--quality tiny, for the tiny world), or the PSNR in dB to a
 schedule of many steps from the same noise (--quality reference). A schedule that differs from the reference is not
@@ -48,7 +48,6 @@ from utils.seeds import sample_seed
 from utils.tables import markdown
 
 GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
-PAPER = "4322222"  # drawn apart in the plot
 COLUMNS = {"tiny": "attributes right", "reference": "PSNR to the reference, dB"}
 
 
@@ -236,30 +235,6 @@ def table(runs: Sequence[Run], best: Sequence[Run], quality: str) -> str:
     return markdown(rows)
 
 
-def plot(runs: Sequence[Run], best: Sequence[Run], quality: str, path: Path) -> None:
-    import matplotlib  # only needed here; in the extra `report`
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, run in enumerate(sorted(runs, key=lambda r: r.latency_ms)):
-        q, ours = run.quality, run.candidate.name == PAPER
-        spread = [[max(0.0, q.value - q.low)], [max(0.0, q.high - q.value)]] if np.isfinite(q.low) else None
-        colour = "#c1440e" if ours else "#44607d"
-        axes.errorbar(run.latency_ms, q.value, yerr=spread, fmt="D" if ours else "o", color=colour, elinewidth=0.6)
-        side = 1 - 2 * (i % 2)  # labels alternate above and below
-        place = {"xytext": (3, 5 * side), "rotation": 60 * side, "va": "bottom" if side > 0 else "top"}
-        axes.annotate(run.candidate.name, (run.latency_ms, q.value), fontsize=7, textcoords="offset points", **place)
-    axes.margins(x=0.08, y=0.16)
-    axes.step([r.latency_ms for r in best], [r.quality.value for r in best], where="post", color="#44607d", alpha=0.6)
-    axes.set_xlabel("clip, ms: denoising and decoding")
-    axes.set_ylabel(f"{COLUMNS[quality]} (mean, 95% interval)")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def write(runs: Sequence[Run], bench: Benchmark, out: Path) -> None:
     best = front(runs)
     text = table(runs, best, bench.quality)
@@ -275,9 +250,7 @@ def write(runs: Sequence[Run], bench: Benchmark, out: Path) -> None:
     ]
     kept = {"quality": bench.quality, "prompts": list(bench.prompts), "seeds": bench.seeds}
     write_json_atomic(out / "points.json", {**kept, "device": str(bench.pipe.session.device), "runs": rows})
-    with atomic_path(out / "front.png") as temporary:
-        plot(runs, best, bench.quality, temporary)
-    print(f"\n{text}\n\nin {out}: front.png, front.md, points.json, front/*.yaml")
+    print(f"\n{text}\n\nin {out}: front.md, points.json, front/*.yaml")
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

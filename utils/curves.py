@@ -1,4 +1,4 @@
-"""Plots of metrics over steps in a single picture, one panel per metric, without matplotlib."""
+"""Plots of metrics over steps in a single picture, one panel per metric."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

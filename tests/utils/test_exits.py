@@ -164,8 +164,8 @@ def test_a_package_that_the_environment_lacks_names_every_file_that_is_needed(mo
 
     monkeypatch.delitem(sys.modules, "uvicorn", raising=False)
     assert line("uvicorn").endswith("-m pip install -r requirements.txt -r requirements-demo.txt`")
-    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
-    assert line("matplotlib").endswith("-m pip install -r requirements.txt -r requirements-dev.txt`")
+    monkeypatch.delitem(sys.modules, "playwright", raising=False)
+    assert line("playwright").endswith("-m pip install -r requirements.txt -r requirements-dev.txt`")
     assert line("regex_of_another").endswith("-m pip install -r requirements.txt`")
 
 
