@@ -28,6 +28,8 @@ from utils import exits
 
 exits.guard(__name__)
 
+from huggingface_hub import constants, errors, hf_hub_download
+
 from configs.downloads import DOWNLOADS, SHARDS, Download
 from configs.errors import UserError
 from utils.files import atomic_path, sha256_of
@@ -115,8 +117,6 @@ def listed(name: str, wanted: Download, folder: Path) -> dict[str, float]:
 
 def from_hub(name: str, wanted: Download, file: str, folder: Path) -> None:
     """Download a file of a repository on the hub; resumes."""
-    from huggingface_hub import constants, errors, hf_hub_download
-
     where = f"{wanted.source} at {constants.ENDPOINT}"
     check_reachable(name, constants.ENDPOINT)
     try:
