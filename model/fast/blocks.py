@@ -6,29 +6,16 @@
     feed_forward            output projection | sum, norm | feed-forward | gate, sum
 
 In float8 the kernel of a norm or GELU also quantizes its output for the next product; the output of attention is
-quantized by a kernel of its own. The kernel of a sum, or of the norm of the text's queries, multiplies a float8 product
-by its scales.
+quantized by a kernel of its own.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.causal_wan import CausalWanBlock, CausalWanModel, RotaryEmb
-from model.fast.ops import (
-    FFN_GATE,
-    FFN_SHIFT,
-    GATE,
-    SHIFT,
-    fp8_product,
-    linear_gelu,
-    qk_norm_rope,
-    quantize_rows,
-    query_norm,
-    residual_norm,
-)
+from model.fast.ops import FFN_GATE, FFN_SHIFT, GATE, SHIFT, linear_gelu, qk_norm_rope, quantize_rows, residual_norm
 from model.fp8 import Fp8Linear
 
 
@@ -38,7 +25,7 @@ def fits(model: CausalWanModel) -> bool:
     return all(
         block.attn1.fused_projections
         and isinstance(block.norm2, nn.LayerNorm)
-        and all(norm.weight.dtype is dtype for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q))
+        and all(norm.weight.dtype is dtype for norm in (block.attn1.norm_q, block.attn1.norm_k))
         for block in model.blocks
     )
 
@@ -65,22 +52,21 @@ def cross_attention_query(
 ) -> tuple[Tensor, Tensor]:
     """x [B, L, D] and the result of self-attention [B, L, heads, head_dim] -> x, queries of cross-attention."""
     attn = block.attn2
-    y = _branch(block.attn1.to_out[0], attn_output.flatten(2, 3))
-    x, *rows = _norm(block.norm2, attn.to_q, x, modulation, **y, gate=GATE)
-    q = query_norm(*_unscaled(attn.to_q, rows, x), attn.norm_q.weight, attn.norm_q.eps)
-    return x, q.unflatten(2, (attn.heads, -1))
+    y = _linear(block.attn1.to_out[0], attn_output.flatten(2, 3))
+    x, *rows = _norm(block.norm2, attn.to_q, x, modulation, branch=y, gate=GATE)
+    return x, attn.norm_q(_product(attn.to_q, rows, x)).type_as(x).unflatten(2, (attn.heads, -1))
 
 
 def feed_forward(block: CausalWanBlock, x: Tensor, modulation: Tensor, attn_output: Tensor, fused_gelu: bool) -> Tensor:
     """x [B, L, D] and the result of cross-attention [B, L, heads, head_dim] -> x."""
     wide, _, narrow = block.ffn.net
-    y = _branch(block.attn2.to_out[0], attn_output.flatten(2, 3))
-    x, *rows = _norm(block.norm3, wide.proj, x, modulation, **y, shift=FFN_SHIFT)
+    y = _linear(block.attn2.to_out[0], attn_output.flatten(2, 3))
+    x, *rows = _norm(block.norm3, wide.proj, x, modulation, branch=y, shift=FFN_SHIFT)
     if fused_gelu and type(wide.proj) is nn.Linear:
-        y = _branch(narrow, linear_gelu(*rows, wide.proj.weight, wide.proj.bias))
+        y = _linear(narrow, linear_gelu(*rows, wide.proj.weight, wide.proj.bias))
     else:
-        y = _branch(narrow, _product(wide.proj, rows, x), gelu=True)
-    return residual_norm(x, modulation, **y, gate=FFN_GATE)[0]
+        y = _linear(narrow, _product(wide.proj, rows, x), gelu=True)
+    return residual_norm(x, modulation, branch=y, gate=FFN_GATE)[0]
 
 
 def _norm(norm: nn.LayerNorm, reader: nn.Module, x: Tensor, modulation: Tensor, **changes) -> list[Tensor]:
@@ -97,20 +83,8 @@ def _product(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> Tensor:
     return linear.matmul(value.flatten(0, -2), scale).view(*like.shape[:-1], -1).type_as(like)
 
 
-def _branch(linear: nn.Module, y: Tensor, gelu: bool = False) -> dict[str, Any]:
-    """linear applied to y [B, L, D], or to its GELU, as `residual_norm` takes it."""
+def _linear(linear: nn.Module, y: Tensor, gelu: bool = False) -> Tensor:
+    """linear applied to y [B, L, D], or to its GELU."""
     if isinstance(linear, Fp8Linear):
-        rows = quantize_rows(y.flatten(0, -2), gelu)
-    else:
-        rows = [functional.gelu(y, approximate="tanh") if gelu else y]
-    product, factors = _unscaled(linear, rows, y)
-    return {"branch": product, "factors": factors}
-
-
-def _unscaled(linear: nn.Module, rows: Sequence[Tensor], like: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """As `_product`, but of float8 without scales and bias, which are returned beside it."""
-    if not isinstance(linear, Fp8Linear):
-        return linear(rows[0]), []
-    value, scale = rows
-    product = fp8_product(value.flatten(0, -2), linear.weight).view(*like.shape[:-1], -1)
-    return product, [scale, linear.scale, linear.bias]
+        return _product(linear, quantize_rows(y.flatten(0, -2), gelu), y)
+    return linear(functional.gelu(y, approximate="tanh") if gelu else y)

@@ -1,8 +1,6 @@
 """Custom operators for the memory-bound parts of a step: one kernel each on a GPU, plain torch elsewhere.
 
-    residual_norm   scales and bias of a float8 product, residual addition, norm and modulation, quantization to float8
-    fp8_product     a matrix product of float8 numbers, without scales
-    query_norm      scales and bias of a float8 product, norm of the queries of cross-attention
+    residual_norm   residual addition, norm and modulation, quantization to float8
     qk_norm_rope    norms of queries and keys, rotary embedding, writing of keys and values into their slots
     quantize_rows   GELU and quantization to float8
     linear_gelu     GELU in the epilogue of a matrix product (a kernel of torch)
@@ -12,9 +10,6 @@ of self-attention and of the feed-forward for each frame. Float8 is e4m3 with a 
 Values are rounded at the same places as in model/causal_wan.py. Operators are opaque to torch.compile, which does not
 change the layouts of their inputs.
 """
-
-from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,20 +26,20 @@ NONE = -1
 @torch.library.custom_op(
     "diagonal::residual_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor? branch, Tensor[] factors, Tensor modulation, int gate, int shift, Tensor? weight, "
-    "Tensor? bias, float eps, bool scaled) -> Tensor[]",
+    schema="(Tensor x, Tensor? branch, Tensor modulation, int gate, int shift, Tensor? weight, Tensor? bias, "
+    "float eps, bool scaled) -> Tensor[]",
 )
-def _residual_norm(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled):
+def _residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, scaled):
     if x.is_cuda:
         from model.fast import triton_kernels
 
-        dtype, norm = E4M3 if scaled else x.dtype, (weight, bias, eps)
-        return triton_kernels.residual_norm(x, branch, factors, modulation, gate, shift, *norm, dtype, scaled)
-    return reference_residual_norm(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled)
+        dtype = E4M3 if scaled else x.dtype
+        return triton_kernels.residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, dtype, scaled)
+    return reference_residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, scaled)
 
 
 @_residual_norm.register_fake
-def _(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled):
+def _(x, branch, modulation, gate, shift, weight, bias, eps, scaled):
     out = [] if branch is None else [x.new_empty(x.shape)]
     if shift >= 0 or weight is not None:
         out.append(x.new_empty(x.shape, dtype=E4M3 if scaled else x.dtype))
@@ -53,13 +48,11 @@ def _(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled):
     return out
 
 
-def reference_residual_norm(x, branch, factors, modulation, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
+def reference_residual_norm(x, branch, modulation, gate, shift, weight, bias, eps, scaled) -> list[Tensor]:
     """What the kernel computes, in torch."""
     rows, out = modulation.unsqueeze(3).unbind(2), []
     if branch is not None:
-        branch = _scaled(branch, factors)
-        branch = branch if gate < 0 else _gate(branch, rows[gate])
-        x = (x.float() + branch).type_as(x)
+        x = x + branch if gate < 0 else (x.float() + _gate(branch.float(), rows[gate])).type_as(x)
         out.append(x)
     if shift < 0 and weight is None:
         return out
@@ -72,20 +65,11 @@ def reference_residual_norm(x, branch, factors, modulation, gate, shift, weight,
     return [*out, value.view_as(y), scale]
 
 
-def _scaled(product: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """product [B, L, D], float32, times the scales of its rows [B L, 1] and columns [D, 1], plus the bias [D]."""
-    if not factors:
-        return product.float()
-    by_row, by_column, bias = factors
-    return product.float() * by_row.view(*product.shape[:2], 1) * by_column.view(-1) + bias.float()
-
-
 def residual_norm(
     x: Tensor,
     modulation: Tensor,
     *,
     branch: Tensor | None = None,
-    factors: Sequence[Tensor] = (),
     gate: int = NONE,
     shift: int = NONE,
     affine: tuple[Tensor, Tensor] | None = None,
@@ -94,56 +78,11 @@ def residual_norm(
 ) -> list[Tensor]:
     """x [B, L, D] -> list of those asked for: x + gate * branch, its layer norm, the norm's float8 scales [B L, 1].
 
-    branch: added to x, multiplied by row `gate` of the modulation in float32 if one is given. factors: of a branch that
-    is an `fp8_product`, the scales of its rows [B L, 1] and columns [D, 1], and the bias [D]. shift: its row with the
-    shift of the norm; the scale is the row after it. affine: instead, weight and bias of the norm. Without either there
-    is no norm. scaled: quantize the norm to float8.
+    branch: added to x, multiplied by row `gate` of the modulation in float32 if one is given. shift: its row with
+    the shift of the norm; the scale is the row after it. affine: instead, weight and bias of the norm. Without either
+    there is no norm. scaled: quantize the norm to float8.
     """
-    norm = (*(affine or (None, None)), eps, scaled)
-    return torch.ops.diagonal.residual_norm(x, branch, list(factors), modulation, gate, shift, *norm)
-
-
-@torch.library.custom_op("diagonal::fp8_product", mutates_args=())
-def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x w^T of e4m3 numbers x [N, K] and weight [D, K] -> bfloat16 [N, D].
-
-    The scales are for the kernel that reads the product: with one scale for all numbers a GPU's product is faster than
-    with one for each row, if the rows are long or the columns few.
-    """
-    if not x.is_cuda:
-        return (x.float() @ weight.float().t()).bfloat16()
-    one = _one(x.device)
-    return torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-@fp8_product.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=torch.bfloat16)
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
-
-
-@torch.library.custom_op("diagonal::query_norm", mutates_args=())
-def query_norm(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of x [B, L, D], in the dtype of the weight [D]. factors: as in `residual_norm`."""
-    if x.is_cuda:
-        from model.fast import triton_kernels
-
-        return triton_kernels.query_norm(x, factors, weight, eps)
-    return reference_query_norm(x, factors, weight, eps)
-
-
-@query_norm.register_fake
-def _(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape, dtype=weight.dtype)
-
-
-def reference_query_norm(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
-    """What the kernel computes, in torch."""
-    return functional.rms_norm(_scaled(x, factors), weight.shape, weight.float(), eps).to(weight.dtype)
+    return torch.ops.diagonal.residual_norm(x, branch, modulation, gate, shift, *(affine or (None, None)), eps, scaled)
 
 
 @torch.library.custom_op("diagonal::qk_norm_rope", mutates_args=("k_slot", "v_slot"))

@@ -4,8 +4,6 @@ A program loads whole rows (tokens) into registers, so that each tensor is read 
 Results are rounded to the dtype of the output, and before float8 to the dtype of the input.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -29,86 +27,65 @@ def _gelu(x):
 
 
 @triton.jit
-def _row(x, row, D: tl.constexpr, col, inside):
-    """Row of a tensor that is read once, float32; padding is zero."""
-    return tl.load(x + row * D + col, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-
-
-@triton.jit
-def _vector(x, col, inside):
-    """A vector that every program reads, float32; padding is zero."""
-    return tl.load(x + col, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-
-
-@triton.jit
-def _scale_product(value, row_scales, column_scales, bias, row, col, inside):
-    """A row of a float8 product times its scales, plus the bias."""
-    return value * tl.load(row_scales + row) * _vector(column_scales, col, inside) + _vector(bias, col, inside)
-
-
-@triton.jit
 def _residual_norm(
-    x, branch, row_scales, column_scales, branch_bias, modulation, weight, bias, sums, out, scales, tokens, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, FACTORS: tl.constexpr, GATE: tl.constexpr,
-    SHIFT: tl.constexpr, AFFINE: tl.constexpr, SCALED: tl.constexpr,
+    x, branch, modulation, weight, bias, sums, out, scales, tokens, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, AFFINE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, groups of `tokens` tokens that share one modulation [6, D]).
-
-    Vectors are loaded where they are used, from the L1 cache, or they would take the registers of other programs.
-    """
+    """Grid: (blocks of ROWS tokens, groups of `tokens` tokens that share one modulation [6, D])."""
     group = tl.program_id(1).to(tl.int64)
-    row = group * tokens + tl.program_id(0)
-    table = modulation + group * 6 * D
     col = tl.arange(0, BLOCK)
     inside = col < D
-    value = _row(x, row, D, col, inside)
-    if BRANCH:
-        added = _row(branch, row, D, col, inside)
-        if FACTORS:
-            added = _scale_product(added, row_scales, column_scales, branch_bias, row, col, inside)
-        if GATE >= 0:
-            added = added * _vector(table + GATE * D, col, inside)
-        total = (value + added).to(sums.dtype.element_ty)
-        tl.store(sums + row * D + col, total, mask=inside)
-        value = total.to(tl.float32)
-    if SHIFT >= 0 or AFFINE:
-        centred = tl.where(inside, value - tl.sum(value, 0) / D, 0.0)
-        y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        if SHIFT >= 0:
-            y = y * (1.0 + _vector(table + (SHIFT + 1) * D, col, inside)) + _vector(table + SHIFT * D, col, inside)
-        if AFFINE:
-            y = y * _vector(weight, col, inside) + _vector(bias, col, inside)
-        if SCALED:
-            y = y.to(x.dtype.element_ty).to(tl.float32)
-            y, scale = _scale_row(y, tl.max(tl.abs(y), 0))
-            tl.store(scales + row, scale)
-        tl.store(out + row * D + col, y.to(out.dtype.element_ty), mask=inside)
-
-
-def _warps(block: int) -> int:
-    """Warps of a program: a thread holds eight elements of a row, or more of a long one."""
-    return min(max(block // 256, 1), 16)
+    if GATE >= 0:
+        gate = tl.load(modulation + (group * 6 + GATE) * D + col, mask=inside, other=0.0)
+    if SHIFT >= 0:
+        shift = tl.load(modulation + (group * 6 + SHIFT) * D + col, mask=inside, other=0.0)
+        factor = 1.0 + tl.load(modulation + (group * 6 + SHIFT + 1) * D + col, mask=inside, other=0.0)
+    if AFFINE:
+        shift = tl.load(bias + col, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    for i in range(ROWS):
+        token = tl.program_id(0) * ROWS + i
+        here = inside & (token < tokens)
+        row = group * tokens + token
+        at = row * D + col
+        value = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        if BRANCH:
+            added = tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
+            if GATE >= 0:
+                added = added * gate
+            total = (value + added).to(sums.dtype.element_ty)
+            tl.store(sums + at, total, mask=here)
+            value = total.to(tl.float32)
+        if SHIFT >= 0 or AFFINE:
+            centred = tl.where(inside, value - tl.sum(value, 0) / D, 0.0)
+            y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps) * factor + shift
+            if SCALED:
+                y = y.to(x.dtype.element_ty).to(tl.float32)
+                y, scale = _scale_row(y, tl.max(tl.abs(y), 0))
+                tl.store(scales + row, scale, mask=token < tokens)
+            tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, factors: Sequence[Tensor], modulation: Tensor, gate: int, shift: int,
-    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, scaled: bool, warps: int = 0,
+    x: Tensor, branch: Tensor | None, modulation: Tensor, gate: int, shift: int, weight: Tensor | None,
+    bias: Tensor | None, eps: float, dtype: torch.dtype, scaled: bool, rows: int = 2, warps: int = 4,
 ) -> list[Tensor]:  # fmt: skip
-    """As `residual_norm` of model/fast/ops.py. warps: 0 = chosen by the width."""
+    """As `residual_norm` of model/fast/ops.py. rows: tokens per program."""
     x, modulation = x.contiguous(), modulation.contiguous()
     branch = None if branch is None else branch.contiguous()
     count, width = x.shape[0] * x.shape[1], x.shape[2]
-    affine, block = weight is not None, triton.next_power_of_2(width)
+    affine = weight is not None
     sums = None if branch is None else torch.empty_like(x)
     out = torch.empty_like(x, dtype=dtype) if affine or shift >= 0 else None
     scales = x.new_empty(count, 1, dtype=torch.float32) if scaled else None
     groups = x.shape[0] * modulation.shape[1]
     tokens = count // groups
     with torch.cuda.device_of(x):
-        _residual_norm[(tokens, groups)](
-            x, branch, *(factors or [None] * 3), modulation, weight, bias, sums, out, scales, tokens, eps,
-            D=width, BLOCK=block, BRANCH=branch is not None, FACTORS=len(factors) > 0, GATE=gate, SHIFT=shift,
-            AFFINE=affine, SCALED=scaled, num_warps=warps or _warps(block),
+        _residual_norm[(triton.cdiv(tokens, rows), groups)](
+            x, branch, modulation, weight, bias, sums, out, scales, tokens, eps,
+            D=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, BRANCH=branch is not None, GATE=gate,
+            SHIFT=shift, AFFINE=affine, SCALED=scaled, num_warps=warps,
         )  # fmt: skip
     return [y for y in (sums, out, scales) if y is not None]
 
@@ -118,33 +95,6 @@ def _rms_norm(x, weight, eps, D: tl.constexpr):
     """RMS norm over a whole tile, whose padding is zero; rounded to the dtype of x."""
     wide = x.to(tl.float32)
     return (wide * tl.rsqrt(tl.sum(wide * wide) / D + eps) * weight).to(x.dtype).to(tl.float32)
-
-
-@triton.jit
-def _query_norm(
-    x, row_scales, column_scales, bias, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr, FACTORS: tl.constexpr,
-):  # fmt: skip
-    """Grid: rows."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    inside = col < D
-    value = _row(x, row, D, col, inside)
-    if FACTORS:
-        value = _scale_product(value, row_scales, column_scales, bias, row, col, inside)
-    y = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * _vector(weight, col, inside)
-    tl.store(out + row * D + col, y.to(out.dtype.element_ty), mask=inside)
-
-
-def query_norm(x: Tensor, factors: Sequence[Tensor], weight: Tensor, eps: float, warps: int = 0) -> Tensor:
-    """As `query_norm` of model/fast/ops.py. warps: 0 = chosen by the width."""
-    x, width = x.contiguous(), x.shape[-1]
-    out, block = torch.empty_like(x, dtype=weight.dtype), triton.next_power_of_2(width)
-    with torch.cuda.device_of(x):
-        _query_norm[(x.numel() // width,)](
-            x, *(factors or [None] * 3), weight, out, eps,
-            D=width, BLOCK=block, FACTORS=len(factors) > 0, num_warps=warps or _warps(block),
-        )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -166,50 +116,55 @@ def _clamp_to_float8(x, NARROW: tl.constexpr):
 def _qk_norm_rope(
     qkv, q_weight, k_weight, cos, sin, q_out, k_slot, v_slot, tokens, q_eps, k_eps,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ALL_HEADS: tl.constexpr, HALF: tl.constexpr, NARROW: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ALL_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, batch). A token is a tile [ALL_HEADS, 2 HALF], padded to powers of two."""
+    """Grid: (blocks of ROWS tokens, batch). A token is a tile [ALL_HEADS, 2 HALF], padded to powers of two."""
     D: tl.constexpr = HEADS * HEAD_DIM
-    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, ALL_HEADS)[:, None]
     col = tl.arange(0, 2 * HALF)[None, :]
     pair = tl.arange(0, HALF)[None, :]
     at = head * HEAD_DIM + col
     inside = (head < HEADS) & (col < HEAD_DIM)
-    row = batch * tokens + token
-    known = pair < HEAD_DIM // 2
-    c = tl.load(cos + token * (HEAD_DIM // 2) + pair, mask=known, other=0.0)
-    s = tl.load(sin + token * (HEAD_DIM // 2) + pair, mask=known, other=0.0)
-    q = tl.load(qkv + row * 3 * D + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    k = tl.load(qkv + row * 3 * D + D + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    v = tl.load(qkv + row * 3 * D + 2 * D + at, mask=inside, other=0.0, eviction_policy="evict_first")
-    place = v_slot + batch * v_batch + token * v_token + head * v_head + col
-    tl.store(place, _clamp_to_float8(v.to(tl.float32), NARROW).to(v_slot.dtype.element_ty), mask=inside)
-    rotated = _rotate(_rms_norm(q, _vector(q_weight, at, inside), q_eps, D), c, s, ALL_HEADS, HALF)
-    rotated = rotated.to(q.dtype).to(tl.float32)
-    tl.store(q_out + row * D + at, _clamp_to_float8(rotated, NARROW).to(q_out.dtype.element_ty), mask=inside)
-    rotated = _rotate(_rms_norm(k, _vector(k_weight, at, inside), k_eps, D), c, s, ALL_HEADS, HALF)
-    place = k_slot + batch * k_batch + token * k_token + head * k_head + col
-    tl.store(place, _clamp_to_float8(rotated, NARROW).to(k_slot.dtype.element_ty), mask=inside)
+    q_factor = tl.load(q_weight + at, mask=inside, other=0.0).to(tl.float32)
+    k_factor = tl.load(k_weight + at, mask=inside, other=0.0).to(tl.float32)
+    for i in range(ROWS):
+        token = (tl.program_id(0) * ROWS + i).to(tl.int64)
+        here = inside & (token < tokens)
+        row = batch * tokens + token
+        q = tl.load(qkv + row * 3 * D + at, mask=here, other=0.0)
+        k = tl.load(qkv + row * 3 * D + D + at, mask=here, other=0.0)
+        v = tl.load(qkv + row * 3 * D + 2 * D + at, mask=here, other=0.0)
+        angle = token * (HEAD_DIM // 2) + pair
+        known = (pair < HEAD_DIM // 2) & (token < tokens)
+        c = tl.load(cos + angle, mask=known, other=0.0)
+        s = tl.load(sin + angle, mask=known, other=0.0)
+        rotated = _rotate(_rms_norm(q, q_factor, q_eps, D), c, s, ALL_HEADS, HALF).to(q.dtype).to(tl.float32)
+        tl.store(q_out + row * D + at, _clamp_to_float8(rotated, NARROW).to(q_out.dtype.element_ty), mask=here)
+        rotated = _rotate(_rms_norm(k, k_factor, k_eps, D), c, s, ALL_HEADS, HALF)
+        place = k_slot + batch * k_batch + token * k_token + head * k_head + col
+        tl.store(place, _clamp_to_float8(rotated, NARROW).to(k_slot.dtype.element_ty), mask=here)
+        place = v_slot + batch * v_batch + token * v_token + head * v_head + col
+        tl.store(place, _clamp_to_float8(v.to(tl.float32), NARROW).to(v_slot.dtype.element_ty), mask=here)
 
 
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_slot: Tensor, v_slot: Tensor,
-    q_eps: float, k_eps: float, float8_slots: bool, warps: int = 0,
+    q_eps: float, k_eps: float, float8_slots: bool, rows: int = 1, warps: int = 4,
 ) -> Tensor:  # fmt: skip
-    """As `qk_norm_rope` of model/fast/ops.py. warps: 0 = chosen by the width."""
+    """As `qk_norm_rope` of model/fast/ops.py. narrow: the slots are float8. rows: tokens per program."""
     assert k_slot.stride(3) == v_slot.stride(3) == 1, "a head's numbers lie side by side"
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     heads, head_dim = k_slot.shape[2:]
     batch, tokens = qkv.shape[:2]
-    all_heads, half = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
-    warps = warps or min(_warps(2 * half * all_heads), 8)
     q = torch.empty(k_slot.shape, dtype=k_slot.dtype if float8_slots else qkv.dtype, device=qkv.device)
     with torch.cuda.device_of(qkv):
-        _qk_norm_rope[(tokens, batch)](
+        _qk_norm_rope[(triton.cdiv(tokens, rows), batch)](
             qkv, q_weight, k_weight, cos, sin, q, k_slot, v_slot, tokens, q_eps, k_eps,
             *k_slot.stride()[:3], *v_slot.stride()[:3], HEADS=heads, HEAD_DIM=head_dim,
-            ALL_HEADS=all_heads, HALF=half, NARROW=float8_slots, num_warps=warps,
+            ALL_HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows,
+            NARROW=float8_slots, num_warps=warps,
         )  # fmt: skip
     return q
 
