@@ -88,13 +88,12 @@ def test_gradients_are_the_same(kind, how):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_gradients_in_bfloat16_are_close(kind):
-    model = network(kind)
-    plain = backward(model, kind, torch.bfloat16)
+def test_gradients_in_bfloat16_are_close():
+    model = network("student")
+    plain = backward(model, "student", torch.bfloat16)
     model.enable_gradient_checkpointing(selective_checkpoint)
     counter = compiled(model)
-    for a, b in zip(backward(model, kind, torch.bfloat16), plain, strict=True):
+    for a, b in zip(backward(model, "student", torch.bfloat16), plain, strict=True):
         assert (a - b).norm() <= 1e-2 * b.norm()
     assert counter.frame_count == 2
 

@@ -22,6 +22,7 @@ SETTINGS = (
     "training.micro_batch=1", "training.validation_clips=0", "training.image_start=0", "training.log_every=1",
     "training.checkpoint_every=0", "training.distill.critic_warmup=0", "training.bank_clips=8",
     "video={height: 32, width: 48, num_latent_frames: 6}", "training.timeout_s=900",
+    "training.init={student: random:tiny/1, teacher: random:tiny/1, critic: random:tiny/1}",
 )  # fmt: skip
 
 

@@ -85,16 +85,6 @@ def test_an_ending_that_cannot_be_written_is_refused(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_failed_video(tmp_path, error):
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(b"before")
-    with pytest.raises(error), VideoWriter(path, 16, (64, 96)) as video:
-        video.write(clip(9))
-        raise error
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"] and path.read_bytes() == b"before"
-
-
 def test_bad_frames_and_sizes(tmp_path):
     with pytest.raises(UserError, match="odd"):
         VideoWriter(tmp_path / "clip.mp4", 16, (63, 96))

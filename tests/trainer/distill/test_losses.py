@@ -149,12 +149,6 @@ def test_values_are_those_of_the_formulas():
     assert critic_loss(x, r)[0].item() == pytest.approx(space.item(), rel=1e-12)
 
 
-def test_the_factor_of_a_half_is_all_that_half_changes():
-    x, r, f = clips(3)
-    ours, theirs = (gradient(lambda y, h=h: flow_matching_loss(y, r, f, half=h)[0], x) for h in (True, False))
-    torch.testing.assert_close(theirs, 2 * ours, rtol=0, atol=0)
-
-
 def test_motion_regression_against_finite_differences_of_sample_and_head():
     x, y = clips(2)
     head, average = heads()
@@ -181,14 +175,6 @@ def test_the_released_head():
     assert shapes == {
         "net.0.weight": (64, 16, 1, 1), "net.0.bias": (64,), "net.2.weight": (16, 64, 1, 1), "net.2.bias": (16,),
     }  # fmt: skip
-
-
-def test_frame_weights_by_hand():
-    weight = frame_weighting(torch.tensor([[1.0, 3.0, 0.0]]))
-    growth = torch.tensor([1.0, 1.2, 1.44])
-    expected = 0.7 * (1 + torch.tensor([0.25, 1.0, 1.0])) + 0.3 * growth / growth.mean()
-    torch.testing.assert_close(weight[0], expected)
-    assert frame_weighting(torch.zeros(1, 3)).isfinite().all()
 
 
 def test_nothing_but_the_sample_is_moved():
