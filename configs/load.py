@@ -316,6 +316,8 @@ def _check(values: dict, section: type, prefix: str) -> dict:
                 raise UserError(f"{name}={shown(value)} is a section, not a value; set one of its keys: {keys}")
             value = _check(value, hints[key], f"{name}.")
         _check_text(name, value)
+        if hints[key] is bool and isinstance(value, int) and value not in (0, 1):  # which OmegaConf takes for true
+            raise UserError(f"{name}={value} has the wrong type; it must be true or false")
         checked[key] = value
     return checked
 

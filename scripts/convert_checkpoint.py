@@ -74,11 +74,14 @@ def convert(args: argparse.Namespace) -> int:
     from diffusers import WanTransformer3DModel
 
     from model.weights import export
+    from model.weights.files import PICKLES
     from model.weights.lora import plan_lora
     from model.weights.plans import has_ema, plan_transformer, transformer_config
     from utils.files import replaceable, replaceable_file
 
     form = args.to or ("self-forcing" if args.out.suffix == ".pt" else "ours")
+    if form != "self-forcing" and args.out.suffix in (".safetensors", *PICKLES):
+        raise UserError(f"OUT={args.out} is the name of a file, and {form} is a folder; leave the ending out")
     scales = args.lora_scale or [1.0] * len(args.lora)
     if len(scales) != len(args.lora):
         raise UserError(f"--lora_scale was given {len(scales)} times for {len(args.lora)} adapters; give one for each")

@@ -162,7 +162,8 @@ def read_video(path: str | os.PathLike) -> np.ndarray:
         with av.open(str(path)) as container:
             frames = [to_rgb(frame) for frame in container.decode(video=0)]
     except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise UserError(f"{path} cannot be read as a video ({error}); give the path of a whole video file") from error
+        reason = "no video in it" if isinstance(error, IndexError) else error.strerror
+        raise UserError(f"{path} cannot be read as a video ({reason}); give the path of a whole video file") from error
     if not frames:
         raise UserError(f"{path} holds no video frame; give the path of a whole video file")
     return np.stack(frames)

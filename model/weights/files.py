@@ -134,7 +134,8 @@ def missing_weights(field: str, path: Path, what: str) -> UserError:
     if (ROOT / "assets") in path.parents:
         here = path.relative_to(ROOT)
         if (ROOT / "assets").is_dir():
-            fix = f"restore it with `git checkout -- {here}`, or make it with `python scripts/train_tiny.py`"
+            maker = "train_world.py" if here.parts[1] == "world" else "train_tiny.py"
+            fix = f"restore it with `git checkout -- {here}` if it is shipped, or make it with `python scripts/{maker}`"
         else:
             fix = (
                 f"the tiny weights are in assets/tiny of the repository and not in the installed package: "

@@ -110,6 +110,8 @@ def test_a_wrong_type_names_field_value_and_expected_type(field, value, expected
         ("training.optimizer.betas=[0.9, nan]", "training.optimizer.betas=[0.9, nan] holds nan, which is out of"),
         ("training.optimizer.betas=[0.9]", "training.optimizer.betas=[0.9] is no pair of numbers; give two"),
         ("training.distill.critic_optimizer.lr=-1", "training.distill.critic_optimizer.lr=-1.0 is out of range"),
+        ("inference.overlap=2", "inference.overlap=2 has the wrong type; it must be true or false"),
+        ("inference.overlap=-1", "inference.overlap=-1 has the wrong type; it must be true or false"),
         ("model.student=${oc.env:HOME}", "model.student=${oc.env:HOME} is not filled in here; write the value out"),
         ("training.init={student: '${x}'}", "training.init=${x} is not filled in here"),
         ("model.lora=['${oc.env:HOME}']", "model.lora=${oc.env:HOME} is not filled in here"),

@@ -189,6 +189,8 @@ def test_overwrite_replaces_what_we_made_and_nothing_else(tmp_path, checkpoint):
         (("sf.pt", "out", "--lora", "sf.pt"), "--lora=.*holds no generator_lora; it seems to be a Wan transformer"),
         (("sf.pt", "out", "--lora_scale", "1"), "given 1 times for 0 adapters"),
         (("--tensors_only", "sf.pt", "out"), "makes a .pt"),
+        (("sf.pt", "out.safetensors"), "OUT=out.safetensors is the name of a file, and ours is a folder"),
+        (("sf.pt", "out.pt", "--to", "wan"), "OUT=out.pt is the name of a file, and wan is a folder"),
     ],
 )
 def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path, checkpoint, monkeypatch, arguments, message):

@@ -38,8 +38,10 @@ def test_tiny_weights_that_are_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"in assets/tiny of the repository.*`pip install -e \.`, or set model\."):
         weights.load_student("assets/tiny/student")
     (tmp_path / "assets").mkdir()
-    with pytest.raises(UserError, match="`git checkout -- assets/tiny/student`"):
+    with pytest.raises(UserError, match="`git checkout -- assets/tiny/student` .*train_tiny.py`$"):
         weights.load_student("assets/tiny/student")
+    with pytest.raises(UserError, match="`python scripts/train_world.py`$"):
+        weights.load_student("assets/world/student")
 
 
 def test_missing_pieces_are_named(tmp_path, wan_state):
