@@ -78,7 +78,7 @@ def read_keys(path: str | None, environ: MutableMapping[str, str] = os.environ) 
         ordinary_file("--keys_file", path, MAX_FILE, fix="give a file with a key a line")
         if os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UserError(f"--keys_file={path} can be read by other users of this machine; chmod 600 it")
-        texts[f"--keys_file={path}"] = Path(path).read_bytes().decode("utf-8", "replace")
+        texts[f"--keys_file={path}"] = Path(path).read_bytes().decode("utf-8-sig", "replace")
     found: dict[str, str] = {}
     for where, text in texts.items():
         lines = [entry for line in text.splitlines() for entry in line.partition("#")[0].split(",")]

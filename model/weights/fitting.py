@@ -131,7 +131,7 @@ def as_lora(name: str, path: Path, tensors: StoredTensors) -> dict[str, names.Lo
     odd = [tensor for tensor, parsed in known.items() if parsed is None]
     if odd or not any(parsed.part in ("A", "diff") for parsed in known.values()):
         raise UserError(
-            f"{name}={path} is not a LoRA that we know ({len(odd)} tensors unexpected, the first being "
+            f"{name}={path} is not a LoRA that we know (unexpected tensors: {len(odd)}, the first being "
             f"{min(odd, default='none')}); it seems to be {names.guess(tensors.shapes)}, so give {name} another file"
         )
     return known

@@ -194,7 +194,7 @@ def _check(name: str, plan: LoraPlan, base: Mapping[str, tuple[int, ...]] | None
     faults += [f"{tensor} holds {kind}" for tensor, kind in odd.items()]
     if faults:
         raise UserError(
-            f"{name}={plan.path} does not fit the student: {len(faults)} places differ ({'; '.join(faults[:2])}); "
+            f"{name}={plan.path} does not fit the student in {len(faults)} of its layers ({'; '.join(faults[:2])}); "
             f"use the student that it was trained for"
         )
 

@@ -28,14 +28,15 @@ def server(tmp_path_factory):
 
 
 def write(path, text: str, mode: int = 0o600) -> str:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(mode)
     return str(path)
 
 
 def test_keys_come_from_a_file_and_the_environment_which_forgets_them(tmp_path):
     environ = {VARIABLE: f"{BOB}, carol {'c' * 20}"}
-    keys = read_keys(write(tmp_path / "keys", f"# of the team\nalice {ALICE}\n\n"), environ)
+    as_windows_writes = f"\ufeffalice {ALICE}\r\n# of the team\n\n"
+    keys = read_keys(write(tmp_path / "keys", as_windows_writes), environ)
     assert keys.owner(ALICE) == "alice" and keys.owner("c" * 20) == "carol" and not environ
     assert keys.owner(BOB).startswith("key-") and BOB not in keys.owner(BOB)
     assert keys.owner(ALICE[:-1]) is keys.owner("") is keys.owner("\udcff\u00e9") is None

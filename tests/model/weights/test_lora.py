@@ -165,7 +165,7 @@ def test_what_does_not_fit(tmp_path, wan, wan_state, student):
             r"blocks\.9\.attn1\.to_k is .* for no such layer",
         ),
         "whole student": (wan_state, "a Wan transformer of width 128 with 2 layers"),
-        "more than a LoRA": (good | {"x.weight": torch.zeros(3)}, r"1 tensors unexpected, the first being x\.weight"),
+        "more than a LoRA": (good | {"x.weight": torch.zeros(3)}, r"unexpected tensors: 1, the first being x\.weight"),
         "integers": ({k: v.int() for k, v in good.items()}, r"holds torch\.int32"),
         "empty": ({}, "holds no generator_lora"),
     }
