@@ -10,6 +10,8 @@ from configs.validate import check_bounds, groups_of, number, one_of
 STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "ode_regression", "distill")
 WORLD_STAGES = ("world_text", "world_vae", "world_teacher", "world_causal")  # of the moving world
 ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
+INIT = ("student", "teacher", "critic", "transformer", "vae", "text_encoder")  # networks that a stage starts from
+TRAINED_PRECISION = ("auto", "float32", "bfloat16", "float16")
 SHARDINGS = ("none", "full", "hybrid")
 SEQUENCE_STUDENTS = ("whole", "shared")
 LOGGERS = ("wandb", "tensorboard")
@@ -122,6 +124,10 @@ class TrainingConfig:
         for logger in self.loggers:
             if logger not in LOGGERS:
                 raise UserError(f"training.loggers={self.loggers} names {logger}; use any of {', '.join(LOGGERS)}")
+        for role in self.init:
+            if role not in INIT:
+                raise UserError(f"training.init.{role} is none of the networks there are; use {', '.join(INIT)}")
+        one_of(TRAINED_PRECISION, "training", self, "precision")
         one_of(SHARDINGS, "training", self, "sharding")
         one_of(ATTENTION, "training", self, "attention")
         if self.attention != "auto" and self.stage != "distill":
