@@ -66,7 +66,7 @@ def check_environment(config: Config, *, training: bool = False, world: int | No
     except UserError as error:
         report.add_problem("driver", str(error))
     _machine(report, gpus)
-    if gpus and not training and config.inference.precision in FP8:
+    if not training and config.inference.precision in FP8:
         _float8(report, config, gpus)
     _disk(report, Path(config.inference.output_folder), "videos")
     peeks = _weights(report, config, training)
@@ -109,6 +109,9 @@ def _machine(report: Report, gpus: list[machine.Gpu]) -> None:
 def _float8(report: Report, config: Config, gpus: list[machine.Gpu]) -> None:
     """What is float8 on these GPUs."""
     precision = config.inference.precision
+    if not gpus:
+        report.add("float8", f"inference.precision={precision} needs a GPU of sm 8.9 or later; none is here")
+        return
     known = [float(gpu.capability) for gpu in gpus if gpu.capability.replace(".", "", 1).isdecimal()]
     installed = "fa3" in machine.kernels() and config.inference.attention in ("auto", "fa3")
     flash3 = installed and all(9 <= capability < 10 for capability in known)

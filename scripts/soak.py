@@ -63,6 +63,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
+    if args.gpus < 1:
+        raise UserError(f"--gpus={args.gpus} is below 1; give the number of processes")
     if args.every < 2 or args.cycles % args.every or args.cycles < 3 * args.every:
         raise UserError(f"--cycles={args.cycles} is not 3 or more times --every={args.every}; try 60 and 10")
     return args

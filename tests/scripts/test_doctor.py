@@ -290,3 +290,6 @@ def test_what_is_float8_on_this_machine(monkeypatch, precision, capability, flas
     (line,) = [text for name, text in report.lines if name == "float8"]
     assert said in line if "inference" in said else line == said
     assert line.startswith("PROBLEM") == any("sm 8.9" in x or "FlashAttention-3" in x for x in report.problems)
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    report = preflight.check_environment(load_config(FULL, [f"inference.precision={precision}"]))
+    assert "none is here" in dict(report.lines)["float8"] and not any("sm 8.9" in x for x in report.problems)
