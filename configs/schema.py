@@ -17,7 +17,7 @@ RECACHES = ("recache", "recache_window")
 SWITCHES = (*RECACHES, "blend", "cut")
 ATTENTION = ("auto", "sdpa", "cudnn", "fa2", "fa3")
 TEXT_PLACES = ("keep", "after_use", "stream")
-# context policy of the presets that have their own, before stream.context
+# context mode of the presets that have their own, before stream.context
 CONTEXT_OF = {"release_2026_03": "last_step", "release_2026_11": "last_step", "self_forcing": "clean"}
 DATED = {"release": "release_2026_11"}  # preset -> what it means today: the name that is stored
 STUDENT_PLACES = ("keep", "stream")

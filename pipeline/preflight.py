@@ -15,13 +15,13 @@ from model.schedule import Schedule
 from model.sizes import WAN_14B, TransformerSize, size_in_name
 from model.weights.files import read_json, resolve_path
 from model.weights.inspection import WeightInfo, inspect_weights, required_weights
+from model.weights.parts import TRANSFORMERS
 from utils import machine
 from utils.prompts import read_prompts
 
 TORCH = ("2.11", "2.12", "2.13", "2.14")  # the range of setup.py
 VIDEO_SPACE = 200_000_000  # bytes that must be free where videos go
 ROLES_WITH_EMA = ("student",)
-NETWORKS = ("student", "teacher", "critic")
 SIZED = ("student", "text_encoder")  # whose headers the memory plan needs
 
 SMALL = (("inference", "text_encoder", "stream"), ("model", "codec", "taehv"))
@@ -337,7 +337,7 @@ def check_room(config: Config, logdir: Path, export: Path, there: int) -> None:
 
     there: number of existing checkpoints. While one is written there is one more than `training.max_checkpoints`.
     """
-    named = [entry for entry in required_weights(config, training=True) if entry[0] in NETWORKS]
+    named = [entry for entry in required_weights(config, training=True) if entry[0] in TRANSFORMERS]
     peeks = {role: inspect_weights(role, path, name=name) for role, path, name in named}
     checkpoint, exported = saved_bytes(config, peeks)
     number = max(1, config.training.max_checkpoints + 1 - there)

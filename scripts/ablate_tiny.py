@@ -74,9 +74,9 @@ def measured(row: ablation.Row, config: Config, weights: Path, system: System, b
     columns = {name: value.to_dict() for name, value in bench.columns(make, endless=not teacher).items()}
     took = time.perf_counter() - begin
     if seconds is None:
-        at_home = System.load(config, CPU)
-        home = at_home.teacher(weights) if teacher else at_home.student(weights, schedule)
-        seconds = cpu_seconds(home, bench.prompts[0], bench.frames)
+        on_cpu = System.load(config, CPU)
+        network = on_cpu.teacher(weights) if teacher else on_cpu.student(weights, schedule)
+        seconds = cpu_seconds(network, bench.prompts[0], bench.frames)
     passes = TEACHER_STEPS * (2 if config.training.flow.guidance else 1)
     nfe = passes if teacher else schedule.nfe(bench.frames // config.stream.chunk_frames)
     cost = {"nfe": nfe, "cpu_seconds": seconds, "cost_of": cost_of(row, config)}

@@ -48,10 +48,10 @@ from scripts.studies.world_claims import (  # noqa: E402
     SHOWN,
     table,
 )
+from scripts.studies.world_memory import GAP, kept_colour  # noqa: E402
 from scripts.train_world import PROMPTS, write_prompts  # noqa: E402
 from trainer.world.captions import ATTRIBUTES  # noqa: E402
 from trainer.world.measures import agreement, measure  # noqa: E402
-from trainer.world.memory import GAP, kept_colour  # noqa: E402
 from trainer.world.scene import Scene, World, caption  # noqa: E402
 from utils.clip_measures import seam_score  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402

@@ -63,10 +63,11 @@ from configs.load import load_config
 from model.fp8 import check_fp8
 from model.memory import start_of
 from model.sizes import TRANSFORMER_SIZES, TransformerSize
+from model.weights.parts import TRANSFORMERS
 from model.weights.random import transformer_sizes
 from scripts.bench import cycle_tables as tables
 from scripts.bench.cycle import cap_memory, check, measure
-from scripts.bench.layouts import ADAPTERS, ROLES, Layout, advice, plan_table, project, sizes_of
+from scripts.bench.layouts import ADAPTERS, Layout, advice, plan_table, project, sizes_of
 from scripts.bench.random_prompts import random_prompts
 from trainer.parallel.control_group import ControlGroup
 from utils.device import pick_device, set_threads
@@ -90,7 +91,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/train_tiny_distill.yaml", metavar="FILE")
     parser.add_argument("--layouts", nargs="+", default=[], metavar="KIND:GPUS", help="see scripts/bench/layouts.py")
-    for role in ROLES:
+    for role in TRANSFORMERS:
         parser.add_argument(f"--{role}", metavar="SIZE", help="tiny, 1.3B, 14B; 14B/2 for two of its layers")
     parser.add_argument("--card_gb", type=float, default=80, help="limit of the allocator in 1e9 bytes; 0 = none (80)")
     parser.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="of the whole run (520)")
@@ -158,12 +159,12 @@ class Benchmark:
         self.args, self.folder, self.began = args, folder, 0
         base = load_config(args.config_path, args.settings)
         tiny = base.model.student.startswith("assets/tiny")
-        sources = {role: base.training.init.get(start_of(base.training, role), "") for role in ROLES}
+        sources = {role: base.training.init.get(start_of(base.training, role), "") for role in TRANSFORMERS}
         named = {
             role: next((size for size in TRANSFORMER_SIZES if size.lower() in source.lower()), "1.3B")
             for role, source in sources.items()
         }
-        self.sizes = {role: vars(args)[role] or ("tiny" if tiny else named[role]) for role in ROLES}
+        self.sizes = {role: vars(args)[role] or ("tiny" if tiny else named[role]) for role in TRANSFORMERS}
         self.networks = sizes_of(self.sizes, TransformerSize.from_config(transformer_sizes("tiny")))
         self.training, self.micro = base.training, base.training.micro_batch
         dim = transformer_sizes(self.sizes["student"])["text_dim"]
@@ -202,7 +203,7 @@ class Benchmark:
             return result | {"why": f"needs GPUs: {layout.gpus}; there are {torch.cuda.device_count()}"}
         full = sorted({name for name in sizes.values() if name in TRANSFORMER_SIZES})
         if full and not on_gpus:
-            some = ", ".join(f"--{role} {sizes[role]}/2" for role in ROLES if sizes[role] in full)
+            some = ", ".join(f"--{role} {sizes[role]}/2" for role in TRANSFORMERS if sizes[role] in full)
             return result | {"why": f"refused: {', '.join(full)} would take hours on a CPU; give {some}, or use GPUs"}
         if self.left < MIN_SECONDS:
             return result | {"why": f"left out: {max(0.0, self.left):.0f} s were left"}

@@ -62,8 +62,8 @@ def main(argv=None) -> int:
     wide = pick_dtype(config.training.precision, device) == torch.float32
     dtype = ("float32" if wide else "bfloat16") if args.dtype == "auto" else args.dtype
 
-    home = torch.device("cpu") if args.stream else device
-    encoder = load_text_encoder(model.text_encoder, model.tokenizer, model.text_tokens, home, DTYPES[args.compute])
+    load_on = torch.device("cpu") if args.stream else device
+    encoder = load_text_encoder(model.text_encoder, model.tokenizer, model.text_tokens, load_on, DTYPES[args.compute])
     encoder.encoder.requires_grad_(False)
     file = config.training.distill.prompts
     about = {"encoder": encoder_hash(model), "encoder_path": model.text_encoder, "prompts_file": file}

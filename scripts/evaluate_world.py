@@ -31,9 +31,9 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
+from scripts.studies.world_diversity import spread  # noqa: E402
+from scripts.studies.world_endless import Watch  # noqa: E402
 from trainer.world.captions import COLOURS  # noqa: E402
-from trainer.world.diversity import spread  # noqa: E402
-from trainer.world.endless import Watch  # noqa: E402
 from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402

@@ -33,8 +33,8 @@ import torch
 
 from configs.errors import UserError
 from configs.load import load_config
+from model.weights.parts import TRANSFORMERS
 from model.weights.random import transformer_sizes
-from scripts.bench.layouts import ROLES
 from scripts.bench.random_prompts import random_prompts
 from trainer.loop import METRICS, history, run
 from trainer.registry import build_stage
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="processes (1)")
     parser.add_argument("--cycles", type=int, default=60, help="(60)")
     parser.add_argument("--every", type=int, default=10, help="cycles between checkpoints, a divisor of --cycles (10)")
-    for role in ROLES:
+    for role in TRANSFORMERS:
         parser.add_argument(f"--{role}", metavar="SIZE", default=FULL[role], help=f"({FULL[role]})")
     parser.add_argument("--folder", type=Path, default=Path("logs/soak"), help="working folder, removed at the end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--folder {folder} is not empty; name a new one")
     folder.mkdir(parents=True, exist_ok=True)
     ratio = load_config(args.config_path, args.settings).training.distill.dfake_gen_update_ratio
-    init = ", ".join(f"{role}: random:{vars(args)[role]}" for role in ROLES)
+    init = ", ".join(f"{role}: random:{vars(args)[role]}" for role in TRANSFORMERS)
     steps = args.every * ratio
     settings = [
         f"training.steps={args.cycles * ratio}", f"training.checkpoint_every={steps}", "training.max_checkpoints=2",

@@ -10,7 +10,7 @@ import pytest
 from configs.load import CHECKOUT, load_config, to_dict
 
 PAGES = sorted([*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md"), CHECKOUT / "scripts" / "README.md",
-                CHECKOUT / "assets" / "tiny" / "README.md"])  # fmt: skip
+                *(CHECKOUT / "assets").glob("*/README.md")])  # fmt: skip
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # the changelog names what is gone
 # what is started, the file that has its flags, and the configuration that it reads by default
 PROGRAMS = {

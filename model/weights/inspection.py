@@ -81,7 +81,7 @@ def required_weights(config: Config, *, training: bool = False) -> list[tuple[st
         loras = [(f"lora {i}", path, "model.lora") for i, path in enumerate(model.lora)]
         return [("student", model.student, "model.student"), *loras, *entries]
     init = config.training.init
-    roles = [role for role in ("student", "teacher", "critic") if role in init]
+    roles = [role for role in TRANSFORMERS if role in init]
     networks = [(role, init[role], f"training.init.{role}") for role in roles]
     unread = {role for role in ("vae", "text_encoder") if role in init}
     if config.training.distill.encoded_prompts is not None:

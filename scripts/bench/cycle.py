@@ -21,6 +21,7 @@ from configs.schema import Config
 from model.memory import CONTEXT
 from model.sizes import TransformerSize
 from scripts.bench.host_peak import HostPeak
+from scripts.bench.phase_timer import PhaseTimer
 from scripts.bench.roofline import machine_of, sustained_peak
 from scripts.bench.training_cost import BACKWARD, CRITIC, ROLLOUT, SCORE, STUDENT, TEACHER, DistillCost
 from trainer.distill.stage import Distill
@@ -29,7 +30,6 @@ from trainer.parallel.apply import mean_over_ranks, module_state
 from trainer.parallel.control_group import ControlGroup
 from utils.distributed import Ranks
 from utils.files import write_json_atomic
-from utils.timers import PhaseTimer
 
 TEXT, INPUTS, LOSSES, OPTIMISER, REST = "text", "noise", "losses", "optimiser", "rest"
 GB = 1e9

@@ -20,10 +20,10 @@ from configs.load import load_config
 from configs.schema import Config
 from model.memory import CONTEXT, MemoryPlan, distill_plan
 from model.sizes import TRANSFORMER_SIZES, WAN_1_3B, TransformerSize
+from model.weights.parts import TRANSFORMERS
 from scripts.bench.training_cost import ROLLOUT
 
 KINDS = ("none", "full", "hybrid", "sequence")
-ROLES = ("student", "teacher", "critic")
 WORDS = ("accumulate", "card")
 MACHINE = 8  # GPUs in one
 GB = 1e9
@@ -56,15 +56,15 @@ class Layout:
         values: dict[str, str] = {}
         for option in options:
             key, equals, value = option.partition("=")
-            if not equals or not (key in (*ROLES, *WORDS) or "." in key):
-                raise UserError(f"--layouts {text}: unknown option {option}; use {', '.join((*ROLES, *WORDS))}")
+            if not equals or not (key in (*TRANSFORMERS, *WORDS) or "." in key):
+                raise UserError(f"--layouts {text}: unknown option {option}; use {', '.join((*TRANSFORMERS, *WORDS))}")
             values[key] = value
         try:
             accumulate, card = int(values.pop("accumulate", 1)), values.pop("card", None)
             card = None if card is None else float(card)
         except ValueError as error:
             raise UserError(f"--layouts {text}: accumulate and card are numbers; try accumulate=2") from error
-        sizes = {role: values.pop(role) for role in ROLES if role in values}
+        sizes = {role: values.pop(role) for role in TRANSFORMERS if role in values}
         settings = tuple(f"{key}={value}" for key, value in values.items())
         return cls(text=text, kind=kind, gpus=gpus, sequence=degree, accumulate=accumulate, card_gb=card,
                    sizes=sizes, settings=settings)  # fmt: skip
@@ -162,7 +162,7 @@ def advice(
     for kind, *rung in SMALLER_LAYOUTS:
         if kind and (world == 1 or world % int(kind.removeprefix("sequence") if kind != "full" else 1)):
             continue
-        options, chosen = [option for option in rung if option.startswith(ROLES)], list(settings)
+        options, chosen = [option for option in rung if option.startswith(TRANSFORMERS)], list(settings)
         wanted = ((OWN,) if trained == "adapters" else ()) + ADAPTERS[trained] + tuple(rung)
         for option in (one for one in wanted if one not in options):
             if load_config(config_path, [*chosen, option]) != load_config(config_path, chosen):

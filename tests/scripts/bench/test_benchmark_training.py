@@ -28,8 +28,8 @@ from scripts.bench import layouts as layouts_of_gpus
 from scripts.bench.cycle import PhaseWatch, exposed
 from scripts.bench.cycle_tables import phase_table, saving_text
 from scripts.bench.layouts import Layout, advice, plan_table, planned, project, sizes_of
+from scripts.bench.phase_timer import PhaseTimer
 from utils import timers
-from utils.timers import PhaseTimer
 
 CPU = torch.device("cpu")
 FULL = "configs/train_wan2.1_t2v_1.3b.yaml"

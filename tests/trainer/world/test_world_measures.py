@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import UserError
+from scripts.studies.world_diversity import spread
 from trainer.world.captions import ATTRIBUTES, MOTIONS, VALUES
-from trainer.world.diversity import spread
 from trainer.world.measures import COLUMNS, fit_bounce, fit_sine, measure, score, score_measured
 from trainer.world.render import render
 from trainer.world.scene import World, caption

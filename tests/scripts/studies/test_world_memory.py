@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainer.world.memory import GAP, kept_colour
+from scripts.studies.world_memory import GAP, kept_colour
 from trainer.world.render import render
 from trainer.world.scene import PERIOD, World
 

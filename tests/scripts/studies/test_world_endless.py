@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from trainer.world.endless import WINDOW, Watch, _trend
+from scripts.studies.world_endless import WINDOW, Watch, _trend
 from trainer.world.render import render
 from trainer.world.scene import World, caption
 
