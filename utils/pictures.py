@@ -2,8 +2,8 @@
 
 A picture is rotated by its EXIF orientation, converted to sRGB by its ICC profile, composited on white if it is
 transparent, scaled to cover the size, and cropped around its centre. Clips are treated alike, frame by frame, and
-resampled to the generated frame rate: at each time the newest frame, rotated by its display matrix, with square pixels.
-HDR clips (PQ, HLG) are refused: taken for sRGB, they would be pale.
+resampled to the generated frame rate: at each time the newest frame, rotated by its display matrix, with square pixels,
+and tone-mapped to standard dynamic range if it is HDR (PQ or HLG).
 
 Input is not trusted: bytes are counted before reading, pixels before decoding, and Pillow may only decode JPEG, PNG and
 WebP. Every failure is a UserError that begins with `name`.
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorTrc
 from PIL import Image, ImageCms, ImageOps
 
 from configs.errors import UserError
 from configs.reading import ordinary_file
+from utils.colour import needs_mapping, to_srgb
 from utils.video import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -32,7 +32,6 @@ MAX_CLIP_BYTES = 2 * 2**30
 MAX_PIXELS = 64 * 10**6  # of one picture, before it is scaled
 MAX_CLIP_FRAMES = 36_000  # ten minutes at 60 frames per second
 SRGB = ImageCms.createProfile("sRGB")
-HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray  # a file, its content, or pixels uint8 [H, W, 3]
 Clip = str | os.PathLike | np.ndarray  # a file, or frames uint8 [T, H, W, 3] at the rate that is generated
@@ -92,10 +91,8 @@ def read_clip(source: Clip, size: tuple[int, int], fps: int, frames: int, name: 
             for number, (frame, times) in enumerate(_at_rate(container.decode(stream), stream, fps)):
                 if number >= MAX_CLIP_FRAMES:
                     raise UserError(f"{name}={path} has more than {MAX_CLIP_FRAMES:,} frames; cut it to what matters")
-                if frame.color_trc in HDR:
-                    raise UserError(f"{name}={path} is HDR video; convert it to SDR (BT.709) first, as players show it")
                 if times:
-                    pixels, aspect = _displayed(frame, to_rgb(frame), stream.sample_aspect_ratio or Fraction(1))
+                    pixels, aspect = _displayed(frame, _rgb(frame), stream.sample_aspect_ratio or Fraction(1))
                     kept.extend([fit(pixels, size, aspect)] * min(times, frames))
     except UserError:
         raise
@@ -197,3 +194,10 @@ def _displayed(frame: av.VideoFrame, pixels: np.ndarray, pixel_aspect: Fraction)
     if abs(b) > abs(a):  # a quarter turn
         return pixels.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1], 1 / pixel_aspect
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], pixel_aspect
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    """The stored pixels of a decoded frame as uint8 [H, W, 3], sRGB."""
+    if not needs_mapping(frame.color_trc, frame.color_primaries):
+        return to_rgb(frame)
+    return to_srgb(to_rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)

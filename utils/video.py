@@ -148,12 +148,12 @@ def assumed_matrix(height: int, width: int) -> Colorspace:
     return Colorspace.ITU709 if height > 576 or width >= 1280 else Colorspace.ITU601
 
 
-def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """The stored pixels of a decoded frame, uint8 `[H, W, 3]`, by its YCbCr matrix or the one that players assume."""
+def to_rgb(frame: av.VideoFrame, format: str = "rgb24") -> np.ndarray:
+    """The stored pixels `[H, W, 3]` of a decoded frame, by its tagged YCbCr matrix or the one that players assume."""
     matrix = None
     if frame.colorspace == UNSPECIFIED and not (frame.format.is_rgb or frame.format.has_palette):
         matrix = assumed_matrix(frame.height, frame.width)
-    return frame.to_ndarray(format="rgb24", src_colorspace=matrix)
+    return frame.to_ndarray(format=format, src_colorspace=matrix)
 
 
 def read_video(path: str | os.PathLike) -> np.ndarray:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from configs.errors import UserError
-from utils.pictures import HDR, read_clip
+from utils.colour import HDR
+from utils.pictures import read_clip
 from utils.video import assumed_matrix
 
 SIZE = (32, 48)
@@ -143,12 +143,46 @@ def test_colours_are_by_the_matrix_that_is_named_or_assumed(tmp_path, size, name
     assert np.abs(read_clip(tmp_path / "x.mp4", SIZE, 16, 1).astype(int) - (200, 30, 30)).max() < 6
 
 
-@pytest.mark.parametrize("trc", HDR)
-def test_hdr_is_refused(tmp_path, trc):
-    image = np.full((64, 96, 3), 30_000, np.uint16)
-    tags = {"colorspace": Colorspace.BT2020, "color_primaries": ColorPrimaries.BT2020, "color_range": 1}
-    encode(tmp_path / "x.mp4", image, color_trc=trc, **tags)
-    with pytest.raises(UserError, match="x.mp4 is HDR video; convert it to SDR"):
-        read_clip(tmp_path / "x.mp4", SIZE, 16, 1)
-    encode(tmp_path / "x.mp4", image, color_trc=ColorTrc.BT709, **tags)
-    read_clip(tmp_path / "x.mp4", SIZE, 16, 1)
+def pq(light: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084, of light where 1 is 203 cd/m2: signal 0 to 1."""
+    power = (light * 203 / 10_000) ** (2610 / 16384)
+    return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+
+
+def hlg(light: np.ndarray) -> np.ndarray:
+    """ARIB STD-B67, of light where 0.265 is white: signal 0 to 1."""
+    light = light * 0.265
+    upper = 0.17883277 * np.log((12 * light - 0.28466892).clip(1e-6)) + 0.55991073
+    return np.where(light <= 1 / 12, np.sqrt(3 * light), upper)
+
+
+def srgb(light: np.ndarray) -> np.ndarray:
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light.clip(0.0031308) ** (1 / 2.4) - 0.055)
+
+
+# light of BT.709's primaries in the other space's, row by row (ITU-R BT.2087; SMPTE EG 432)
+TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+TO_P3 = np.array([[0.8225, 0.1775, 0.0], [0.0332, 0.9668, 0.0], [0.0171, 0.0724, 0.9105]])
+SPACES = {  # transfer, to primaries, tags
+    "pq": (pq, TO_BT2020, ColorTrc.SMPTE2084, ColorPrimaries.BT2020, Colorspace.BT2020),
+    "hlg": (hlg, TO_BT2020, ColorTrc.ARIB_STD_B67, ColorPrimaries.BT2020, Colorspace.BT2020),
+    "p3": (srgb, TO_P3, ColorTrc.IEC61966_2_1, ColorPrimaries.SMPTE432, Colorspace.ITU709),
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_hdr_and_wide_gamuts_come_as_srgb(tmp_path, space):
+    """Without a conversion, the colours of all three are pale, and greys of HDR are too light in the dark."""
+    transfer, primaries, trc, named, matrix = SPACES[space]
+    light = [[0.5, 0.03, 0.03], [0.03, 0.5, 0.03], [0.03, 0.03, 0.5], [0.0, 0.0, 0.0], [0.04] * 3, [0.5] * 3]
+    light += [[0.9] * 3, [3.0] * 3] if trc in HDR else []
+    image = np.repeat(np.repeat(np.array(light)[None], 64, 0), 32, 1)  # as BT.709 has it; 1 is white
+    light_of_space = image @ primaries.T
+    if space == "hlg":  # a display of 1,000 cd/m2 makes Y^0.2 of it more
+        light_of_space /= (light_of_space @ [0.2627, 0.6780, 0.0593])[..., None].clip(1e-6) ** (0.2 / 1.2)
+    signal = (transfer(light_of_space) * 65535).round().astype(np.uint16)
+    encode(tmp_path / "x.mp4", signal, colorspace=matrix, color_trc=trc, color_primaries=named, color_range=1)
+    found = read_clip(tmp_path / "x.mp4", image.shape[:2], 16, 1)[0, 32, 16::32].astype(int)
+    assert np.abs(found[:6] - srgb(np.array(light[:6])) * 255).max() < 10
+    levels = [188, *found[6:, 1]]
+    assert all(low + 8 < high < 255 for low, high in zip(levels, levels[1:], strict=False)), "room above white"
