@@ -159,7 +159,8 @@ def _resume(stage: Stage, logdir: Path, control: ControlGroup) -> int:
             "training.steps=%d is below step %d, which %s has reached: there is nothing left to train",
             stage.config.training.steps, manifest["step"], logdir,
         )  # fmt: skip
-    check_changes(manifest["config"], stage.config, logdir, warn=control.rank == 0)
+    before = manifest["config"] if "config" in manifest else {}
+    check_changes(before, stage.config, logdir, warn=control.rank == 0)
     stage_state = checkpoint.restore(folder, stage.train_states, control)
     if stage_state:
         stage.load_state_dict(stage_state)

@@ -363,6 +363,11 @@ def _of_blocks(digests: Iterable[bytes]) -> str:
     return f"{BLOCK_HASH}{hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
+def matches_hash(path: str | os.PathLike, value: str) -> bool:
+    """Whether a file has the hash `value`: a block hash, or the SHA-256 of the whole file."""
+    return value == (block_hash_of(path) if value.startswith(BLOCK_HASH) else sha256_of(path))
+
+
 class HashedFile:
     """A new file that is written sequentially while threads compute its block hash: the SHA-256 of the SHA-256 digests
     of its blocks of 4 MiB. One thread alone would hash more slowly than disks write.

@@ -50,9 +50,10 @@ def is_complete(folder: Path) -> bool:
     if (folder / MODEL).is_file():
         return True
     try:
-        sizes = read_json("run", folder / MANIFEST)["sizes"]
-        return all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_json("run", folder / MANIFEST)
+        sizes = manifest["sizes"] if "sizes" in manifest else dict.fromkeys(manifest.get("files", {STATE: None}))
+        return all((folder / file).stat().st_size == size or size is None for file, size in sizes.items())
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 

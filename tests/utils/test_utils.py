@@ -38,6 +38,7 @@ from utils.files import (
     atomic_path,
     block_hash_of,
     check_writable,
+    matches_hash,
     replaceable,
     safe_name,
     sampled_hash,
@@ -209,11 +210,12 @@ def test_a_block_hash_is_that_of_the_hashes_of_blocks(size, tmp_path, monkeypatc
             file.write(memoryview(rest[:count]))
             rest = rest[count:]
         assert file.hexdigest() == expected and file.tell() == size
-    assert path.read_bytes() == data and block_hash_of(path) == expected
+    assert path.read_bytes() == data and block_hash_of(path) == expected and matches_hash(path, expected)
+    assert matches_hash(path, sha256_of(path))  # as older checkpoints have it
     for other in (data + b"x", data[:-1], bytes([data[0] ^ 1]) + data[1:] if data else b"y"):
         if other != data:
             path.write_bytes(other)
-            assert block_hash_of(path) != expected
+            assert not matches_hash(path, expected)
 
 
 def test_a_file_is_hashed_while_it_is_written(tmp_path, monkeypatch):

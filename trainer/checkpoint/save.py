@@ -29,7 +29,7 @@ from model.weights.run_folders import MANIFEST, SHARDS, STATE
 from trainer.checkpoint import sharded as sharded_checkpoint
 from trainer.optim.train_state import TrainState
 from trainer.parallel.control_group import ControlGroup, FailedElsewhere
-from utils.files import HashedFile, OwnedFolder, block_hash_of, is_disk_full
+from utils.files import HashedFile, OwnedFolder, block_hash_of, is_disk_full, matches_hash
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -184,7 +184,7 @@ def verified(folder: Path, control: ControlGroup | None = None) -> dict[str, Any
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"] if "files" in manifest else {STATE: manifest["sha256"]}
         own = sorted(files)[control.rank :: control.world]
-        wrong = [name for name in own if block_hash_of(folder / name) != files[name]]
+        wrong = [name for name in own if not matches_hash(folder / name, files[name])]
         reason = f"{wrong[0]} does not match its hash" if wrong else None
         if re.fullmatch(f"{PREFIX}[0-9]+", folder.name) and manifest["step"] != step_of(folder):
             reason = f"it is of step {manifest['step']}"
@@ -226,7 +226,7 @@ def restore(folder: Path, train_states: dict[str, TrainState], control: ControlG
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
     for name, train_state in train_states.items():
         train_state.load_state_dict(state[name])
-    return state["stage"]
+    return state["stage"] if "stage" in state else {}
 
 
 def clear_leftovers(logdir: Path) -> None:

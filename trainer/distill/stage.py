@@ -414,8 +414,10 @@ class Distill(Stage):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator_logs = {name: value.to(self.device) for name, value in state.get("generator_logs", {}).items()}
-        self.generator_done = int(state["generator_done"])
+        logs = state["generator_logs"] if "generator_logs" in state else {}
+        self.generator_logs = {name: value.to(self.device) for name, value in logs.items()}
+        if "generator_done" in state:
+            self.generator_done = int(state["generator_done"])
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         name = f"{self.name}_{step:06d}"
