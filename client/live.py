@@ -16,6 +16,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 PROTOCOL = 1
+NEW_TAKES = ("open", "seek", "branch", "set_image")  # controls that begin a take
 MAX_FRAME = 2**28  # bytes of one binary frame that is read
 
 
@@ -51,7 +52,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A control that the server has understood. `await receipt.applied`: from where on it shows.
+    """A control that the server has understood. `await receipt.applied`: from where on it shows; LiveError if it never
+    does, as a later take or the end of the video came first.
 
     Awaited in the task that reads the chunks it may wait for ever: the server makes no more while it is that far ahead.
     """
@@ -99,9 +101,9 @@ class Chunk:
 class LiveClient:
     """A connection with one stream; an asynchronous context manager, and an asynchronous iterator of its chunks.
 
-    Iterating ends with the video's length, or after `close`, and raises StreamEnded where the stream broke off. Each
-    chunk that is asked for tells the server that those before it have been shown; with `paced` this is left to calls of
-    `shown`.
+    Iterating ends with the video's length, or after `close`, and raises StreamEnded where the stream broke off. It goes
+    on past the end of a take where another one has been asked for. Each chunk that is asked for tells the server that
+    those before it have been shown; with `paced` this is left to calls of `shown`.
 
     url: where the server listens, `http://127.0.0.1:7860`. key: an API key. Raises LiveError where the server cannot be
     reached or does not let us in.
@@ -120,6 +122,8 @@ class LiveClient:
         self._next_id = 1
         self._init = b""
         self._last: Chunk | None = None  # that was given out
+        self._asked: int | None = None  # id of the newest control that begins a take, until the take begins
+        self._over = False  # the newest take has its length
 
     async def __aenter__(self) -> "LiveClient":
         scheme, place, path, _, _ = urlsplit(self.url)
@@ -240,6 +244,8 @@ class LiveClient:
         if self._last is not None and not self.paced:
             await self.shown(self._last)
         item = await self._items.get()
+        while item is None and self._asked is not None:  # the end of a take that another one follows
+            item = await self._items.get()
         if item is None:
             raise StopAsyncIteration
         if isinstance(item, Exception):
@@ -251,10 +257,13 @@ class LiveClient:
         number = self._next_id
         applied = self._applied[number] = asyncio.get_running_loop().create_future()
         applied.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody has to wait for it
+        if kind in NEW_TAKES:
+            self._asked = number
         try:
             await self._ask(kind, **fields)
         except BaseException:
             self._applied.pop(number, None)
+            self._will_not_begin(number)
             raise
         return Receipt(number, applied)
 
@@ -290,8 +299,8 @@ class LiveClient:
             reason = close.reason if close and close.reason else reason
         over = StreamEnded("closed", reason)
         for waiting in (*self._answers.values(), *self._applied.values()):
-            if not waiting.done():
-                waiting.set_exception(over)
+            self._reject(waiting, over)
+        self._asked = None
         self._items.put_nowait(None if normal else over)
 
     def _heard(self, message: Mapping[str, Any]) -> None:
@@ -308,11 +317,32 @@ class LiveClient:
                 self._fail(number, LiveError(message["message"]))
             case "take":
                 self._forget()
+                self._never(LiveError("a later take began before it showed"), number)
+                self._asked, self._over = self._asked if self._asked != number else None, False
                 kept = {take: self.takes[take] for take in message["takes"] if take in self.takes}
                 self.takes = kept | {message["take"]: message}
             case "ended":
                 broken = StreamEnded(message["reason"], message["message"])
-                self._items.put_nowait(None if message["reason"] == "length" else broken)
+                self._over = message["reason"] == "length"
+                self._never(broken, self._asked)
+                self._items.put_nowait(None if self._over else broken)
+
+    def _never(self, why: LiveError, before: int | None) -> None:
+        """Controls with ids below `before` (None: all) that do not show yet never will."""
+        for number in [number for number in self._applied if before is None or number < before]:
+            self._reject(self._applied.pop(number), why)
+
+    def _will_not_begin(self, number: int | None) -> None:
+        """The take that this control asked for; where the one before it is over, iterating ends."""
+        if number is not None and number == self._asked:
+            self._asked = None
+            if self._over:
+                self._items.put_nowait(None)
+
+    @staticmethod
+    def _reject(future: asyncio.Future, why: LiveError) -> None:
+        if not future.done():
+            future.set_exception(why)
 
     def _resolve(self, waiting: dict[int, asyncio.Future], number: int, value: Any) -> None:
         future = waiting.pop(number, None)
@@ -321,6 +351,7 @@ class LiveClient:
 
     def _fail(self, number: int | None, error: LiveError) -> None:
         """The server does not do what it was asked for, at once or after it was understood."""
+        self._will_not_begin(number)
         for waiting in (self._answers, self._applied):
             future = waiting.pop(number, None)
             if future and not future.done():

@@ -5,11 +5,14 @@ python -m client.steer http://127.0.0.1:7860 story.mp4 "a red circle moves right
 
 import argparse
 import asyncio
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from client import LiveClient, LiveError, Place, Recorder
+from client import Chunk, LiveClient, LiveError, Place, Receipt, Recorder
 from client.record import stopped
 
 Cue = tuple[float, str]  # seconds of the video, prompt
@@ -20,21 +23,33 @@ async def steer(
 ) -> list[Place]:
     """Play the first cue's prompt and change to each later one at its time; from where on each shows.
 
-    A prompt shows from the chunk that is made next, so it is sent as soon as the chunk before its time is there.
+    A prompt shows from the chunk that is made next. The chunk of its time is kept back until it has been sent: before
+    that the server does not hear that enough has been shown. What it makes as soon as the video begins
+    (`hello["limits"]["ahead_seconds"]`) cannot be kept back; a prompt of that time shows after it.
     """
     first, *later = cues
-    receipts = []
+    receipts: list[Receipt] = []
+    unsaid: deque[Chunk] = deque()  # what the server has not been told to be shown
     recorder = Recorder(path)  # before the server makes anything
     async with LiveClient(url, key, paced=True) as live:
         with recorder:
             receipts.append(await live.open(first[1], seed=seed, seconds=seconds))
+            ahead = live.hello["limits"]["ahead_seconds"] * live.hello["fps"]
             async for chunk in live:
                 recorder.write(chunk)
-                end = (recorder.frames + live.hello["chunk_frames"]) / live.hello["fps"]
-                while later and later[0][0] < end:
+                unsaid.append(chunk)
+                while later and chunk_at(later[0][0], live.hello) <= recorder.frames:
                     receipts.append(await live.set_prompt(later.pop(0)[1]))
-                await live.shown(chunk)
+                kept_back = chunk_at(later[0][0], live.hello) if later else math.inf
+                while unsaid and unsaid[0].frame + unsaid[0].frames + ahead < kept_back:
+                    await live.shown(unsaid.popleft())
         return [await receipt.applied for receipt in receipts]
+
+
+def chunk_at(seconds: float, hello: Mapping[str, Any]) -> int:
+    """First frame of the chunk that shows this time of the video."""
+    frame, first = int(seconds * hello["fps"]), hello["first_frames"]
+    return 0 if frame < first else frame - (frame - first) % hello["chunk_frames"]
 
 
 def cue(text: str) -> Cue:

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 from live_case import OTHER, PROMPT, pipe, serve  # noqa: F401  (fixtures)
 from PIL import Image
 from test_pictures import encoded, gradient
+from websockets.asyncio import server
 
 from client import BlockingLiveClient, LiveClient, LiveError, Recorder, Refused, StreamEnded, record, steer
 
@@ -33,13 +35,12 @@ def test_a_stream_is_recorded_into_a_file_that_plays(url, tmp_path, capsys):
 
 
 def test_prompts_come_in_at_their_time(url, tmp_path, capsys):
-    # 6 s: the server has not made the last chunk when the second prompt is sent
-    cues = [PROMPT, f"2:{OTHER}"]
-    assert steer.main([url, str(tmp_path / "x.mp4"), *cues, "--seconds", "6"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"frame 0: {PROMPT}")
-    shown = int(second.split()[1].rstrip(":"))
-    assert 32 - 12 <= shown < 105 and shown % 12 == 9  # at a chunk; later where the server had made more in advance
+    """From the chunk on that shows it, up to the last one; what is made when the video begins is not kept back."""
+    cues = [PROMPT, f"1:{OTHER}", f"4.5:{PROMPT}", f"5:{OTHER}", f"6.4:{PROMPT}"]
+    assert steer.main([url, str(tmp_path / "x.mp4"), *cues, "--seconds", "6.5"]) == 0
+    at = [int(line.split()[1].rstrip(":")) for line in capsys.readouterr().out.splitlines()]
+    assert at[0] == 0 and 9 <= at[1] <= 57 and at[1] % 12 == 9
+    assert at[2:] == [69, 69, 93]  # 72, 80 and 102 are in chunks that begin with these frames
     assert len(frames(tmp_path / "x.mp4")) == 105
 
 
@@ -105,6 +106,80 @@ def test_a_branch_takes_the_place_of_what_was_recorded(url, tmp_path):
     assert chunks[before:] == [(2, 2), (2, 3), (2, 4), (2, 5)]
     assert seen[-1].prompt == OTHER and seen[-1].thumbnail[:2] == b"\xff\xd8"
     assert frames(tmp_path / "x.mp4") == pytest.approx([i / 16 for i in range(69)])
+
+
+def against(says, script):
+    """What the coroutine function `script(live)` returns beside a server that answers by `says[type of control]`:
+    messages, numbers of chunks, and PAUSE."""
+
+    async def serve_one(socket):
+        await socket.send(json.dumps({"type": "hello", "protocol": 1}))
+        async for text in socket:
+            control = json.loads(text)
+            for message in says[control["type"]]:
+                if message is PAUSE:
+                    await asyncio.sleep(0.2)
+                elif isinstance(message, int):
+                    head = {"kind": "jpeg", "take": 0, "chunk": message, "frame": 0, "frames": 0, "sizes": [0]}
+                    head = json.dumps(head).encode()
+                    await socket.send(len(head).to_bytes(4, "little") + head)
+                else:
+                    await socket.send(json.dumps({"id": control["id"]} | message))
+
+    async def one():
+        async with server.serve(serve_one, "127.0.0.1", 0) as serving:
+            port = serving.sockets[0].getsockname()[1]
+            async with LiveClient(f"http://127.0.0.1:{port}", paced=True) as live:
+                return await asyncio.wait_for(script(live), 20)
+
+    return asyncio.run(one())
+
+
+PAUSE = object()  # in which the client reads what there is
+ACK, ENDED = {"type": "ack"}, {"type": "ended", "reason": "length", "message": "the end"}
+TAKE = {"type": "take", "take": 1, "takes": []}
+NO = {"type": "error", "message": "is not kept"}
+
+
+@pytest.mark.parametrize(
+    "opened, branched, chunks",
+    [
+        ([0], [ACK, 1, ENDED, PAUSE, TAKE, 2, ENDED], [0, 1, 2]),
+        ([0, 1, ENDED], [ACK, PAUSE, TAKE, 2, ENDED], [0, 1, 2]),
+        ([0], [ACK, 1, ENDED, PAUSE, NO], [0, 1]),
+        ([0, 1, ENDED], [ACK, PAUSE, NO], [0, 1]),
+    ],
+)
+def test_the_end_of_a_take_is_not_the_end_where_another_was_asked_for(opened, branched, chunks):
+    """Whether that end was on its way already, or comes after; it is the end where the other take cannot be."""
+
+    async def script(live):
+        await live.open(PROMPT)
+        seen = [(await anext(live)).chunk]
+        await live.branch(0)
+        return seen + [chunk.chunk async for chunk in live]
+
+    assert against({"open": [ACK, TAKE, *opened], "branch": branched}, script) == chunks
+
+
+def test_a_control_that_never_shows_is_told():
+    """Rather than waited for without end: the video ended before, or another take began."""
+
+    async def script(live):
+        opened = await live.open(PROMPT)
+        seed = await live.set_seed(3)
+        branch = await live.branch(0)
+        after = await live.set_prompt(OTHER)
+        said = []
+        for receipt in (seed, branch, after):
+            with pytest.raises(LiveError) as error:
+                await receipt.applied
+            said.append(str(error.value))
+        return (await opened.applied).chunk, said
+
+    applied = {"type": "applied", "take": 1, "chunk": 0, "frame": 0, "warnings": []}
+    says = {"open": [ACK, TAKE, applied], "set_seed": [ACK], "branch": [ACK, TAKE], "set_prompt": [ACK, ENDED]}
+    assert against(says, script) == (0, ["a later take began before it showed", "the end", "the end"])
 
 
 def test_what_the_server_says_no_to_is_an_error(url, serve, tmp_path):  # noqa: F811
@@ -180,7 +255,7 @@ def test_a_program_without_asyncio_plays_steers_and_records(url, tmp_path):
             made.append(chunk.data)
             time.sleep(0.05)
         assert made == asyncio.run(other()) and live.applied(opened).frame == 0
-        live.open(PROMPT, seconds=4)
+        live.open(PROMPT, seconds=8)  # longer than what the server makes in advance
         changed = None
         for chunk in live:
             if chunk.chunk == 1:
