@@ -60,15 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown or not args.names:
         given = f"NAME={unknown[0]} is unknown" if unknown else "no NAME was given"
         raise UserError(f"{given}; use any of {', '.join(DOWNLOADS)}")
+    faults = exits.Faults()
     for name in args.names:
         wanted = DOWNLOADS[name]
         folder = args.dest or CHECKOUT / wanted.folder
-        if args.verify:
-            verify(name, wanted, folder)
-        else:
-            fetch(name, wanted, folder)
-            print(f"{name}: complete in {folder}")
-    return 0
+        with faults.noted():
+            if args.verify:
+                verify(name, wanted, folder, faults)
+            else:
+                fetch(name, wanted, folder)
+                print(f"{name}: complete in {folder}")
+    return faults.code
 
 
 def table() -> str:
@@ -186,13 +188,17 @@ def from_github(name: str, source: str, file: str, folder: Path) -> None:
 def check_all(name: str, wanted: Download, folder: Path) -> None:
     """Check that every file exists and is of the type of its suffix, by headers only."""
     for file in listed(name, wanted, folder):
-        if not (folder / file).is_file():
-            if file in wanted.optional:
-                continue
-            place = "" if folder == CHECKOUT / wanted.folder else f" --dest {folder}"
-            again = f"python scripts/download.py {name}{place}"
-            raise UserError(f"{name}: {folder / file} is missing; fetch it with `{again}`")
-        check_structure(name, folder / file)
+        if (folder / file).is_file() or file not in wanted.optional:
+            check(name, wanted, folder, file)
+
+
+def check(name: str, wanted: Download, folder: Path, file: str) -> None:
+    """Raise a UserError if a file is missing, truncated or of another type."""
+    if not (folder / file).is_file():
+        place = "" if folder == CHECKOUT / wanted.folder else f" --dest {folder}"
+        again = f"python scripts/download.py {name}{place}"
+        raise UserError(f"{name}: {folder / file} is missing; fetch it with `{again}`")
+    check_structure(name, folder / file)
 
 
 def check_structure(name: str, path: Path) -> None:
@@ -212,19 +218,20 @@ def check_structure(name: str, path: Path) -> None:
         raise UserError(f"{name}: {path} is empty; remove it and fetch it again")
 
 
-def verify(name: str, wanted: Download, folder: Path) -> None:
-    """Compare each file with its published hash, if known; raises UserError for the first that differs."""
-    check_all(name, wanted, folder)
+def verify(name: str, wanted: Download, folder: Path, faults: exits.Faults) -> None:
+    """Compare each file with its published hash, if known; those that differ go to `faults`."""
     for file in listed(name, wanted, folder):
         path = folder / file
-        if not path.is_file():
+        if not path.is_file() and file in wanted.optional:
             print(f"{path}  missing, but optional")
             continue
-        stated = stated_hash(folder, file)
-        if stated is not None and hash_of(path, len(stated)) != stated:
-            raise UserError(f"{name}: {path} is not what was published (hash); remove it and fetch it again")
-        how = "as published" if stated is not None else "complete by its header; no hash is known"
-        print(f"{path}  {path.stat().st_size:,} bytes, {how}")
+        with faults.noted():
+            check(name, wanted, folder, file)
+            stated = stated_hash(folder, file)
+            if stated is not None and hash_of(path, len(stated)) != stated:
+                raise UserError(f"{name}: {path} is not what was published (hash); remove it and fetch it again")
+            how = "as published" if stated is not None else "complete by its header; no hash is known"
+            print(f"{path}  {path.stat().st_size:,} bytes, {how}")
 
 
 def stated_hash(folder: Path, file: str) -> str | None:

@@ -4,13 +4,15 @@
     python scripts/report.py videos/a videos/b --out compare    # side by side, with differences of equal clips
 
 The JSON that inference left beside each video gives prompt, seed, schedule, timings and chunks; a video without one is
-measured all the same.
+measured all the same. Clips that cannot be read are named, also in the report, and count nowhere; the exit code is
+then 2.
 """
 
 import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,21 +42,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_folder(folder: Path, chunk_frames: int, workers: int) -> list[ClipReport]:
-    """All clips of a folder, measured, in the order of their names."""
+def read_folder(folder: Path, chunk_frames: int, workers: int, faults: exits.Faults) -> list[ClipReport]:
+    """All clips of a folder, measured, in the order of their names. Those that cannot be read go to `faults`."""
     videos = find_videos(folder)
-    measure = partial(measure_video, chunk_frames=chunk_frames)
-    with progress_bar(f"measuring {folder.name}", len(videos), "clip") as bar:
+    measure = partial(_measured, chunk_frames=chunk_frames)
+    clips = []
+    with progress_bar(f"measuring {folder.name}", len(videos), "clip") as bar, ExitStack() as stack:
         if workers == 1 or len(videos) == 1:
-            return [_counted(measure(video), bar) for video in videos]
-        fresh = get_context("spawn")  # a fork of a process that has used torch's threads can wait forever
-        with ProcessPoolExecutor(min(workers, len(videos)), mp_context=fresh) as pool:
-            return [_counted(clip, bar) for clip in pool.map(measure, videos)]
+            results = map(measure, videos)
+        else:
+            fresh = get_context("spawn")  # a fork of a process that has used torch's threads can wait forever
+            pool = stack.enter_context(ProcessPoolExecutor(min(workers, len(videos)), mp_context=fresh))
+            results = pool.map(measure, videos)
+        for clip in results:
+            if isinstance(clip, UserError):
+                faults.note(clip)
+            else:
+                clips.append(clip)
+            bar.update(1)
+    return clips
 
 
-def _counted(clip: ClipReport, bar) -> ClipReport:
-    bar.update(1)
-    return clip
+def _measured(video: Path, chunk_frames: int) -> ClipReport | UserError:
+    """The report of a clip, or why it cannot be read."""
+    try:
+        return measure_video(video, chunk_frames)
+    except UserError as error:
+        return error
 
 
 def names_of(folders: list[Path]) -> list[str]:
@@ -86,19 +100,23 @@ def main(arguments: list[str] | None = None) -> int:
     paths = [Path(folder) for folder in args.folders]
     home = paths[0] if paths[0].is_dir() else paths[0].parent
     out = check_writable(Path(args.out) if args.out else home, "out")
-    clips = [read_folder(path, args.chunk_frames, args.workers) for path in paths]
+    faults = exits.Faults()
+    clips = [read_folder(path, args.chunk_frames, args.workers, faults) for path in paths]
+    if not any(clips):
+        raise UserError(f"videos={' '.join(args.folders)} holds no clip that can be read; make them again")
     folders = list(zip(names_of(paths), clips, strict=True))
-    data = report_data(folders)
+    data = report_data(folders, faults.sentences)
     write_json_atomic(out / "report.json", data)
     with atomic_path(out / "report.html") as temporary:
-        temporary.write_text(report_page(folders, out), encoding="utf-8")
+        temporary.write_text(report_page(folders, out, faults.sentences), encoding="utf-8")
     print(table(data))
     if "pairs" in data and not data["pairs"]:
         print("no clip of one folder has the prompt and seed of one of the other: nothing to pair", file=sys.stderr)
     alarms = sum(bool(clip.defects) for part in clips for clip in part)
     total = sum(map(len, clips))
-    print(f"{total} clip{'s' * (total != 1)}, {alarms} with something to look at: {out / 'report.html'}")
-    return 0
+    unread = f", {len(faults.sentences)} more cannot be read" if faults.sentences else ""
+    print(f"{total} clip{'s' * (total != 1)}, {alarms} with something to look at{unread}: {out / 'report.html'}")
+    return faults.code
 
 
 if __name__ == "__main__":

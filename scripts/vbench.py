@@ -11,6 +11,7 @@ go with ours: install it into an environment of its own, as docs/evaluation.md s
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from configs.errors import UserError
 from configs.load import load_config, to_dict
 from model.weights.load import check_weights
 from pipeline.provenance import fingerprint
-from scripts.quality.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_results, read_suite, totals
+from scripts.quality.vbench import DIMENSIONS, SAMPLES, VBenchPrompt, read_result, read_results, read_suite, totals
 from utils.distributed import Ranks
 from utils.files import check_writable, short_hash, write_json_atomic
 from utils.logs import console
@@ -112,34 +113,40 @@ def generate(args: argparse.Namespace) -> None:
             bar.update(1)
 
 
-def score(args: argparse.Namespace) -> None:
-    out, info = Path(args.out), Path(args.prompts)
+def score(args: argparse.Namespace) -> int:
+    """Score each dimension in a process of its own; one that fails is named, and the others are scored."""
+    out, info, faults = Path(args.out), Path(args.prompts), exits.Faults()
     if info.suffix != ".json":
         raise UserError(f"prompts={info} says nothing of dimensions; give VBench_full_info.json to score")
     suite = read_suite(info)
     wanted = args.dimensions or [name for name in DIMENSIONS if any(name in p.dimensions for p in suite)]
     found = {name: videos_of(name, [p for p in suite if name in p.dimensions], out) for name in wanted}
-    for name, videos in found.items():  # one process each, so that what is scored stays when a later one fails
-        result = out / "results" / f"{name}_eval_results.json"
-        if is_scored(result, videos):
-            print(f"{name}: already scored")
-            continue
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.unlink(missing_ok=True)
-        log = result.with_name(f"{name}.log")  # the package's progress too, which takes hours
-        paths = [str(path.resolve()) for path in (info, videos[0].parent, result.parent)]
-        try:
-            with log.open("w", encoding="utf-8") as file:
-                done = subprocess.run([args.python, "-c", RUNNER, *paths, name, name], stderr=file)
-        except OSError as error:
-            raise UserError(f"python={args.python} cannot be started ({error.strerror}); give its path") from error
-        if done.returncode:
-            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f"python={args.python} could not score {name} ({last}); see {log}: vbench and what {name} imports must "
-                "be installed there, and its weights in VBENCH_CACHE_DIR, or a network to fetch them"
-            )
-        print(f"{name}: {read_results(result.parent)[name]:.4f}", flush=True)
+    if shutil.which(args.python) is None:
+        raise UserError(f"python={args.python} cannot be started (no such program); give its path")
+    for name, videos in found.items():
+        with faults.noted():
+            score_dimension(args.python, info, name, videos, out / "results" / f"{name}_eval_results.json")
+    return faults.code
+
+
+def score_dimension(python: str, info: Path, name: str, videos: list[Path], result: Path) -> None:
+    """Write `result`, unless it is of these videos already. UserError where the package fails."""
+    if is_scored(result, videos):
+        print(f"{name}: already scored")
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    log = result.with_name(f"{name}.log")  # the package's progress too, which takes hours
+    paths = [str(path.resolve()) for path in (info, videos[0].parent, result.parent)]
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run([python, "-c", RUNNER, *paths, name, name], stderr=file)
+    if done.returncode:
+        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise UserError(
+            f"python={python} could not score {name} ({last}); see {log}: vbench and what {name} imports must "
+            "be installed there, and its weights in VBENCH_CACHE_DIR, or a network to fetch them"
+        )
+    print(f"{name}: {read_result(result)[name]:.4f}", flush=True)
 
 
 def videos_of(name: str, prompts: list[VBenchPrompt], out: Path) -> list[Path]:
@@ -168,17 +175,21 @@ def is_scored(result: Path, videos: list[Path]) -> bool:
     read = result.with_name(result.name.replace("_eval_results", "_full_info"))
     if not (result.exists() and read.exists()) or result.stat().st_mtime < _newest(videos):
         return False
-    entries = json.loads(read.read_text(encoding="utf-8"))
-    return {file for entry in entries for file in entry["video_list"]} == {str(file) for file in videos}
+    try:
+        read_result(result)
+        entries = json.loads(read.read_text(encoding="utf-8"))
+        return {file for entry in entries for file in entry["video_list"]} == {str(file) for file in videos}
+    except (ValueError, KeyError, TypeError):  # left half-written by a process that was killed
+        return False
 
 
 def _newest(files: list[Path]) -> float:
     return max(file.stat().st_mtime for file in files)
 
 
-def table(args: argparse.Namespace) -> str:
-    """Markdown: our dimensions, then totals beside published ones."""
-    scores = read_results(Path(args.out) / "results")
+def table(args: argparse.Namespace, faults: exits.Faults) -> str:
+    """Markdown: our dimensions, then totals beside published ones. Files that cannot be read go to `faults`."""
+    scores = read_results(Path(args.out) / "results", faults)
     scores_of_totals = totals(scores)
     lines = ["| dimension | score | |", "| --- | --- | --- |"]
     for name in DIMENSIONS:
@@ -197,9 +208,12 @@ def main(arguments: list[str] | None = None) -> int:
     console()
     args = parse_arguments(arguments)
     if args.command == "table":
-        print(table(args))
-    else:
-        {"generate": generate, "score": score}[args.command](args)
+        faults = exits.Faults()
+        print(table(args, faults))
+        return faults.code
+    if args.command == "score":
+        return score(args)
+    generate(args)
     return 0
 
 

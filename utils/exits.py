@@ -129,6 +129,32 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+class Faults:
+    """Bad ones among many inputs: each is named in a line on standard error, and the others are gone on with.
+
+    `code` is the program's exit code in the end, 2 if there was one. `sentences`: what was said.
+    """
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    @property
+    def code(self) -> int:
+        return WRONG_INPUT if self.sentences else 0
+
+    def note(self, error: UserError) -> None:
+        self.sentences.append(" ".join(_with_flags(str(error)).split()))
+        _say(error)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A UserError inside the block is noted and ends the block alone."""
+        try:
+            yield
+        except UserError as error:
+            self.note(error)
+
+
 def end_now(error: UserError) -> NoReturn:
     """End the process at once with the message and exit code of `error`, from any thread, even if the main one waits.
 

@@ -166,6 +166,8 @@ def read_video(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f"{path} cannot be read as a video ({reason}); give the path of a whole video file") from error
     if not frames:
         raise UserError(f"{path} holds no video frame; give the path of a whole video file")
+    if len(sizes := {frame.shape for frame in frames}) > 1:
+        raise UserError(f"{path} holds frames of {len(sizes)} sizes; give a video of one size")
     return np.stack(frames)
 
 

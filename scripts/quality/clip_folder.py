@@ -2,22 +2,26 @@
 
 import base64
 import io
-import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.geometry import pixel_frames
+from configs.reading import ordinary_file
 from scripts.quality.clip_defects import Defect, find_defects
 from utils.clip_measures import MEASURES, as_clip, series, summary
+from utils.files import parse_json
 from utils.intervals import Interval, mean_interval, paired_interval
 from utils.video import contact_sheet, read_video, shrink
 
+MAX_RECORD = 1 << 26  # bytes of a clip's JSON
 STRIP_CELLS, STRIP_WIDTH = 27, 96  # frames of a contact strip, and pixels across one
 
 
@@ -73,13 +77,23 @@ def find_videos(folder: Path) -> list[Path]:
 def read_record(video: Path) -> dict[str, Any]:
     """The JSON beside a video, {} where there is none. UserError where it is broken."""
     path = video.with_suffix(".json")
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
+    ordinary_file("record", path, MAX_RECORD, fix="remove it or make the video again")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); remove it or make the video again") from error
     return record if isinstance(record, dict) else {}
+
+
+def _stated(video: Path, values: dict[str, Any], name: str, check: Callable[[Any], bool]) -> Any:
+    """A value of a record, None where it is missing. UserError where `check` does not hold for it."""
+    value = values.get(name)
+    if value is not None and (isinstance(value, bool) or not check(value)):
+        where = video.with_suffix(".json")
+        raise UserError(f"{where} states {name}={shown(value)}, which no clip has; remove it or make the video again")
+    return value
 
 
 def chunk_borders(frames: int, chunk_frames: int) -> list[int]:
@@ -94,10 +108,20 @@ def chunk_borders(frames: int, chunk_frames: int) -> list[int]:
 def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
     """Read and measure one file. chunk_frames: latent frames, of clips whose JSON does not say."""
     record = read_record(video)
-    config = _section(record, "config")
-    timings = _section(record, "timings_s")
+    config, timings, stated = _section(record, "config"), _section(record, "timings_s"), partial(_stated, video)
+    chunk_frames = stated(_section(config, "stream"), "chunk_frames", _is_count) or chunk_frames
+    facts = {
+        "fps": stated(_section(config, "video"), "fps", _is_count),
+        "prompt": stated(record, "prompt", lambda value: isinstance(value, str)),
+        "seed": stated(record, "seed", lambda value: isinstance(value, int)),
+        "schedule": stated(record, "schedule", _is_schedule),
+        "nfe": stated(record, "nfe", _is_count),
+        "seconds": stated(timings, "total", _is_time),
+        "first_frames": stated(timings, "first_frames", _is_time),
+    }
+    ordinary_file("video", video)
     frames = read_video(video)
-    borders = chunk_borders(len(frames), _section(config, "stream").get("chunk_frames", chunk_frames))
+    borders = chunk_borders(len(frames), chunk_frames)
     measures = series(as_clip(frames))
     small = shrink(frames, STRIP_WIDTH)
     return ClipReport(
@@ -105,14 +129,8 @@ def measure_video(video: Path, chunk_frames: int = 3) -> ClipReport:
         path=video,
         frames=len(frames),
         size=frames.shape[1:3],
-        fps=_section(config, "video").get("fps"),
-        prompt=record.get("prompt"),
-        seed=record.get("seed"),
         borders=borders,
-        schedule=record.get("schedule"),
-        nfe=record.get("nfe"),
-        seconds=timings.get("total"),
-        first_frames=timings.get("first_frames"),
+        **facts,
         measures=summary(measures, borders),
         defects=find_defects(measures, borders),
         series={
@@ -130,6 +148,22 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     """A part of a record, {} where it is missing or is something else."""
     part = values.get(name)
     return part if isinstance(part, dict) else {}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 0
+
+
+def _is_schedule(value: Any) -> bool:
+    """As `Schedule.to_dict` has it, which page and pairs need no more of than this."""
+    if not isinstance(value, dict):
+        return False
+    rows = value.get("rows", [])
+    return isinstance(rows, list) and all(isinstance(row, list) and all(map(_is_time, row)) for row in rows)
 
 
 def _rounded(values) -> list[float]:

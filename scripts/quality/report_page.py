@@ -14,8 +14,11 @@ from utils.clip_measures import MEASURES
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
-def report_data(folders: Sequence[tuple[str, Sequence[ClipReport]]]) -> dict[str, Any]:
-    """Contents of report.json: of one folder, or of two with the differences of their pairs (second minus first)."""
+def report_data(folders: Sequence[tuple[str, Sequence[ClipReport]]], unread: Sequence[str] = ()) -> dict[str, Any]:
+    """Contents of report.json: of one folder, or of two with the differences of their pairs (second minus first).
+
+    unread: a sentence for each clip that cannot be read.
+    """
     data: dict[str, Any] = {
         "measures": {name: asdict(measure) for name, measure in MEASURES.items()},
         "folders": [
@@ -26,6 +29,7 @@ def report_data(folders: Sequence[tuple[str, Sequence[ClipReport]]]) -> dict[str
             }
             for name, clips in folders
         ],
+        "unread": list(unread),
     }
     if len(folders) == 2:
         first, second = (list(clips) for _, clips in folders)
@@ -39,12 +43,15 @@ def _index(clips: list[ClipReport], clip: ClipReport) -> int:
     return next(i for i, other in enumerate(clips) if other is clip)
 
 
-def report_page(folders: Sequence[tuple[str, Sequence[ClipReport]]], home: Path | None = None) -> str:
+def report_page(
+    folders: Sequence[tuple[str, Sequence[ClipReport]]], home: Path | None = None, unread: Sequence[str] = ()
+) -> str:
     """The page. Prompts and file names are data in it, never markup.
 
     home: the folder that it is to lie in, from where it plays the videos; None = it plays none.
+    unread: a sentence for each clip that cannot be read.
     """
-    data = report_data(folders)
+    data = report_data(folders, unread)
     for folder, (_, clips) in zip(data["folders"], folders, strict=True):
         for shown, clip in zip(folder["clips"], clips, strict=True):
             shown["strip"] = clip.strip

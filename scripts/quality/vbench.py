@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
+from utils.exits import Faults
 from utils.prompts import check_prompt, read_prompts
 
 SAMPLES = 5  # videos of one prompt
@@ -100,21 +101,32 @@ def _read_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     return prompts
 
 
-def read_results(folder: Path) -> dict[str, float]:
-    """Raw score of each dimension in the *_eval_results.json files of a folder; later files go over earlier ones."""
+def read_results(folder: Path, faults: Faults) -> dict[str, float]:
+    """Raw score of each dimension in the *_eval_results.json files of a folder; later files go over earlier ones.
+
+    Files that cannot be read go to `faults`. UserError where no score is left.
+    """
     scores: dict[str, float] = {}
     for path in sorted(folder.glob("*_eval_results.json")):
-        try:
-            for name, (value, *_) in json.loads(path.read_text(encoding="utf-8")).items():
-                scores[name] = float(value)
-                if not math.isfinite(scores[name]):  # the package's mean of no video at all
-                    raise ValueError(f"{name} is {value}")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} does not hold VBench's results ({error!r}); remove it and score again") from error
+        with faults.noted():
+            scores |= read_result(path)
     if not scores:
         raise UserError(f"results={folder} holds no *_eval_results.json; run scripts/vbench.py score first")
+    return scores
+
+
+def read_result(path: Path) -> dict[str, float]:
+    """Raw scores in one file of the package. UserError where it holds anything else."""
+    scores: dict[str, float] = {}
+    try:
+        for name, (value, *_) in json.loads(path.read_text(encoding="utf-8")).items():
+            scores[name] = float(value)
+            if not math.isfinite(scores[name]):  # the package's mean of no video at all
+                raise ValueError(f"{name} is {value}")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} does not hold VBench's results ({error!r}); remove it and score again") from error
     if unknown := [name for name in scores if name not in DIMENSIONS]:
-        raise UserError(f"results={folder} has the dimension {unknown[0]}, which VBench's T2V suite lacks; remove it")
+        raise UserError(f"{path} has the dimension {unknown[0]}, which VBench's T2V suite lacks; remove it")
     return scores
 
 

@@ -1,12 +1,14 @@
 """scripts/report.py: one folder, two folders in pairs, records that lack things, and a page that a browser runs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import av
 import numpy as np
 import pytest
 
@@ -112,17 +114,75 @@ def test_a_browser_shows_every_clip(folders, tmp_path):
     page = tmp_path / "report.html"
     parts = [(folder.name, [measure_video(path) for path in find_videos(folder)]) for folder in folders]
     sort = "<script>document.querySelectorAll('#clips th button')[3].click()</script></body>"
-    page.write_text(report_page(parts).replace("</body>", sort), encoding="utf-8")
+    unread = ["a <b>broken</b> clip.mp4 cannot be read"]
+    page.write_text(report_page(parts, unread=unread).replace("</body>", sort), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
     dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True).stdout
     body = re.search(r'<table id="clips">.*?<tbody>(.*?)</tbody>', dom, re.DOTALL).group(1)
     assert body.count("<tr>") == 6 and dom.count("data:image/jpeg;base64,") >= 6 and dom.count("<svg") == 30
     assert "<img src=x" not in body and "&lt;img src=x" in body, "a prompt is text"
     assert 'aria-sort="ascending"' in dom
+    assert '<li>a &lt;b&gt;broken&lt;/b&gt; clip.mp4 cannot be read</li>' in dom
     heads = re.findall(r'<th title="[^"]*"[^>]*><button type="button">([^<]*)</button>', dom)
     assert heads == [name.replace("_", " ") for name in MEASURES]
     assert body.count("<td") == 6 * (3 + len(MEASURES) + 3), "a cell for each column"
     assert body.index('class="first"') < body.index('class="second"'), "sorted by seam: the plain folder comes first"
+
+
+def test_clips_that_cannot_be_read_are_named_and_the_others_reported(tmp_path, capsys):
+    """However they are broken: the sentence, the page, the file, and an exit code that tells."""
+    folder = tmp_path / "clips"
+    whole = write_clip(folder / "whole.mp4", 1, "a red circle")
+    write_clip(folder / "zz.mp4", 2, "a blue circle")
+    (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
+    (folder / "empty.mp4").touch()
+    (folder / "folder.mp4").mkdir()
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    with av.open(str(folder / "sound.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        file.mux(sound.encode(silence))
+        file.mux(sound.encode(None))
+    for side in (32, 64):
+        with av.open(str(tmp_path / f"{side}.ts"), "w") as file:
+            pictures = file.add_stream("mpeg2video", rate=25)
+            pictures.width = pictures.height = side
+            file.mux(pictures.encode(av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), "rgb24")))
+            file.mux(pictures.encode(None))
+    (folder / "sizes.mp4").write_bytes((tmp_path / "32.ts").read_bytes() + (tmp_path / "64.ts").read_bytes())
+    records = {
+        "broken": "{",
+        "count": '{"config": {"stream": {"chunk_frames": 0}}}',
+        "digits": b'{"prompt": "\xff"}',
+        "list": '{"prompt": ["a"]}',
+        "rows": '{"schedule": {"rows": [["x"]]}}',
+        "time": '{"timings_s": {"total": "long"}}',
+    }
+    for name, record in records.items():
+        shutil.copy(whole, folder / f"{name}.mp4")
+        (folder / f"{name}.json").write_bytes(record.encode() if isinstance(record, str) else record)
+    bad = "broken count cut digits empty folder gone list pipe rows sizes sound time".split()
+    for workers in "12":
+        assert report.main([str(folder), "--workers", workers, "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == len(bad)
+        for name, line in zip(bad, lines, strict=True):
+            assert f"/{name}.mp4" in line or f"/{name}.json" in line
+        assert "2 clips, 0 with something to look at, 13 more cannot be read" in said.out
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert [clip["name"] for clip in data["folders"][0]["clips"]] == ["whole.mp4", "zz.mp4"]
+    assert data["folders"][0]["averages"]["motion"]["n"] == 2, "what cannot be read is no result"
+    assert [f"error: {sentence}" for sentence in data["unread"]] == lines
+    assert "whole.mp4" in (tmp_path / "report.html").read_text()
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.mp4").touch()
+    with pytest.raises(UserError, match="no clip that can be read"):
+        report.main([str(tmp_path / "only")])
+    assert report.main([str(folder), str(tmp_path / "only"), "--out", str(tmp_path)]) == 2
+    assert [len(part["clips"]) for part in json.loads((tmp_path / "report.json").read_text())["folders"]] == [2, 0]
 
 
 def test_a_video_alone_is_measured(tmp_path):
