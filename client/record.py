@@ -13,15 +13,15 @@ from client import LiveClient, LiveError, Recorder
 
 async def record(
     url: str, prompt: str, path: str, *, seconds: float | None = None, seed: int = 0, key: str | None = None
-) -> int:
-    """Record until the video's length is reached; the number of frames. The file is whole whenever it ends."""
+) -> Recorder:
+    """Record until the video's length is reached. The file is whole whenever it ends."""
     recorder = Recorder(path)  # before the server makes anything
     async with LiveClient(url, key) as live:
         with recorder:
             await live.open(prompt, seed=seed, seconds=seconds)
             async for chunk in live:
                 recorder.write(chunk)
-        return recorder.frames
+        return recorder
 
 
 def stopped(path: str) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
     args = parser.parse_args(argv)
     try:
-        frames = asyncio.run(
+        recorder = asyncio.run(
             record(args.url, args.prompt, args.path, seconds=args.seconds, seed=args.seed, key=args.key)
         )
     except (LiveError, OSError, ValueError) as error:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return stopped(args.path)
-    print(f"{args.path}: {frames} frames")
+    print(f"{recorder.path}: {recorder.frames} frames")
     return 0
 
 

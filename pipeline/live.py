@@ -2,7 +2,8 @@
 
 An endless recording `long.mp4` is written to `long.partial.mp4`, with its metadata in `long.partial.json`. It can be
 played at any time and is renamed when it ends by Ctrl-C, SIGTERM, or a full disk. If the process is killed or stops
-with an error, the partial files stay, and later recordings use other names.
+with an error, the partial files stay, and later recordings use other names. So they do, with a warning, if another
+video has taken the name meanwhile.
 """
 
 import json
@@ -14,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.files import translate_os_errors
+from utils.files import identity, translate_os_errors
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -56,20 +57,27 @@ class Recording:
         self.video = video
         with translate_os_errors(video, every=True):
             video.parent.mkdir(parents=True, exist_ok=True)
+            self._before = identity(video)
             self.partial = _unused(video)
             self._record = self.partial.with_suffix(".json")
             self._record.write_bytes(_as_json(about) + b" " * ROOM)
 
     def finish(self, about: dict[str, Any]) -> None:
         """Rename the files; the JSON comes last, with its final contents."""
-        os.replace(self.partial, self.video)
+        renamed = identity(self.video) == self._before
+        if renamed:
+            os.replace(self.partial, self.video)
+        else:
+            log.warning("another video has become %s meanwhile; this one stays %s", self.video, self.partial)
+            about = about | {"video": self.partial.name}
         with (
             translate_os_errors(self._record),
             open(self._record, "r+b") as file,
         ):  # in place: a full disk has room for this
             file.write(_as_json(about))
             file.truncate()
-        os.replace(self._record, self.video.with_suffix(".json"))
+        if renamed:
+            os.replace(self._record, self.video.with_suffix(".json"))
 
     def remove(self) -> None:
         """Remove both files."""

@@ -32,7 +32,7 @@ from model.codec import WanCodec  # noqa: E402
 from model.weights.load import load_vae  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import CLIP_FRAMES, Scene, World, caption  # noqa: E402
-from utils.files import check_writable  # noqa: E402
+from utils.files import atomic_path, check_writable  # noqa: E402
 from utils.logs import console  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
 
@@ -119,13 +119,15 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     even = np.linspace(0, CLIP_FRAMES - 1, args.columns).round().astype(int).tolist()
     scenes = world.scenes(args.seed, args.clips, balanced=True)
-    sheet(show, sorted(scenes, key=lambda scene: scene.motion), even).save(folder / "sheet.png")
+    with atomic_path(folder / "sheet.png") as aside:
+        sheet(show, sorted(scenes, key=lambda scene: scene.motion), even).save(aside)
     if args.minutes:
         last = int(args.minutes * 60 * FPS) - 1
         even = np.linspace(0, max(last, args.columns - 1), args.columns).round().astype(int)
         even = np.clip(even + 7 * np.arange(args.columns), 0, last).tolist()  # not a whole number of periods apart
         scenes = world.scenes(args.seed + 1, args.streams, balanced=True)
-        sheet(show, sorted(scenes, key=lambda scene: scene.motion), even).save(folder / "strip.png")
+        with atomic_path(folder / "strip.png") as aside:
+            sheet(show, sorted(scenes, key=lambda scene: scene.motion), even).save(aside)
     print(f"written to {folder}")
     return 0
 

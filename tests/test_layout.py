@@ -136,6 +136,38 @@ def test_every_torch_load_refuses_code():
     assert not offenders(unsafe)
 
 
+# what writes into a folder that it holds for itself, into memory, or a recording that grows under a partial name
+WRITES_DIRECTLY = (
+    "model/weights/load.py", "trainer/checkpoint/", "trainer/loop.py",  # folders that are renamed when they are whole
+    "pipeline/live.py", "pipeline/video.py", "server/encoding.py", "server/videos_api.py", "scripts/bench/",
+    "scripts/benchmark_training.py", "scripts/soak.py", "scripts/quality/clip_folder.py", "scripts/ablate_tiny.py",
+)  # fmt: skip
+
+
+def root(node: ast.expr | None) -> str | None:
+    """The name that an expression such as `(a / "b").c` begins with."""
+    while node is not None and not isinstance(node, ast.Name):
+        node = next((child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)), None)
+    return node and node.id
+
+
+def test_files_are_written_under_temporary_names():
+    """So that no half of one is left under its name, and no two processes write the same one."""
+    targets = {"write_text": None, "write_bytes": None, "save_file": 1, "save": 0}  # None: what the method is of
+    wrong = []
+    for file, tree in TREES.items():
+        items = [item for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items]
+        own = {root(i.optional_vars) for i in items if root(i.context_expr) in ("atomic_path", "atomic_folder")}
+        for call in calls(tree):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else root(call.func)
+            if name not in targets or place(file).startswith(WRITES_DIRECTLY):
+                continue
+            at = targets[name] if root(call.func) != "torch" else 1
+            if at is None or call.args:
+                wrong += [place(file, call)] * (root(call.func if at is None else call.args[at]) not in own)
+    assert not wrong
+
+
 def test_no_broad_except_swallows():
     wrong = [
         place(file, node)

@@ -15,6 +15,7 @@ from model.weights.load import save_network
 from trainer.build import vae
 from trainer.stage import Supervised
 from utils.distributed import Ranks
+from utils.files import atomic_path
 from utils.seeds import generator
 from utils.video import contact_sheet
 
@@ -90,7 +91,8 @@ class CodecStage(Supervised):
         frames = ((both.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().cpu().numpy()
         folder.mkdir(parents=True, exist_ok=True)
         sheet: Image.Image = contact_sheet(frames, columns=6)
-        sheet.save(folder / f"codec_{step:06d}.png")
+        with atomic_path(folder / f"codec_{step:06d}.png") as aside:
+            sheet.save(aside)
         scores = torch.cat(scores)
         return {"psnr": scores.mean().item(), "psnr_worst": scores.min().item()}
 

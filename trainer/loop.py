@@ -31,7 +31,7 @@ from trainer.parallel.rank_watch import explain_lost_rank
 from trainer.stage import Stage
 from utils.curves import write_curves
 from utils.device import release_memory
-from utils.files import exclusive_use, is_disk_full, write_json_atomic
+from utils.files import DiskFull, atomic_path, exclusive_use, is_disk_full, write_json_atomic
 from utils.logs import JsonlSink, Sink, get_logger, read_jsonl
 from utils.sinks import TensorboardSink, WandbSink
 
@@ -204,11 +204,11 @@ class _RunReporter:
         path = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
         inputs = f"the inputs of this step are in {path}"
         try:
-            torch.save({"step": step, **batch}, path)
-        except (OSError, RuntimeError) as error:
+            with atomic_path(path) as aside:
+                torch.save({"step": step, **batch}, aside)
+        except (OSError, RuntimeError, DiskFull) as error:
             if not is_disk_full(error):
                 raise
-            path.unlink(missing_ok=True)
             inputs = f"the disk has no room for the inputs of this step ({path})"
         raise NonFiniteLoss(
             f"{', '.join(bad)} not finite at step {step}; the last checkpoint is intact and {inputs}: lower the "

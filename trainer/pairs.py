@@ -25,7 +25,7 @@ from configs.errors import UserError
 from configs.reading import ordinary_file
 from model.flow import shift_time
 from model.weights.files import FLAT_PART, check_finite, open_file, read_headers, resolve_path
-from utils.files import parse_json
+from utils.files import atomic_path, parse_json
 
 TIMESTEPS = "timesteps.json"
 MAX_TOLD = 1 << 20  # bytes of it
@@ -136,7 +136,8 @@ def write_timesteps(folder: Path, timesteps: Sequence[float], *, causal: bool) -
     content = {"timesteps": stored, "causal": True} if causal else stored
     if file.is_file() and _read_stored("--output_folder", file) != content:
         raise UserError(f"{folder} holds trajectories of another kind, by its {TIMESTEPS}; choose another folder")
-    file.write_text(json.dumps(content))
+    with atomic_path(file) as aside:
+        aside.write_text(json.dumps(content))
 
 
 def _read_stored(field: str, file: Path) -> Any:

@@ -21,6 +21,7 @@ from pipeline.noise import NoiseSource
 from pipeline.stream import StreamSession
 from trainer.prompt_bank import validation_prompts
 from trainer.tiny.measures import score as score_clips
+from utils.files import atomic_path
 from utils.seeds import sample_seed
 from utils.video import VideoWriter, contact_sheet
 
@@ -64,8 +65,10 @@ def write_sheet(prompts: list[str], frames: Tensor, sheet: Path) -> None:
     rows = frames[:8, :: max(1, frames.shape[1] // 9)]
     pixels = ((rows.flatten(0, 1).permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pixels, columns=rows.shape[1]).save(sheet)
-    sheet.with_suffix(".txt").write_text("\n".join(prompts[:8]) + "\n")
+    with atomic_path(sheet) as aside:
+        contact_sheet(pixels, columns=rows.shape[1]).save(aside)
+    with atomic_path(sheet.with_suffix(".txt")) as aside:
+        aside.write_text("\n".join(prompts[:8]) + "\n", encoding="utf-8")
 
 
 def evaluate_clips(prompts: list[str], frames: Tensor, sheet: Path) -> dict[str, float]:

@@ -58,6 +58,15 @@ def replaceable_file(path: str | os.PathLike, field: str = "file") -> Path:
     return path
 
 
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another under its name; None where there is none."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_dev, state.st_ino, state.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class OwnedFolder:
     """A kind of folder that this program writes: the file that marks it, and the names of its contents."""

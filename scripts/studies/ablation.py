@@ -18,7 +18,7 @@ from trainer.checkpoint.resume import check_export
 from trainer.loop import run
 from trainer.registry import build_stage
 from utils.distributed import Ranks
-from utils.files import sha256_of, short_hash
+from utils.files import atomic_path, sha256_of, short_hash
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def trained(row: Row, config: Config, folder: Path, device: torch.device, until:
     check_export(config, folder)
     stage = build_stage(config, device, Ranks())
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with atomic_path(folder / "config.yaml") as aside:
+        aside.write_text(to_yaml(config), encoding="utf-8")
     ended = run(stage, folder, until=until)
     del stage
     gc.collect()  # graphs and their memory, before the next row makes its own

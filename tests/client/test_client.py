@@ -13,7 +13,7 @@ from PIL import Image
 from test_pictures import encoded, gradient
 from websockets.asyncio import server
 
-from client import BlockingLiveClient, LiveClient, LiveError, Recorder, Refused, StreamEnded, record, steer
+from client import BlockingLiveClient, Chunk, LiveClient, LiveError, Recorder, Refused, StreamEnded, record, steer
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,28 @@ def test_a_file_that_cannot_be_recorded_is_refused_before_anything_is_made(tmp_p
 def test_an_address_that_is_none_is_a_sentence(tmp_path, capsys, url):
     assert record.main([url, PROMPT, str(tmp_path / "x.mp4")]) == 2
     assert "is no address of a server; give one such as http://" in capsys.readouterr().err
+
+
+def chunk_of(k: int, data: bytes) -> Chunk:
+    """Chunk number k, of ten frames."""
+    return Chunk({"take": 1, "chunk": k, "frame": 10 * k, "frames": 10}, b"init ", (data,), b"")
+
+
+def test_two_recordings_of_one_name_are_two_files(tmp_path, caplog):
+    """Neither writes into the other's; the name is of what ended first, and a file of before may be replaced."""
+    path = tmp_path / "x.mp4"
+    path.write_bytes(b"before")
+    (tmp_path / "x.partial.mp4").write_bytes(b"killed")
+    with Recorder(path) as first, Recorder(path) as second:
+        for k, data in enumerate((b"one ", b"two ")):
+            first.write(chunk_of(k, data))
+            second.write(chunk_of(k, data.upper()))
+        assert path.read_bytes() == b"before"
+        assert first.partial.read_bytes() == b"init one two " and second.partial.read_bytes() == b"init ONE TWO "
+    assert second.path == path and path.read_bytes() == b"init ONE TWO "
+    assert first.path == tmp_path / "x.partial-2.mp4" and first.path.read_bytes() == b"init one two "
+    assert "another video has become" in caplog.text
+    assert (tmp_path / "x.partial.mp4").read_bytes() == b"killed" and len(list(tmp_path.iterdir())) == 3
 
 
 def test_ctrl_c_is_a_sentence(tmp_path, capsys, monkeypatch):

@@ -306,6 +306,28 @@ def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # 
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def test_two_recordings_of_one_name_are_two_files(cli, tmp_path, monkeypatch):  # noqa: F811
+    """The name is of what ended first; the other keeps its partial name, with a JSON that says so."""
+    stream_story = DiagonalPipeline.stream_story
+
+    def two(pipe, story, *args):
+        made = stream_story(pipe, story, *args)
+        yield next(made)
+        if story.prompts[0] == A:
+            other.append(cli("--num_output_frames", "0", "--prompt", B, "--output", "long.mp4"))
+        yield next(made)
+        raise KeyboardInterrupt
+
+    other = []
+    monkeypatch.setattr(DiagonalPipeline, "stream_story", two)
+    assert cli(*ENDLESS, "long.mp4") == 0 and other == [0]
+    assert {path.stem for path in tmp_path.iterdir()} == {"long", "long.partial"}
+    for stem, prompt in (("long", B), ("long.partial", A)):
+        record = json.loads((tmp_path / f"{stem}.json").read_text())
+        assert (record["prompt"], record["video"], record["frames"]) == (prompt, f"{stem}.mp4", 21)
+        assert len(read_video(tmp_path / f"{stem}.mp4")) == 21
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """No file that this process writes grows beyond `size` bytes, as on a full disk."""
