@@ -79,7 +79,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     UserError for anything unknown, mistyped or out of range.
     """
     files = [_check(moved(layer), Config, "") for layer in _layers(Path(path), ())]
-    given = [_check(moved(_override(text)), Config, "") for text in overrides]
+    given = [_check(moved(_override(text)), Config, "", typed=True) for text in overrides]
     layers = [*files, *given]
     groups = [[layer] for layer in files] + [given]
     _check_context(groups)
@@ -295,14 +295,19 @@ def _merged(values: dict, over: dict) -> dict:
     return values | over | {key: _merged(values[key], over[key]) for key in both}
 
 
-def _check(values: dict, section: type, prefix: str) -> dict:
-    """`values` with empty sections dropped; refuses keys that `section` lacks."""
+def _check(values: dict, section: type, prefix: str, *, typed: bool = False) -> dict:
+    """`values` with empty sections dropped; refuses keys that `section` lacks.
+
+    Removed ones are left out with a warning, as old files have them; `typed` today they are mistakes, and refused.
+    """
     hints = typing.get_type_hints(section)
     checked = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if name in REMOVED:
             idle, instead = REMOVED[name]
+            if typed:
+                raise UserError(f"{name}={shown(value)} is no setting any more; leave it out: {instead}")
             if value is not None and value != idle:
                 log.warning("%s=%s is not read any more: %s", name, shown(value), instead)
             continue
@@ -314,7 +319,7 @@ def _check(values: dict, section: type, prefix: str) -> dict:
             if not isinstance(value, dict):
                 keys = ", ".join(typing.get_type_hints(hints[key]))
                 raise UserError(f"{name}={shown(value)} is a section, not a value; set one of its keys: {keys}")
-            value = _check(value, hints[key], f"{name}.")
+            value = _check(value, hints[key], f"{name}.", typed=typed)
         _check_text(name, value)
         if hints[key] is bool and isinstance(value, int) and value not in (0, 1):  # which OmegaConf takes for true
             raise UserError(f"{name}={value} has the wrong type; it must be true or false")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError, shown
-from configs.load import CHECKOUT, load_config, presets, to_dict, to_yaml
+from configs.load import CHECKOUT, REMOVED, load_config, presets, to_dict, to_yaml
 from configs.optimizer_schema import OptimizerConfig
 from configs.schema import Config
 from configs.train_schema import STAGES
@@ -286,15 +286,17 @@ def test_keys_that_nothing_reads_any_more_say_what_does(key, tmp_path, caplog):
     load_config(write(tmp_path, "a.yaml", f"base: {CHECKOUT / TINY}\nmodel:\n  {key}: weights/14b\n"))
     assert f"model.{key}=weights/14b is not read any more: set training.init.{key}" in caplog.text
     caplog.clear()
-    load_config(TINY, [f"model.{key}=null"])  # as earlier runs stored it
+    load_config(write(tmp_path, "a.yaml", f"base: {CHECKOUT / TINY}\nmodel:\n  {key}: null\n"))  # as runs stored it
     assert not caplog.text
 
 
-def test_the_flow_losses_heads_are_gone_and_only_those_that_did_something_are_spoken_of(caplog):
+def test_the_flow_losses_heads_are_gone_and_only_those_that_did_something_are_spoken_of(tmp_path, caplog):
     """Every stored configuration has these keys."""
-    load_config("configs/train_tiny.yaml", ["training.distill.flow={head: difference, head_lr: 0.0001, weight: 4.0}"])
+    base = f"base: {CHECKOUT / 'configs/train_tiny.yaml'}\n"
+    flow = "training: {distill: {flow: {head: difference, head_lr: 0.0001, weight: 4.0}}}"
+    load_config(write(tmp_path, "a.yaml", base + flow))
     assert not caplog.records
-    load_config("configs/train_tiny.yaml", ["training.distill.flow.head=conv"])
+    load_config(write(tmp_path, "a.yaml", base + flow.replace("difference", "conv")))
     assert "training.distill.flow.head=conv is not read any more: motion is compared as it is" in caplog.text
 
 
@@ -314,15 +316,41 @@ GONE = (  # key, what was stored by default, another value
     ("training.distill.long.rollout", "inference", "release"),
     ("training.distill.long.reencode_first", "true", "false"),
     ("training.distill.long.decode_frames", "6", "0"),
+    ("training.distill.flow.head", "difference", "conv"),
+    ("training.distill.flow.head_lr", "0.0001", "0.001"),
+    ("training.flow.ode_clips", "4096", "64"),
+    ("model.teacher", "null", "weights/14b"),
+    ("model.critic", "null", "weights/14b"),
 )
 
 
-def test_what_earlier_runs_stored_of_settings_that_are_gone_is_read_in_silence_and_other_values_are_not(caplog):
-    load_config(TINY, [f"{key}={idle}" for key, idle, _ in GONE])
+def stored(folder: Path, key: str, value: str) -> Path:
+    """A file with one setting."""
+    *sections, last = key.split(".")
+    text = f"{last}: {value}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    return write(folder, "stored.yaml", f"base: {CHECKOUT / TINY}\n{text}\n")
+
+
+@pytest.mark.parametrize("key, idle, other", GONE)
+def test_a_setting_that_is_gone_is_read_in_old_files_and_refused_where_it_is_typed(tmp_path, caplog, key, idle, other):
+    """In files in silence, if it is as all runs stored it, else with a warning."""
+    load_config(stored(tmp_path, key, idle))
     assert not caplog.records
-    load_config(TINY, [f"{key}={other}" for key, _, other in GONE])
-    for (key, _, _), record in zip(GONE, caplog.records, strict=True):
-        assert record.getMessage().startswith(f"{key}=") and "is not read any more" in record.getMessage()
+    load_config(stored(tmp_path, key, other))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{key}=") and "is not read any more" in record.getMessage()
+    *sections, last = key.split(".")
+    typed = [f"{key}={idle}", f"{key}={other}", f"{'.'.join(sections)}={{{last}: {other}}}"]
+    for override in typed:
+        with pytest.raises(UserError, match=f"^{re.escape(key)}=.* is no setting any more; leave it out: "):
+            load_config(TINY, [override])
+    assert len(caplog.records) == 1
+
+
+def test_every_setting_that_is_gone_is_tested():
+    assert REMOVED.keys() == {key for key, _, _ in GONE}
 
 
 @pytest.mark.parametrize(
