@@ -5,9 +5,9 @@
     torchrun --standalone --nproc_per_node=2 scripts/train_world.py [...]      # on two GPUs, with the same batches
 
 Each stage is `train.py --config_path configs/world/<file>.yaml` and starts from what the ones before it wrote. The same
-command continues where a stopped run was; with --minutes it stops by itself, after a checkpoint. Settings given here go
-to every stage. With --warm a stage starts from the weights that it exported, with a fresh optimizer, where checkpoints
-are gone or its settings change. Give it another seed too, and so other clips.
+command continues where a stopped run was; with --minutes it stops by itself, after a checkpoint. Settings go to every
+stage, or to one: `long:training.steps=1200`. With --warm a stage starts from the weights that it exported, with a fresh
+optimizer, where checkpoints are gone or its settings change. Give it another seed too, and so other clips.
 """
 
 import math
@@ -37,6 +37,7 @@ STAGES = ("text", "vae", "teacher", "causal", "four", "diagonal", "long")
 FILES = {"four": "distill", "diagonal": "distill"}  # in configs/world/, where it is not the stage's name
 TRAINED = {"vae": "vae", "teacher": "transformer"}  # in training.init, where it is not the student
 PROMPTS = 16384
+LEAST_S = 60.0  # of the time left with which a further stage is begun: networks are loaded and compiled first
 
 
 def settings_of(stage: str, output: str, logdir: str, warm: bool = False) -> list[str]:
@@ -57,6 +58,12 @@ def settings_of(stage: str, output: str, logdir: str, warm: bool = False) -> lis
     if stage in ("four", "diagonal", "long"):
         settings += [f"training.init.teacher={teacher}", f"training.distill.prompts={logdir}/prompts.txt"]
     return settings + ["schedule.steps=4"] * (stage == "four")
+
+
+def given_to(stage: str, settings: Sequence[str]) -> list[str]:
+    """Of the command's settings those of a stage: what names no stage, and `<stage>:key=value`, the more particular."""
+    named = [s.partition(":")[::2] for s in settings if s.partition(":")[0] in STAGES]
+    return [s for s in settings if s.partition(":")[0] not in STAGES] + [own for name, own in named if name == stage]
 
 
 def shared_out(file: str, settings: Sequence[str], world: int) -> list[str]:
@@ -91,23 +98,30 @@ def main() -> int:
         raise UserError(f"--minutes {args.minutes} is no time; give more than 0")
     if args.warm and "text" in args.stages:
         raise UserError("--warm: stage text always starts from nothing; name the others, e.g. --stages vae")
+    for text in args.settings:
+        if (name := text.partition(":")[0]) in STAGES and name not in args.stages:
+            raise UserError(f"{text} is for stage {name}, which --stages does not name; name it there")
     logdir, output = (check_writable(v, flag) for v, flag in ((args.logdir, "--logdir"), (args.output, "--output")))
     until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     ranks, rows = Ranks.from_env(), [f"{'stage':<10} {'seconds':>8}"]
-    device = pick_device(load_config("configs/world/world.yaml", args.settings).device, ranks.local_rank)
+    device = pick_device(load_config("configs/world/world.yaml", given_to("", args.settings)).device, ranks.local_rank)
+    runs = {}  # what is wrong with a later stage's settings is said before the first one is trained
+    for stage in args.stages:
+        file = f"configs/world/{FILES.get(stage, stage)}.yaml"
+        settings = [*settings_of(stage, str(output), str(logdir), args.warm), *given_to(stage, args.settings)]
+        runs[stage] = ["--config_path", file, *settings, *shared_out(file, settings, ranks.world)]
     with process_group(ranks, device):  # one for all stages
         if ranks.first:
             write_prompts(logdir / "prompts.txt", args.prompts)
         control = ControlGroup()
         control.wait()
-        for stage in args.stages:
+        for stage, run in runs.items():
+            if control.any(len(rows) > 1 and time.monotonic() > until - LEAST_S):
+                break
             start = time.monotonic()
-            file = f"configs/world/{FILES.get(stage, stage)}.yaml"
-            settings = [*settings_of(stage, str(output), str(logdir), args.warm), *args.settings]
-            settings += shared_out(file, settings, ranks.world)
-            ended = train(parse(["--config_path", file, "--logdir", f"{logdir}/{stage}", *settings]), until)
+            ended = train(parse([*run, "--logdir", f"{logdir}/{stage}"]), until)
             rows.append(f"{stage:<10} {time.monotonic() - start:>8.1f}{'' if ended else '  stopped'}")
-            if control.any(not ended or time.monotonic() > until):
+            if control.any(not ended):
                 break
     if ranks.first:
         print("\n".join(rows))

@@ -38,7 +38,7 @@ def encoded_clips(
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         each, parts = -(-len(scenes) // world), []
         own = [scenes[i % len(scenes)] for i in range(rank * each, (rank + 1) * each)]
-        for i in tqdm(range(0, each, 32), desc="encoding clips", leave=False, disable=rank > 0):
+        for i in tqdm(range(0, each, 32), desc="encoding clips", leave=False, disable=rank > 0 or None):
             pixels = render(own[i : i + 32], frames, device=device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 parts.append(codec.encode(pixels).half())

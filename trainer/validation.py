@@ -46,7 +46,7 @@ def teacher_clips(
     noise = torch.cat([source.initial(k) for k in range(chunks)], dim=1)
     null = null.expand_as(embedded)
     latents = sample(score, noise, embedded, null, steps=50, shift=config.schedule.shift, guidance=guidance)
-    return torch.cat([codec.decode(part) for part in latents.split(16)])
+    return torch.cat([codec.decode(part) for part in latents.split(8)])
 
 
 def causal_clips(

@@ -54,8 +54,7 @@ def check_export(config: Config, logdir: Path) -> None:
     """Refuse, before a network is built, an export that would replace anything but an earlier export of ours."""
     if config.training.export:
         replaceable(export_folder(config, logdir), "training.export", keep=[logdir])
-    if not config.training.export or config.training.stage == "distill":  # exports with every checkpoint
-        replaceable(logdir / EXPORTS, f"--logdir {logdir}: its folder {EXPORTS}")
+    replaceable(logdir / EXPORTS, f"--logdir {logdir}: its folder {EXPORTS}")  # of those with every checkpoint
 
 
 def check_init_finished(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What the stages of the moving world are fed: clips, rendered ahead on the training device and drawn at random."""
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from model.text import TextEncoder
 from trainer.clips import encoded_clips
 from trainer.world.render import kind, render
 from trainer.world.scene import CLIP_FRAMES, World, poses, training_caption
+from utils.logs import get_logger
 from utils.seeds import stable_hash
+
+log = get_logger(__name__)
 
 TOGETHER = 32  # clips that are rendered, and encoded, at once
 
@@ -63,12 +67,13 @@ class Latents:
         self, codec: WanCodec, text: TextEncoder, *, clips: int, frames: int, seed: int, dtype: torch.dtype,
         cache: Path | None,
     ):  # fmt: skip
-        world = World()
+        world, start = World(), time.monotonic()
         scenes = sorted(world.scenes(stable_hash(seed, "bank"), clips), key=kind)
         captions = [training_caption(scene) for scene in scenes]
         self.null = text([""])
         self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
         self.latents = encoded_clips(partial(render, world), codec, scenes, frames, dtype, cache)
+        log.info("latents of %d clips: %.0f s", clips, time.monotonic() - start)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, F, C, h, w] float32 and text [B, L, D] of these clips."""

@@ -25,6 +25,8 @@ GUIDANCES = (0.0, 0.5, 1.0)  # of the teacher's clips that are looked at
 class _OnTheMovingWorld:
     """The bank of latents, and the measures."""
 
+    export_often = True  # a stage that is cut off leaves weights that others can start from
+
     def _bank(self, clips: int, latent_frames: int) -> Latents:
         c, cache = self.config, self.config.training.flow.bank_cache
         return Latents(

@@ -5,7 +5,10 @@ import torch
 
 from configs.errors import UserError
 from configs.load import CHECKOUT, load_config
-from scripts.train_world import FILES, STAGES, TRAINED, main, settings_of, write_prompts
+from model.weights.load import load_student
+from scripts import train_world
+from scripts.train_world import FILES, STAGES, TRAINED, given_to, main, settings_of, write_prompts
+from trainer.loop import run
 from trainer.registry import build_stage
 from trainer.world.captions import VALUES, parse_caption
 from utils.distributed import Ranks
@@ -51,6 +54,43 @@ def test_a_warm_start_is_from_what_the_stage_itself_has_exported():
         assert config.training.init[network] == (config.training.export or f"runs/{name}/export")
         cold = load_config(f"configs/world/{FILES.get(name, name)}.yaml", settings_of(name, "out", "runs"))
         assert {k: v for k, v in cold.training.init.items() if k != network}.items() <= config.training.init.items()
+
+
+def test_a_setting_can_be_for_one_stage():
+    settings = ["long:training.steps=7", "seed=1", "training.steps=5"]
+    assert given_to("long", settings) == ["seed=1", "training.steps=5", "training.steps=7"]  # the last one counts
+    assert given_to("four", settings) == given_to("", settings) == ["seed=1", "training.steps=5"]
+
+
+def begun(monkeypatch, folder, *flags):
+    """The stages that a command begins, with the steps of each; training takes no time."""
+    stages = {}
+
+    def train(args, until):
+        config = load_config(args.config_path, args.overrides)
+        stages[args.logdir.rpartition("/")[2]] = config.training.steps
+        return True
+
+    monkeypatch.setattr(train_world, "train", train)
+    places = ["--logdir", f"{folder}/runs", "--output", f"{folder}/out", "--prompts", "2"]
+    monkeypatch.setattr("sys.argv", ["train_world.py", *places, *flags])
+    main()
+    return stages
+
+
+def test_each_stage_gets_its_settings_and_all_are_read_before_the_first(monkeypatch, tmp_path):
+    two = ["--stages", "teacher", "causal", "--minutes", "9", "training.steps=8"]
+    assert begun(monkeypatch, tmp_path, *two, "teacher:training.steps=9") == {"teacher": 9, "causal": 8}
+    with pytest.raises(UserError, match="training.stepps"):
+        begun(monkeypatch, tmp_path, *two, "causal:training.stepps=9")
+    with pytest.raises(UserError, match="stage long, which --stages does not name"):
+        begun(monkeypatch, tmp_path, *two, "long:training.steps=9")
+
+
+def test_no_further_stage_is_begun_with_little_time_left(monkeypatch, tmp_path):
+    stages = ["--stages", "teacher", "causal", "--minutes"]
+    assert list(begun(monkeypatch, tmp_path, *stages, "0.9")) == ["teacher"]
+    assert list(begun(monkeypatch, tmp_path, *stages, "2")) == ["teacher", "causal"]
 
 
 @pytest.mark.parametrize("flags, what", [(["--warm"], "--warm: stage text"), (["--minutes", "0"], "--minutes 0.0")])
@@ -102,3 +142,13 @@ def test_flow_stages_train_on_the_moving_world(file, network):
     assert learner.bank.latents.shape == (2, 6, 16, 12, 20)
     losses = [float(learner.update(step)["loss"]) for step in range(2)]
     assert all(0 < loss < 10 for loss in losses)
+
+
+def test_a_stage_that_is_cut_off_leaves_weights_to_start_from(tmp_path):
+    small = ["training.init.transformer=configs/networks/tiny_transformer.json", "video.num_latent_frames=3",
+             "training.bank_clips=2", "training.validation_clips=0"]  # fmt: skip
+    learner = stage("teacher", *small)
+    assert not run(learner, tmp_path, until=0.0)  # of time.monotonic(), so in its first step
+    started = load_student(tmp_path / "export", CPU).state_dict()
+    for name, value in learner.averaged.state_dict().items():
+        torch.testing.assert_close(started[name].float(), value, rtol=1e-3, atol=1e-3)
