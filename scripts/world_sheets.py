@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
-from configs.geometry import TEMPORAL_STRIDE  # noqa: E402
+from configs.geometry import TEMPORAL_STRIDE, pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from model.codec import WanCodec  # noqa: E402
 from model.weights.load import load_vae  # noqa: E402
@@ -85,11 +85,14 @@ def reconstructed(world: World, folder: str) -> Shown:
 def generated(config_path: str, overrides: list[str], seed: int) -> Shown:
     from pipeline import DiagonalPipeline  # here, so that rendered clips are shown without loading any network
 
-    pipe = DiagonalPipeline.from_config(load_config(config_path, overrides))
+    config = load_config(config_path, overrides)
+    pipe, chunk = DiagonalPipeline.from_config(config), config.stream.chunk_frames
 
     def show(clip: int, scene: Scene, frames: Sequence[int]) -> np.ndarray:
         wanted, last = set(frames), max(frames)
-        stream = pipe.stream(caption(scene), seed=sample_seed(seed, clip), num_frames=last + 1)
+        latents = 1 + -(-last // TEMPORAL_STRIDE)
+        whole = pixel_frames(-(-latents // chunk) * chunk)  # streams end with a chunk
+        stream = pipe.stream(caption(scene), seed=sample_seed(seed, clip), num_frames=whole)
         every = enumerate(itertools.chain.from_iterable(stream))
         return np.stack([picture for i, picture in itertools.takewhile(lambda x: x[0] <= last, every) if i in wanted])
 

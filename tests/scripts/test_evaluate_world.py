@@ -41,6 +41,15 @@ def test_sheets_show_clips_and_long_streams(tmp_path):
         assert sheet.size == (3 * 162, 2 * (98 + 13)) and strip.size == (3 * 162, 98 + 13)
 
 
+@pytest.mark.parametrize("frames", [[0], [8], [2, 9], [0, 20, 21], [5, 33]])
+def test_a_students_frames_are_shown_wherever_chunks_end(tiny_assets, frames):
+    """Chunks end with frames 8, 20 and 32."""
+    shown = world_sheets.generated(str(tiny_assets / "tiny.yaml"), [], 0)(0, World().scene(3), frames)
+    assert shown.shape == (len(frames), 32, 48, 3)
+    whole = world_sheets.generated(str(tiny_assets / "tiny.yaml"), [], 0)(0, World().scene(3), list(range(34)))
+    assert (shown == whole[frames]).all()
+
+
 def test_a_vae_is_shown_below_what_it_was_given():
     world = World()
     scene = world.scene(3)

@@ -69,7 +69,7 @@ class Latents:
     ):  # fmt: skip
         world, start = World(), time.monotonic()
         scenes = sorted(world.scenes(stable_hash(seed, "bank"), clips), key=kind)
-        captions = [training_caption(scene) for scene in scenes]
+        self.scenes, captions = scenes, [training_caption(scene) for scene in scenes]
         self.null = text([""])
         self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])
         self.latents = encoded_clips(partial(render, world), codec, scenes, frames, dtype, cache)

@@ -1,7 +1,10 @@
 """Stages of the moving world: what they are fed, that they learn, and that the recipe's parts fit each other."""
 
+import types
+
 import pytest
 import torch
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.load import CHECKOUT, load_config
@@ -10,7 +13,9 @@ from scripts import train_world
 from scripts.train_world import FILES, STAGES, TRAINED, given_to, main, settings_of, write_prompts
 from trainer.loop import run
 from trainer.registry import build_stage
+from trainer.world import flow
 from trainer.world.captions import VALUES, parse_caption
+from trainer.world.scene import World
 from utils.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -152,3 +157,30 @@ def test_a_stage_that_is_cut_off_leaves_weights_to_start_from(tmp_path):
     started = load_student(tmp_path / "export", CPU).state_dict()
     for name, value in learner.averaged.state_dict().items():
         torch.testing.assert_close(started[name].float(), value, rtol=1e-3, atol=1e-3)
+
+
+class OneWord:
+    """Predicts the right v under the words of one attribute, and is off by 1 under captions that lack its value."""
+
+    def __init__(self, bank, text, attribute: str):
+        self.bank, self.text, self.attribute = bank, text, attribute
+
+    def v(self, x_t: Tensor, t: Tensor, said: list[str]) -> Tensor:
+        values = [parse_caption(words)[self.attribute] for words in said]
+        own = [vars(self.bank.scenes[int(i)])[self.attribute] for i in x_t[:, 0, 0, 0, 0]]
+        return torch.tensor([float(a != b) for a, b in zip(values, own, strict=True)]).view(-1, 1, 1, 1, 1) + 0 * x_t
+
+
+@pytest.mark.parametrize("attribute", ["shape", "motion", "direction"])
+def test_a_gap_shows_which_word_a_network_reads(attribute, monkeypatch):
+    """Of a network that reads one attribute alone, that one has a gap, of 1, and others none; but with the motion its
+    direction changes as well."""
+    bank = types.SimpleNamespace(scenes=World().scenes(3, 130), latents=torch.zeros(130, 1, 1, 1, 1))
+    number = torch.arange(130.0).view(-1, 1, 1, 1, 1)
+    bank.batch = lambda index: (number[index], None)
+    monkeypatch.setattr(flow, "add_noise", lambda x0, eps, t: x0)  # so that the network knows the clip
+    monkeypatch.setattr(flow, "v_target", lambda x0, eps: torch.zeros_like(x0))
+    gaps = flow.caption_gaps(OneWord(bank, None, attribute), bank, lambda said: said, 0)
+    assert gaps.keys() == {f"gap_{name}" for name in VALUES}
+    assert gaps.pop(f"gap_{attribute}") == 1
+    assert {name for name, gap in gaps.items() if gap} <= ({"gap_motion"} if attribute == "direction" else set())
