@@ -14,7 +14,7 @@ from fastapi_swagger import patch_fastapi
 from pydantic import BaseModel, Field
 
 from server.access import COOKIE, COOKIE_SECONDS, AccessPolicy
-from server.errors import add_handlers
+from server.errors import add_handlers, storage_error
 from server.job_store import JobStore
 from server.jobs import JobQueue
 from server.limits import MAX_UPLOAD, Limits
@@ -46,7 +46,11 @@ class ServerOptions:
 
 
 class Health(BaseModel):
-    status: str = Field(description="ready, warming, full (no stream can be added, or the queue is full) or stopping.")
+    status: str = Field(
+        description="ready, warming, full (no stream can be added, or the queue is full), unwritable (jobs cannot be "
+        "stored; live streams go on) or stopping."
+    )
+    detail: str | None = Field(None, description="Why jobs cannot be stored.")
     workers: dict[str, int] = Field(description="Worker processes by state.")
 
 
@@ -96,7 +100,7 @@ def create_app(
     app.include_router(videos_router(queue, served), dependencies=keyed)
     app.include_router(LiveServer(pool, options.live).router())
 
-    @app.get("/health", tags=["operation"], responses={503: {"model": Health}})
+    @app.get("/health", tags=["operation"], response_model_exclude_none=True, responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
         """200 while new work is taken, else 503: for a load balancer."""
         workers = pool.status()
@@ -107,13 +111,17 @@ def create_app(
             status = "stopping"
         elif not ready:
             status = "warming"
+        elif queue.fault:
+            status = "unwritable"
         elif live_full or counts.get("queued", 0) >= store.limits.queue:
             status = "full"
         else:
             status = "ready"
         response.status_code = 200 if status == "ready" else 503
         states = [worker["state"] for worker in workers]
-        return Health(status=status, workers={state: states.count(state) for state in sorted(set(states))})
+        detail = storage_error(queue.fault).message if queue.fault else None
+        counted = {state: states.count(state) for state in sorted(set(states))}
+        return Health(status=status, detail=detail, workers=counted)
 
     @app.get("/health/live", tags=["operation"])
     async def alive() -> dict[str, str]:

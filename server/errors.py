@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from configs.errors import UserError
+from utils.files import DiskFull, is_disk_full
 from utils.logs import get_logger
 
 log = get_logger(__name__)
@@ -70,6 +72,18 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def storage_error(error: Exception) -> ApiError:
+    """What clients are told if the server's disk cannot be written; its paths are not theirs to know."""
+    if isinstance(error, OSError):
+        reason = error.strerror or type(error).__name__
+    elif isinstance(error, UserError):
+        reason = "the disk is full" if is_disk_full(error) else "its folder cannot be written"
+    else:  # SQLite's
+        reason = str(error)
+    sentence = f"jobs cannot be stored now ({reason}); try again later"
+    return ApiError(503, sentence, code="storage", headers={"Retry-After": "30", "Connection": "close"})
+
+
 def sentence_of(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """The first error of pydantic as a sentence, and the name of its parameter."""
     first = errors[0]
@@ -111,9 +125,16 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(400, "the body was broken off; send it again", code="incomplete").response()
 
     @app.exception_handler(sqlite3.Error)
-    async def storage(request: Request, error: sqlite3.Error) -> JSONResponse:
-        log.warning(f"the table of jobs cannot be used: {error}")
-        return ApiError(503, f"jobs cannot be stored now ({error}); try again later", code="storage").response()
+    @app.exception_handler(DiskFull)
+    async def storage(request: Request, error: Exception) -> JSONResponse:
+        log.warning(f"jobs cannot be stored: {error}")
+        return storage_error(error).response()
+
+    @app.exception_handler(OSError)
+    async def system(request: Request, error: OSError) -> JSONResponse:
+        if not is_disk_full(error):
+            raise error
+        return await storage(request, error)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:

@@ -4,10 +4,12 @@
     video_<32 digits>.mp4       the finished video      .jpg   its thumbnail      .png   the picture that it begins with
 
 A file is written under a temporary name and renamed before its row is updated; a row is deleted before its files. Rows
-therefore never refer to missing files. After a crash, `recover` repeats the jobs that were running and removes files
-without rows. Only one process uses a folder at a time.
+therefore never refer to missing files (but for a crash while the disk is full, when files are deleted first). After a
+crash, `recover` repeats the jobs that were running and removes files without rows. Only one process uses a folder at a
+time.
 """
 
+import errno
 import json
 import re
 import secrets
@@ -23,13 +25,16 @@ from typing import Any, NoReturn
 from configs.errors import UserError
 from configs.validate import check_bounds, number
 from server.errors import ApiError
-from utils.files import atomic_path, check_writable, exclusive_use
+from utils.files import atomic_path, check_writable, exclusive_use, temporary_path
+from utils.machine import free_space
 
 VERSION = 1  # of the table
 QUEUED, RUNNING, DONE, FAILED = "queued", "in_progress", "completed", "failed"
 FILE = re.compile(r"(video_[0-9a-f]{32})\.(mp4|jpg|png)")
 ID = re.compile(r"video_[0-9a-f]{32}")
 VIDEO, THUMBNAIL, IMAGE = ".mp4", ".jpg", ".png"
+LEAST_FREE = 16 * 2**20  # bytes of the disk; with less, no job is taken or begun
+PROBE = 2**16  # bytes of a file that is written to see whether one can be
 MAX_ATTEMPTS = 2  # runs of a job that a crash, of the server or of its worker, may end
 TABLE = """
 CREATE TABLE jobs (
@@ -136,10 +141,24 @@ class JobStore:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # on a full disk SQLite may have rolled it back
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+
+    def check_room(self, *, table: bool) -> None:
+        """Raise OSError, UserError or sqlite3.Error if nothing can be stored, on a full disk for example.
+
+        table: whether to write to the table, too, which waits for the disk.
+        """
+        free = free_space(self.folder)
+        if free < LEAST_FREE:
+            raise OSError(errno.ENOSPC, f"the disk is full: {free / 1e6:.0f} MB are free")
+        with temporary_path(self.folder / "probe", "probe") as probe:
+            probe.write_bytes(bytes(PROBE))
+        if table:
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     def _jobs(self, rest: str, *values: Any) -> list[Job]:
         rows = self._db.execute(f"SELECT {COLUMNS} FROM jobs {rest}", values).fetchall()
@@ -176,15 +195,15 @@ class JobStore:
                 _full(f"this key has {unfinished} videos in work, which is the most; wait for one", "too_many_requests")
             if waiting >= limits.queue:
                 _full(f"{waiting} videos are waiting, which is the most; try again later", "queue_full")
-            if image is not None:
-                with atomic_path(self.path(id, IMAGE)) as temporary:
-                    temporary.write_bytes(image)
             query = (
                 "INSERT INTO jobs (id, owner, status, created_at, request, idempotency_key, digest) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)"
             )
             text = json.dumps(asdict(request))
             db.execute(query, (id, owner, QUEUED, time.time(), text, idempotency_key, digest))
+            if image is not None:
+                with atomic_path(self.path(id, IMAGE)) as temporary:
+                    temporary.write_bytes(image)
         return self._jobs("WHERE id = ?", id)[0], True
 
     def get(self, owner: str, id: str) -> Job:
@@ -236,7 +255,12 @@ class JobStore:
             self._remove_files(id, (IMAGE,) if code is None else (IMAGE, VIDEO, THUMBNAIL))
 
     def remove(self, id: str) -> None:
-        self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+        query = "DELETE FROM jobs WHERE id = ?"
+        try:
+            self._db.execute(query, (id,))
+        except sqlite3.OperationalError:  # on a full disk there is room for it once the video is gone
+            self._remove_files(id, (VIDEO, THUMBNAIL))
+            self._db.execute(query, (id,))
         self._remove_files(id)
 
     def _remove_files(self, id: str, endings: Sequence[str] = (VIDEO, THUMBNAIL, IMAGE)) -> None:

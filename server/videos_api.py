@@ -21,6 +21,7 @@ from fastapi.responses import FileResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 
 from configs.errors import UserError, shown
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames
@@ -37,6 +38,7 @@ from utils.prompts import check_prompt
 MAX_BODY = MAX_UPLOAD * 4 // 3 + 2**16  # bytes of a request, whose picture may be in base64
 SMALL_BODY = 64 * 1024  # bytes up to which bodies are not counted as uploads
 UPLOADS_PER_KEY, UPLOADS = 4, 16  # at once
+MultiPartParser.spool_max_size = MAX_UPLOAD  # in memory as a whole, so that no upload depends on a folder for it
 MAX_FIELDS, MAX_FIELD = 20, 32 * 1024  # of a form; bytes of one
 POLL_MS = "500"  # that the openai client waits between two looks at a job
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -71,7 +73,7 @@ class VideoCreate(BaseModel):
 
 
 class JobError(BaseModel):
-    code: str = Field(description="generation_failed, cancelled, interrupted, worker_died or server_error.")
+    code: str = Field(description="generation_failed, cancelled, interrupted, worker_died, storage or server_error.")
     message: str
 
 
@@ -327,10 +329,7 @@ def videos_router(queue: JobQueue, served: Served) -> APIRouter:
                     image = await asyncio.to_thread(_png, image, asked.size)
                 except UserError as error:
                     raise ApiError(400, str(error), param="input_reference", code="invalid_image") from error
-        try:
-            job, new = await queue.create(request.state.owner, asked, digest, idempotency_key, image)
-        except UserError as error:  # of the disk
-            raise ApiError(503, str(error), code="storage") from error
+        job, new = await queue.create(request.state.owner, asked, digest, idempotency_key, image)
         if not new:
             response.headers["Idempotent-Replayed"] = "true"
         return shown(job)

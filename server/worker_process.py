@@ -37,9 +37,10 @@ from server.encoding import FragmentEncoder
 from server.limits import MAX_MESSAGE, MAX_PROMPT, MAX_SEED, MAX_TAKES, MAX_UPLOAD, Limits
 from server.worker_job import Job
 from server.worker_stream import BREAKING_OFF, Stream
-from server.workers import STOP_SECONDS, ModelSource
+from server.workers import NO_ROOM, STOP_SECONDS, ModelSource
 from utils import exits
 from utils.device import pick_device
+from utils.files import DiskFull
 from utils.logs import console, get_logger
 from utils.prompts import read_prompts
 
@@ -217,7 +218,11 @@ class WorkerProcess:
         if isinstance(turn, Stream):
             turn.end("fault", said)
         else:
-            self.send("job", turn.number, {"type": "failed", "message": said})
+            code = "generation_failed"
+            if isinstance(error, DiskFull):
+                log.error(str(error))
+                said, code = NO_ROOM, "storage"
+            self.send("job", turn.number, {"type": "failed", "message": said, "code": code})
             self._finish(turn)
 
     def _usable(self) -> bool:

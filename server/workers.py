@@ -42,6 +42,7 @@ STEADY_SECONDS = 60.0  # that a worker must have run for its deaths to be forgot
 LONGEST_DELAY = 60.0  # before a worker is started again
 STOP_SECONDS = 10.0  # that a worker has to end by itself
 LOAD_SECONDS = 1800.0  # that it has to load its model and to warm up
+NO_ROOM = "the server's disk is full, and the video could not be written; create it again later"
 RETRY_SECONDS = 10  # that a client is asked to wait where it is refused
 
 
@@ -55,6 +56,10 @@ class Refused(Exception):
 
 class JobFailed(Exception):
     """A video that could not be made; the message is a sentence for who asked for it."""
+
+    def __init__(self, message: str, code: str = "generation_failed"):
+        super().__init__(message)
+        self.code = code
 
 
 class WorkerDied(Exception):
@@ -466,7 +471,7 @@ class WorkerPool:
                 if isinstance(event, Exception):
                     raise event
                 if event["type"] == "failed":
-                    raise JobFailed(event["message"])
+                    raise JobFailed(event["message"], event["code"])
                 yield event
                 if event["type"] == "done":
                     return

@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -261,7 +261,7 @@ def _check_python() -> None:
 
 
 class _Lasting:
-    """A text stream that discards its output once its reader is gone, instead of raising."""
+    """A text stream that discards its output once its reader is gone, instead of raising. A full disk raises."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -278,34 +278,43 @@ class _Lasting:
         with self._outlived():
             self._stream.flush()
 
+    def end(self) -> None:
+        """Write what is still to be written, or drop it where it cannot be."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._discard()
+
     @contextmanager
     def _outlived(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # receives buffered and all later output
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-            if not isinstance(error, BrokenPipeError):  # a full disk: reported once
-                raise
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # receives buffered and all later output
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
 
 @contextmanager
 def _lasting_streams() -> Iterator[None]:
     """Inside the block, standard output and error accept any character and discard output without a reader."""
-    before = sys.stdout, sys.stderr
+    before, lasting = (sys.stdout, sys.stderr), []
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the program ends
             continue
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file is read as it grows
-        setattr(sys, name, _Lasting(stream))
+        lasting.append(_Lasting(stream))
+        setattr(sys, name, lasting[-1])
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in lasting:
+            stream.end()
         sys.stdout, sys.stderr = before
 
 
@@ -319,8 +328,9 @@ def _say(error: BaseException) -> int | None:
     if explained is None:
         return None
     line, code = explained
-    sys.stdout.flush()
-    sys.stderr.write(line + "\n")
+    for step in (sys.stdout.flush, lambda: sys.stderr.write(line + "\n")):
+        with suppress(OSError):  # where a full disk is behind it, the code alone tells
+            step()
     return code
 
 

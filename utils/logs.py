@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,15 @@ ROOT = "diagonal"  # parent of all loggers of this program; those of libraries a
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a running progress bar; warnings and errors go to stderr."""
+    """Prints above a running progress bar; warnings and errors go to stderr.
+
+    What a full disk does not take is dropped: no run and no server ends because of its log.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        tqdm.write(prefix + record.getMessage(), file=sys.stdout if not prefix else sys.stderr)
+        with suppress(OSError):
+            tqdm.write(prefix + record.getMessage(), file=sys.stdout if not prefix else sys.stderr)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -67,9 +67,11 @@ class FakePool:
 class Running:
     """A server in a thread."""
 
-    def __init__(self, folder: Path, pool=None, *, keys: Keys = KEYS, limits=None, grace: float = 5, **policy):
+    def __init__(
+        self, folder: Path, pool=None, *, keys: Keys = KEYS, limits=None, grace: float = 5, store=None, **policy
+    ):
         self.pool = pool or FakePool()
-        store = JobStore(folder, limits or JobLimits())
+        store = store or JobStore(folder, limits or JobLimits())
         options = ServerOptions(live=Limits(max_seconds=60), grace_seconds=grace, loras=("cartoon",))
         self.app = create_app(self.pool, store, AccessPolicy(keys, True, **policy), options)
         self.listener = bound_socket("127.0.0.1", 0)

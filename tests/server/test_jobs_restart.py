@@ -1,14 +1,24 @@
 """What is left of jobs after a stop, a kill and a crash in between."""
 
 import dataclasses
+import resource
 import sqlite3
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import httpx
+import numpy as np
 import openai
 import pytest
 from api_case import ALICE, PROMPT, FakePool, Running, until
+from PIL import Image
+from test_pictures import encoded
 
 from configs.errors import UserError
+from server import job_store, jobs
 from server.errors import ApiError
 from server.job_store import DONE, FAILED, QUEUED, RUNNING, THUMBNAIL, VIDEO, JobLimits, JobRequest, JobStore
 
@@ -159,6 +169,125 @@ def test_a_disk_that_is_full_is_told_and_waited_for(tmp_path, monkeypatch, caplo
             patch.setattr(JobStore, "heads", refuse)
             job = videos(server).create(prompt=PROMPT)
             assert until(lambda: "tried again" in caplog.text)
+        assert until(lambda: videos(server).retrieve(job.id).status == "completed")
+
+
+@contextmanager
+def no_file_may_grow() -> Iterator[None]:
+    """For this process, as on a full disk: SQLite's log and videos alike."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def health(server: Running) -> tuple[int, dict]:
+    answer = httpx.get(f"{server.url}/health")
+    return answer.status_code, answer.json()
+
+
+def test_a_disk_that_fills_while_a_job_runs_is_survived(tmp_path):
+    """The job fails with a sentence, waiting ones wait, finished ones are there, nothing is left of what was begun."""
+    with Running(tmp_path) as server:
+        done = videos(server).create_and_poll(prompt=PROMPT)
+        content = videos(server).download_content(done.id).read()
+        server.pool.gate.clear()
+        runs, waits = (videos(server).create(prompt=f"{PROMPT} {i}") for i in range(2))
+        assert until(lambda: server.pool.running)
+        with no_file_may_grow():
+            server.pool.gate.set()
+            assert until(lambda: videos(server).retrieve(runs.id).status == "failed")
+            error = videos(server).retrieve(runs.id).error
+            assert error.code == "storage" and error.message.startswith("the server's disk is full")
+            assert until(lambda: health(server)[0] == 503)
+            state = health(server)[1]
+            assert state["status"] == "unwritable" and "jobs cannot be stored" in state["detail"]
+            for give_work in (lambda: videos(server).create(prompt=PROMPT), lambda: videos(server).delete(waits.id)):
+                with pytest.raises(openai.InternalServerError, match="cannot be stored now") as refused:
+                    give_work()
+                assert refused.value.status_code == 503 and refused.value.code == "storage"
+            assert videos(server).download_content(done.id).read() == content
+            assert [v.status for v in videos(server).list().data] == ["queued", "failed", "completed"]
+            assert not server.pool.running and len(server.pool.specs) == 2
+        assert until(lambda: videos(server).retrieve(waits.id).status == "completed")
+        assert health(server) == (200, {"status": "ready", "workers": {"ready": 1}})
+        assert videos(server).create_and_poll(prompt=PROMPT).status == "completed"
+    with Running(tmp_path) as again:
+        assert videos(again).retrieve(runs.id).error.code == "storage", "it was stored as soon as there was room"
+        assert videos(again).delete(done.id).deleted
+    kept = {waits.id, videos_of(tmp_path)[-1]}
+    assert {path.stem for path in tmp_path.glob("video_*")} == kept and not list(tmp_path.glob(".partial*"))
+
+
+def videos_of(folder: Path) -> list[str]:
+    """Ids of the finished jobs, oldest first."""
+    store = JobStore(folder, JobLimits())
+    jobs, _ = store.page("alice", None, 100, False)
+    store.close()
+    return [job.id for job in jobs if job.status == DONE]
+
+
+def test_a_table_that_could_not_be_written_can_be_written_again(store):
+    """Whether SQLite has rolled back by itself or not; nothing is left of what was not taken."""
+    first = store.add("alice", REQUEST, "", None, None)[0]
+    for image in (None, bytes(100)):
+        with no_file_may_grow(), pytest.raises((sqlite3.Error, UserError)):
+            store.add("alice", REQUEST, "", None, image)
+    assert store.add("alice", REQUEST, "", None, bytes(100))[1]
+    assert len(store.page("alice", None, 9, False)[0]) == 2 and len(list(store.folder.glob("video_*"))) == 1
+    store.begin(first.id)
+    for ending in (VIDEO, THUMBNAIL):
+        store.path(first.id, ending).write_bytes(b"x")
+    store.finish(first.id)
+    with no_file_may_grow(), pytest.raises(sqlite3.Error):
+        store.remove(first.id)
+    assert not store.path(first.id, VIDEO).exists(), "to make room"
+    store.remove(first.id)
+    with pytest.raises(ApiError, match="deleted"):
+        store.get("alice", first.id)
+
+
+def test_jobs_are_not_begun_where_hardly_any_room_is_left(tmp_path, monkeypatch):
+    free = [10**9]
+    monkeypatch.setattr(job_store, "free_space", lambda folder: free[0])
+    monkeypatch.setattr(jobs, "LOOK_AT_DISK_SECONDS", 0.0)
+    with Running(tmp_path) as server:
+        server.pool.gate.clear()
+        one, two = (videos(server).create(prompt=PROMPT) for _ in range(2))
+        free[0] = 1_000_000
+        assert until(lambda: health(server)[1]["status"] == "unwritable")
+        assert "the disk is full: 1 MB are free" in health(server)[1]["detail"]
+        with pytest.raises(openai.InternalServerError, match="the disk is full: 1 MB are free"):
+            videos(server).create(prompt=PROMPT)
+        server.pool.gate.set()
+        assert until(lambda: videos(server).retrieve(one.id).status == "completed")
+        assert videos(server).retrieve(two.id).status == "queued"
+        free[0] = 10**9
+        assert until(lambda: videos(server).retrieve(two.id).status == "completed")
+        assert health(server)[0] == 200
+
+
+def test_a_server_starts_on_a_full_disk_and_goes_on_when_there_is_room(tmp_path):
+    store = JobStore(tmp_path, JobLimits())
+    job = store.add("alice", REQUEST, "", None, None)[0]
+    store.begin(job.id)
+    with no_file_may_grow():
+        with Running(tmp_path, store=store) as server:
+            assert until(lambda: health(server)[1]["status"] == "unwritable")
+            assert videos(server).retrieve(job.id).status == "in_progress"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+            assert until(lambda: videos(server).retrieve(job.id).status == "completed")
+
+
+def test_an_upload_needs_no_folder_for_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    noise = np.random.default_rng(0).integers(0, 256, (800, 900, 3), dtype=np.uint8)
+    picture = encoded(Image.fromarray(noise))
+    assert len(picture) > 2**21
+    with Running(tmp_path) as server:
+        job = videos(server).create(prompt=PROMPT, input_reference=picture)
         assert until(lambda: videos(server).retrieve(job.id).status == "completed")
 
 

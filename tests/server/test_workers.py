@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -131,6 +132,34 @@ def test_a_job_that_is_cancelled_or_cannot_be_leaves_no_file(pool, runner, tmp_p
             await consume(pool, JobSpec(PROMPT, frames=13), tmp_path / "x.mp4")
         with pytest.raises(JobFailed, match="cannot"):
             await consume(pool, JobSpec(PROMPT, frames=9), "/proc/none/x.mp4")
+        await consume(pool, JobSpec(PROMPT, frames=9), tmp_path / "y.mp4")
+
+    runner.run(asyncio.wait_for(script(), 300))
+    assert os.listdir(tmp_path) == ["y.mp4"]
+
+
+def test_a_full_disk_ends_a_job_and_no_stream(pool, runner, tmp_path):
+    """A limit on the size of files, in the workers alone, is told like a full disk."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(files: int) -> None:
+        for worker in pool.workers:
+            resource.prlimit(worker._process.pid, resource.RLIMIT_FSIZE, (files, unlimited[1]))
+
+    async def script():
+        sessions = [pool.open(OPEN), pool.open(OPEN)]
+        for session in sessions:
+            await chunks(session, 1)
+        limit(64)
+        try:
+            with pytest.raises(JobFailed, match="^the server's disk is full") as failed:
+                await consume(pool, JobSpec(PROMPT, frames=81), tmp_path / "x.mp4")
+            assert failed.value.code == "storage" and not os.listdir(tmp_path)
+            for session in sessions:
+                await chunks(session, 2)
+                session.close()
+        finally:
+            limit(unlimited[0])
         await consume(pool, JobSpec(PROMPT, frames=9), tmp_path / "y.mp4")
 
     runner.run(asyncio.wait_for(script(), 300))

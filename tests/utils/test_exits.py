@@ -118,6 +118,35 @@ def test_a_full_disk_behind_standard_output_is_said_once(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
 
 
+def test_a_full_disk_behind_all_output_is_a_code(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert run("print('x')", tmp_path, stdout=full, stderr=full).returncode == 2
+        assert run("1 / 0", tmp_path, stdout=full, stderr=full).returncode == 1
+
+
+def test_a_log_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
+    """It goes on as soon as there is room."""
+    code = """
+import resource
+from utils.logs import console, get_logger
+console()
+log = get_logger("x")
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+log.info("first"), log.warning("first")
+resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+for _ in range(2000):
+    log.info("lost"), log.warning("lost")
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+log.info("last"), log.warning("last")
+"""
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        done = run(code, tmp_path, stdout=out, stderr=err)
+    assert done.returncode == 0
+    for name, line in (("out", "last"), ("err", "warning: last")):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert lines[0].endswith("first") and lines[-1].endswith(line)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_terminals_that_lack_characters(tmp_path, encoding):
     code = "print('größer \u2192'); print('\u4e2d', file=sys.stderr)"
