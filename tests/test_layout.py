@@ -136,6 +136,7 @@ def test_every_torch_load_refuses_code():
     assert not offenders(unsafe)
 
 
+ATOMIC = ("atomic_path", "atomic_folder", "temporary_path")
 # what writes into a folder that it holds for itself, into memory, or a recording that grows under a partial name
 WRITES_DIRECTLY = (
     "model/weights/load.py", "trainer/checkpoint/", "trainer/loop.py",  # folders that are renamed when they are whole
@@ -157,7 +158,7 @@ def test_files_are_written_under_temporary_names():
     wrong = []
     for file, tree in TREES.items():
         items = [item for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items]
-        own = {root(i.optional_vars) for i in items if root(i.context_expr) in ("atomic_path", "atomic_folder")}
+        own = {root(i.optional_vars) for i in items if root(i.context_expr) in ATOMIC}
         for call in calls(tree):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else root(call.func)
             if name not in targets or place(file).startswith(WRITES_DIRECTLY):
