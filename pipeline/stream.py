@@ -136,7 +136,8 @@ class StreamSession:
         self._conditioning: Tensor | None = None  # latents of conditioning frames that are still to come
         self._playing: object | None = None  # stands for the newest play()
         self._cancelled = threading.Event()
-        self._prompt_track = PromptTrack(lambda prompts: text_encoder(prompts).to(self.dtype), student.text_kv)
+        dtype = self.dtype  # not self: a cycle would keep the KV cache until the next garbage collection
+        self._prompt_track = PromptTrack(lambda prompts: text_encoder(prompts).to(dtype), student.text_kv)
 
     @classmethod
     def from_config(

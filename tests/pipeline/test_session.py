@@ -1,6 +1,10 @@
 """Sessions that are driven: new prompts, snapshots, branches, cancelling, endless positions."""
 
 import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -246,6 +250,34 @@ def test_cancel_during_recaching_leaves_nothing_half_done(make, tiny_student):
     made = play(session)
     assert len(made) == 6
     assert same(made + list(session.resume(2)), plain)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("left", ["at its end", "in the middle"])
+def test_a_session_that_is_left_is_freed_at_once(make, left):
+    """With its KV cache, which in a cycle would stay until a garbage collection, far later in a training."""
+    with without_garbage_collection():
+        session = make()
+        playing = session.play([PROMPT, OTHER], [3, 4], 4)
+        list(islice(playing, 2))
+        session.set_prompt([None, THIRD], switch="blend")
+        here = session.snapshot()
+        if left == "at its end":
+            list(playing)
+            session.restore(here)
+            list(session.resume(2))
+        held = [weakref.ref(thing) for thing in (session, session._cache, session._decoder, session._prompt_track)]
+        del session, playing, here
+        assert not [ref() for ref in held if ref()]
 
 
 def test_what_a_long_stream_holds_does_not_grow(make):

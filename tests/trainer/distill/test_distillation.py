@@ -1,5 +1,6 @@
 """Stage `distill` on random tiny networks: who is moved by what, exact resume, variants, and what stops it."""
 
+import gc
 import json
 import shutil
 from warnings import catch_warnings, simplefilter
@@ -327,6 +328,29 @@ def test_validation_writes_a_video_with_the_teachers_clips(tiny_assets, tmp_path
     figures = stage.validate(5, tmp_path)
     assert "shape" in figures
     assert read_video(tmp_path / "distill_000005.mp4").shape == (45, LABEL + 2 * 32, 2 * 48, 3)
+
+
+def test_validation_holds_no_tensors_but_the_teachers_clips(tiny_assets, tmp_path):
+    """On the host; whatever else it used is free when it ends, without a garbage collection, which may be far off."""
+    stage = distill_stage(tiny_assets, "training.validation_clips=3", "training.distill.video_clips=2")
+    stage.update(0)
+
+    def tensors() -> dict[int, torch.Tensor]:
+        return {id(x): x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        stage.validate(1, tmp_path)
+        first = [x for key, x in tensors().items() if key not in before]
+        teachers = [x for x in first if x.shape == (2, 45, 3, 32, 48)]
+        assert len(teachers) == 1 and sum(x.nbytes for x in first) < teachers[0].nbytes + 2**20
+        before = tensors()
+        stage.validate(2, tmp_path)
+        assert not [x.shape for key, x in tensors().items() if key not in before]
+    finally:
+        gc.enable()
 
 
 def test_prompts_of_a_file(tiny_assets, tmp_path):
