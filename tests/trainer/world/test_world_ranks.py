@@ -27,7 +27,7 @@ SMALL = (
     "training.global_batch=4", "training.micro_batch=4", "training.optimizer.warmup_steps=0", "training.ema_decay=0.5",
     "training.ema_start_step=0", "training.flow.bank_cache=null", "training.flow.first_chunk_batch=4",
     "training.flow.first_chunk_share=0.5", "training.distill.critic_warmup=0",
-    "training.distill.dfake_gen_update_ratio=2", "training.distill.long.decode_frames=1",
+    "training.distill.dfake_gen_update_ratio=2",
     "training.codec.clip_frames=[5]", "training.codec.stills=0.4", "training.codec.crop=32",
 )  # fmt: skip
 STAGES = {
