@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.geometry import Geometry
 from configs.load import CHECKOUT, load_config
 from model.weights.load import load_student
+from pipeline.positions import sink_offset
 from scripts import train_world
 from scripts.train_world import FILES, STAGES, TRAINED, given_to, main, settings_of, write_prompts
 from trainer.loop import run
@@ -50,6 +52,20 @@ def test_the_recipe_has_at_most_eight_files_and_names_weights_consistently():
     for name in set(STAGES) - {"four"}:  # the files alone say what the program says
         file = f"configs/world/{FILES.get(name, name)}.yaml"
         assert load_config(file, settings_of(name, "assets/world", "logs/world")) == load_config(file, []), name
+
+
+def test_a_stream_of_ten_minutes_has_the_sink_nowhere_that_training_has_not():
+    """In clips no further away than teacher forcing sees it, and moved up as long tuning does."""
+    config = load_config("configs/world/long.yaml", [])
+    geometry, long = Geometry.from_config(config), config.training.distill.long
+
+    def seen(chunks: range) -> set[int]:
+        return {chunk * geometry.chunk_frames - sink_offset(geometry, chunk) for chunk in chunks}
+
+    lengths = (config.video.num_latent_frames, long.max_frames)
+    clip, tuned = (range(geometry.num_chunks(frames)) for frames in lengths)
+    assert seen(range(800)) == seen(clip) == seen(tuned)
+    assert sum(sink_offset(geometry, chunk) > sink_offset(geometry, chunk - 1) for chunk in tuned) >= 3
 
 
 def test_a_warm_start_is_from_what_the_stage_itself_has_exported():
