@@ -4,15 +4,19 @@ import hashlib
 import importlib.util
 import netrc
 import os
+import socket
 import sys
+import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from configs.errors import UserError
 
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+REACH_S = 10  # for a connection to wandb's server
 NO_WANDB = "training.loggers names wandb, which is not installed; run pip install wandb, or pass --disable-wandb"
 NO_TENSORBOARD = (
     "training.loggers names tensorboard, which is not installed; run pip install tensorboard, or set "
@@ -28,11 +32,34 @@ def check_loggers(loggers: Sequence[str], *, wandb: bool = True) -> None:
         return
     if not _installed("wandb"):
         raise UserError(NO_WANDB)
-    if os.environ.get("WANDB_MODE", "online") == "online" and not _wandb_key():
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in WANDB_MODES:
+        raise UserError(f"WANDB_MODE={mode} is no mode of wandb; use one of {', '.join(WANDB_MODES)}")
+    if mode not in ("online", "run"):
+        return
+    if not _wandb_key():
         raise UserError(
             "training.loggers names wandb, which has no key here; run wandb login, set WANDB_API_KEY or "
             "WANDB_MODE=offline, or pass --disable-wandb"
         )
+    if not urllib.request.getproxies().keys() - {"no"}:
+        server = _wandb_server()
+        try:
+            port = server.port or (80 if server.scheme == "http" else 443)
+            socket.create_connection((server.hostname or "", port), timeout=REACH_S).close()
+        except (OSError, ValueError) as error:
+            raise _no_wandb(f"{server.geturl()}: {error}") from error
+
+
+def _no_wandb(reason: str) -> UserError:
+    return UserError(
+        f"training.loggers names wandb, which cannot be used ({reason}); mend that, set WANDB_MODE=offline, or pass "
+        "--disable-wandb"
+    )
+
+
+def _wandb_server() -> SplitResult:
+    return urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
 
 
 def _installed(module: str) -> bool:
@@ -45,7 +72,7 @@ def _wandb_key() -> bool:
     """Whether wandb finds an API key: in the environment, or for its host in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = _wandb_server().hostname
     for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with suppress(OSError, netrc.NetrcParseError):
             if file and netrc.netrc(os.path.expanduser(file)).authenticators(host):
@@ -64,9 +91,11 @@ class WandbSink:
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         where = save_dir or folder
         where.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project="diagonal-distillation", name=name, id=identity, resume="allow", dir=str(where), config=dict(config)
-        )
+        about = {"project": "diagonal-distillation", "name": name, "config": dict(config)}
+        try:
+            self._run = wandb.init(**about, id=identity, resume="allow", dir=str(where))
+        except (wandb.Error, ValueError) as error:
+            raise _no_wandb(str(error).splitlines()[0]) from error
 
     def write(self, step: int, **values: Any) -> None:
         self._run.log(values, step=step)

@@ -5,11 +5,13 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import time
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -131,6 +133,7 @@ def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
         def finish(self, exit_code):
             calls.append(("finish", exit_code))
 
+    fake.Error = type("Error", (Exception,), {})
     fake.init = lambda **options: calls.append(("init", options["id"], options["resume"])) or Run()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = load_config("configs/train_tiny.yaml", ["training.loggers=[wandb]"])
@@ -140,6 +143,14 @@ def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
             sink.write(3, loss=1.0)
     assert [call[0] for call in calls] == ["init", "log", "finish"] * 2 and calls[0] == calls[3]
     assert len(make_sinks(config, tmp_path, wandb=False)(0)) == 1
+
+
+    def refuse(**options):
+        raise fake.Error("the key is not known\nand more")
+
+    fake.init = refuse
+    with pytest.raises(UserError, match=r"cannot be used \(the key is not known\); mend that, set WANDB_MODE=offline"):
+        make_sinks(config, tmp_path)(0)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb, or pass --disable-wandb"):
         make_sinks(config, tmp_path)(0)
@@ -150,19 +161,29 @@ def test_a_seed_that_is_drawn_is_refused(config_file, tmp_path, monkeypatch):
         train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"), "seed=-1")
 
 
+@pytest.fixture
+def listening() -> Iterator[int]:
+    """A port at which connections are taken."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
 @pytest.mark.parametrize(
     "logger, installed, environment, said",
     [
         ("tensorboard", False, {}, "tensorboard, which is not installed"),
         ("wandb", False, {}, "wandb, which is not installed"),
         ("wandb", True, {}, "wandb, which has no key here"),
-        ("wandb", True, {"WANDB_API_KEY": "x"}, None),
+        ("wandb", True, {"WANDB_API_KEY": "x", "WANDB_BASE_URL": "http://127.0.0.1:LISTENS"}, None),
+        ("wandb", True, {"WANDB_API_KEY": "x", "WANDB_BASE_URL": "http://127.0.0.1:9"}, "wandb, which cannot be used"),
+        ("wandb", True, {"WANDB_API_KEY": "x", "WANDB_BASE_URL": "http://127.0.0.1:x"}, "wandb, which cannot be used"),
+        ("wandb", True, {"WANDB_API_KEY": "x", "WANDB_MODE": "onlin"}, "WANDB_MODE=onlin is no mode of wandb"),
         ("wandb", True, {"WANDB_MODE": "offline"}, None),
-        ("wandb", True, {"NETRC": "netrc"}, None),
+        ("wandb", True, {"NETRC": "netrc", "WANDB_BASE_URL": "http://127.0.0.1:LISTENS"}, None),
     ],
 )
 def test_loggers_are_looked_at_before_a_network_is_made(
-    config_file, tmp_path, monkeypatch, logger, installed, environment, said
+    config_file, tmp_path, monkeypatch, listening, logger, installed, environment, said
 ):
     class Made(Exception):
         pass
@@ -175,8 +196,11 @@ def test_loggers_are_looked_at_before_a_network_is_made(
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password key")
     for name, value in environment.items():
+        value = value.replace("LISTENS", str(listening))
         monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
     arguments = ("--config_path", str(config_file), "--logdir", str(tmp_path / "run"), f"training.loggers=[{logger}]")
     with pytest.raises(UserError if said else Made, match=said):
