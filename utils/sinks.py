@@ -95,7 +95,7 @@ class WandbSink:
         try:
             self._run = wandb.init(**about, id=identity, resume="allow", dir=str(where))
         except (wandb.Error, ValueError) as error:
-            raise _no_wandb(str(error).splitlines()[0]) from error
+            raise _no_wandb(str(error).splitlines()[0][:200]) from error
 
     def write(self, step: int, **values: Any) -> None:
         self._run.log(values, step=step)
