@@ -152,7 +152,7 @@ def against(says, script):
         async with server.serve(serve_one, "127.0.0.1", 0) as serving:
             port = serving.sockets[0].getsockname()[1]
             async with LiveClient(f"http://127.0.0.1:{port}", paced=True) as live:
-                return await asyncio.wait_for(script(live), 20)
+                return await asyncio.wait_for(script(live), 120)
 
     return asyncio.run(one())
 

@@ -91,7 +91,7 @@ class Running:
 
     def __exit__(self, *exception) -> None:
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(120)
         assert not self.thread.is_alive()
         with contextlib.suppress(OSError):
             self.listener.close()

@@ -92,7 +92,7 @@ def serve(pipe, tiny_assets):
     yield start
     for server, thread in running:
         server.should_exit = True
-        thread.join(20)
+        thread.join(120)
 
 
 def spawn_thread(worker: Worker, line) -> ThreadedWorker:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 from api_case import ALICE, BOB, KEYS, Running, until
@@ -116,7 +116,7 @@ def test_names_and_origins(keys, local, origins, headers, comes_in):
         assert comes_in
 
 
-def answer(server, head: str, body: bytes = b"", seconds: float = 20) -> bytes:
+def answer(server, head: str, body: bytes = b"", seconds: float = 100) -> bytes:
     """What comes back until the server closes or has nothing more to say; b"" where it only closes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as line:
         try:
@@ -127,7 +127,7 @@ def answer(server, head: str, body: bytes = b"", seconds: float = 20) -> bytes:
 
 
 def test_a_browser_gets_a_cookie_for_its_key(server):
-    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=100)
     line.request("POST", "/session", headers={"Authorization": f"Bearer {ALICE}", "Origin": server.url})
     got = line.getresponse()
     assert got.status == 204 and not got.read()
@@ -176,7 +176,7 @@ def test_no_header_and_no_path_is_a_fault_of_the_server(server, caplog):
 @pytest.mark.parametrize("body", [b"5\r\nhello\r\nZZ\r\n", b"5\r\nhello\r\n"], ids=["broken", "broken off"])
 def test_a_body_that_breaks_in_the_middle_is_no_fault_of_the_server(server, caplog, kind, body):
     head = f"{HEAD}Authorization: Bearer {ALICE}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=100) as line:
         line.sendall(head.encode())
         time.sleep(0.1)
         line.sendall(body)
@@ -188,18 +188,20 @@ def test_a_body_that_breaks_in_the_middle_is_no_fault_of_the_server(server, capl
 
 def test_headers_and_bodies_have_deadlines(server, monkeypatch):
     """Whoever sends a byte now and then is cut off, and others are served meanwhile."""
-    monkeypatch.setattr("server.protocols.HEADER_SECONDS", 0.5)
-    monkeypatch.setattr("server.middleware.BODY_SECONDS", 0.5)
+    monkeypatch.setattr("server.protocols.HEADER_SECONDS", 3.0)  # in which a whole one arrives on a slow machine, too
+    monkeypatch.setattr("server.middleware.BODY_SECONDS", 3.0)
     slow_body = f"{HEAD}Authorization: Bearer {ALICE}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
     whole = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for begin, end in ((HEAD, b""), ("", b""), (whole + HEAD, b""), (slow_body, b"HTTP/1.1 408")):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=100) as line:
             line.sendall(begin.encode())
             if begin.startswith(whole):
                 first = line.recv(65536)
                 while b"workers" not in first:
-                    first += line.recv(65536)
-            stop, got = time.monotonic() + 10, None
+                    more = line.recv(65536)
+                    assert more, first
+                    first += more
+            stop, got = time.monotonic() + 100, None
             line.settimeout(0.1)
             while time.monotonic() < stop:
                 try:
@@ -218,7 +220,7 @@ def test_headers_and_bodies_have_deadlines(server, monkeypatch):
 
 def test_connections_are_bounded(server, monkeypatch):
     monkeypatch.setattr("server.protocols.MAX_CONNECTIONS", 5)
-    lines = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(8)]
+    lines = [socket.create_connection(("127.0.0.1", server.port), timeout=100) for _ in range(8)]
     assert until(lambda: len(server.server.server_state.connections) == 5)
     for line in lines:
         line.close()
@@ -228,15 +230,20 @@ def test_connections_are_bounded(server, monkeypatch):
 
 def test_large_bodies_that_have_not_arrived_are_bounded_by_key(server):
     def begin(key: str) -> socket.socket:
-        line = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        line = socket.create_connection(("127.0.0.1", server.port), timeout=100)
         head = f"{HEAD}Authorization: Bearer {key}\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
         line.sendall(head.encode() + b" " * 70_000)
         return line
 
+    def refused() -> bool:
+        """Whether one more is refused; it waits for the rest of the body as long as the others are not seen."""
+        with begin(ALICE) as line, suppress(TimeoutError):
+            line.settimeout(1)
+            return b"429" in line.recv(4096)[:20]
+        return False
+
     lines = [begin(ALICE) for _ in range(4)]
-    time.sleep(0.3)
-    with begin(ALICE) as fifth:
-        assert b"429" in fifth.recv(4096)[:20]
+    assert until(refused)
     body = b'{"prompt": "a red circle"}'
     kinds = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     for key in (ALICE, BOB):  # small ones are no uploads
@@ -251,7 +258,7 @@ def test_a_key_has_so_many_live_streams_and_no_more(tmp_path):
     def greeting(running, key, stack):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         line = connect(f"ws://127.0.0.1:{running.port}/v1/live", additional_headers=headers)
-        return json.loads(stack.enter_context(line).recv(20))["type"]
+        return json.loads(stack.enter_context(line).recv(100))["type"]
 
     for name, keys in (("keys", KEYS), ("none", Keys({}))):
         with Running(tmp_path / name, keys=keys) as running, ExitStack() as others:

@@ -59,7 +59,7 @@ def test_jobs_and_files_survive_a_restart_and_what_ran_is_made_again(tmp_path):
 
 
 def test_a_job_that_is_nearly_done_is_finished_before_the_server_ends(tmp_path):
-    with Running(tmp_path, grace=20) as first:
+    with Running(tmp_path, grace=100) as first:
         first.pool.gate.clear()
         job = videos(first).create(prompt=PROMPT)
         assert until(lambda: first.pool.running)

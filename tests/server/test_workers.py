@@ -235,11 +235,11 @@ def test_deaths_are_answered_ever_later(tiny_assets, monkeypatch):
 
 def test_a_worker_that_hangs_is_killed_and_started_again(runner, tiny_assets):
     """As one that is stopped by a signal does: its stream is told, and another is let in."""
-    pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml")), 1, Limits(streams=2, silent_seconds=1))
+    pool = WorkerPool(ModelSource(str(tiny_assets / "tiny.yaml")), 1, Limits(streams=2, silent_seconds=5))
 
     async def script():
         await pool.start()
-        await asyncio.sleep(3)
+        await asyncio.sleep(8)
         assert pool.status()[0]["hangs"] == 0, "who has nothing to do still says so"
         session = pool.open(OPEN)
         await chunks(session, 2)
@@ -252,22 +252,22 @@ def test_a_worker_that_hangs_is_killed_and_started_again(runner, tiny_assets):
         await chunks(pool.open(OPEN), 2)
         await pool.stop()
 
-    runner.run(asyncio.wait_for(script(), 120))
+    runner.run(asyncio.wait_for(script(), 300))
 
 
 def test_a_chunk_that_never_comes_is_a_hang_and_a_front_that_was_held_up_is_none(runner, tiny_assets):
-    pool = WorkerPool(Hanging(str(tiny_assets / "tiny.yaml")), 1, Limits(streams=2, silent_seconds=0.5))
+    pool = WorkerPool(Hanging(str(tiny_assets / "tiny.yaml")), 1, Limits(streams=2, silent_seconds=4))
 
     async def script():
         await pool.start()
-        time.sleep(3)  # noqa: ASYNC251  the event loop stands still
+        time.sleep(6)  # noqa: ASYNC251  the event loop stands still
         await asyncio.sleep(0.5)
         assert pool.status()[0]["hangs"] == 0
         items = [item async for item in pool.open(OPEN)]
         assert items[-1]["reason"] == "worker" and pool.status()[0]["hangs"] == 1
         await pool.stop()
 
-    runner.run(asyncio.wait_for(script(), 120))
+    runner.run(asyncio.wait_for(script(), 300))
 
 
 class Hanging(ModelSource):
