@@ -54,18 +54,9 @@ def test_the_recipe_has_at_most_eight_files_and_names_weights_consistently():
         assert load_config(file, settings_of(name, "assets/world", "logs/world")) == load_config(file, []), name
 
 
-def test_a_stream_of_ten_minutes_has_the_sink_nowhere_that_training_has_not():
-    """In clips no further away than teacher forcing sees it, and moved up as long tuning does."""
-    config = load_config("configs/world/long.yaml", [])
-    geometry, long = Geometry.from_config(config), config.training.distill.long
-
-    def seen(chunks: range) -> set[int]:
-        return {chunk * geometry.chunk_frames - sink_offset(geometry, chunk) for chunk in chunks}
-
-    lengths = (config.video.num_latent_frames, long.max_frames)
-    clip, tuned = (range(geometry.num_chunks(frames)) for frames in lengths)
-    assert seen(range(800)) == seen(clip) == seen(tuned)
-    assert sum(sink_offset(geometry, chunk) > sink_offset(geometry, chunk - 1) for chunk in tuned) >= 3
+def test_a_stream_of_ten_minutes_never_moves_its_sink():
+    geometry = Geometry.from_config(load_config("configs/world/long.yaml", []))
+    assert not any(sink_offset(geometry, chunk) for chunk in range(800))
 
 
 def test_a_warm_start_is_from_what_the_stage_itself_has_exported():
