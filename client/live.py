@@ -318,7 +318,9 @@ class LiveClient:
             case "take":
                 self._forget()
                 self._never(LiveError("a later take began before it showed"), number)
-                self._asked, self._over = self._asked if self._asked != number else None, False
+                self._over = False
+                if self._asked == number:
+                    self._asked = None
                 kept = {take: self.takes[take] for take in message["takes"] if take in self.takes}
                 self.takes = kept | {message["take"]: message}
             case "ended":

@@ -219,7 +219,8 @@ class _RunReporter:
 def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: float, width: int = 79) -> str:
     """One line of at most `width` columns on a step: losses first, as many values as fit, and the remaining time."""
     left = timedelta(seconds=round(seconds * max(0, steps - step)))
-    start, end = f"step {step}/{steps}", f"  {seconds:.3g} s a step, {left} left"
+    shown = f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:.0f}"
+    start, end = f"step {step}/{steps}", f"  {shown} s a step, {left} left"
     rank = {"loss": 0, "norm": 1}
     names = sorted(row, key=lambda name: (rank.get(name.rpartition("_")[2], 2), list(row).index(name)))
     for name in names:

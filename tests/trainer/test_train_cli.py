@@ -24,7 +24,7 @@ from configs.load import load_config, to_yaml
 from model.weights.files import missing_weights
 from pipeline import DiagonalPipeline
 from trainer.cli import parse
-from trainer.loop import make_sinks
+from trainer.loop import make_sinks, progress_line
 from trainer.validation import LABEL
 from utils.logs import read_jsonl
 from utils.video import read_video
@@ -356,3 +356,8 @@ def test_sigterm_and_the_same_command_again(config_file, tmp_path, monkeypatch):
     assert train(monkeypatch, *arguments, str(stopped)) == 0
     weights = "export/diffusion_pytorch_model.safetensors"
     assert (straight / weights).read_bytes() == (stopped / weights).read_bytes()
+
+
+@pytest.mark.parametrize("seconds, shown", [(0.0312, "0.0312"), (1.663, "1.66"), (1234.4, "1234")])
+def test_the_time_of_a_step_is_a_number_that_is_read_at_a_glance(seconds, shown):
+    assert f"  {shown} s a step, " in progress_line(1, 2, {"loss": 1.0}, seconds)
