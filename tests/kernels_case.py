@@ -70,8 +70,13 @@ def compare_norms(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -
     """kernel(*case, scaled) -> as `reference_residual_norm`."""
     for name, case in norm_cases(width, dtype, device):
         for scaled in (False, True)[: 1 + (case[4] >= 0 or case[5] is not None)]:
-            wanted = fast_kernels.reference_residual_norm(*case, scaled)
-            for got, one in zip(kernel(*case, scaled), wanted, strict=True):
+            outputs, wanted = kernel(*case, scaled), fast_kernels.reference_residual_norm(*case, scaled)
+            if case[1] is not None:
+                # A sum may differ in its last bit: a GPU does not round the gated branch before it adds it. The norm
+                # multiplies that bit by weight and 1 / spread, and its bias may then cancel what the bit belongs to, so
+                # no bound relative to the result holds. Hence the norm is compared with that of the kernel's own sums.
+                wanted[1:] = fast_kernels.reference_residual_norm(outputs[0], None, *case[2:], scaled)
+            for got, one in zip(outputs, wanted, strict=True):
                 close(got, one, f"{name}, {one.dtype}")
 
 
