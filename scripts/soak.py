@@ -134,12 +134,11 @@ def growth(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float, floa
     return first, last, last / first - 1 if first else 0.0
 
 
-def steadiness(rows: Sequence[dict[str, Any]], every: int) -> dict[str, Any]:
-    """(first, last, relative change, bound) of memory and time. rows: one for each cycle."""
+def steadiness(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """(first, last, relative change, bound) of memory and time. rows: one for each cycle; the first two warm up."""
     warm = rows[2:]
-    clean = [row for i, row in enumerate(rows) if i >= 2 and i % every]  # a row's time includes saving before it
     changes = {name: (*growth(warm, name), limit) for name, limit in MEMORY.items() if name in warm[0]}
-    return changes | {"seconds a step": (*growth(clean, "seconds_per_step"), DRIFT)}
+    return changes | {"seconds a step": (*growth(warm, "seconds_per_step"), DRIFT)}
 
 
 def exactness(rows: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], bound: float) -> dict[str, Any]:
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole, again = folder / "whole", folder / "again"
     start(args, settings, whole)
     outcome, rows = json.loads((whole / "warnings.json").read_text()), history(whole)
-    results = steadiness(rows, args.every)
+    results = steadiness(rows)
     print(f"{args.cycles} cycles on {args.gpus} process{'es' * (args.gpus > 1)}; bytes, seconds\n{table(results)}\n")
     print(course(rows, args.every), end="\n\n")
     warnings = outcome["warnings"]

@@ -177,15 +177,18 @@ class _RunReporter:
         steps, quiet = stage.config.training.steps, not stage.ranks.first
         still = range(start, steps)
         self.bar = tqdm(still, stage.name, steps, initial=start, dynamic_ncols=True, disable=quiet or None)
-        self.clock, self.since = time.perf_counter(), start
+        self.restart_clock(start)
+
+    def restart_clock(self, step: int) -> None:
+        """Time only the steps after `step`: what was compiled, saved or validated before them is not theirs."""
+        self.clock, self.since = time.perf_counter(), step
 
     def log(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
         """Read the values of a step (the only host sync), write them and warn. NaN and infinity raise."""
         averaged = mean_over_ranks(values)
         row = dict(zip(averaged, torch.stack([v.float() for v in averaged.values()]).tolist(), strict=True))
-        now = time.perf_counter()
-        seconds = (now - self.clock) / max(1, step - self.since)
-        self.clock, self.since = now, step
+        seconds = (time.perf_counter() - self.clock) / max(1, step - self.since)
+        self.restart_clock(step)
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if self.stage.ranks.first:
             self.write(step, **row, seconds_per_step=seconds)
@@ -344,9 +347,7 @@ def _steps(
         except _StepAborted:
             _stop_within_step(stage, logdir, step, reporter, finite, control, save)
             return False
-        if first:
-            freeze_garbage()
-        done, first = step + 1, False
+        done = step + 1
         finite.put(values, done, stage.last_batch())
         stopping, failing = control.each(stop.asked, finite.bad())
         if failing:
@@ -354,13 +355,19 @@ def _steps(
         saving = stopping or done == t.steps or (t.checkpoint_every and done % t.checkpoint_every == 0)
         if saving or done % t.log_every == 0:  # nothing is saved unchecked
             reporter.log(values, done, stage.last_batch())
+        if first:
+            freeze_garbage()
+            reporter.restart_clock(done)
+            first = False
         if saving and save:
             save_checkpoint(stage, logdir, done, control)
+            reporter.restart_clock(done)
         if stopping:
             log.info("stopped after step %d; the same command resumes", done)
             return False
         if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
             _validate(stage, done, logdir, reporter, control)
+            reporter.restart_clock(done)
     return True
 
 

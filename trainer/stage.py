@@ -1,5 +1,6 @@
 """The interface of a training stage, and the base class of stages with one module and one loss."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -33,6 +34,7 @@ class Stage(ABC):
         self.config, self.device, self.ranks = config, device, ranks
         self.micro_batches, batch = config.training.accumulation(ranks.world)
         log.info("batch: %s", batch)
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms stay float32
 
     @abstractmethod
     def update(self, step: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from model.weights.files import missing_weights
 from pipeline import DiagonalPipeline
+from trainer import loop
 from trainer.cli import parse
 from trainer.loop import make_sinks, progress_line
 from trainer.validation import LABEL
@@ -92,6 +93,25 @@ def test_a_run_shows_what_it_does_and_inference_plays_what_it_leaves(
     for path in (logdir, logdir / "export"):
         pipe = DiagonalPipeline.from_config(str(tiny_assets / "tiny.yaml"), f"model.student={path}")
         assert pipe("a red circle").videos[0].frames.shape == (21, 32, 48, 3)
+
+
+def test_the_time_of_a_step_leaves_out_validation_saving_and_the_first_step(config_file, tmp_path, monkeypatch):
+    real, added = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + added[0])
+
+    def slow(call):
+        def slowed(*args, **kwargs):
+            added[0] += 10_000
+            return call(*args, **kwargs)
+
+        return slowed
+
+    for name in ("_validate", "save_checkpoint", "freeze_garbage"):
+        monkeypatch.setattr(loop, name, slow(getattr(loop, name)))
+    each = ["training.checkpoint_every=1", "training.validate_every=1", "training.log_every=1"]
+    train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"), *each)
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "seconds_per_step" in row]
+    assert len(rows) == 3 and all(row["seconds_per_step"] < 1_000 for row in rows) and added[0] > 50_000
 
 
 def test_no_save_leaves_metrics_only(config_file, tmp_path, monkeypatch):

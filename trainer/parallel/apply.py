@@ -110,7 +110,6 @@ def parallelize(
     if training.compile and role is not None:
         compile_blocks(network)
     if parallel.mesh is None:
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms stay float32
         return network.to(parallel.device)
     whole = training.sequence_student == "whole"
     shard(network, parallel.mesh, dtype, stays_gathered=causal and trained and whole)
