@@ -15,10 +15,10 @@ from scripts.studies.ablation import Row
 from utils.intervals import Interval, paired_interval
 
 SEEDS = (0, 1, 2)  # of training
-# A row's training: 200 updates of the student, on half the recipe's batch and at twice its rate
+# A row's training: 200 updates of the student, on half the recipe's batch
 BUDGET = (
     "training.steps=1200", "training.global_batch=32", "training.micro_batch=32", "training.optimizer.lr=1.0e-4",
-    "training.checkpoint_every=0",
+    "training.checkpoint_every=0", "training.distill.critic_warmup=200",
 )  # fmt: skip
 CLIPS = 512  # of every row and seed, of captions from seed 4322222
 HARD = ("swing", "pulse", "bounce", "spin")  # motions in place

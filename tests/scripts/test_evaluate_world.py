@@ -23,6 +23,13 @@ def test_rendered_videos_reach_what_is_aimed_at(tmp_path, capsys):
     assert "clips.colour" in printed and "reached  at least 0.97" in printed
 
 
+def test_the_shipped_student_shows_its_captions(tmp_path):
+    out = tmp_path / "scores.json"
+    assert evaluate_world.main(["--num_prompts", "2", "--json", str(out)]) == 0
+    scores = json.loads(out.read_text())
+    assert all(scores[f"clips.{name}"]["value"] > 0.9 for name in ("colour", "ground", "number"))
+
+
 def test_a_seam_and_a_miss_are_told():
     assert evaluate_world.verdict("clips.seam", Interval(1.2, 1.1, 1.3, 9)).startswith("missed")
     assert evaluate_world.verdict("streams.sharpness_trend", Interval(0.1, -0.1, 0.3, 9)).startswith("reached")

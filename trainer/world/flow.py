@@ -24,7 +24,7 @@ from utils.device import pick_dtype
 from utils.seeds import generator
 
 SEED = 4322222  # of captions that no training sees
-GUIDANCES = (0.5, 0.0, 1.0)  # of the teacher's clips that are looked at, the first one also before the end
+GUIDANCES = (1.0, 0.0, 2.0)  # of the teacher's clips that are looked at, the first one also before the end
 GAP_CLIPS, GAP_TIMESTEPS = 128, (600.0, 800.0, 900.0, 950.0)
 
 

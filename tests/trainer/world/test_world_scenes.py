@@ -145,5 +145,4 @@ def test_prompts_of_people_are_understood():
     }  # fmt: skip
     assert said[7] == {"rate": "slow", "colour": "purple", "shape": "ball", "motion": "orbit", "partner": "green"}
     assert {row["motion"] for row in said} == set(MOTIONS)
-    unknown = {word for line in lines for word in words_of(line)} - set(VOCABULARY)
-    assert unknown <= {"comes"}
+    assert {word for line in lines for word in words_of(line)} <= set(VOCABULARY)
