@@ -142,7 +142,7 @@ class InferenceConfig:
     cuda_graphs: str = "auto"  # replay a step of each cache state instead of launching its kernels: auto, on, off
     # GPUs that share each chunk's tokens (pipeline/sequence_parallel.py): one stream is faster, as many prompts are not
     sequence_parallel: int = number(1, 1, 64)
-    overlap: bool = True  # on a GPU, decode a chunk while the next one is denoised
+    overlap: bool = True  # decode a chunk while the next one is denoised; one CPU core cannot
     student: str = "keep"  # on the GPU: keep; stream = a block at a time from the host, slower, for small cards
     text_encoder: str = "keep"  # on the GPU: keep; after_use = back to the host; stream = a block at a time
     text_int8: bool = False  # hold the text encoder's linears in 8 bits: half the bytes, videos differ a little

@@ -4,46 +4,75 @@ On a GPU a chunk is decoded, converted to uint8 and copied to pinned memory on a
 chunk is denoised on the current one. All work is queued. `prefetch` keeps one more chunk in the queue than the caller
 waits for, so that the GPU never waits for the reader of the frames. Whether all values are finite is computed on the
 device and copied with the frames; `ChunkResult.wait` checks it.
+
+On a CPU with more than one core another thread decodes. It computes with as many of torch's threads as the caller does,
+so frames are the same, bit by bit.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.codec import DecoderStream
-from utils.device import side_stream
+from utils.device import available_cpus, side_stream, side_thread
 from utils.timers import SpanTimer
 
 T = TypeVar("T")
 
 
 class AsyncDecoder:
-    """Where and in which stream chunks are decoded. overlap: beside the current stream, which only a GPU can do."""
+    """Where chunks are decoded.
+
+    overlap: beside the denoising of the next chunk, which one core cannot do; the attribute says whether it is so.
+    """
 
     def __init__(self, device: torch.device, overlap: bool = True):
-        self._beside = side_stream(device, "decoding") if overlap and device.type == "cuda" else None
+        gpu = device.type == "cuda"
+        self.overlap = overlap and (gpu or available_cpus() > 1)
+        self._beside = side_stream(device, "decoding") if self.overlap and gpu else None
+        self._thread = side_thread("decoding") if self.overlap and not gpu else None
         self.to_frames: Callable[[Tensor], Tensor] = to_frames  # may be replaced by a compiled one
 
-    def decode(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
-        """uint8 frames [B, T, H, W, 3] of the decoder's next latents, on their way to the host; marks `decode`.
+    def decode(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> Callable[[], tuple[Tensor, Tensor]]:
+        """A function that gives uint8 frames [B, T, H, W, 3] of the decoder's next latents; marks `decode`.
 
-        With them goes bool [2, B]: whether each stream's latents, and its pixels, are finite. The timer's last mark
-        then stands for both having arrived.
+        With them goes bool [2, B]: whether each stream's latents, and its pixels, are finite. On a GPU both are on
+        their way to the host: the timer's last mark stands for their having arrived. On a CPU the function waits for
+        them, and raises what decoding has raised.
         """
+        if self._thread is not None:
+            return self._thread.submit(self._decoded_beside, decoder, latents, timer, torch.get_num_threads()).result
         if self._beside is None:
-            return self._decoded(decoder, latents, timer)
-        self._beside.wait_stream(torch.cuda.current_stream(latents.device))
-        with torch.cuda.stream(self._beside):
-            latents.record_stream(self._beside)  # keeps its memory until it has been read
-            return self._decoded(decoder, latents, timer)
+            frames = self._decoded(decoder, latents, timer)
+        else:
+            self._beside.wait_stream(torch.cuda.current_stream(latents.device))
+            with torch.cuda.stream(self._beside):
+                latents.record_stream(self._beside)  # keeps its memory until it has been read
+                frames = self._decoded(decoder, latents, timer)
+        return lambda: frames
 
     def _decoded(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> tuple[Tensor, Tensor]:
         pixels = decoder.decode(latents)
         arriving = to_host(self.to_frames(pixels)), to_host(torch.stack([all_finite(latents), all_finite(pixels)]))
         timer.mark("decode")
         return arriving
+
+    @torch.no_grad()
+    def _decoded_beside(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer, threads: int):
+        """As `_decoded`, on the other thread, for which torch's settings are its own."""
+        torch.set_num_threads(threads)
+        timer.mark("queue")
+        return self._decoded(decoder, latents, timer)
+
+    def snapshot(self, decoder: DecoderStream) -> Callable[[], Any]:
+        """A function that gives the state of `decoder` after what has been queued, for which it waits on a CPU."""
+        if self._thread is not None:
+            return self._thread.submit(decoder.snapshot).result
+        self.synchronize()
+        state = decoder.snapshot()
+        return lambda: state
 
     def synchronize(self) -> None:
         """Make the current CUDA stream wait for decoding. Needed before the decoder's state is read or replaced."""

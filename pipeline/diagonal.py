@@ -498,8 +498,8 @@ class DiagonalPipeline:
             yield self._frames(result), result.timings
 
     def _arrived(self, results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
-        beside = self.session.device.type == "cuda" and self.config.inference.overlap
-        for result in prefetch(results, 1) if beside else results:  # one more chunk is queued than is waited for
+        ahead = int(self.session.async_decoder.overlap)  # one more chunk is queued than is waited for
+        for result in prefetch(results, ahead):
             yield result.wait()
 
     @staticmethod

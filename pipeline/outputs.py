@@ -79,7 +79,7 @@ def render(
             making.run(writer)
     if job.sheet:
         with atomic_path(job.sheet) as temporary:
-            making.sheet().save(temporary)
+            making.sheet().save(temporary, compress_level=1)  # a quarter of the default's time, 7% more bytes
     write_json_atomic(job.record, clip_metadata(pipe, making.clip(), weights))
     return making.clip()
 
@@ -197,7 +197,7 @@ def profile_table(clips: Sequence[RenderedClip]) -> str:
     """Milliseconds of each span, one line per chunk, averaged over `clips`, and their sum."""
     names = {name for clip in clips for chunk in clip.chunks for name in chunk}
     steps = sorted(name for name in names if name.startswith("step"))
-    columns = [name for name in ("text", *steps, "context", "decode", "write") if name in names]
+    columns = [name for name in ("text", *steps, "context", "queue", "decode", "write") if name in names]
     rows, total = [["chunk", *columns, "sum", "(ms)"]], dict.fromkeys([*columns, "sum"], 0.0)
 
     def row(label: str, means: dict[str, float]) -> list[str]:

@@ -1,6 +1,7 @@
 """Snapshots of a stream between two chunks, to restore or to branch from."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Snapshot:
     text: TextState
     cache: Any  # of the session's cache
     passes: dict[int, CachedForward]  # by slot, for recaching
-    decoder: Any
+    decoder: Callable[[], Any]  # gives its state; waits for what was being decoded
     conditioning: Tensor | None = None  # latents of conditioning frames that are still to come
 
     def check(self, identity: str) -> None:

@@ -61,20 +61,25 @@ class ChunkResult:
 
     chunk: int
     latents: Tensor  # [B, f, C, h, w], on the device
-    frames: Tensor  # uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f
+    decoded: Callable[[], tuple[Tensor, Tensor]]  # `frames`, and bool [2, B]: whether latents and pixels are finite
     timer: SpanTimer
     prompts: tuple[str, ...]  # of the chunk
     active: tuple[bool, ...]  # streams that have not ended yet; ignore the rows of the others
-    finite: Tensor  # bool [2, B], on the host: whether the latents, and the pixels, are
     dtype: torch.dtype  # that the student computes in
     check: Callable[[], None] | None = None  # the student's
 
+    @property
+    def frames(self) -> Tensor:
+        """uint8 [B, T, H, W, 3], on the host; T = 1 + 4 (f - 1) for chunk 0, later 4 f."""
+        return self.decoded()[0]
+
     def wait(self) -> "ChunkResult":
         """Wait until the frames have arrived. Raises NonFiniteChunk if they contain NaN or infinity."""
+        _, finite = self.decoded()
         self.timer.wait(self.check)
         if self.check is not None:
             self.check()
-        for maker, rows in zip(FIX_OF, self.finite.tolist(), strict=True):
+        for maker, rows in zip(FIX_OF, finite.tolist(), strict=True):
             if not all(good for good, active in zip(rows, self.active, strict=True) if active):
                 raise NonFiniteChunk(self._blame(maker))
         return self
@@ -87,7 +92,9 @@ class ChunkResult:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of `text` (chunk 0, and when it changed), `step 0`, ..., `context` if there is a pass, `decode`."""
+        """Seconds of `text` (chunk 0, and when it changed), `step 0`, ..., `context` if there is a pass, `queue` if
+        another thread decodes, `decode`."""
+        self.decoded()
         return self.timer.spans()
 
 
@@ -227,7 +234,6 @@ class StreamSession:
     def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
         """The state of the stream between chunks; the KV cache, most of it, is copied to `device` (None = the same)."""
         self._check_played("snapshot")
-        self.async_decoder.synchronize()
         return Snapshot(
             identity=identity(self.student.model, self.geometry),
             chunk=self.chunk,
@@ -235,7 +241,7 @@ class StreamSession:
             text=self._prompt_track.state,
             cache=self._cache.snapshot(device),
             passes=dict(self._recache_state.slots),
-            decoder=self._decoder.snapshot(),
+            decoder=self.async_decoder.snapshot(self._decoder),
             conditioning=self._conditioning,
         )
 
@@ -258,7 +264,7 @@ class StreamSession:
         self._recache_state = RecacheState(self.geometry)
         self._recache_state.slots = dict(snapshot.passes)
         self._decoder = self.codec.stream()
-        self._decoder.restore(snapshot.decoder)
+        self._decoder.restore(snapshot.decoder())
         self._noise = NoiseSource(snapshot.seeds, self.geometry, self.device, torch.float32)
         self._prompt_track.clear_pending()
         self._prompt_track.state = snapshot.text
@@ -332,15 +338,13 @@ class StreamSession:
             )
             timer.mark("context")
         self._recache_state.record(CachedForward(chunk, *student.last))
-        frames, finite = self.async_decoder.decode(self._decoder, latents, timer)
+        decoded = self.async_decoder.decode(self._decoder, latents, timer)
         self._noise.prefetch(chunk + 1)  # the CPU draws while the GPU works
         self.chunk += 1
         if self._conditioning is not None and self._conditioning.shape[1] <= self.chunk * self.geometry.chunk_frames:
             self._conditioning = None
         prompts = self._prompt_track.state.prompts
-        return ChunkResult(
-            chunk, latents, frames, timer, prompts, active, finite, self.dtype, self.student.check
-        )
+        return ChunkResult(chunk, latents, decoded, timer, prompts, active, self.dtype, self.student.check)
 
     def _checked(self, conditioning: Tensor, batch: int) -> Tensor:
         """Latents of conditioning frames as [batch, g, C, h, w] on the device."""

@@ -307,7 +307,8 @@ class WorkerProcess:
         """Play until chunks cost the same; when each was there, and the spans of the last one."""
         geometry, times = self.pipe.geometry, []
         chunks = max(len(self.pipe.schedule.timesteps_by_chunk), geometry.window_chunks or self.pipe.num_chunks()) + 4
-        for result in prefetch(session.play("a prompt", 0, chunks), IN_FLIGHT - 1 if self.on_gpu else 0):
+        ahead = IN_FLIGHT - 1 if session.async_decoder.overlap else 0
+        for result in prefetch(session.play("a prompt", 0, chunks), ahead):
             frames = result.wait().frames[0].numpy()
             if not self.on_gpu:  # where encoding takes the model's time
                 self.encoder.encode(frames, 0)

@@ -282,7 +282,7 @@ class Stream:
         seekable = made.chunk == 0 or made.place in self.snapshots
         turn = Turn(begin, self._room, self._asked, seekable, tuple(receipts))
         self._receipts, self._asked = [], None
-        self.frame += result.frames.shape[1]
+        self.frame = pixel_frames(self.session.chunk * self.pipe.geometry.chunk_frames)
         self.worker.waiter.submit(self._guarded, self._arrived, result, made, turn)
         if self.frame >= self.last:
             self.end("length", f"{self.last / self.worker.fps:.0f} s are the most that this video may last")

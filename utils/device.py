@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
     memory behind.
     """
     return torch.cuda.Stream(device)
+
+
+@functools.cache
+def side_thread(use: str) -> ThreadPoolExecutor:
+    """The one thread of this process for `use`, begun when it first has work: what it is given it does in order."""
+    return ThreadPoolExecutor(1, thread_name_prefix=use)
 
 
 def release_memory() -> None:

@@ -41,12 +41,11 @@ class Playback:
 
 
 def play(session: StreamSession, chunks: int, batch: int = 1, prompt: str = PROMPT) -> Playback:
-    """Generate `chunks` chunks as the pipeline does: on a GPU the next chunk is queued before waiting for one."""
-    gpu = session.device.type == "cuda"
+    """Generate `chunks` chunks as the pipeline does, which queues the next one before it waits where it can."""
     out, last = Playback(), None
     begin = time.perf_counter()
     results = session.play([prompt] * batch, list(range(batch)), chunks)
-    for result in prefetch(results, int(gpu)):
+    for result in prefetch(results, int(session.async_decoder.overlap)):
         result.wait()
         out.arrivals.append(time.perf_counter() - begin)
         out.frames.append(result.frames.shape[1])

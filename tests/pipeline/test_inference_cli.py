@@ -144,7 +144,7 @@ def test_dry_run_checks_and_prints_and_loads_nothing(cli, tmp_path, capsys, monk
 
 
 def test_profile_prints_a_table(cli, capsys):
-    assert cli("--profile", "--prompt", PROMPT, "stream.context=clean") == 0
+    assert cli("--profile", "--prompt", PROMPT, "stream.context=clean", "inference.overlap=false") == 0
     lines = capsys.readouterr().out.splitlines()
     (head,) = (line for line in lines if "decode" in line)
     assert head.split() == "chunk text step 0 step 1 step 2 step 3 context decode write sum (ms)".split()

@@ -89,7 +89,7 @@ def test_the_remedy_fits_the_precision(pipe, monkeypatch):
     pipe.session.dtype = torch.float16
     monkeypatch.setattr(pipe.session, "_text_of_next", lambda student, timer: pipe.session._prompt_track.state.kv)
     results = [result for result in pipe.session.play(PROMPT, 0, 1)]
-    results[0].finite.fill_(False)
+    results[0].decoded()[1].fill_(False)
     with pytest.raises(NonFiniteChunk, match="float16 overflows.*bfloat16 or float32"):
         results[0].wait()
 

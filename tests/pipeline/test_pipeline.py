@@ -76,16 +76,21 @@ def test_schedule_prints_as_a_table(pipe):
     assert isinstance(pipe.schedule, Schedule)
 
 
+def named(timings: dict[str, float]) -> list[str]:
+    """Spans of a chunk, without that of a machine with a core to spare."""
+    return [name for name in timings if name != "queue"]
+
+
 def test_timings_name_every_step(pipe):
     timings = pipe(PROMPT).videos[0].timings
-    assert list(timings[0]) == ["text", "step 0", "step 1", "step 2", "step 3", "decode"]
+    assert named(timings[0]) == ["text", "step 0", "step 1", "step 2", "step 3", "decode"]
     assert [sum(name.startswith("step") for name in chunk) for chunk in timings] == [4, 3, 2]
     assert all(seconds >= 0 for chunk in timings for seconds in chunk.values())
 
 
 def test_context_policy_reaches_the_loop(tiny_assets):
     clean = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", "stream.context=clean")
-    assert [list(chunk)[-2] for chunk in clean(PROMPT).videos[0].timings] == ["context", "context"]
+    assert [named(chunk)[-2] for chunk in clean(PROMPT).videos[0].timings] == ["context", "context"]
 
 
 def test_the_memory_of_the_last_clip_is_used_again(pipe):

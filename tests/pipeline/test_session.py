@@ -21,6 +21,7 @@ from model.codec import WanCodec
 from model.denoiser import Student
 from model.schedule import Schedule
 from pipeline.stream import StreamSession
+from utils.device import side_thread
 
 PROMPT, OTHER, THIRD = "a red circle moves right", "a blue square moves up", "a green triangle moves down slowly"
 
@@ -277,6 +278,7 @@ def test_a_session_that_is_left_is_freed_at_once(make, left):
             list(session.resume(2))
         held = [weakref.ref(thing) for thing in (session, session._cache, session._decoder, session._prompt_track)]
         del session, playing, here
+        side_thread("decoding").submit(int).result()  # after what it was decoding
         assert not [ref() for ref in held if ref()]
 
 

@@ -145,7 +145,7 @@ def test_wan_is_compiled_once_for_each_width(tiny_vae):
 def test_delivery_gives_the_decoders_frames():
     codec, latents = tiny_codec(), torch.randn(2, 3, 16, 4, 6)
     timer = SpanTimer(torch.device("cpu"))
-    frames, finite = AsyncDecoder(torch.device("cpu")).decode(codec.stream(), latents, timer)
+    frames, finite = AsyncDecoder(torch.device("cpu"), overlap=False).decode(codec.stream(), latents, timer)()
     assert torch.equal(frames, to_frames(codec.decode(latents))) and finite.tolist() == [[True] * 2] * 2
     assert list(timer.spans()) == ["decode"]
 
