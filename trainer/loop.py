@@ -357,17 +357,17 @@ def _steps(
             reporter.log(values, done, stage.last_batch())
         if first:
             freeze_garbage()
-            reporter.restart_clock(done)
-            first = False
         if saving and save:
             save_checkpoint(stage, logdir, done, control)
-            reporter.restart_clock(done)
         if stopping:
             log.info("stopped after step %d; the same command resumes", done)
             return False
-        if t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps:
+        validating = t.validation_clips and t.validate_every and done % t.validate_every == 0 and done < t.steps
+        if validating:
             _validate(stage, done, logdir, reporter, control)
+        if first or saving or validating:
             reporter.restart_clock(done)
+        first = False
     return True
 
 

@@ -95,23 +95,28 @@ def test_a_run_shows_what_it_does_and_inference_plays_what_it_leaves(
         assert pipe("a red circle").videos[0].frames.shape == (21, 32, 48, 3)
 
 
-def test_the_time_of_a_step_leaves_out_validation_saving_and_the_first_step(config_file, tmp_path, monkeypatch):
-    real, added = time.perf_counter, [0.0]
+@pytest.mark.parametrize(
+    "name, every",
+    [
+        ("_validate", ["training.validate_every=1"]), ("save_checkpoint", ["training.checkpoint_every=1"]),
+        ("freeze_garbage", []),
+    ],
+)  # fmt: skip
+def test_the_time_of_a_step_leaves_out_the_first_step_saving_and_validation(
+    config_file, tmp_path, monkeypatch, name, every
+):
+    real, added, call = time.perf_counter, [0.0], getattr(loop, name)
     monkeypatch.setattr(time, "perf_counter", lambda: real() + added[0])
 
-    def slow(call):
-        def slowed(*args, **kwargs):
-            added[0] += 10_000
-            return call(*args, **kwargs)
+    def slowed(*args, **kwargs):
+        added[0] += 10_000
+        return call(*args, **kwargs)
 
-        return slowed
-
-    for name in ("_validate", "save_checkpoint", "freeze_garbage"):
-        monkeypatch.setattr(loop, name, slow(getattr(loop, name)))
-    each = ["training.checkpoint_every=1", "training.validate_every=1", "training.log_every=1"]
-    train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"), *each)
+    monkeypatch.setattr(loop, name, slowed)
+    settings = ["training.checkpoint_every=0", "training.validate_every=0", "training.log_every=1", *every]
+    train(monkeypatch, "--config_path", str(config_file), "--logdir", str(tmp_path / "run"), *settings)
     rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "seconds_per_step" in row]
-    assert len(rows) == 3 and all(row["seconds_per_step"] < 1_000 for row in rows) and added[0] > 50_000
+    assert len(rows) == 3 and all(row["seconds_per_step"] < 1_000 for row in rows) and added[0] > 0
 
 
 def test_no_save_leaves_metrics_only(config_file, tmp_path, monkeypatch):
