@@ -32,7 +32,7 @@ class AsyncDecoder:
         gpu = device.type == "cuda"
         self.overlap = overlap and (gpu or available_cpus() > 1)
         self._beside = side_stream(device, "decoding") if self.overlap and gpu else None
-        self._thread = side_thread("decoding") if self.overlap and not gpu else None
+        self._on_thread = self.overlap and not gpu
         self.to_frames: Callable[[Tensor], Tensor] = to_frames  # may be replaced by a compiled one
 
     def decode(self, decoder: DecoderStream, latents: Tensor, timer: SpanTimer) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -42,8 +42,9 @@ class AsyncDecoder:
         their way to the host: the timer's last mark stands for their having arrived. On a CPU the function waits for
         them, and raises what decoding has raised.
         """
-        if self._thread is not None:
-            return self._thread.submit(self._decoded_beside, decoder, latents, timer, torch.get_num_threads()).result
+        if self._on_thread:
+            threads = torch.get_num_threads()
+            return side_thread("decoding").submit(self._decoded_beside, decoder, latents, timer, threads).result
         if self._beside is None:
             frames = self._decoded(decoder, latents, timer)
         else:
@@ -68,8 +69,8 @@ class AsyncDecoder:
 
     def snapshot(self, decoder: DecoderStream) -> Callable[[], Any]:
         """A function that gives the state of `decoder` after what has been queued, for which it waits on a CPU."""
-        if self._thread is not None:
-            return self._thread.submit(decoder.snapshot).result
+        if self._on_thread:
+            return side_thread("decoding").submit(decoder.snapshot).result
         self.synchronize()
         state = decoder.snapshot()
         return lambda: state

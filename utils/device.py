@@ -69,8 +69,15 @@ def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
 
 @functools.cache
 def side_thread(use: str) -> ThreadPoolExecutor:
-    """The one thread of this process for `use`, begun when it first has work: what it is given it does in order."""
+    """The one thread of this process for `use`, begun when it first has work: what it is given it does in order.
+
+    Ask for it each time: a fork does not copy threads, so a forked child has one of its own. What the parent's has not
+    done by then is lost there.
+    """
     return ThreadPoolExecutor(1, thread_name_prefix=use)
+
+
+os.register_at_fork(after_in_child=side_thread.cache_clear)
 
 
 def release_memory() -> None:

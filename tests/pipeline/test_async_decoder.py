@@ -1,5 +1,7 @@
 """On a CPU another thread decodes, beside the denoising of the next chunk: same frames, errors, one thread for all."""
 
+import os
+import signal
 import threading
 from itertools import islice
 
@@ -134,6 +136,26 @@ def test_all_sessions_share_one_thread(make):  # noqa: F811
     for seed in range(3):
         [result.wait() for result in make().play(PROMPT, seed, 2)]
     assert threading.enumerate() == before
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_plays_with_a_session_of_its_parent(make):  # noqa: F811
+    session, before = make(), torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's own threads are lost in a fork, too
+    try:
+        wanted = [result.wait() for result in session.play(PROMPT, 1, 2)]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that waits for a thread that it does not have
+            alike = False
+            try:
+                alike = same(session.play(PROMPT, 1, 2), wanted)
+            finally:
+                os._exit(not alike)
+    finally:
+        torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert same(session.play(PROMPT, 1, 2), wanted)
 
 
 def test_one_core_decodes_before_it_goes_on(monkeypatch):
