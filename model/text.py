@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5EncoderModel
 
-MAX_LISTED_WORDS = 1000  # larger vocabularies are not listed in warnings
+MAX_KNOWN_WORDS = 1000  # a larger vocabulary is that of a model of any text
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
@@ -45,7 +45,7 @@ class TextEncoder:
     def known_words(self) -> list[str]:
         """All words of a tokenizer with a small vocabulary, such as the tiny world's; [] for any other."""
         words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
-        return sorted(words) if len(words) <= MAX_LISTED_WORDS else []
+        return sorted(words) if len(words) <= MAX_KNOWN_WORDS else []
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The parts of `prompt` that become unknown tokens, each once, in order."""

@@ -1,6 +1,7 @@
 """Sentences about what a model may not do well: words, sizes and schedules that it was not trained on."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.schema import Config, ScheduleConfig, StreamConfig
@@ -24,13 +25,19 @@ def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
         )
     unknown = encoder.unknown_words(prompt)
     if unknown:
-        named = ", ".join(word[:40] for word in unknown[:20]) + (", ..." if len(unknown) > 20 else "")
         known = encoder.known_words
-        warnings.append(
-            f"this model does not know, and leaves out of the prompt: {named}"
-            + (f". It knows these words: {', '.join(known)}" if known else "")
-        )
+        named = ", ".join(_with_nearest(word, known) for word in unknown[:20]) + (", ..." if len(unknown) > 20 else "")
+        text = f"this model does not know, and leaves out of the prompt: {named}"
+        if known:
+            text += "; it shows what docs/evaluation.md describes, and knows the words in its text encoder's tokenizer.json"
+        warnings.append(text)
     return warnings
+
+
+def _with_nearest(word: str, known: Sequence[str]) -> str:
+    """`word`, which is not one of `known`, with the one that may be meant."""
+    near = difflib.get_close_matches(word[:40].lower(), known, n=1, cutoff=0.8)
+    return f"{word[:40]} ({near[0]}?)" if near else word[:40]
 
 
 def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:

@@ -33,12 +33,17 @@ def test_words_that_the_model_does_not_know_are_named(shipped, caplog, prompt, u
     said = [text for text in caplog.messages if "does not know" in text]
     assert shipped.warnings([prompt]) == said and len(said) == bool(unknown)
     for text in said:
-        assert f": {', '.join(unknown)}. It knows" in text and ", circle, " in text and "<unk>" not in text
+        assert f": {', '.join(unknown)}; it shows what docs/evaluation.md" in text and len(text) < 200
+
+
+def test_a_misspelt_word_is_shown_with_the_known_one_that_is_near(shipped):
+    (text,) = shipped.warnings(["a Purpel sqare and a panda"])
+    assert "out of the prompt: Purpel (purple?), sqare (square?), panda;" in text
 
 
 def test_warnings_are_on_the_terminal_in_the_json_and_in_the_video(cli, tmp_path, tiny_assets, capsys):  # noqa: F811
     assert cli("--prompt", "a red panda", "--num_output_frames", "3") == 0
-    assert "leaves out of the prompt: panda. It knows" in capsys.readouterr().err
+    assert "leaves out of the prompt: panda; it shows what docs/evaluation.md" in capsys.readouterr().err
     (record,) = (path for path in files(tmp_path / "videos", ".json"))
     (text,) = json.loads(record.read_text())["warnings"]
     parts = [{"at": 0, "prompt": "a red circle"}, {"at": 0.5, "prompt": "a blue panda"}]
