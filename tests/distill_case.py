@@ -1,7 +1,10 @@
 """A distillation of random tiny networks that takes a second: shared by the tests of the stage."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import torch
 from conftest import TEXT_TOKENS, network_config
@@ -54,3 +57,16 @@ def distill_config(assets: Path, *overrides: str) -> Config:
 
 def distill_stage(assets: Path, *overrides: str, ranks: Ranks | None = None, device: torch.device = CPU) -> Distill:
     return build_stage(distill_config(assets, *overrides), device, ranks or Ranks())
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Nothing may warn in it, also of what torch says once in a process."""
+    torch.set_warn_always(True)
+    try:
+        with catch_warnings(record=True) as given:
+            simplefilter("always")
+            yield
+    finally:
+        torch.set_warn_always(False)
+    assert not given, [str(warning.message) for warning in given]

@@ -3,11 +3,10 @@
 import gc
 import json
 import shutil
-from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
-from distill_case import distill_config, distill_stage
+from distill_case import distill_config, distill_stage, without_warnings
 
 from configs.errors import UserError
 from model.weights.load import load_student
@@ -178,14 +177,8 @@ def test_a_term_without_gradient_stops_the_run():
 
 def test_a_step_in_bfloat16_gives_no_warning(tiny_assets):
     """Norms of trained networks stay float32 under autocast, which torch remarks on."""
-    torch.set_warn_always(True)
-    try:
-        with catch_warnings(record=True) as given:
-            simplefilter("always")
-            distill_stage(tiny_assets, "training.precision=bfloat16").update(0)
-    finally:
-        torch.set_warn_always(False)
-    assert not given, [str(warning.message) for warning in given]
+    with without_warnings():
+        distill_stage(tiny_assets, "training.precision=bfloat16").update(0)
 
 
 @pytest.mark.parametrize(("stop_after", "warmup"), [(2, 0), (3, 0), (1, 2)])

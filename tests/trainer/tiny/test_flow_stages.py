@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distill_case import CPU, distill_config
+from distill_case import CPU, distill_config, without_warnings
 from torch.nn import functional as F
 
 from configs.load import load_config
@@ -58,6 +58,14 @@ def test_all_kinds_of_steps_come_up_and_learn(tiny_assets, kind, stage):
     for step in (first, whole, cropped):
         logs = made.update(step)
         assert logs["loss"] > 0 and logs["gradient_norm"] > 0
+
+
+def test_a_step_in_bfloat16_gives_no_warning(tiny_assets):
+    """As in stage `distill`: norms stay float32 under autocast, which torch remarks on."""
+    config = flow_config(tiny_assets, "teacher_forcing")
+    config = replace(config, training=replace(config.training, precision="bfloat16"))
+    with without_warnings():
+        TeacherForcing(config, CPU, Ranks()).update(0)
 
 
 def test_a_first_chunk_alone_is_what_it_is_in_a_clip(tiny_assets):
