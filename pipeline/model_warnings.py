@@ -29,7 +29,7 @@ def prompt_warnings(encoder: TextEncoder, prompt: str) -> list[str]:
         named = ", ".join(_with_nearest(word, known) for word in unknown[:20]) + (", ..." if len(unknown) > 20 else "")
         text = f"this model does not know, and leaves out of the prompt: {named}"
         if known:
-            text += "; it shows what docs/evaluation.md describes, and knows the words in its text encoder's tokenizer.json"
+            text += "; it shows what docs/evaluation.md describes, and its text encoder's tokenizer.json has its words"
         warnings.append(text)
     return warnings
 
