@@ -52,18 +52,17 @@ def rows_case(width: int, dtype: torch.dtype, device: str = "cpu", count: int = 
     return x.to(device, dtype)
 
 
-def close(got: Tensor, wanted: Tensor, name: str) -> None:
-    """Equal but for the last bit of a few."""
+def close(got: Tensor, wanted: Tensor, name: str, before: Tensor | float = 0.0) -> None:
+    """Equal but for the last bit of a few. before: by how much more they may differ, from roundings before the last."""
     assert got.dtype is wanted.dtype and got.shape == wanted.shape, name
     if wanted.dtype is E4M3:
-        got, wanted = got.float(), wanted.float()
-        assert (got != wanted).float().mean() < 5e-3, name
-        torch.testing.assert_close(got, wanted, rtol=0.13, atol=2**-8, msg=lambda text: f"{name}: {text}")
+        step, least, share = 0.13, 2**-8, 5e-3
     else:
-        step = torch.finfo(wanted.dtype).eps
-        torch.testing.assert_close(got, wanted, rtol=step, atol=2e-4, msg=lambda text: f"{name}: {text}")
-        limit = 0.02 if wanted.dtype.itemsize == 2 else 1
-        assert (got != wanted).float().mean() <= limit, name
+        step, least, share = torch.finfo(wanted.dtype).eps, 2e-4, 0.02 if wanted.dtype.itemsize == 2 else 1
+    got, wanted = got.float(), wanted.float()
+    excess = (got - wanted).abs() - (least + step * wanted.abs() + before)
+    assert (excess <= 0).all(), f"{name}: differ by up to {excess.max():.3g} more than they may"
+    assert (got != wanted).float().mean() <= share, name
 
 
 def compare_norms(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -85,8 +84,11 @@ def compare_turns(kernel, width: int, dtype: torch.dtype, device: str = "cpu") -
     for slot in (dtype, E4M3):
         plain, own = (turn_case(width, dtype, slot, device) for _ in range(2))
         wanted = fast_kernels.reference_qk_norm_rope(*plain)
-        close(kernel(*own), wanted, "queries")
-        close(own[5], plain[5], "keys")
+        for got, one, name in ((kernel(*own), wanted, "queries"), (own[5], plain[5], "keys")):
+            # A norm may differ in its last bit, and the rotation of a pair may cancel all but that bit. Rotating keeps
+            # the pair's length, of which the bit is at most this part.
+            pairs = one.float().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)
+            close(got, one, name, torch.finfo(dtype).eps * pairs.expand(*pairs.shape[:-1], 2).flatten(-2))
         close(own[6], plain[6], "values")
         around = own[5]._base.float().clone()
         around[:, own[5].shape[1] : 2 * own[5].shape[1]] = 0
