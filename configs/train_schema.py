@@ -94,7 +94,7 @@ class TrainingConfig:
     precision: str = "auto"  # of activations under autocast; weights and optimizer state stay float32
     compile: bool = False  # torch.compile the repeated blocks (distill: but for self-attention)
     cuda_graphs: bool = False  # replay forward and backward as one CUDA graph
-    attention: str = "auto"  # distill: kernel of all networks; auto = cuDNN in half precision on Hopper and newer
+    attention: str = "auto"  # distill, flow matching of teachers; auto = cuDNN in half precision on Hopper and newer
     checkpointing: bool = False  # distill: recompute blocks in the backward pass (critic's: but for self-attention)
     sharding: str = "none"  # over ranks: none (replicated), full (FSDP2), hybrid (FSDP2 within groups of ranks)
     # hybrid: ranks of a group, which share one copy of everything; 0 = those of a machine

@@ -76,7 +76,7 @@ def shared_out(file: str, settings: Sequence[str], world: int) -> list[str]:
 
 def write_prompts(file: Path, count: int) -> None:
     """Captions for distillation, which needs no clips: as people type them, one a line."""
-    scenes = World().scenes(stable_hash(0, "prompts"), count)
+    scenes = World().trained_scenes(stable_hash(0, "prompts"), count)
     text = "".join(training_caption(scene) + "\n" for scene in scenes)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         file.parent.mkdir(parents=True, exist_ok=True)

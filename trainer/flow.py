@@ -20,7 +20,9 @@ from model.schedule import Schedule
 from model.weights.load import save_network
 from trainer.build import causal_student, frozen_codec, frozen_text_encoder, score_network
 from trainer.clips import draw
+from trainer.parallel.apply import ParallelPlan, choose_attention
 from trainer.stage import Supervised
+from utils.device import pick_dtype
 from utils.distributed import Ranks
 from utils.seeds import generator
 
@@ -91,6 +93,8 @@ class Teacher(FlowStage):
 
     def __init__(self, config: Config, device: torch.device, ranks: Ranks):
         super().__init__(config, device, ranks, score_network(config, "transformer"))
+        dtype = pick_dtype(config.training.precision, device)
+        choose_attention(self.module, ParallelPlan(config.training, device), dtype)  # the EMA stays in float32
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         rng = self._rng(step, micro)

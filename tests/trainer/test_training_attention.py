@@ -10,12 +10,14 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import UserError
-from configs.load import to_dict
+from configs.load import load_config, to_dict
 from model.attention import pick_training_kernel
 from model.block_parts import split_blocks
 from model.weights.load import load_student
 from trainer.checkpoint.resume import check_changes
 from trainer.parallel.apply import ParallelPlan, choose_attention
+from trainer.registry import build_stage
+from utils.distributed import Ranks
 
 BF16 = torch.bfloat16
 HOPPER = (9, 0)
@@ -130,3 +132,13 @@ def test_ranks_that_share_tokens_use_it_too(tiny_assets, hopper):
     split_blocks(network)
     choose_attention(network, ParallelPlan(config.training, torch.device("cpu")), BF16)
     assert backends(network) == {"_native_cudnn"}
+
+
+def test_a_teacher_in_half_precision_has_cudnn_and_its_average_does_not(hopper, given):
+    small = ["model.vae=assets/tiny/vae", "training.flow.first_chunk_batch=2", "training.bank_clips=2"]
+    small += ["training.compile=false", "training.global_batch=2", "training.micro_batch=2"]
+    small += ["training.flow.bank_cache=null", "training.flow.first_chunk_clips=2"]
+    teacher = build_stage(load_config("configs/world/teacher.yaml", small), torch.device("cpu"), Ranks())
+    assert backends(teacher.module) == {"_native_cudnn"} and backends(teacher.averaged) == {None}
+    teacher.update(0)
+    assert given == {BF16}

@@ -68,7 +68,7 @@ class Latents:
         cache: Path | None,
     ):  # fmt: skip
         world, start = World(), time.monotonic()
-        scenes = sorted(world.scenes(stable_hash(seed, "bank"), clips), key=kind)
+        scenes = sorted(world.trained_scenes(stable_hash(seed, "bank"), clips), key=kind)
         self.scenes, captions = scenes, [training_caption(scene) for scene in scenes]
         self.null = text([""])
         self.text = torch.cat([text(captions[i : i + 64]) for i in range(0, clips, 64)])

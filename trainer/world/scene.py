@@ -26,6 +26,7 @@ from trainer.world.captions import (
     ATTRIBUTES,
     COLOURS,
     DIRECTIONS_OF,
+    MOTIONS,
     TURNS,
     VALUES,
     phrase,
@@ -49,6 +50,8 @@ ROD = 52.0  # pixels from the pendulum's pin to the subject's middle
 SIZE = {"orbit": (9.0, 10.0), "pulse": (12.5, 14.0)}  # pixels: radius of the disc of equal area
 USUAL_SIZE = (11.0, 13.0)
 SUN = 8.0  # pixels: radius of what is orbited
+# How often a motion is trained, relative to the others: outlines that turn, and grounds that go by, are learnt late.
+TRAINED_SHARES = {"travel": 2, "spin": 4, "swing": 3, "pulse": 1, "bounce": 1, "orbit": 3, "hide": 1}
 GROUND_PERIOD = 32.0  # pixels after which a ground repeats, both ways
 _SALT = 20261130  # keeps these draws apart from other uses of the same seed
 
@@ -163,6 +166,14 @@ class World:
         open_ones = dict.fromkeys(("direction", "partner"))
         rows = [{name: columns[name][i] for name in columns} | open_ones for i in range(n)]
         return [self.place(row, rng, int(seeds[i])) for i, row in enumerate(rows)]
+
+    def trained_scenes(self, seed: int, n: int) -> list[Scene]:
+        """n scenes of motions that come up as TRAINED_SHARES says; all else is drawn evenly."""
+        rng = np.random.default_rng([_SALT, 3, seed])
+        shares = np.array([TRAINED_SHARES[motion] for motion in MOTIONS]) / sum(TRAINED_SHARES.values())
+        motions, seeds = rng.choice(MOTIONS, n, p=shares), rng.integers(0, 2**32, size=n)
+        others = dict.fromkeys(ATTRIBUTES)
+        return [self.place(others | {"motion": str(m)}, rng, int(s)) for m, s in zip(motions, seeds, strict=True)]
 
     def prompts(self, seed: int, n: int) -> list[str]:
         """n captions that state everything, attributes balanced, for evaluation."""

@@ -1,5 +1,6 @@
 """The moving world: captions say what scenes are, and every video is defined for all time."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from trainer.world.captions import (
     words_of,
 )
 from trainer.world.render import render, shape_distance
-from trainer.world.scene import PERIOD, WAVE, World, caption, poses, training_caption, turn
+from trainer.world.scene import PERIOD, TRAINED_SHARES, WAVE, World, caption, poses, training_caption, turn
 
 WORLD = World()
 SCENES = WORLD.scenes(1, 300)
@@ -75,6 +76,17 @@ def test_scenes_are_functions_of_their_seed_and_balanced_ones_are_even():
         counts = [sum(vars(scene)[name] == value for scene in even) for value in VALUES[name]]
         assert max(counts) - min(counts) <= 1, name
     assert all(scene.partner != scene.colour for scene in even)
+
+
+def test_what_is_learnt_late_is_trained_more_often():
+    drawn = WORLD.trained_scenes(7, 3000)
+    assert drawn == WORLD.trained_scenes(7, 3000) != WORLD.trained_scenes(8, 3000)
+    share = Counter(scene.motion for scene in drawn)
+    for motion, times in TRAINED_SHARES.items():
+        assert abs(share[motion] / share["bounce"] - times) < 0.25 * times, motion
+    for name in ("colour", "shape", "rate", "amplitude", "ground"):
+        counts = Counter(vars(scene)[name] for scene in drawn)
+        assert len(counts) == len(VALUES[name]) and min(counts.values()) > 0.8 * max(counts.values()), name
 
 
 def test_stated_attributes_are_kept_and_the_rest_is_drawn():
