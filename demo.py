@@ -9,7 +9,8 @@ def main() -> int:
     from server.command import Program, run
 
     description = "A page that plays streams while they are made: serve.py with one worker and another port."
-    return run(Program("demo.py", description, port=7860, workers=1, jobs_folder="videos/demo"))
+    config = "configs/world/world.yaml"  # whose streams have no end
+    return run(Program("demo.py", description, port=7860, workers=1, jobs_folder="videos/demo", config=config))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python scripts/evaluate_world.py --streams 32 --minutes 10 --switches 64           # and streams, and new prompts
     python scripts/evaluate_world.py --rendered --num_prompts 28                       # the same of rendered clips
 
-clips      each attribute, rate and amplitude; seams, the outline's tremble and the spread of what captions leave open,
-           over those of rendered clips of the same captions that went through the VAE, whose own seams are `seam_vae`
+clips      each attribute, rate and amplitude; how many have all of them right, by motion too; seams, the outline's
+           tremble and the spread of what captions leave open, over those of rendered clips of the same captions that
+           went through the VAE, whose own seams are `seam_vae`
 streams    whether number, colour, shape, size and rate stay what they are for --minutes
 switches   streams whose prompt changes its colour: in how many the new one is seen within two chunks, and stays for
            --stay seconds
@@ -33,7 +34,7 @@ from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from scripts.studies.world_diversity import spread  # noqa: E402
 from scripts.studies.world_endless import Watch  # noqa: E402
-from trainer.world.captions import COLOURS  # noqa: E402
+from trainer.world.captions import COLOURS, MOTIONS  # noqa: E402
 from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402
@@ -144,7 +145,11 @@ def clips(play: Player, config: Config, args: argparse.Namespace, through: Throu
         for frames, rows in ((videos, found), (known, data)):
             rows.append({k: v.cpu() for k, v in (measure(frames) | {"seam": seam_score(frames, borders)}).items()})
     made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (found, data))
-    columns = score_measured([wording(scene) for scene in scenes], made).columns
+    scores = score_measured([wording(scene) for scene in scenes], made)
+    columns, every = scores.columns, scores.right["all"]
+    for motion in MOTIONS:
+        own = every[torch.tensor([scene.motion == motion for scene in scenes])]
+        columns |= {f"all_{motion}": wilson(int(own.sum()), len(own))} if len(own) else {}
     columns["seam"] = mean_interval(made["seam"] / true["seam"].nanmean())
     columns["seam_vae"] = mean_interval(true["seam"])
     columns["jitter"] = mean_interval(made["jitter"] / true["jitter"].nanmean())

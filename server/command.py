@@ -30,6 +30,7 @@ class Program:
     port: int
     workers: int  # 0 = one a GPU
     jobs_folder: str
+    config: str = "configs/tiny.yaml"
 
 
 def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +40,7 @@ def parse(program: Program, argv: list[str] | None = None) -> argparse.Namespace
         parser.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{help} (default: %(default)s)")
 
     live, jobs = Limits(), JobLimits()
-    flag("--config_path", "configs/tiny.yaml", "what each worker loads", metavar="FILE")
+    flag("--config_path", program.config, "what each worker loads", metavar="FILE")
     flag("--host", "127.0.0.1", "address to listen at; other machines need keys")
     flag("--port", program.port, "0 = any that is free", int)
     flag("--workers", program.workers, "processes with the model in each; 0 = one a GPU or group of GPUs", int)

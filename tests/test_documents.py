@@ -16,7 +16,7 @@ CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # the changel
 PROGRAMS = {
     "inference.sh": ("pipeline/cli.py", "configs/tiny.yaml"),
     "training.sh": ("trainer/cli.py", "configs/train_tiny.yaml"),
-    "demo.sh": ("server/command.py", "configs/tiny.yaml"),
+    "demo.sh": ("server/command.py", "configs/world/world.yaml"),
     "serve.sh": ("server/command.py", "configs/tiny.yaml"),
     "scripts/ablate_tiny.sh": ("scripts/ablate_tiny.py", "configs/train_tiny_ablation.yaml"),
     "scripts/encode_prompts.py": ("scripts/encode_prompts.py", "configs/train_tiny.yaml"),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from scripts import evaluate_world, world_sheets
+from trainer.world.captions import MOTIONS
 from trainer.world.scene import World
 from utils.intervals import Interval
 
@@ -19,6 +20,8 @@ def test_rendered_videos_reach_what_is_aimed_at(tmp_path, capsys):
     assert evaluate_world.main([*asked, "video.num_latent_frames=12"]) == 0
     scores = json.loads(out.read_text())
     assert all(scores[name]["value"] == 1 for name in ("clips.colour", "switches.seen", "switches.stayed"))
+    by_motion = [scores[f"clips.all_{motion}"]["n"] for motion in MOTIONS if f"clips.all_{motion}" in scores]
+    assert sum(by_motion) == 2 and min(by_motion) > 0
     printed = capsys.readouterr().out
     assert "clips.colour" in printed and "reached  at least 0.97" in printed
 
