@@ -270,7 +270,10 @@ def plan_output(
     """The job of `--output`. Raises UserError if there is more than one video, or for an unknown suffix."""
     asked = len(stories) * config.inference.num_samples
     if asked > 1:
-        raise UserError(f"--output={output} holds one video and {asked} were asked for; give one prompt and one sample")
+        raise UserError(
+            f"--output={output} holds one video and {asked} were asked for; give one prompt and one sample, or "
+            f"--output_folder"
+        )
     video = None if output == PIPE else Path(output).expanduser()
     if video is not None and os.path.isdir(video):
         raise UserError(f"--output={output} is a folder; give a file, or --output_folder")
