@@ -92,15 +92,15 @@ def cost_of(row: ablation.Row, config: Config) -> str:
 def read_rows(folder: Path, rows: list[ablation.Row]) -> dict[str, dict]:
     """Finished rows in the table's order, without those that an earlier version measured differently."""
     files = [folder / f"{row.name}.json" for row in rows]
-    found = [json.loads(file.read_text()) for file in files if file.is_file()]
-    return {row["name"]: row for row in found if row["asked"].keys() == ASKED}
+    stored = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return {row["name"]: row for row in stored if row["asked"].keys() == ASKED}
 
 
 def write_tables(out: Path, args: argparse.Namespace) -> str:
-    found = list(read_rows(out / "rows", list(ablation.ROWS)).values())
-    text = markdown(found)
+    rows = list(read_rows(out / "rows", list(ablation.ROWS)).values())
+    text = markdown(rows)
     (out / "table.md").write_text(text, encoding="utf-8")
-    write_json_atomic(out / "table.json", {"settings": args.settings, "rows": found})
+    write_json_atomic(out / "table.json", {"settings": args.settings, "rows": rows})
     return text
 
 

@@ -120,14 +120,14 @@ def _playing(config: Config, student: Path, wording: Wording) -> Player:
 def measured(config: Config, student: Path, scenes: list[Scene], batch: int) -> dict[str, list[float | None]]:
     """A value a clip of each figure, None where there is none."""
     play, chunk = _playing(config, student, caption), config.stream.chunk_frames
-    chunks, found = config.video.num_latent_frames // chunk, []
+    chunks, shown = config.video.num_latent_frames // chunk, []
     borders = [pixel_frames(k * chunk) for k in range(1, chunks)]
     for part in batches(len(scenes), batch, "clips"):
         seeds = [sample_seed(SEED, i) for i in range(part.start, part.stop)]
         frames = torch.cat(list(play(scenes[part], seeds, chunks, {})), dim=1)
         values = measure(frames) | {"seam": seam_score(frames, borders)}
-        found.append({name: value.cpu() for name, value in values.items()})
-    whole = {name: torch.cat([row[name] for row in found]) for name in found[0]}
+        shown.append({name: value.cpu() for name, value in values.items()})
+    whole = {name: torch.cat([row[name] for row in shown]) for name in shown[0]}
     figures = agreement([caption(scene) for scene in scenes], whole) | {"seam": whole["seam"]}
     return {name: [None if x != x else x for x in value.tolist()] for name, value in figures.items()}
 

@@ -137,14 +137,14 @@ def clips(play: Player, config: Config, args: argparse.Namespace, through: Throu
     others = [world.place(vars(scene), np.random.default_rng([args.seed, 1, i])) for i, scene in enumerate(scenes)]
     chunks = config.video.num_latent_frames // config.stream.chunk_frames
     borders = [pixel_frames(k * config.stream.chunk_frames) for k in range(1, chunks)]
-    found, data = [], []
+    shown, data = [], []
     for part in batches(len(scenes), args.batch, "clips"):
         seeds = [sample_seed(args.seed, i) for i in range(part.start, part.stop)]
         videos = torch.cat(list(play(scenes[part], seeds, chunks, {})), dim=1)
         known = through(torch.cat(list(rendered(config)(others[part], seeds, chunks, {})), dim=1))
-        for frames, rows in ((videos, found), (known, data)):
+        for frames, rows in ((videos, shown), (known, data)):
             rows.append({k: v.cpu() for k, v in (measure(frames) | {"seam": seam_score(frames, borders)}).items()})
-    made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (found, data))
+    made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (shown, data))
     scores = score_measured([wording(scene) for scene in scenes], made)
     columns, every = scores.columns, scores.right["all"]
     for motion in MOTIONS:

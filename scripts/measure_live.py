@@ -71,17 +71,17 @@ def played(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """What streams of one pipeline show."""
     video, size = config.video, args.random_weights
     pipe = random_pipeline(config, size) if size else DiagonalPipeline.from_config(config)
-    found: dict[str, Any] = {"device": str(pipe.session.device)}
+    results: dict[str, Any] = {"device": str(pipe.session.device)}
     if args.minutes:
         frames = max(args.minutes * 60 * video.fps, 1)
         chunks = math.ceil((frames + 3) / 4 / config.stream.chunk_frames)
         with tempfile.TemporaryDirectory() as folder:
             path = args.video or Path(folder) / "long.mp4"
-            found["long"] = watch_stream(pipe.session, PROMPT, chunks, video.fps, path, args.drift_frames)
+            results["long"] = watch_stream(pipe.session, PROMPT, chunks, video.fps, path, args.drift_frames)
     if args.switches:
         world = TinyWorld(video.height, video.width)
-        found["switches"] = switches(pipe.session, world, args.switches, args.switch_chunk, args.batch)
-    return found
+        results["switches"] = switches(pipe.session, world, args.switches, args.switch_chunk, args.batch)
+    return results
 
 
 def served(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,14 +91,14 @@ def served(args: argparse.Namespace) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; see requirements-demo.txt, or --plays 0") from error
     source = sessions.BenchSource(args.config_path, tuple(args.settings), size=args.random_weights)
-    most, found = math.ceil(max(args.sessions, default=1) / args.workers), {}
+    most, results = math.ceil(max(args.sessions, default=1) / args.workers), {}
     with sessions.live_server(source, args.workers, most) as (url, pool):
         if args.plays:
-            found["demo"] = asyncio.run(sessions.first_frames(url, args.plays))
+            results["demo"] = asyncio.run(sessions.first_frames(url, args.plays))
         for figures in sessions.sessions(url, pool, args.sessions, args.seconds) if args.sessions else ():
             log.info("\n".join(lines(figures)))
-            found |= {"sessions": found.get("sessions", {}) | figures}
-    return found
+            results |= {"sessions": results.get("sessions", {}) | figures}
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -120,10 +120,10 @@ def score(args: argparse.Namespace) -> int:
         raise UserError(f"prompts={info} says nothing of dimensions; give VBench_full_info.json to score")
     suite = read_suite(info)
     wanted = args.dimensions or [name for name in DIMENSIONS if any(name in p.dimensions for p in suite)]
-    found = {name: videos_of(name, [p for p in suite if name in p.dimensions], out) for name in wanted}
+    by_dimension = {name: videos_of(name, [p for p in suite if name in p.dimensions], out) for name in wanted}
     if shutil.which(args.python) is None:
         raise UserError(f"python={args.python} cannot be started (no such program); give its path")
-    for name, videos in found.items():
+    for name, videos in by_dimension.items():
         with faults.noted():
             score_dimension(args.python, info, name, videos, out / "results" / f"{name}_eval_results.json")
     return faults.code

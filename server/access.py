@@ -43,11 +43,11 @@ class Keys:
 
     def owner(self, key: str) -> str | None:
         """The owner of a key, or None; takes equally long for all keys."""
-        given, found = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), None
+        given, matching = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), None
         for owner, digest in self._digests.items():
             if hmac.compare_digest(given, digest):
-                found = owner
-        return found
+                matching = owner
+        return matching
 
     def cookie(self, owner: str, now: float | None = None) -> str:
         """A signed cookie for `owner`, valid for COOKIE_SECONDS."""
@@ -79,7 +79,7 @@ def read_keys(path: str | None, environ: MutableMapping[str, str] = os.environ) 
         if os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UserError(f"--keys_file={path} can be read by other users of this machine; chmod 600 it")
         texts[f"--keys_file={path}"] = Path(path).read_bytes().decode("utf-8-sig", "replace")
-    found: dict[str, str] = {}
+    by_owner: dict[str, str] = {}
     for where, text in texts.items():
         lines = [entry for line in text.splitlines() for entry in line.partition("#")[0].split(",")]
         for number, words in enumerate((entry.split() for entry in lines if entry.strip()), start=1):
@@ -87,12 +87,12 @@ def read_keys(path: str | None, environ: MutableMapping[str, str] = os.environ) 
             if len(words) > 2 or not KEY.fullmatch(key) or (owner is not None and not NAME.fullmatch(owner)):
                 raise UserError(f"{where} has an entry {number} that is no key: {FORM}")
             owner = owner or f"key-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-            if owner in found or key in found.values() or len(found) >= MAX_KEYS:
+            if owner in by_owner or key in by_owner.values() or len(by_owner) >= MAX_KEYS:
                 raise UserError(f"{where} has an entry {number} whose name or key is there already; remove one of them")
-            found[owner] = key
-    if path is not None and not found:
+            by_owner[owner] = key
+    if path is not None and not by_owner:
         raise UserError(f"--keys_file={path} holds no key; {FORM}")
-    return Keys(found)
+    return Keys(by_owner)
 
 
 def is_loopback(host: str) -> bool:
@@ -172,14 +172,14 @@ class AccessPolicy:
             return NOBODY
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme:
-            found = self.keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+            owner = self.keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         else:
-            found = self.keys.cookie_owner(_cookie(headers.get("cookie", "")))
-        if found is None:
+            owner = self.keys.cookie_owner(_cookie(headers.get("cookie", "")))
+        if owner is None:
             said = "wrong" if scheme else "missing"
             message = f"the API key is {said}; send it as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return found
+        return owner
 
     def _own(self, origin: str, host: str, forwarded: str) -> bool:
         """Whether `origin` is that of the server's own page."""

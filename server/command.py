@@ -118,12 +118,12 @@ def run(program: Program) -> int:
 
 def read_loras(texts: list[str]) -> dict[str, str]:
     """Parse NAME=FILE arguments. Raises UserError if one is invalid."""
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     for text in texts:
         match = LORA.fullmatch(text)
         if match is None:
             raise UserError(f"--lora={text} is not of the form NAME=FILE; give a name of letters, digits, _, . or -")
-        if match[1] in found:
+        if match[1] in files:
             raise UserError(f"--lora={text} has the name of another one; rename it")
-        found[match[1]] = match[2]
-    return found
+        files[match[1]] = match[2]
+    return files

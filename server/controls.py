@@ -66,13 +66,13 @@ class Reader:
             raise UserError(f"type={str(kind)[:40]} is unknown; use one of {', '.join(FIELDS)} or shown")
         required, optional = FIELDS[kind]
         read = READERS | {"schedule": self._schedule, "seconds": self._seconds}
-        found = {}
+        fields = {}
         for name in (*required, *optional):
             if values.get(name) is not None:
-                found[name] = read[name](values, name)
+                fields[name] = read[name](values, name)
             elif name in required:
                 raise UserError(f"{name} is missing; {kind} needs {' and '.join(required)}")
-        return Control(kind, number, **found)
+        return Control(kind, number, **fields)
 
     def _seconds(self, values: dict[str, Any], name: str) -> float:
         return _number(values, name, 0.1, self.max_seconds)
@@ -84,13 +84,13 @@ class Reader:
             raise UserError(f'{name} is no object with one of preset and steps; give {{"steps": [4, 3, 2]}}')
         if "preset" in asked:
             preset = _choice(asked, "preset", tuple(PRESETS))
-            found = Schedule.from_config(ScheduleConfig(preset=preset), self.config.stream)
+            chosen = Schedule.from_config(ScheduleConfig(preset=preset), self.config.stream)
         else:
             changed = with_steps(self.config, self._steps(asked["steps"]))
-            found = Schedule.from_config(changed.schedule, changed.stream)
+            chosen = Schedule.from_config(changed.schedule, changed.stream)
         if asked.get("context") is not None:
-            found = replace(found, context=_choice(asked, "context", CONTEXTS))
-        return found
+            chosen = replace(chosen, context=_choice(asked, "context", CONTEXTS))
+        return chosen
 
     def _steps(self, steps: Any) -> list[int]:
         most_steps, most_rows = bounds(self.schedule)

@@ -208,10 +208,10 @@ class JobStore:
 
     def get(self, owner: str, id: str) -> Job:
         """A job of an owner. Raises ApiError if there is none."""
-        found = self._jobs("WHERE id = ? AND owner = ?", id, owner)
-        if not found:
+        jobs = self._jobs("WHERE id = ? AND owner = ?", id, owner)
+        if not jobs:
             raise ApiError(404, f"there is no video {id[:50]}; it may be deleted or expired", code="video_not_found")
-        return found[0]
+        return jobs[0]
 
     def page(self, owner: str, after: str | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
         """At most `limit` jobs after the job `after`, and whether there are more."""

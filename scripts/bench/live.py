@@ -179,7 +179,7 @@ def switches(session: StreamSession, world: TinyWorld, count: int, at: int, batc
     """
     scenes = world.scenes(seed, count, balanced=True)
     later = [recoloured(scene, i) for i, scene in enumerate(scenes)]
-    found: list[Tensor] = []  # [chunks, streams]
+    seen: list[Tensor] = []  # [chunks, streams]
     steps: list[Tensor] = []  # [streams]
     for first in range(0, count, batch):
         some, new = scenes[first : first + batch], later[first : first + batch]
@@ -196,8 +196,8 @@ def switches(session: StreamSession, world: TinyWorld, count: int, at: int, batc
         border = around[0].shape[1] - 1
         inside = torch.cat([moved[:, :border], moved[:, border + 1 :]], dim=1).mean(1)
         steps.append(moved[:, border] / inside)
-        found.append(torch.stack(shown))
-    colours = torch.cat(found, dim=1)
+        seen.append(torch.stack(shown))
+    colours = torch.cat(seen, dim=1)
     wanted = torch.tensor([COLOURS.index(scene.colour) for scene in later])
     old = torch.tensor([COLOURS.index(scene.colour) for scene in scenes])
     agree = (colours[1:] == wanted).cummax(0).values.float().mean(1).tolist()

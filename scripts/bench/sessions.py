@@ -103,7 +103,7 @@ class Watched:
 
 async def watch(url: str, seed: int, seconds: float) -> Watched:
     """A client that shows frames at the video's rate from the first one on, and waits where one is not there."""
-    found = Watched()
+    watched = Watched()
     async with LiveClient(url, paced=True) as live:
         begin, due, fps = time.perf_counter(), None, live.hello["fps"]
         showing: set[asyncio.Task] = set()
@@ -111,16 +111,16 @@ async def watch(url: str, seed: int, seconds: float) -> Watched:
         async for chunk in live:
             now = time.perf_counter()
             if due is None:
-                found.first, due = now - begin, now
+                watched.first, due = now - begin, now
             elif now > due:
-                found.late_frames += min(chunk.frames, 1 + int((now - due) * fps))
-                found.worst, due = max(found.worst, now - due), now
+                watched.late_frames += min(chunk.frames, 1 + int((now - due) * fps))
+                watched.worst, due = max(watched.worst, now - due), now
             due += chunk.frames / fps
-            found.frames += chunk.frames
-            found.encode_ms.append(chunk.header["encode_ms"])
+            watched.frames += chunk.frames
+            watched.encode_ms.append(chunk.header["encode_ms"])
             showing.add(asyncio.create_task(_shown_at(live, chunk, due)))
         await asyncio.gather(*showing)
-    return found
+    return watched
 
 
 async def _shown_at(live: LiveClient, chunk, due: float) -> None:
@@ -136,16 +136,16 @@ async def paced(url: str, workers: list[Worker], sessions: int, seconds: float) 
         return await watch(url, number, seconds)
 
     begin, busy = time.perf_counter(), sum(cpu_seconds(worker) for worker in workers)
-    found = await asyncio.gather(*(one(number) for number in range(sessions)))
+    clients = await asyncio.gather(*(one(number) for number in range(sessions)))
     wall, busy = time.perf_counter() - begin, sum(cpu_seconds(worker) for worker in workers) - busy
     return {
-        "frames": sum(watched.frames for watched in found),
-        "late_frames": sum(watched.late_frames for watched in found),
-        "late_streams": sum(watched.late_frames > 0 for watched in found),
-        "worst_late_ms": 1000 * max(watched.worst for watched in found),
-        "first_frame_ms": 1000 * median(watched.first for watched in found),
-        "slowest_first_ms": 1000 * max(watched.first for watched in found),
-        "encode_ms_a_chunk": median(ms for watched in found for ms in watched.encode_ms),
+        "frames": sum(watched.frames for watched in clients),
+        "late_frames": sum(watched.late_frames for watched in clients),
+        "late_streams": sum(watched.late_frames > 0 for watched in clients),
+        "worst_late_ms": 1000 * max(watched.worst for watched in clients),
+        "first_frame_ms": 1000 * median(watched.first for watched in clients),
+        "slowest_first_ms": 1000 * max(watched.first for watched in clients),
+        "encode_ms_a_chunk": median(ms for watched in clients for ms in watched.encode_ms),
         "cores_of_workers": busy / wall,
     }
 
@@ -165,14 +165,14 @@ async def saturating(url: str, sessions: int, seconds: float) -> dict[str, Any]:
                     return frames, size, live.hello["fps"]
 
     begin = time.perf_counter()
-    found = await asyncio.gather(*(one(number) for number in range(sessions)))
+    per_client = await asyncio.gather(*(one(number) for number in range(sessions)))
     wall = time.perf_counter() - begin
-    frames = sum(made for made, _, _ in found)
+    frames = sum(made for made, _, _ in per_client)
     return {
         "fps": frames / wall,
-        "fps_of_slowest": min(made for made, _, _ in found) / wall,
-        "streams_at_rate": frames / wall / found[0][2],
-        "bytes_a_second_of_video": sum(size for _, size, _ in found) / (frames / found[0][2]),
+        "fps_of_slowest": min(made for made, _, _ in per_client) / wall,
+        "streams_at_rate": frames / wall / per_client[0][2],
+        "bytes_a_second_of_video": sum(size for _, size, _ in per_client) / (frames / per_client[0][2]),
     }
 
 

@@ -1,6 +1,6 @@
 """How clips of the tiny world look as a set: drift, diversity, and the distance to other clips.
 
-Legend: B clips, T pixel frames; frames are uint8 or float in [-1, 1], [B, T, 3, H, W]; `found` is what
+Legend: B clips, T pixel frames; frames are uint8 or float in [-1, 1], [B, T, 3, H, W]; `measured` is what
 `tiny_measures.measure` gives for them.
 """
 

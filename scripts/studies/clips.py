@@ -42,7 +42,7 @@ from utils.progress import progress_bar
 from utils.seeds import sample_seed
 
 Maker = Callable[[Sequence[str], Sequence[int], int], Tensor]  # prompts, seeds, latent frames -> uint8 [B, T, 3, H, W]
-Found = dict[str, Tensor]
+Measured = dict[str, Tensor]
 TEACHER_STEPS = 50
 DRAWS = 200  # of a bootstrap
 SCORED = (
@@ -146,7 +146,7 @@ class Bench:
         self.rng = np.random.default_rng([seed, 1])
 
     @cached_property
-    def rendered(self) -> Found:
+    def rendered(self) -> Measured:
         """Clips of the same captions with other starts and sizes: what distance and motion are compared with."""
         scenes = [self.world.place(vars(scene), self.rng) for scene in self.scenes[: self.clips]]
 
@@ -158,30 +158,30 @@ class Bench:
 
     def columns(self, make: Maker, *, endless: bool) -> dict[str, Interval]:
         """All that is measured of a row, by name. endless: it can go on past the length it was trained at."""
-        found = self._made("clips", make, self.prompts[: self.clips], self.frames)
-        scores = score_measured(self.prompts[: self.clips], found).columns
+        measured = self._made("clips", make, self.prompts[: self.clips], self.frames)
+        scores = score_measured(self.prompts[: self.clips], measured).columns
         columns = {name: scores[name] for name in SCORED}
-        columns["motion"] = mean_interval(found["motion"] / self.rendered["motion"].mean())
+        columns["motion"] = mean_interval(measured["motion"] / self.rendered["motion"].mean())
         there = self.rendered["features"]
-        columns["frechet"] = bootstrap(lambda some: frechet_distance(some["features"], there), found)
-        found["expected"] = self.world.expected_starts(self.scenes[: self.clips])
-        columns["start_spread"] = bootstrap(lambda some: start_spread(some, some["expected"]), found)
+        columns["frechet"] = bootstrap(lambda some: frechet_distance(some["features"], there), measured)
+        measured["expected"] = self.world.expected_starts(self.scenes[: self.clips])
+        columns["start_spread"] = bootstrap(lambda some: start_spread(some, some["expected"]), measured)
         free = self._made("captions without a direction", make, self.open_prompts, self.frames)
         columns["heading_spread"] = bootstrap(heading_spread, free)
-        columns["seam"] = mean_interval(found["seam"])
-        columns["drift"] = mean_interval(found["drift"])
+        columns["seam"] = mean_interval(measured["seam"])
+        columns["drift"] = mean_interval(measured["drift"])
         if endless and self.long_clips:
             long = self._made("long clips", make, self.prompts[: self.long_clips], self.long_frames)
             columns["long_drift"] = mean_interval(long["drift"])
         return columns
 
-    def _made(self, what: str, make: Maker, prompts: Sequence[str], frames: int) -> Found:
+    def _made(self, what: str, make: Maker, prompts: Sequence[str], frames: int) -> Measured:
         def some(first: int, last: int) -> Tensor:
             return make(prompts[first:last], self.seeds[first:last], frames).to(self.device)
 
         return self._describe(what, some, len(prompts))
 
-    def _describe(self, what: str, make: Callable[[int, int], Tensor], count: int) -> Found:
+    def _describe(self, what: str, make: Callable[[int, int], Tensor], count: int) -> Measured:
         """What `count` clips show, a batch in memory at a time; on the CPU."""
         parts = []
         with progress_bar(what, count, "clip") as bar:
@@ -191,27 +191,27 @@ class Bench:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def describe(clips: Tensor, borders: Sequence[int]) -> Found:
+def describe(clips: Tensor, borders: Sequence[int]) -> Measured:
     """`measure` of clips [B, T, 3, H, W], with features, seam, motion and saturation drift; on the CPU."""
-    found = measure(clips)
-    found |= {
+    measured = measure(clips)
+    measured |= {
         "features": clip_features(clips),
         "seam": seam_score(clips, borders),
         "motion": motion_energy(clips),
-        "drift": saturation_drift(found),
+        "drift": saturation_drift(measured),
     }
-    return {name: value.cpu() for name, value in found.items()}
+    return {name: value.cpu() for name, value in measured.items()}
 
 
-def bootstrap(figure: Callable[[Found], float], found: Found, seed: int = 0) -> Interval:
+def bootstrap(figure: Callable[[Measured], float], measured: Measured, seed: int = 0) -> Interval:
     """`figure` of a set of clips, give or take 1.96 standard deviations of it over sets drawn from these with repeats.
 
     Not the percentiles: repeats make a distance larger and a spread smaller, which would shift them.
     """
-    count = len(next(iter(found.values())))
+    count = len(next(iter(measured.values())))
     rng = torch.Generator().manual_seed(seed)
     draws = [torch.randint(count, (count,), generator=rng) for _ in range(DRAWS)]
-    values = np.array([figure({name: x[index] for name, x in found.items()}) for index in draws])
+    values = np.array([figure({name: x[index] for name, x in measured.items()}) for index in draws])
     half = Z95 * float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else float("nan")
-    value = figure(found)
+    value = figure(measured)
     return Interval(value, value - half, value + half, count)

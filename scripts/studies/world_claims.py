@@ -124,27 +124,27 @@ def _mean_of_known(values: Sequence[float | None]) -> torch.Tensor:
     return torch.tensor([value for value in values if value is not None], dtype=torch.float64).mean()
 
 
-def decision(claim: Claim, found: Interval) -> str:
+def decision(claim: Claim, interval: Interval) -> str:
     """holds: the interval excludes 0 on the claim's side and the mean reaches the effect; refuted: it excludes the
     effect; undecided: neither, with the smallest effect that would have been seen.
 
     Of a claim of one that is as good, holds: the interval is above minus the effect; refuted: it is below.
     """
-    if found.n < len(SEEDS):
-        return f"not measured ({found.n} of {len(SEEDS)} seeds)"
+    if interval.n < len(SEEDS):
+        return f"not measured ({interval.n} of {len(SEEDS)} seeds)"
     least = -claim.effect if claim.as_good else claim.effect
-    if found.low > min(0.0, least) and found.value >= least:
+    if interval.low > min(0.0, least) and interval.value >= least:
         return "holds"
-    if found.high < least:
+    if interval.high < least:
         return "refuted"
-    return f"undecided; {(found.high - found.low) / 2:.3f} would have been seen"
+    return f"undecided; {(interval.high - interval.low) / 2:.3f} would have been seen"
 
 
 def table(figures: Figures, hard: Sequence[bool]) -> str:
     """Markdown, a row a claim."""
     lines = ["| | claim | better - worse | effect that matters | decision |", "| --- | --- | --- | --- | --- |"]
     for claim in CLAIMS:
-        found = difference(claim, figures, hard)
-        value = "" if not found.n else f"{found.value:+.3f} ({found.low:+.3f} .. {found.high:+.3f})"
-        lines.append(f"| {claim.number} | {claim.title} | {value} | {claim.effect} | {decision(claim, found)} |")
+        interval = difference(claim, figures, hard)
+        value = "" if not interval.n else f"{interval.value:+.3f} ({interval.low:+.3f} .. {interval.high:+.3f})"
+        lines.append(f"| {claim.number} | {claim.title} | {value} | {claim.effect} | {decision(claim, interval)} |")
     return "\n".join(lines) + "\n"

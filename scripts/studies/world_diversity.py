@@ -8,38 +8,38 @@ from torch import Tensor
 from trainer.world.captions import MOTIONS, VALUES
 
 
-def spread(found: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, float]:
+def spread(measured: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, float]:
     """Spread of starts, phases and headings of clips, over that of rendered clips of the same captions.
 
-    found, data: what `measure` gives. Starts: root of the summed variances of the subject's mean place, about the mean
-    of its motion. Phases: circular variance. Headings: entropy of left and right, and of the two senses of turning, so
-    give clips whose captions leave the direction open. NaN where the data itself has none.
+    measured, data: what `measure` gives. Starts: root of the summed variances of the subject's mean place, about the
+    mean of its motion. Phases: circular variance. Headings: entropy of left and right, and of the two senses of
+    turning, so give clips whose captions leave the direction open. NaN where the data itself has none.
     """
-    pairs = [(figure(found), figure(data)) for figure in (_starts, _phases, _headings)]
+    pairs = [(figure(measured), figure(data)) for figure in (_starts, _phases, _headings)]
     names = ("starts", "phases", "headings")
     return {name: a / b if b > 1e-3 else math.nan for name, (a, b) in zip(names, pairs, strict=True)}
 
 
-def _starts(found: dict[str, Tensor]) -> float:
+def _starts(measured: dict[str, Tensor]) -> float:
     total, count = 0.0, 0
     for kind in range(len(MOTIONS)):
-        place = torch.stack([found["x"], found["y"]], dim=1)[found["motion"] == kind].double()
+        place = torch.stack([measured["x"], measured["y"]], dim=1)[measured["motion"] == kind].double()
         if len(place) > 1:
             total += float((place - place.mean(0)).square().sum())
             count += len(place) - 1
     return math.sqrt(total / count) if count else math.nan
 
 
-def _phases(found: dict[str, Tensor]) -> float:
-    phase = found["phase"][~found["phase"].isnan()] * 2 * math.pi
+def _phases(measured: dict[str, Tensor]) -> float:
+    phase = measured["phase"][~measured["phase"].isnan()] * 2 * math.pi
     return 1 - float(torch.polar(torch.ones_like(phase), phase).mean().abs()) if len(phase) else math.nan
 
 
-def _headings(found: dict[str, Tensor]) -> float:
+def _headings(measured: dict[str, Tensor]) -> float:
     """Mean entropy in bits of the direction over motions that have one."""
     values = []
     for kind in range(len(MOTIONS)):
-        index = found["direction"][(found["motion"] == kind) & (found["direction"] >= 0)]
+        index = measured["direction"][(measured["motion"] == kind) & (measured["direction"] >= 0)]
         if len(index) > 1:
             share = torch.bincount(index, minlength=len(VALUES["direction"])).double() / len(index)
             values.append(float(-(share * share.clamp_min(1e-12).log2()).sum()))

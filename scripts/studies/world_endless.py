@@ -70,12 +70,12 @@ class Watch:
         self._rest = waiting.clone()
 
     def _read(self, window: Tensor) -> None:
-        found = track(window)
-        values = measure_track(found)
-        largest = torch.where(found.seen, found.size, 0).quantile(0.9, dim=1, keepdim=True)
+        tracks = track(window)
+        values = measure_track(tracks)
+        largest = torch.where(tracks.seen, tracks.size, 0).quantile(0.9, dim=1, keepdim=True)
         hides = self._hides(window.device)[:, None]
-        clear = found.whole & (~hides | (found.size > UNHIDDEN * largest))
-        kept = {name: vars(found)[name] for name in ("number", "seen", "colour", "shape")} | {"clear": clear}
+        clear = tracks.whole & (~hides | (tracks.size > UNHIDDEN * largest))
+        kept = {name: vars(tracks)[name] for name in ("number", "seen", "colour", "shape")} | {"clear": clear}
         self._frames.append({name: value.cpu() for name, value in kept.items()})
         names = ("motion", "period", "size", "saturation", "sharpness")
         self._windows.append({name: values[name].cpu() for name in names})

@@ -62,8 +62,8 @@ class WorldTeacher(_OnTheMovingWorld, Teacher):
         for guidance in GUIDANCES if at_end else GUIDANCES[:1]:
             places = (self.codec, self.text, prompts, self.geometry, self.config)
             frames = teacher_clips(ScoreModel(self.averaged), *places, guidance)
-            found = self._judged(prompts, frames, folder / f"{self.name}_{step:06d}_guidance_{guidance:g}.png")
-            figures |= {f"guidance_{guidance:g}_{name}": value for name, value in found.items()}
+            judged = self._judged(prompts, frames, folder / f"{self.name}_{step:06d}_guidance_{guidance:g}.png")
+            figures |= {f"guidance_{guidance:g}_{name}": value for name, value in judged.items()}
         return figures
 
 

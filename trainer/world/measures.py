@@ -138,29 +138,29 @@ def _nearest(value: Tensor, known: Sequence[float]) -> Tensor:
     return torch.where(value > 0, ratios.argmin(1), -1)
 
 
-def jitter(found: Track, whole: Tensor) -> Tensor:
+def jitter(tracks: Track, whole: Tensor) -> Tensor:
     """[B] pixels by which the outline trembles from frame to frame, in frames [B, T] that show all of it.
 
     It is what is left of the sizes of the outline's harmonics when steady change is taken away: second differences
     over root 6, which is 1 for white noise of size 1.
     """
     whole = whole[:, 2:] & whole[:, 1:-1] & whole[:, :-2]
-    second = found.outline.diff(n=2, dim=1).square().sum(2) / 6
+    second = tracks.outline.diff(n=2, dim=1).square().sum(2) / 6
     mean = (second * whole).sum(1) / whole.sum(1)
     return mean.sqrt()
 
 
-def motion_of(found: Track) -> dict[str, Tensor]:
+def motion_of(tracks: Track) -> dict[str, Tensor]:
     """Kind, direction, period, amplitude and phase of the motion in tracks; all [B]."""
-    seen, whole = found.seen, found.whole
-    shift = found.shift.nanmean(1)
-    sun = (found.sun >= 0).float().mean(1) > 0.5
+    seen, whole = tracks.seen, tracks.whole
+    shift = tracks.shift.nanmean(1)
+    sun = (tracks.sun >= 0).float().mean(1) > 0.5
     hidden = 1 - seen.float().mean(1)
     frames = seen.shape[1]
-    around, _, around_phase = _turning(torch.atan2(found.y - found.sun_y, found.x - found.sun_x), seen)
-    turns, steady, spot_phase = _turning(found.spot, whole)
-    beat = _std(found.size, whole) / _mean(found.size, whole).clamp_min(1)
-    wide, high = _std(found.x, whole), _std(found.y, whole)
+    around, _, around_phase = _turning(torch.atan2(tracks.y - tracks.sun_y, tracks.x - tracks.sun_x), seen)
+    turns, steady, spot_phase = _turning(tracks.spot, whole)
+    beat = _std(tracks.size, whole) / _mean(tracks.size, whole).clamp_min(1)
+    wide, high = _std(tracks.x, whole), _std(tracks.y, whole)
     rules = {
         "travel": shift.abs() > LEAST_SHIFT,
         "orbit": sun,
@@ -174,32 +174,32 @@ def motion_of(found: Track) -> dict[str, Tensor]:
     for name, holds in reversed(rules.items()):  # the first that holds counts
         kind = torch.where(holds, MOTIONS.index(name), kind)
     kind = torch.where(seen.any(1), kind, -1)
-    right_side = _std(found.right, seen) > _std(found.left, seen)  # the board is to the left
-    far_side = torch.where(right_side[:, None], found.right, found.left)
-    distance = torch.hypot(found.x - found.sun_x, found.y - found.sun_y)
+    right_side = _std(tracks.right, seen) > _std(tracks.left, seen)  # the board is to the left
+    far_side = torch.where(right_side[:, None], tracks.right, tracks.left)
+    distance = torch.hypot(tracks.x - tracks.sun_x, tracks.y - tracks.sun_y)
     spin_period = (1 / turns.abs().clamp_min(1e-4)).double()
     travel_period = (WAVE / shift.abs().clamp_min(1e-3)).double()
-    size = _mean(found.size, whole).clamp_min(1)
+    size = _mean(tracks.size, whole).clamp_min(1)
     fits = {
-        "travel": _at_period(found.y, None, travel_period, whole),
-        "spin": _at_period(found.x, found.y, spin_period, whole, spot_phase),
-        "swing": fit_sine(found.x, whole),
-        "pulse": fit_sine(found.size / size[:, None], whole),
-        "bounce": fit_bounce(found.y, whole),
+        "travel": _at_period(tracks.y, None, travel_period, whole),
+        "spin": _at_period(tracks.x, tracks.y, spin_period, whole, spot_phase),
+        "swing": fit_sine(tracks.x, whole),
+        "pulse": fit_sine(tracks.size / size[:, None], whole),
+        "bounce": fit_bounce(tracks.y, whole),
         "orbit": Fit((1 / around.abs().clamp_min(1e-4)).double(), _mean(distance, seen).double(), around_phase),
         "hide": fit_sine(far_side, seen),
     }
     way = {"travel": shift, "spin": turns, "orbit": around}
-    found_values = {name: torch.full_like(travel_period, torch.nan) for name in ("period", "amplitude", "phase")}
+    fitted = {name: torch.full_like(travel_period, torch.nan) for name in ("period", "amplitude", "phase")}
     direction = torch.full_like(kind, -1)
     for i, name in enumerate(MOTIONS):
         here = kind == i
-        for key in found_values:
-            found_values[key] = torch.where(here, vars(fits[name])[key].double(), found_values[key])
+        for key in fitted:
+            fitted[key] = torch.where(here, vars(fits[name])[key].double(), fitted[key])
         if name in way:
             forward, back = (VALUES["direction"].index(v) for v in _senses(name))
             direction = torch.where(here, torch.where(way[name] > 0, forward, back), direction)
-    return {"motion": kind, "direction": direction} | found_values
+    return {"motion": kind, "direction": direction} | fitted
 
 
 def _senses(motion: str) -> tuple[str, str]:
@@ -222,10 +222,10 @@ def measure(frames: Tensor) -> dict[str, Tensor]:
     return measure_track(track(frames))
 
 
-def measure_track(found: Track) -> dict[str, Tensor]:
+def measure_track(tracks: Track) -> dict[str, Tensor]:
     """The same of clips that were read before."""
-    moved = motion_of(found)
-    kind, seen = moved["motion"], found.seen
+    moved = motion_of(tracks)
+    kind, seen = moved["motion"], tracks.seen
     periods = [PERIOD[name] for name in RATES]
     amplitude_class = torch.full_like(kind, -1)
     for i, name in enumerate(MOTIONS):
@@ -233,23 +233,23 @@ def measure_track(found: Track) -> dict[str, Tensor]:
         amplitude_class = torch.where(kind == i, _nearest(moved["amplitude"], known), amplitude_class)
     expected = torch.where(kind == MOTIONS.index("orbit"), 2, 1)[:, None]
     hides = (kind == MOTIONS.index("hide"))[:, None]
-    right = (found.number == expected) | (hides & (found.number == 0))
-    largest = torch.where(seen, found.size, 0).quantile(0.9, dim=1, keepdim=True)
-    in_the_open = found.whole & (~hides | (found.size > UNHIDDEN * largest))
+    right = (tracks.number == expected) | (hides & (tracks.number == 0))
+    largest = torch.where(seen, tracks.size, 0).quantile(0.9, dim=1, keepdim=True)
+    in_the_open = tracks.whole & (~hides | (tracks.size > UNHIDDEN * largest))
     return moved | {
-        "colour": majority(found.colour, seen, len(VALUES["colour"])),
-        "shape": majority(found.shape, in_the_open, len(SHAPES)),
+        "colour": majority(tracks.colour, seen, len(VALUES["colour"])),
+        "shape": majority(tracks.shape, in_the_open, len(SHAPES)),
         "rate": _nearest(torch.nan_to_num(moved["period"]), periods),
         "amplitude_class": amplitude_class,
-        "partner": torch.where(kind == MOTIONS.index("orbit"), found.sun.amax(1), -1),
-        "ground": majority(found.ground, torch.ones_like(seen), len(VALUES["ground"])),
+        "partner": torch.where(kind == MOTIONS.index("orbit"), tracks.sun.amax(1), -1),
+        "ground": majority(tracks.ground, torch.ones_like(seen), len(VALUES["ground"])),
         "number": right.float().mean(1),
-        "jitter": jitter(found, in_the_open),
-        "saturation": _mean(found.saturation, found.whole),
-        "sharpness": _mean(found.sharpness, found.whole),
-        "size": _mean(found.size, found.whole),
-        "x": _mean(found.x, seen),
-        "y": _mean(found.y, seen),
+        "jitter": jitter(tracks, in_the_open),
+        "saturation": _mean(tracks.saturation, tracks.whole),
+        "sharpness": _mean(tracks.sharpness, tracks.whole),
+        "size": _mean(tracks.size, tracks.whole),
+        "x": _mean(tracks.x, seen),
+        "y": _mean(tracks.y, seen),
     }
 
 
@@ -281,9 +281,9 @@ def score(captions: Sequence[str], frames: Tensor) -> Scores:
     return score_measured(captions, {name: value.cpu() for name, value in measure(frames).items()})
 
 
-def score_measured(captions: Sequence[str], found: dict[str, Tensor]) -> Scores:
+def score_measured(captions: Sequence[str], measured: dict[str, Tensor]) -> Scores:
     """Scores from what `measure` gives, on the CPU."""
-    right = agreement(captions, found)
+    right = agreement(captions, measured)
     columns = {}
     for name in COLUMNS:
         values = right[name][~right[name].isnan()]
@@ -292,7 +292,7 @@ def score_measured(captions: Sequence[str], found: dict[str, Tensor]) -> Scores:
     return Scores(columns, right)
 
 
-def agreement(captions: Sequence[str], found: dict[str, Tensor]) -> dict[str, Tensor]:
+def agreement(captions: Sequence[str], measured: dict[str, Tensor]) -> dict[str, Tensor]:
     """[B] by column: 1 right, 0 wrong, NaN not said; ratios to the caption's rate and amplitude where the motion is
     the caption's. `all`: every attribute that is said, and the number in 95% of frames."""
     said = [parse_caption(text) for text in captions]
@@ -300,18 +300,18 @@ def agreement(captions: Sequence[str], found: dict[str, Tensor]) -> dict[str, Te
     rows: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for i, stated in enumerate(said):
         for name in ATTRIBUTES:
-            index = int(found[READ[name]][i])
+            index = int(measured[READ[name]][i])
             rows[name].append(nan if stated[name] is None else float(index == VALUES[name].index(stated[name])))
         motion = stated["motion"]
         same = motion is not None and rows["motion"][-1] == 1
-        period, far = float(found["period"][i]), float(found["amplitude"][i])
+        period, far = float(measured["period"][i]), float(measured["amplitude"][i])
         rate = PERIOD[stated["rate"]] / period if stated["rate"] and same else nan
         amplitude = far / AMPLITUDE[motion][stated["amplitude"]] if stated["amplitude"] and same else nan
         for name, ratio in (("rate", rate), ("amplitude", amplitude)):
             rows[f"{name}_ratio"].append(ratio)
             near = float(abs(ratio - 1) <= WITHIN) if not math.isnan(ratio) else 0.0
             rows[f"{name}_near"].append(near if stated[name] else nan)
-        rows["number"].append(float(found["number"][i]))
+        rows["number"].append(float(measured["number"][i]))
         every = [rows[name][-1] for name in ATTRIBUTES if not math.isnan(rows[name][-1])]
         rows["all"].append(float(all(every) and rows["number"][-1] >= 0.95))
     return {name: torch.tensor(values) for name, values in rows.items()}

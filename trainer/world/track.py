@@ -235,13 +235,13 @@ def track(frames: Tensor) -> Track:
     subject, sun, colours = _cast(*colour_areas(frames))
     cast = [v.repeat_interleave(t, 0) for v in (subject, sun, colours)]
     rows = [_look(flat[part], *(v[part] for v in cast)) for part in _blocks(frames)]
-    found = {name: torch.cat([row[name] for row in rows]).unflatten(0, (b, t)) for name in rows[0]}
-    phases = found.pop("phases")
+    shown = {name: torch.cat([row[name] for row in rows]).unflatten(0, (b, t)) for name in rows[0]}
+    phases = shown.pop("phases")
     turned = torch.angle((phases[:, :-1].conj() * phases[:, 1:]).sum(-1)) * (GROUND_PERIOD / (2 * math.pi))
     shift = torch.cat([torch.full_like(turned[:, :1], torch.nan), turned], dim=1)
-    largest = torch.where(found["seen"], found["size"], 0).quantile(0.9, dim=1, keepdim=True)
-    inside = (found["left"] > 1) & (found["right"] < frames.shape[-1] - 1)
-    return Track(**found, shift=shift, whole=found["seen"] & inside & (found["size"] > 0.5 * largest))
+    largest = torch.where(shown["seen"], shown["size"], 0).quantile(0.9, dim=1, keepdim=True)
+    inside = (shown["left"] > 1) & (shown["right"] < frames.shape[-1] - 1)
+    return Track(**shown, shift=shift, whole=shown["seen"] & inside & (shown["size"] > 0.5 * largest))
 
 
 def _cast(area: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,6 +305,6 @@ def _look(frames: Tensor, subject: Tensor, sun: Tensor, colours: Tensor) -> dict
     }
 
 
-def select(found: Track, clips: Tensor | slice, frames: slice = slice(None)) -> Track:
+def select(tracks: Track, clips: Tensor | slice, frames: slice = slice(None)) -> Track:
     """Some clips and frames of a track."""
-    return Track(**{f.name: vars(found)[f.name][clips, frames] for f in fields(found)})
+    return Track(**{f.name: vars(tracks)[f.name][clips, frames] for f in fields(tracks)})
