@@ -5,7 +5,7 @@
         async for chunk in live:
             ...  # chunk.data: a fragment of MP4; chunk.frame, chunk.frames: what it shows
 
-`BlockingLiveClient` has the same calls for programs without asyncio. docs/streaming.md describes the protocol.
+`BlockingLiveClient` has the same calls for programs without asyncio. docs/live-protocol.md describes the protocol.
 `python -m client.record` and `python -m client.steer` are examples.
 """
 

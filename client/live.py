@@ -64,7 +64,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of video; `header` has all that the server says of it (docs/streaming.md)."""
+    """One chunk of video; `header` has all that the server says of it (docs/live-protocol.md)."""
 
     header: Mapping[str, Any]
     init: bytes = field(repr=False)  # the take's initialisation segment; empty where the video is JPEG

@@ -33,7 +33,7 @@ DOCS_POLICY = (
     "frame-ancestors 'none'"
 )
 ABOUT = """Videos by a streaming text-to-video model: as jobs in the shape of OpenAI's videos API, and live over a
-WebSocket (`/v1/live`, see docs/streaming.md). Where the server asks for keys: `Authorization: Bearer KEY`."""
+WebSocket (`/v1/live`, see docs/live-protocol.md). Where the server asks for keys: `Authorization: Bearer KEY`."""
 
 
 @dataclass(frozen=True, kw_only=True)

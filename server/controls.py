@@ -1,4 +1,4 @@
-"""Checks of messages from clients of the live protocol (docs/streaming.md). All values are bounded."""
+"""Checks of messages from clients of the live protocol (docs/live-protocol.md). All values are bounded."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,6 +1,7 @@
-"""The live protocol (docs/streaming.md) over WebSockets: messages in, video out, never more than the client has shown.
+"""The live protocol over WebSockets: messages in, video out, never more than the client has shown.
 
 Nothing here runs the model: a connection checks what its client says, and passes it to the worker of its stream.
+docs/live-protocol.md describes the messages.
 """
 
 import asyncio

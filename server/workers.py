@@ -106,7 +106,7 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Video:
-    """A piece of video for one stream, as docs/streaming.md describes it."""
+    """A piece of video for one stream, as docs/live-protocol.md describes it."""
 
     header: dict[str, Any]
     payload: bytes = field(repr=False)

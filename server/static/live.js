@@ -1,4 +1,4 @@
-// One stream over the live protocol, version 1 (docs/streaming.md): controls out, messages and video in.
+// One stream over the live protocol, version 1 (docs/live-protocol.md): controls out, messages and video in.
 export const folder = location.pathname.replace(/[^/]*$/, ""); // a proxy may show the page below a path
 const RETRY = 1013, RETRY_MS = 1000; // close code of a server that is not ready or full
 
