@@ -31,7 +31,7 @@ function addPane() {
     hello: welcome,
     schedule: (message) => asked.get(message.id)?.show(message),
   });
-  pane.onTile = (header) => pane.goBack(header, control(forms[panes.indexOf(pane)]));
+  pane.onTile = (header) => $("form").reportValidity() && pane.goBack(header, control(forms[panes.indexOf(pane)]));
   pane.$("full").onclick = () => fullScreen(pane);
   panes.push(pane);
   $("panes").append(pane.root);
@@ -135,6 +135,7 @@ document.onkeydown = (event) => {
 };
 $("pause").onclick = () => pause($("pause").textContent === "Pause");
 $("change").onclick = () => {
+  if (!$("form").reportValidity()) return;
   const changed = panes.map((pane, i) => pane.playing && pane.change({ ...control(forms[i]), switch: $("switch").value }));
   say(changed.some(Boolean) ? "The next chunk will show it …" : "Nothing in the form differs from what plays.");
 };

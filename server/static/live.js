@@ -18,6 +18,7 @@ export class LiveStream {
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.heard(JSON.parse(data)) : this.got(data));
     this.socket.onclose = ({ code, reason }) => {
+      this.reason = reason;
       if (code !== RETRY || this.session) return this.on.closed?.(reason);
       this.on.waiting?.(reason);
       this.retry = setTimeout(() => this.connect(), RETRY_MS);
@@ -26,9 +27,13 @@ export class LiveStream {
 
   get open() { return this.socket.readyState === WebSocket.OPEN; }
 
-  // Sends a control and returns its id; null where the connection is closed. `fields` without a value are left out.
+  // Sends a control and returns its id; null where the connection is closed, which is told again. `fields` without a
+  // value are left out.
   send(type, fields = {}) {
-    if (!this.open) return null;
+    if (!this.open) {
+      this.on.closed?.(this.reason);
+      return null;
+    }
     const id = ++this.number;
     this.waiting.set(id, { type, ...fields });
     this.socket.send(JSON.stringify({ type, id, ...fields }));
@@ -58,8 +63,9 @@ export class LiveStream {
 
   // Throws an Error with a sentence where the picture is not taken.
   async upload(file) {
-    const answer = await fetch(`${folder}v1/live/${this.session}/image`, { method: "POST", body: file });
-    if (answer.ok) return;
+    const answer = await fetch(`${folder}v1/live/${this.session}/image`, { method: "POST", body: file }).catch(() => null);
+    if (answer?.ok) return;
+    if (!answer) throw new Error("The server did not answer; try again.");
     const { error } = await answer.json().catch(() => ({}));
     throw new Error(error?.message || `The picture was not taken (${answer.status}).`);
   }

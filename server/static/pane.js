@@ -19,7 +19,7 @@ export class Pane {
     this.rates = [];
     this.stream = new LiveStream({
       hello: (message) => { this.begin(message); hello(this, message); },
-      take: (message) => this.gotTake(message),
+      take: (message, control) => this.gotTake(message, control),
       video: (header, parts) => this.gotVideo(header, parts),
       applied: (message, control) => this.gotApplied(message, control),
       schedule,
@@ -32,15 +32,23 @@ export class Pane {
         this.setPlaying(false);
         this.say(`${reason} (try again in ${retry_after} s)`, true);
       },
-      error: ({ message }) => this.say(message, true),
+      error: ({ message }) => {
+        this.applied = {}; // what plays is not what was asked for: the next change sends all of the form
+        this.say(message, true);
+      },
       waiting: (reason) => this.say(reason),
-      closed: (reason) => { this.setPlaying(false); this.say(reason || "The connection is closed; reload the page.", true); },
+      closed: (reason) => {
+        this.setPlaying(false);
+        const why = reason && ` (${reason})`;
+        this.say(reason && !this.hello ? reason : `The connection is closed${why}; reload the page.`, true);
+      },
     });
   }
 
   say(text, wrong = false) {
     const name = this.$("title").textContent;
     this.said(name ? `${name}: ${text}` : text, wrong);
+    if (name && wrong) this.$("warnings").textContent = text; // the other stream's words take its place above
   }
 
   $(name) { return this.root.querySelector(`.${name}`); }
@@ -59,6 +67,7 @@ export class Pane {
     this.asked = performance.now();
     this.applied = { prompt: control.prompt, seed: control.seed, schedule: JSON.stringify(control.schedule) };
     this.$("latency").value = "–";
+    this.$("warnings").textContent = "";
     this.stream.send("open", { ...control, video: this.mp4 ? "fmp4" : "jpeg" });
   }
 
@@ -80,12 +89,12 @@ export class Pane {
     const other = {
       ...(prompt !== header.prompt && { prompt }),
       ...(seed !== header.seed && { seed }),
-      ...(key !== this.takes.get(header.take)?.schedule && { schedule }),
+      ...(key !== header.schedule && { schedule }),
     };
     const branch = Object.keys(other).length > 0;
-    this.stream.send(branch ? "branch" : "seek", { ...at, ...other });
     this.applied = { prompt, seed, schedule: key };
     this.say(`${branch ? "Branching off at" : "Going back to"} chunk ${header.chunk} of take ${header.take} …`);
+    this.stream.send(branch ? "branch" : "seek", { ...at, ...other });
   }
 
   pause(on) {
@@ -101,15 +110,16 @@ export class Pane {
     this.changed(this);
   }
 
-  gotTake(message) {
+  gotTake(message, control) {
     this.paused = false;
     this.screen.pause(false);
     this.screen.begin(message.frame);
     [this.since, this.asked] = [this.asked, null];
     const parent = this.takes.get(message.parent);
+    const there = parent?.headers.find(({ chunk }) => chunk === message.chunk);
     this.takes.set(message.take, {
       message,
-      schedule: this.applied.schedule,
+      schedule: control.schedule ? JSON.stringify(control.schedule) : there.schedule, // of the next chunk
       headers: parent ? parent.headers.filter(({ chunk }) => chunk < message.chunk) : [],
       fragments: parent ? parent.fragments.filter(({ chunk }) => chunk < message.chunk) : [],
     });
@@ -126,6 +136,7 @@ export class Pane {
     const take = this.takes.get(header.take);
     this.screen.append(header, parts);
     if (header.kind === "init") { take.init = parts[0]; return; }
+    header.schedule = take.schedule;
     take.headers.push(header);
     if (header.kind === "fragment") take.fragments.push({ chunk: header.chunk, data: parts[0] });
     this.rates.push([performance.now(), header.frames]);
@@ -133,10 +144,14 @@ export class Pane {
     this.addTile(header, parts.at(-1));
   }
 
-  gotApplied({ chunk, frame, warnings }, control) {
+  gotApplied({ take, chunk, frame, warnings }, control) {
     const what = { set_prompt: "prompt", set_seed: "seed", set_schedule: "schedule" }[control?.type];
     if (!what) return; // of a take, which has said its own
     if (what === "prompt") this.$("warnings").textContent = warnings.join(" ");
+    if (what === "schedule") {
+      const { headers } = this.takes.get(take);
+      this.takes.get(take).schedule = headers.at(-1).schedule = JSON.stringify(control.schedule);
+    }
     this.say(`The new ${what} shows from ${seconds(frame / this.hello.fps)} on (chunk ${chunk}).`);
   }
 
@@ -235,8 +250,10 @@ export class Pane {
   }
 
   record(take) {
-    const { message, headers, schedule } = this.takes.get(take);
-    const chunks = headers.map(({ chunk, frame, frames, prompt, seed, steps, nfe, make_ms }) => ({ chunk, frame, frames, prompt, seed, steps, nfe, make_ms }));
+    const { message, headers } = this.takes.get(take), schedule = headers[0]?.schedule ?? this.takes.get(take).schedule;
+    const chunks = headers.map(({ chunk, frame, frames, prompt, seed, steps, nfe, make_ms, schedule: its }) => ({
+      chunk, frame, frames, prompt, seed, steps, nfe, make_ms, ...(its !== schedule && { schedule: JSON.parse(its) }),
+    }));
     const { model, device, fps, height, width, versions } = this.hello;
     const made = { model, device, fps, height, width, versions, take, parent: message.parent, schedule: JSON.parse(schedule), chunks };
     return new Blob([JSON.stringify(made, null, 2)], { type: "application/json" });

@@ -4,6 +4,7 @@ Skipped where Playwright or a system Chromium is missing. DIAGONAL_SCREENSHOTS=F
 """
 
 import io
+import json
 import os
 import shutil
 import time
@@ -256,3 +257,66 @@ def test_a_server_with_keys_asks_for_one_and_a_page_waits_for_the_model(open_pag
             page.keyboard.press("Enter")
         wait_status(page, "being loaded")
         assert ALICE not in page.url
+
+
+def test_what_was_refused_can_be_asked_for_again_and_a_schedule_can_be_gone_back_to(visit):
+    page = visit(viewport=PHONE)
+    page.click("#play")
+    wait_tiles(page, 1)
+    page.fill("#prompt", "  ")
+    for _ in range(2):
+        page.click("#change")
+        wait_status(page, "prompt is empty")
+        page.evaluate("document.querySelector('#status').textContent = ''")
+    page.fill("#prompt", "a red circle moves right")
+    page.fill("#seed", "-1")
+    page.click("#change")
+    assert page.inner_text("#status") == "", "the browser says what is wrong in the form"
+    page.fill("#seed", "0")
+    page.select_option(".preset", "self_forcing")
+    page.select_option(".context", "clean")
+    page.click("#change")
+    wait_status(page, "The new schedule shows from")
+    last = page.query_selector(".strip li:last-child button")
+    wait_next(page, last)
+    page.select_option(".preset", "own")
+    page.select_option(".context", "last_step")
+    last.click()
+    wait_status(page, "Playing:")
+    with page.expect_download() as download:
+        page.click(".strip section:first-child .json")
+    made = json.loads(download.value.path().read_text())
+    assert made["schedule"]["steps"][:3] == [4, 3, 2]
+    assert made["chunks"][-1]["schedule"] == {"preset": "self_forcing", "context": "clean"}
+    assert "schedule" not in made["chunks"][0]
+    branch = page.query_selector_all(".strip section:nth-child(2) li button")
+    titles = [tile.get_attribute("title") for tile in branch]
+    assert titles and all(title.endswith("2 steps") for title in titles), "a branch with the schedule of the form"
+    assert not page.problems, page.problems
+
+
+def test_nothing_that_has_the_focus_is_behind_the_picture_on_a_phone(visit):
+    page = visit(viewport=PHONE)
+    page.focus(".context")
+    for _ in range(8):
+        page.keyboard.press("Shift+Tab")
+        page.wait_for_timeout(50)
+        at, picture = (page.locator(where).bounding_box() for where in ("*:focus", ".picture"))
+        assert at["y"] >= picture["y"] + picture["height"] - 1, page.evaluate("document.activeElement.outerHTML")
+
+
+def test_a_stream_that_is_refused_and_a_connection_that_is_closed_stay_told(open_page, tmp_path):
+    pool = WorkerPool(ModelSource("configs/tiny.yaml"), limits=Limits(streams=1))
+    with Running(tmp_path, pool, keys=Keys({})) as running:
+        page = open_page(running.url, viewport=DESKTOP)
+        wait(page, "document.querySelector('.table')?.textContent.includes('total')")
+        page.click("#compare")
+        wait(page, "document.querySelectorAll('.screen').length === 2")
+        page.click("#play")
+        wait_status(page, "A: Playing:")
+        assert "try again in" in page.inner_text(".pane:nth-child(2) .warnings")
+        page.click("#compare")
+    for press in (lambda: None, lambda: page.click("#play"), lambda: page.click(".strip button[title]")):
+        press()
+        wait_status(page, "The connection is closed")
+        page.evaluate("document.querySelector('#status').textContent = ''")
