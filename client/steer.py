@@ -53,11 +53,12 @@ def chunk_at(seconds: float, hello: Mapping[str, Any]) -> int:
 
 
 def cue(text: str) -> Cue:
-    """`4:a blue circle` is a prompt at 4 s."""
+    """`4:a blue circle` is a prompt at 4 s; without a time, one at 0 s, which may have a colon of its own."""
     time, colon, prompt = text.partition(":")
-    if not colon:
+    try:
+        return (float(time), prompt) if colon else (0.0, text)
+    except ValueError:
         return 0.0, text
-    return float(time), prompt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,9 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
     args = parser.parse_args(argv)
     before = 0.0
-    for time, prompt in args.cues:
-        if not time >= before:
-            parser.error(f"{time:g}:{prompt} comes after {before:g} s; give the prompts in the order of their times")
+    for number, (time, prompt) in enumerate(args.cues):
+        if not (time > before if number else time >= 0):
+            parser.error(
+                f"{time:g}:{prompt} is not later than {before:g} s; give each prompt but the first as SECONDS:PROMPT, "
+                "in the order of their times"
+            )
         before = time
         if time >= args.seconds:
             parser.error(

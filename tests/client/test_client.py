@@ -52,7 +52,8 @@ def test_a_prompt_after_the_end_is_refused(url, tmp_path, capsys):
 
 
 def test_prompts_out_of_order_are_refused(tmp_path, capsys):
-    for cues in (["4:a", "2:b"], ["0:a", "nan:b"], ["-1:a"]):
+    assert steer.cue("close-up: a circle") == (0, "close-up: a circle"), "a prompt's own colon"
+    for cues in (["4:a", "2:b"], ["0:a", "nan:b"], ["-1:a"], ["a", "b"], ["a", "4s:b"]):
         with pytest.raises(SystemExit) as ended:
             steer.main(["http://127.0.0.1:9", str(tmp_path / "x.mp4"), "--", *cues])
         assert ended.value.code == 2 and "in the order of their times" in capsys.readouterr().err

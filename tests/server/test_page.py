@@ -261,8 +261,11 @@ def test_a_server_with_keys_asks_for_one_and_a_page_waits_for_the_model(open_pag
 
 def test_what_was_refused_can_be_asked_for_again_and_a_schedule_can_be_gone_back_to(visit):
     page = visit(viewport=PHONE)
+    page.fill("#prompt", "x" * 1000)
     page.click("#play")
     wait_tiles(page, 1)
+    wait_status(page, "Playing: xxx")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "a word without an end sticks out of nothing"
     page.fill("#prompt", "  ")
     for _ in range(2):
         page.click("#change")
