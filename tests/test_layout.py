@@ -101,6 +101,18 @@ def test_no_getattr_hides_a_default():
     )
 
 
+def test_progress_bars_are_off_where_there_is_no_terminal():
+    """`disable=None`, which `progress_bar` sets: a bar in a file or a pipe is a line for every update."""
+    assert not offenders(
+        lambda file, call: (
+            isinstance(call.func, ast.Name)
+            and call.func.id == "tqdm"
+            and place(file) != "utils/progress.py"
+            and "disable" not in [keyword.arg for keyword in call.keywords]
+        )
+    )
+
+
 def test_nothing_between_noise_and_frames_waits_for_the_gpu():
     assert not offenders(lambda file, call: layer_of(file) in ("model", "pipeline") and is_method(call, "item"))
 

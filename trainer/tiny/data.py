@@ -30,7 +30,7 @@ class PixelBank:
         drawn = world.scenes(stable_hash(seed, "codec scenes"), clips)
         self.scenes = [world.continued(scene, start) for scene, start in zip(drawn, starts, strict=True)]
         self.pixels = torch.empty(clips, frames, 3, world.height, world.width, dtype=torch.uint8, device=device)
-        for i in tqdm(range(0, clips, 32), desc="rendering", leave=False):
+        for i in tqdm(range(0, clips, 32), desc="rendering", leave=False, disable=None):
             rendered = world.render(self.scenes[i : i + 32], frames, device=device)
             self.pixels[i : i + 32] = ((rendered + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

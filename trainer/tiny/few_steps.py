@@ -60,7 +60,8 @@ class FewSteps(TeacherForcing):
         grid = trajectory_grid([row], c.training.flow.ode_interval, c.schedule.shift)
         texts = self.first_chunks.text[:clips]
         dtype, parts = pick_dtype(c.training.precision, self.device), []
-        for i in tqdm(range(0, len(texts), TEACHER_BATCH), desc="first chunks of the teacher", leave=False):
+        first = range(0, len(texts), TEACHER_BATCH)
+        for i in tqdm(first, desc="first chunks of the teacher", leave=False, disable=None):
             text = texts[i : i + TEACHER_BATCH]
             like = self.first_chunks.latents[: len(text), : self.geometry.chunk_frames].float()
             x = self._noise(like, generator(c.seed, "first chunk trajectories", i, device=self.device))

@@ -30,7 +30,7 @@ class Pixels:
     def __init__(self, world: World, clips: int, frames: int, seed: int, device: torch.device):
         scenes = sorted(world.scenes(stable_hash(seed, "codec scenes"), clips), key=kind)  # few kinds at a time
         self.pixels = torch.empty(clips, frames, 3, world.height, world.width, dtype=torch.uint8, device=device)
-        for i in tqdm(range(0, clips, TOGETHER), desc="rendering", leave=False):
+        for i in tqdm(range(0, clips, TOGETHER), desc="rendering", leave=False, disable=None):
             self.pixels[i : i + TOGETHER] = render(world, scenes[i : i + TOGETHER], frames, device, torch.uint8)
         pose = poses(scenes, range(frames))
         self.middles = torch.stack([torch.from_numpy(pose.x), torch.from_numpy(pose.y)], dim=2)
