@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, shown
 from configs.load import CHECKOUT, moved, to_dict
 from configs.schema import Config
+from configs.train_schema import INIT
 from model.weights.files import resolve_path
 from model.weights.run_folders import EXPORT as EXPORTS
 from model.weights.run_folders import MANIFEST, SHARDS, STATE, find_weights
@@ -105,9 +106,11 @@ def check_resumable(config: Config, logdir: Path) -> None:
 def check_changes(before: dict[str, Any], config: Config, logdir: Path, *, warn: bool = True) -> None:
     """Refuse changes from `before`, the configuration in a checkpoint's manifest, that are not allowed; warn of others.
 
-    Settings that `before` lacks are ignored.
+    Settings that `before` lacks are ignored, except networks of `training.init`: an older version lacks none of them.
     """
     saved, now = flat(moved(before)), flat(to_dict(config))
+    if saved:
+        saved, now = ({f"training.init.{role}": None for role in INIT} | values for values in (saved, now))
     changed = {key: (old, now[key]) for key, old in saved.items() if key in now and now[key] != old}
     accepted = config.training.accept_changes
     refused = [key for key in changed if not _in(key, (*FREE, *TUNED, *accepted))]
@@ -116,15 +119,16 @@ def check_changes(before: dict[str, Any], config: Config, logdir: Path, *, warn:
         old, new = changed[key]
         more = f" ({len(refused) - 1} more: {', '.join(refused[1:4])})" if refused[1:] else ""
         raise UserError(
-            f"{key}={new} was {old} when {logdir} was saved{more}, and a resumed run keeps it; set it back, choose "
-            f"another --logdir, or name it in training.accept_changes"
+            f"{key}={shown(new)} was {shown(old)} when {logdir} was saved{more}, and a resumed run keeps it; set it "
+            f"back, choose another --logdir, or name it in training.accept_changes"
         )
     reported = ROLLOUT if config.training.distill.fast_rollout else ()
     for key, (old, new) in changed.items() if warn else ():
         if not _in(key, FREE) or _in(key, reported):
             log.warning(
-                "%s was %s and is %s from here on: the run is no longer that of one configuration", key, old, new
-            )
+                "%s was %s and is %s from here on: the run is no longer that of one configuration",
+                key, shown(old), shown(new),
+            )  # fmt: skip
 
 
 def _in(key: str, settings: tuple[str, ...]) -> bool:

@@ -116,6 +116,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         ("training.global_batch=8", "refused"),
         ("video.height=32", "refused"),
         ("training.init.text_encoder=other.json", "refused"),
+        ("training.init.critic=assets/tiny/student", "refused"),
     ],
 )
 def test_what_may_change(change, said, tmp_path, caplog):
@@ -133,6 +134,13 @@ def test_what_may_change(change, said, tmp_path, caplog):
         assert "from here on" not in caplog.text
         check_changes(before, now, tmp_path)
     assert ("from here on" in caplog.text) == (said is not None)
+
+
+def test_a_network_of_the_start_that_is_left_out_is_refused(tmp_path):
+    before = to_dict(load_config("configs/train_tiny_text.yaml", ["training.init.critic=assets/tiny/student"]))
+    now = load_config("configs/train_tiny_text.yaml")
+    with pytest.raises(UserError, match="training.init.critic=null was assets/tiny/student when"):
+        check_changes(before, now, tmp_path)
 
 
 @pytest.mark.parametrize("fast", [True, False])
