@@ -49,7 +49,7 @@ from scripts.bench.roofline import machine_of, roofline
 from scripts.bench.speed_suites import SUITES, Variant
 from scripts.bench.speed_tables import suite_table, table
 from utils.device import pick_device, pick_dtype, set_threads
-from utils.files import write_json_atomic
+from utils.files import check_file, write_json_atomic
 from utils.logs import console
 
 # errors of settings that do not work on this machine; the suite continues with the next variant
@@ -70,7 +70,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="A,B", help="run only these variants of the suite")
     parser.add_argument("--budget", type=float, default=520, help="seconds for a suite (default: %(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.json:
+        check_file(args.json, "--json")
+    return args
 
 
 @dataclass

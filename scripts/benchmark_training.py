@@ -72,7 +72,7 @@ from scripts.bench.random_prompts import random_prompts
 from trainer.parallel.control_group import ControlGroup
 from utils.device import pick_device, set_threads
 from utils.distributed import Ranks, process_group
-from utils.files import check_writable, write_json_atomic
+from utils.files import check_file, check_writable, write_json_atomic
 from utils.logs import console
 
 MIN_SECONDS = 20.0  # a layout is not started with less time left
@@ -107,6 +107,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
+    if args.json:
+        check_file(args.json, "--json")
     if not args.network_gb_s > 0:
         raise UserError(f"--network_gb_s={args.network_gb_s:g} is not above 0; give GB per second, or leave it out")
     given = [text for text in args.layouts if "=" in text.partition(",")[0]]  # settings that follow --layouts

@@ -39,7 +39,7 @@ from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402
 from utils.clip_measures import seam_score  # noqa: E402
-from utils.files import check_writable, write_json_atomic  # noqa: E402
+from utils.files import check_file, write_json_atomic  # noqa: E402
 from utils.intervals import Interval, mean_interval, wilson  # noqa: E402
 from utils.logs import console  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
@@ -85,8 +85,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, least in least_of.items():
         if vars(args)[name] < least:
             raise UserError(f"--{name} {vars(args)[name]} is too little; give at least {least}")
+    if not (args.num_prompts or args.streams or args.switches):
+        raise UserError("--num_prompts 0 leaves nothing to measure; give clips, --streams or --switches")
     if args.json:
-        check_writable(Path(args.json).parent, "--json")
+        check_file(args.json, "--json")
     return args
 
 

@@ -36,7 +36,7 @@ from model.sizes import TRANSFORMER_SIZES  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline  # noqa: E402
 from scripts.bench.live import lines, random_pipeline, switches, watch_stream  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
-from utils.files import write_json_atomic  # noqa: E402
+from utils.files import check_file, write_json_atomic  # noqa: E402
 from utils.logs import console, get_logger  # noqa: E402
 
 log = get_logger(__name__)
@@ -60,6 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--video", type=Path, metavar="FILE", help="keep the long stream's file")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
+    if args.json:
+        check_file(args.json, "--json")
     zero, one = ("minutes", "switches"), ("drift_frames", "switch_chunk", "batch", "seconds", "workers")
     for name, least in (*((name, 0) for name in zero), *((name, 1) for name in one)):
         if vars(args)[name] < least:

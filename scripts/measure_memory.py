@@ -33,7 +33,7 @@ from model.text import TextEncoder, word_tokenizer
 from model.weights.random import random_codec, random_transformer, random_umt5
 from pipeline.diagonal import DiagonalPipeline
 from pipeline.networks import load_device, text_load_device
-from utils.files import write_json_atomic
+from utils.files import check_file, write_json_atomic
 
 PROMPT = "a red circle moves right"
 TOLERANCE = 0.1
@@ -49,7 +49,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--card", type=float, metavar="GIB", help="limit the allocator as on a GPU with so many GiB")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.json:
+        check_file(args.json, "--json")
+    return args
 
 
 def build(config: Config, size: str, device: torch.device, dtype: torch.dtype) -> DiagonalPipeline:

@@ -40,7 +40,7 @@ from trainer.loop import METRICS, history, run
 from trainer.registry import build_stage
 from utils.device import pick_device, pick_dtype, set_threads
 from utils.distributed import Ranks, process_group
-from utils.files import check_writable, write_json_atomic
+from utils.files import check_file, check_writable, write_json_atomic
 from utils.logs import JsonlSink, console
 from utils.tables import aligned
 
@@ -63,6 +63,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
+    if args.json:
+        check_file(args.json, "--json")
     if args.gpus < 1:
         raise UserError(f"--gpus={args.gpus} is below 1; give the number of processes")
     if args.every < 2 or args.cycles % args.every or args.cycles < 3 * args.every:

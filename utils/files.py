@@ -452,3 +452,9 @@ def check_writable(folder: str | os.PathLike, field: str) -> Path:
     except OSError as error:
         raise UserError(f"{field}={folder} cannot be written to ({error.strerror}); choose another folder") from error
     return folder
+
+
+def check_file(path: str | os.PathLike, field: str) -> None:
+    """Raise a UserError about `field` if no file can be written at `path`. Creates nothing."""
+    check_writable(Path(path).parent, field)
+    replaceable_file(path, field)

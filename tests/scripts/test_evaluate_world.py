@@ -80,3 +80,9 @@ def test_a_vae_and_a_student_or_streams_are_refused():
 def test_too_little_is_refused(flag, value):
     with pytest.raises(UserError, match=f"{flag} .* is too little"):
         evaluate_world.parse([flag, value])
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(UserError, match="--num_prompts 0 leaves nothing to measure"):
+        evaluate_world.parse(["--num_prompts", "0"])
+    assert evaluate_world.parse(["--num_prompts", "0", "--switches", "1"]).switches == 1
