@@ -53,9 +53,9 @@ function welcome(pane, message) {
   if (!hello.trained_image_start) $("image-hint").textContent += " This model was not trained for it.";
   $("switch").onchange();
   addForm();
+  say("Write a prompt and press Play.");
   restore();
   $("prompt").value ||= hello.examples[0];
-  say("Write a prompt and press Play.");
   requestAnimationFrame(draw);
 }
 

@@ -119,6 +119,7 @@ export class Pane {
     const there = parent?.headers.find(({ chunk }) => chunk === message.chunk);
     this.takes.set(message.take, {
       message,
+      init: parent?.init, // that of its own is the same
       schedule: control.schedule ? JSON.stringify(control.schedule) : there.schedule, // of the next chunk
       headers: parent ? parent.headers.filter(({ chunk }) => chunk < message.chunk) : [],
       fragments: parent ? parent.fragments.filter(({ chunk }) => chunk < message.chunk) : [],
@@ -200,7 +201,10 @@ export class Pane {
       link.className = `link ${kind.toLowerCase()}`;
       link.textContent = kind;
       link.setAttribute("aria-label", `Download ${kind} of take ${take}`);
-      link.onclick = () => save(content(), `${name(prompt)}-seed${seed}-take${take}.${kind.toLowerCase()}`);
+      link.onclick = () => {
+        if (!this.takes.get(take).headers.length) return this.say(`Take ${take} has no chunk.`);
+        save(content(), `${name(prompt)}-seed${seed}-take${take}.${kind.toLowerCase()}`);
+      };
       title.append(link, " ");
     }
     row.append(title, document.createElement("ol"));

@@ -298,6 +298,26 @@ def test_what_was_refused_can_be_asked_for_again_and_a_schedule_can_be_gone_back
     assert not page.problems, page.problems
 
 
+def test_a_take_whose_first_chunk_has_not_come_can_be_downloaded_if_it_shares_a_past(visit):
+    page = visit(viewport=DESKTOP, anchor="/#schedule={broken")
+    wait_status(page, "schedule cannot be read")
+    at_once = (
+        "new MutationObserver((_, one) => {{ one.disconnect();"
+        "document.querySelector('.strip section:nth-child({}) .mp4').click(); }})"
+        ".observe(document.querySelector('.strip'), {{ childList: true }})"
+    )
+    page.evaluate(at_once.format(1))
+    page.click("#play")
+    wait_status(page, "Take 1 has no chunk")
+    wait_tiles(page, 2)
+    page.evaluate(at_once.format(2))
+    with page.expect_download() as download:
+        page.click(".strip li:nth-child(2) button")
+    with av.open(str(download.value.path())) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 9
+    assert not page.problems, page.problems
+
+
 def test_nothing_that_has_the_focus_is_behind_the_picture_on_a_phone(visit):
     page = visit(viewport=PHONE)
     page.focus(".context")
