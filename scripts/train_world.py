@@ -96,6 +96,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.minutes is not None and args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes} is no time; give more than 0")
+    if args.prompts < 1:
+        raise UserError(f"--prompts {args.prompts} is too little; give at least 1")
     if args.warm and "text" in args.stages:
         raise UserError("--warm: stage text always starts from nothing; name the others, e.g. --stages vae")
     for text in args.settings:
@@ -119,6 +121,8 @@ def main() -> int:
             if control.any(len(rows) > 1 and time.monotonic() > until - LEAST_S):
                 break
             start = time.monotonic()
+            if ranks.first:
+                print(f"stage {stage}: {logdir}/{stage}", flush=True)
             ended = train(parse([*run, "--logdir", f"{logdir}/{stage}"]), until)
             rows.append(f"{stage:<10} {time.monotonic() - start:>8.1f}{'' if ended else '  stopped'}")
             if control.any(not ended):

@@ -99,13 +99,26 @@ def test_each_stage_gets_its_settings_and_all_are_read_before_the_first(monkeypa
         begun(monkeypatch, tmp_path, *two, "long:training.steps=9")
 
 
+def test_each_stage_is_named_as_it_begins(monkeypatch, tmp_path, capsys):
+    begun(monkeypatch, tmp_path, "--stages", "teacher", "causal")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ") and ":" in line]
+    assert said == [f"stage {name}: {tmp_path}/runs/{name}" for name in ("teacher", "causal")]
+
+
 def test_no_further_stage_is_begun_with_little_time_left(monkeypatch, tmp_path):
     stages = ["--stages", "teacher", "causal", "--minutes"]
     assert list(begun(monkeypatch, tmp_path, *stages, "0.9")) == ["teacher"]
     assert list(begun(monkeypatch, tmp_path, *stages, "2")) == ["teacher", "causal"]
 
 
-@pytest.mark.parametrize("flags, what", [(["--warm"], "--warm: stage text"), (["--minutes", "0"], "--minutes 0.0")])
+@pytest.mark.parametrize(
+    "flags, what",
+    [
+        (["--warm"], "--warm: stage text"),
+        (["--minutes", "0"], "--minutes 0.0"),
+        (["--prompts", "0"], "--prompts 0"),
+    ],
+)
 def test_flags_that_mean_nothing_are_refused(flags, what, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_world.py", *flags])
     with pytest.raises(UserError, match=what):
