@@ -339,5 +339,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     code = _say(error)
     if code is None:
         sys.__excepthook__(kind, error, trace)
-    else:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        _Lasting(stream).end()  # text that is left over and cannot be written would make the exit code 120
+    if code is not None:
         sys.exit(code)

@@ -118,10 +118,12 @@ def test_a_full_disk_behind_standard_output_is_said_once(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
 
 
-def test_a_full_disk_behind_all_output_is_a_code(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_all_output_is_a_code(tmp_path, unbuffered):
     with open("/dev/full", "w") as full:
-        assert run("print('x')", tmp_path, stdout=full, stderr=full).returncode == 2
-        assert run("1 / 0", tmp_path, stdout=full, stderr=full).returncode == 1
+        options = {"stdout": full, "stderr": full, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
+        assert run("print('x')", tmp_path, **options).returncode == 2
+        assert run("1 / 0", tmp_path, **options).returncode == 1
 
 
 def test_a_log_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
