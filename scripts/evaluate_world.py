@@ -148,10 +148,11 @@ def clips(play: Player, config: Config, args: argparse.Namespace, through: Throu
             rows.append({k: v.cpu() for k, v in (measure(frames) | {"seam": seam_score(frames, borders)}).items()})
     made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (shown, data))
     scores = score_measured([wording(scene) for scene in scenes], made)
-    columns, every = scores.columns, scores.right["all"]
+    columns, whole = dict(scores.columns), scores.right["all"]
     for motion in MOTIONS:
-        own = every[torch.tensor([scene.motion == motion for scene in scenes])]
-        columns |= {f"all_{motion}": wilson(int(own.sum()), len(own))} if len(own) else {}
+        right = whole[torch.tensor([scene.motion == motion for scene in scenes])]
+        if len(right):
+            columns[f"all_{motion}"] = wilson(int(right.sum()), len(right))
     columns["seam"] = mean_interval(made["seam"] / true["seam"].nanmean())
     columns["seam_vae"] = mean_interval(true["seam"])
     columns["jitter"] = mean_interval(made["jitter"] / true["jitter"].nanmean())

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bash scripts/failure_drills.sh [--gpu] [arguments of pytest]
 # What can go wrong in a run of several processes, done on purpose: SIGTERM in the middle of a step, a killed rank, NaN in
-# one rank's gradient, a full disk, a damaged checkpoint, another number of ranks. On this machine's CPU;
-# with --gpu on its GPUs (two or more), with networks of full width, and then also a rank that hangs. Each run says after
-# how many seconds it had made its first step, and how long it took to end.
+# one rank's gradient, a full disk, a damaged checkpoint, another number of ranks. On this machine's CPU; with --gpu on its
+# GPUs (two or more), with networks of full width, and then also a rank that hangs. Each run says after how many seconds it
+# had made its first step, and how long it took to end.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up requirements.txt requirements-dev.txt
