@@ -51,7 +51,7 @@ SIZE = {"orbit": (9.0, 10.0), "pulse": (12.5, 14.0)}  # pixels: radius of the di
 USUAL_SIZE = (11.0, 13.0)
 SUN = 8.0  # pixels: radius of what is orbited
 # How often a motion is trained, relative to the others: outlines that turn, and grounds that go by, are learnt late.
-TRAINED_SHARES = {"travel": 2, "spin": 4, "swing": 3, "pulse": 1, "bounce": 1, "orbit": 3, "hide": 1}
+TRAINED_SHARES = {"travel": 2, "spin": 4, "swing": 2, "pulse": 1, "bounce": 1, "orbit": 3, "hide": 2}
 GROUND_PERIOD = 32.0  # pixels after which a ground repeats, both ways
 _SALT = 20261130  # keeps these draws apart from other uses of the same seed
 
