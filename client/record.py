@@ -12,10 +12,17 @@ from client import LiveClient, LiveError, Recorder
 
 
 async def record(
-    url: str, prompt: str, path: str, *, seconds: float | None = None, seed: int = 0, key: str | None = None
+    url: str,
+    prompt: str,
+    path: str,
+    *,
+    seconds: float | None = None,
+    seed: int = 0,
+    key: str | None = None,
+    overwrite: bool = False,
 ) -> Recorder:
     """Record until the video's length is reached. The file is whole whenever it ends."""
-    recorder = Recorder(path)  # before the server makes anything
+    recorder = Recorder(path, overwrite=overwrite)  # before the server makes anything
     async with LiveClient(url, key) as live:
         with recorder:
             await live.open(prompt, seed=seed, seconds=seconds)
@@ -37,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path", help="the MP4 file")
     parser.add_argument("--seconds", type=float, help="of video (default: as long as the server allows)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
     args = parser.parse_args(argv)
+    options = {"seconds": args.seconds, "seed": args.seed, "key": args.key, "overwrite": args.overwrite}
     try:
-        recorder = asyncio.run(
-            record(args.url, args.prompt, args.path, seconds=args.seconds, seed=args.seed, key=args.key)
-        )
+        recorder = asyncio.run(record(args.url, args.prompt, args.path, **options))
     except (LiveError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

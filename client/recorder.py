@@ -16,26 +16,31 @@ log = logging.getLogger(__name__)
 class Recorder:
     """A context manager that writes fragments as they come, to a `.partial` file that plays at any time.
 
-    path: ends in .mp4, since that is what is written (ValueError); its folder is there. In the end, where the video is.
+    path: ends in .mp4, since that is what is written; its folder is there; a file of that name is replaced only with
+    `overwrite` (ValueError otherwise). In the end, where the video is.
     It gets its name when the block ends, also by an error, if it holds a chunk. If another recording has taken the name
     meanwhile, it keeps the partial one, with a warning. A killed process leaves its partial file; later recordings use
     other names. A chunk that goes back (`seek`, `branch`) takes the place of what was recorded from there on.
     ValueError for a chunk that does not go on from what is in the file: a branch of a take that was replaced.
     """
 
-    def __init__(self, path: str | PathLike):
+    def __init__(self, path: str | PathLike, *, overwrite: bool = False):
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"{path} does not end in .mp4, and what is recorded is MP4; give another name")
         if not self.path.parent.is_dir():
             raise ValueError(f"{path} cannot be recorded: the folder {self.path.parent} does not exist; create it")
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise ValueError(f"{path} is there and is no file; choose another name")
+        self._before = _identity(self.path)
+        if self._before and not overwrite:
+            raise ValueError(f"{path} is there; choose another name, or --overwrite (in Python overwrite=True)")
         self.partial = self.path  # its name until the end, once the block has begun
         self.frames = 0
         self._places: dict[int, int] = {}  # first frame of each chunk -> where in the file it begins
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> "Recorder":
-        self._before = _identity(self.path)
         for number in count(1):
             suffix = f"-{number}" if number > 1 else ""
             self.partial = self.path.with_name(f"{self.path.stem}.partial{suffix}{self.path.suffix}")

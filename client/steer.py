@@ -19,7 +19,14 @@ Cue = tuple[float, str]  # seconds of the video, prompt
 
 
 async def steer(
-    url: str, path: str, cues: Sequence[Cue], *, seconds: float, seed: int = 0, key: str | None = None
+    url: str,
+    path: str,
+    cues: Sequence[Cue],
+    *,
+    seconds: float,
+    seed: int = 0,
+    key: str | None = None,
+    overwrite: bool = False,
 ) -> list[Place]:
     """Play the first cue's prompt and change to each later one at its time; from where on each shows.
 
@@ -30,7 +37,7 @@ async def steer(
     first, *later = cues
     receipts: list[Receipt] = []
     unsaid: deque[Chunk] = deque()  # what the server has not been told to be shown
-    recorder = Recorder(path)  # before the server makes anything
+    recorder = Recorder(path, overwrite=overwrite)  # before the server makes anything
     async with LiveClient(url, key, paced=True) as live:
         with recorder:
             receipts.append(await live.open(first[1], seed=seed, seconds=seconds))
@@ -68,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cues", nargs="+", type=cue, metavar="SECONDS:PROMPT", help="the first one begins the video")
     parser.add_argument("--seconds", type=float, default=10.0, help="of video (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     parser.add_argument("--key", default=os.environ.get("DIAGONAL_KEY"), help="API key (default: $DIAGONAL_KEY)")
     args = parser.parse_args(argv)
     before = 0.0
@@ -82,8 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(
                 f"{time:g}:{prompt} comes after the end of the video; give more than --seconds {args.seconds:g}"
             )
+    options = {"seconds": args.seconds, "seed": args.seed, "key": args.key, "overwrite": args.overwrite}
     try:
-        places = asyncio.run(steer(args.url, args.path, args.cues, seconds=args.seconds, seed=args.seed, key=args.key))
+        places = asyncio.run(steer(args.url, args.path, args.cues, **options))
     except (LiveError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -66,6 +66,31 @@ def test_a_file_that_cannot_be_recorded_is_refused_before_anything_is_made(tmp_p
         assert f"error: {tmp_path / name} " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_file_that_is_there_is_replaced_only_where_that_is_asked_for(url, tmp_path, capsys):
+    path = tmp_path / "x.mp4"
+    path.write_bytes(b"before")
+    for main, given in ((record.main, [PROMPT, str(path)]), (steer.main, [str(path), PROMPT])):
+        assert main(["http://127.0.0.1:9", *given]) == 2  # where nothing answers
+        assert f"error: {path} is there; choose another name, or --overwrite" in capsys.readouterr().err
+        assert path.read_bytes() == b"before"
+        assert main([url, *given, "--seconds", "1", "--overwrite"]) == 0
+        assert len(frames(path)) == 21 and [file.name for file in tmp_path.iterdir()] == ["x.mp4"]
+        path.write_bytes(b"before")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "link.mp4").symlink_to("nowhere")
+    for name in ("folder.mp4", "link.mp4"):
+        with pytest.raises(ValueError, match=f"{name} is there and is no file; choose another name$"):
+            Recorder(tmp_path / name, overwrite=True)
+
+
+def test_a_file_that_came_after_the_check_is_not_replaced(tmp_path):
+    recorder = Recorder(tmp_path / "x.mp4")
+    (tmp_path / "x.mp4").write_bytes(b"another's")
+    with recorder:
+        recorder.write(chunk_of(0, b"one"))
+    assert (tmp_path / "x.mp4").read_bytes() == b"another's" and recorder.path.read_bytes() == b"init one"
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:9", "ftp://127.0.0.1:9", ""])
 def test_an_address_that_is_none_is_a_sentence(tmp_path, capsys, url):
     assert record.main([url, PROMPT, str(tmp_path / "x.mp4")]) == 2
@@ -82,7 +107,7 @@ def test_two_recordings_of_one_name_are_two_files(tmp_path, caplog):
     path = tmp_path / "x.mp4"
     path.write_bytes(b"before")
     (tmp_path / "x.partial.mp4").write_bytes(b"killed")
-    with Recorder(path) as first, Recorder(path) as second:
+    with Recorder(path, overwrite=True) as first, Recorder(path, overwrite=True) as second:
         for k, data in enumerate((b"one ", b"two ")):
             first.write(chunk_of(k, data))
             second.write(chunk_of(k, data.upper()))
