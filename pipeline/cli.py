@@ -56,6 +56,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.overrides = [f"{key}={_yaml(value)}" for key, value in values] + switches + low_memory + args.settings
     typed = {key: flag for flag, (key, *_) in VALUES.items() if given[flag[2:]] is not None}
     set_by_flags({key: flag for key, flag in typed.items() if not any(s.startswith(f"{key}=") for s in args.settings)})
+    if (args.output or args.endless) and any(s.startswith("inference.output_folder=") for s in args.overrides):
+        why = "beside --output" if args.output else "on a video without end, which goes to --output FILE or into a pipe"
+        parser.error(f"inference.output_folder has no effect {why}; leave it out")
     return args
 
 

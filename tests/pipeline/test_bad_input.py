@@ -35,6 +35,18 @@ ARGUMENTS = {
     "one of two prompts empty": (["--prompt", "a circle", "--prompt", ""], "--prompt is empty"),
     "output folder under a file": (["--output_folder", "file/out"], "--output_folder=file/out"),
     "output folder is a file": (["--output_folder", "file"], "--output_folder=file"),
+    "a folder for a stream without end": (
+        ["--num_output_frames", "0", "--output_folder", "out"],
+        "--output_folder has no effect on a video without end, which goes to --output FILE or into a pipe",
+    ),
+    "a folder for a stream without end, as a setting": (
+        ["--num_output_frames", "0", "inference.output_folder=out"],
+        "inference.output_folder has no effect on a video without end",
+    ),
+    "a folder and a file": (
+        ["--output_folder", "out", "--output", "x.mp4"],
+        "--output_folder has no effect beside --output",
+    ),
     "unbounded samples": (["--num_samples", "1000000000"], "--num_samples=1000000000 is out of range"),
     "too many videos": (["--num_samples", "100000", *["--prompt", "a"] * 11], "are 1,100,000 videos, and one run"),
     "unbounded frames": (["--num_output_frames", "999999999"], "--num_output_frames=999999999 is out of range"),

@@ -106,12 +106,13 @@ def overflowing(tiny_assets, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "how", [[], ["--num_output_frames", "0", "--output", "out/long.mp4"], ["--output", "out/one.mp4"]]
+    "how",
+    [["--output_folder", "out"], ["--num_output_frames", "0", "--output", "out/long.mp4"], ["--output", "out/one.mp4"]],
 )
 def test_the_command_line_says_so_and_leaves_nothing(tiny_assets, overflowing, tmp_path, monkeypatch, capsys, how):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    config = ["--config_path", str(tiny_assets / "tiny.yaml"), "--output_folder", "out"]
+    config = ["--config_path", str(tiny_assets / "tiny.yaml")]
     monkeypatch.setattr(
         sys, "argv", ["inference.py", *config, "--checkpoint_path", str(overflowing), "--prompt", PROMPT, *how]
     )
