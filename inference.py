@@ -60,7 +60,7 @@ def main() -> int:
         print(profile_table(clips), file=log_file)
     if ranks.first and not args.endless:
         print(schedule, file=log_file)
-    return 0
+    return max(clip.code for clip in clips)
 
 
 if __name__ == "__main__":

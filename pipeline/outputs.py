@@ -37,6 +37,7 @@ class RenderedClip:
     first_frames: float = 0.0  # time to the first chunk's frames
     num_chunks: int = 0
     chunks: Sequence[dict[str, float]] = ()  # ChunkResult.timings, and `write`; none of a video without end
+    code: int = 0  # the program's exit code where a signal other than Ctrl-C has ended a video without end
 
     def line(self) -> str:
         return (
@@ -54,7 +55,7 @@ def render(
 ) -> RenderedClip:
     """Generate one video. Frames are written as they arrive, and files appear when they are complete.
 
-    An endless video can be played while it is written, and ends with Ctrl-C (pipeline/live.py).
+    An endless video can be played while it is written, and ends with Ctrl-C or SIGTERM (pipeline/live.py).
     conditioning: latents [1, F, C, h, w] that it begins with.
     position: line of the progress bar, if several processes share a terminal.
     """
@@ -94,9 +95,6 @@ def _record(making: "_Making", weights: Sequence[WeightCheck]) -> RenderedClip:
         with writer:
             making.run(writer)
         well = True
-    except SystemExit:
-        well = True
-        raise
     except DiskFull as error:
         well = True
         raise DiskFull(
@@ -117,14 +115,14 @@ class _Making:
     def __init__(self, pipe: DiagonalPipeline, job: Job, conditioning: Tensor | None, position: int):
         self.pipe, self.job, self.conditioning, self.position = pipe, job, conditioning, position
         self.begin = time.perf_counter()
-        self.frames, self.first_frames, self.num_chunks = 0, 0.0, 0
+        self.frames, self.first_frames, self.num_chunks, self.code = 0, 0.0, 0, 0
         self.chunks: list[dict[str, float]] = []
         self._shown = frozenset() if job.endless or not job.sheet else frozenset(sheet_frames(pipe.num_pixel_frames))
         self._thumbnails: list[np.ndarray] = []
         self._borders: list[int] = []
 
     def run(self, writer: VideoWriter | LiveWriter) -> None:
-        """Generate the whole video; an endless one until Ctrl-C."""
+        """Generate the whole video; an endless one until Ctrl-C or SIGTERM."""
         pipe, job = self.pipe, self.job
         length = None if job.endless else pipe.num_chunks()
         total = None if job.endless else pipe.num_pixel_frames
@@ -139,9 +137,10 @@ class _Making:
                     if not job.endless:
                         self.chunks.append(spans | {"write": time.perf_counter() - arrived})
                     self.num_chunks += 1
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit) as end:  # SystemExit: SIGTERM or a closed terminal (utils/exits.py)
                 if not job.endless:
                     raise
+                self.code = end.code if isinstance(end, SystemExit) else 0
                 log.info("stopped")
 
     def _keep(self, frames: np.ndarray) -> None:
@@ -163,7 +162,9 @@ class _Making:
 
     def clip(self) -> RenderedClip:
         seconds = time.perf_counter() - self.begin
-        return RenderedClip(self.job, self.frames, seconds, self.first_frames, self.num_chunks, tuple(self.chunks))
+        return RenderedClip(
+            self.job, self.frames, seconds, self.first_frames, self.num_chunks, tuple(self.chunks), self.code
+        )
 
 
 def clip_metadata(pipe: DiagonalPipeline, clip: RenderedClip, weights: Sequence[WeightCheck]) -> dict[str, Any]:

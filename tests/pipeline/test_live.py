@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -286,8 +287,9 @@ def test_a_killed_recording_plays_and_the_whole_one_before_it_stays(tiny_assets,
 @pytest.mark.parametrize(
     ("end", "code", "whole"), [(KeyboardInterrupt, 0, True), (SystemExit(143), 143, True), (UserError("x"), 2, False)]
 )
-def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # noqa: F811
-    """By Ctrl-C and SIGTERM it gets its name; what an error stopped stays partial, and so does what was killed."""
+def test_how_a_recording_ends(cli, tmp_path, monkeypatch, capsys, end, code, whole):  # noqa: F811
+    """By Ctrl-C and SIGTERM it gets its name, and a line says so; what an error stopped stays partial, and so does what
+    was killed."""
     stream_story = DiagonalPipeline.stream_story
 
     def three(*args):
@@ -297,6 +299,7 @@ def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # 
     monkeypatch.setattr(DiagonalPipeline, "stream_story", three)
     (tmp_path / "long.partial.mp4").write_text("killed")
     assert cli(*ENDLESS, "long.mp4") == code
+    assert capsys.readouterr().out.count("long.mp4  33 frames in ") == whole
     assert (tmp_path / "long.partial.mp4").read_text() == "killed"
     name = "long" if whole else "long.partial-2"
     assert len(read_video(tmp_path / f"{name}.mp4")) == 33
@@ -304,6 +307,15 @@ def test_how_a_recording_ends(cli, tmp_path, monkeypatch, end, code, whole):  # 
     assert record["frames"] == (33 if whole else 0)
     names = {f"{name}.mp4", f"{name}.json", "long.partial.mp4"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_ends_a_stream_into_a_pipe_leaves_a_line_and_its_code(tiny_assets, tmp_path, number, code):
+    process = run(tiny_assets, tmp_path, *ENDLESS, "-", "--format", "raw")
+    assert process.stdout.read(1000)
+    process.send_signal(number)
+    errors = process.communicate(timeout=300)[1].decode().splitlines()
+    assert process.returncode == code and errors[-1].startswith("standard output  ") and " frames in " in errors[-1]
 
 
 def test_two_recordings_of_one_name_are_two_files(cli, tmp_path, monkeypatch):  # noqa: F811
