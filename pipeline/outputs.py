@@ -4,6 +4,7 @@ JSON is written last, so a clip that has one is complete.
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def render(
     position: int = 0,
     conditioning: Tensor | None = None,
 ) -> RenderedClip:
-    """Generate one video. Frames are written as they arrive, and files appear when they are complete.
+    """Generate one video. Frames are written as they arrive, and files appear when all of them are complete.
 
     An endless video can be played while it is written, and ends with Ctrl-C or SIGTERM (pipeline/live.py).
     conditioning: latents [1, F, C, h, w] that it begins with.
@@ -68,20 +69,20 @@ def render(
         return making.clip()
     if job.endless:
         return _record(making, weights)
-    if job.kind is None:
-        with VideoWriter(job.video, video.fps, size) as writer:
-            making.run(writer)
-    else:
-        with (
-            atomic_path(job.video) as temporary,
-            open(temporary, "wb") as file,
-            LiveWriter(file, video.fps, size, job.kind) as writer,
-        ):
-            making.run(writer)
-    if job.sheet:
-        with atomic_path(job.sheet) as temporary:
-            making.sheet().save(temporary, compress_level=1)  # a quarter of the default's time, 7% more bytes
-    write_json_atomic(job.record, clip_metadata(pipe, making.clip(), weights))
+    with ExitStack() as files:  # which get their names at its end: all or none, the video first
+        record, sheet, file = (
+            path and files.enter_context(atomic_path(path)) for path in (job.record, job.sheet, job.video)
+        )
+        if job.kind is None:
+            with VideoWriter(file, video.fps, size) as writer:
+                making.run(writer)
+        else:
+            with open(file, "wb") as out, LiveWriter(out, video.fps, size, job.kind) as writer:
+                making.run(writer)
+        if sheet:
+            with atomic_path(sheet) as temporary:
+                making.sheet().save(temporary, compress_level=1)  # a quarter of the default's time, 7% more bytes
+        write_json_atomic(record, clip_metadata(pipe, making.clip(), weights))
     return making.clip()
 
 

@@ -31,6 +31,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ABANDONED_S = 86_400  # seconds without modification after which a temporary file of another machine counts as abandoned
 BLOCK_HASH, HASH_BLOCK, HASH_THREADS = "4MiB-", 4 << 20, 8  # prefix of a block hash, bytes of a block
 _used: set[Path] = set()  # folders that this process has locked
+_temporary: set[Path] = set()  # paths that blocks of `temporary_path` hold
 _cleared: set[Path] = set()  # folders in which this process has removed leftovers
 
 
@@ -39,9 +40,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its suffix; rename it to `path` when the block ends without an error.
 
     After an exception, Ctrl-C included, the temporary file is removed and `path` is unchanged. Raises UserError if
-    `path` is invalid or not a file, and if the disk gets full.
+    `path` is invalid or not a file, and if the disk gets full. A path that an open block has yielded is yielded as it
+    is, so that several files can get their names together.
     """
     path = replaceable_file(path)
+    if path in _temporary:
+        yield path
+        return
     digest = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # the name itself may be as long as names get
     with translate_os_errors(path), temporary_path(path, f"{digest}{path.suffix}") as temporary:
         yield temporary
@@ -170,9 +175,11 @@ def temporary_path(beside: Path, ending: str, *, folder: bool = False) -> Iterat
             wrong = errno.ENOTDIR if folder else errno.EISDIR
             raise OSError(wrong, os.strerror(wrong))
         path, held = _claimed(beside.parent, ending, folder)
+    _temporary.add(path)
     try:
         yield path
     finally:
+        _temporary.remove(path)
         _remove(path)
         os.close(held)
 

@@ -24,7 +24,7 @@ from test_inference_cli import cli  # noqa: F401
 
 from configs.errors import UserError
 from configs.load import load_config
-from pipeline import DiagonalPipeline
+from pipeline import DiagonalPipeline, outputs
 from pipeline.cli import parse
 from pipeline.plan import make_plan
 from pipeline.story import Story, holds_stories, latent_frame_at, read_stories
@@ -374,6 +374,41 @@ def test_a_video_that_the_disk_cannot_hold_leaves_nothing(cli, tmp_path, capsys,
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {name} cannot be written (File too large); make room there" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "maker"),
+    [
+        ([], "clip_sheet"),
+        ([], "clip_metadata"),
+        (["--output", "videos/one.mp4"], "clip_metadata"),
+        (["--output", "videos/one.gif"], "clip_metadata"),
+        (["--output", "videos/one.y4m"], "clip_metadata"),
+    ],
+)
+def test_a_disk_that_fills_behind_the_video_leaves_none_of_its_files(cli, tmp_path, monkeypatch, capsys, output, maker):  # noqa: F811
+    """The contact sheet or the JSON does not fit any more. What was there before stays as it was."""
+    asked = ["--prompt", A, "--num_output_frames", "3", *output]
+    assert cli(*asked) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "videos").iterdir()}
+    make = vars(outputs)[maker]
+
+    def full(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return make(*args)
+
+    monkeypatch.setattr(outputs, maker, full)
+    for there in (before, {}):
+        capsys.readouterr()
+        with files_of_at_most(1_000_000):
+            assert cli(*asked, "--overwrite") == 2
+        said = capsys.readouterr()
+        (video,) = [path for path in before if path.suffix not in (".png", ".json")]
+        assert f"error: videos/{video.name} cannot be written (File too large); make room there" in said.err
+        assert " frames in " not in said.out
+        assert {path: path.read_bytes() for path in (tmp_path / "videos").iterdir()} == there
+        for path in there:
+            path.unlink()
 
 
 @pytest.mark.parametrize(

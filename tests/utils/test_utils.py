@@ -277,6 +277,18 @@ def test_paths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, kind
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "link"] and (tmp_path / "file").is_file()
 
 
+def test_files_that_are_written_inside_the_blocks_of_others_appear_with_them(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.json") as a, atomic_path(tmp_path / "b") as b:
+        for _ in range(2):
+            write_json_atomic(a, {})
+        assert {path.name for path in tmp_path.iterdir()} == {a.name, b.name}
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with atomic_path(tmp_path / "a.json") as a:
+        write_json_atomic(a, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_full_disk_is_one_sentence(tmp_path):
     (tmp_path / "a").write_text("before")
     with pytest.raises(UserError, match="a cannot be written .No space left"), atomic_path(tmp_path / "a"):
