@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_wan import CLOSE, NETWORK, build, by_chunk, inputs, sizes, stream_cache
+from torch.nn.attention.flex_attention import BlockMask
 
 from model.cache import GraphCache
 from model.causal_wan import FrameRotary, chunk_causal_mask
@@ -197,3 +198,18 @@ def test_cuda_cache_dense_and_compiled_flex_agree_without_a_sync():
         torch.cuda.set_sync_debug_mode("default")
     dense, flex = (model(x, t, text, mask=chunk_causal_mask(geo, 10, "cuda", kind=kind)) for kind in ("dense", "flex"))
     assert torch.allclose(stream, dense, atol=1e-4) and torch.allclose(dense, flex, atol=2e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_gradients_of_flex_are_those_of_the_dense_mask():
+    model, geo = build(attention_head_dim=32)[0].cuda(), sizes(3, 1, height=48, width=80)
+    x, t, text = (y.cuda() for y in inputs(geo, 20))
+    ids, gradients = torch.arange(10, device="cuda").repeat(2), []
+    for kind in ("dense", None):  # None: flex, since this is a GPU
+        mask = chunk_causal_mask(geo, 10, "cuda", teacher_forcing=True, kind=kind)
+        model.zero_grad()
+        model(x, t, text, frame_ids=ids, mask=mask).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    dense, flex = gradients
+    assert isinstance(mask, BlockMask) and torch.linalg.norm(flex - dense) < 2e-3 * torch.linalg.norm(dense)
