@@ -247,14 +247,14 @@ def chunk_causal_mask(
     device: torch.device | str,
     *,
     teacher_forcing: bool = False,
-    kind: str | None = None,
+    kind: str = "dense",
 ) -> Mask:
     """The attention mask for a clip of `frames` latent frames as one sequence.
 
     Chunk b attends to `geometry.visible_chunks(b)`. With teacher forcing the sequence is [context ; noisy]: 2 x frames
     with the same frame_ids twice. Context chunk b attends to context chunks as above; noisy chunk b to the same context
-    chunks except b, and to itself. kind "dense": bool [L, L]; "flex": a BlockMask, with which a GPU skips what is not
-    seen and holds no L x L; None: flex on a GPU, dense on a CPU.
+    chunks except b, and to itself. kind "dense": bool [L, L]; "flex": a BlockMask, for sequences for which L x L does
+    not fit into memory.
     """
     n, tokens = geometry.num_chunks(frames), geometry.tokens_per_chunk
     visible = torch.zeros(n, n, dtype=torch.bool)
@@ -265,7 +265,6 @@ def chunk_causal_mask(
         context, noisy = torch.cat([visible, torch.zeros_like(visible)], 1), torch.cat([visible & ~own, own], 1)
         visible = torch.cat([context, noisy], 0)
     visible = visible.to(device)
-    kind = kind or ("flex" if visible.is_cuda else "dense")
     if kind == "dense":
         return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     assert kind == "flex", f"kind={kind}"

@@ -48,7 +48,8 @@ class ODERegression(Supervised):
         self.prompts = PromptBank(self.pairs.prompts, self.encoder, ahead=d.encode_ahead)
         self.frames = config.video.num_latent_frames
         self.causal = self.pairs.causal
-        self.mask = chunk_causal_mask(self.geometry, self.frames, device, teacher_forcing=self.causal)
+        kind = "flex" if device.type == "cuda" else "dense"
+        self.mask = chunk_causal_mask(self.geometry, self.frames, device, teacher_forcing=self.causal, kind=kind)
         self.frame_ids = torch.arange(self.frames, device=device).repeat(2 if self.causal else 1)
         self.noisy = torch.tensor([t for t in self.pairs.timesteps if t > 0], device=device)
         self.rows = [self._row(chunk) for chunk in range(self.geometry.num_chunks(self.frames))]
