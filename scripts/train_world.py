@@ -13,7 +13,8 @@ optimizer, where checkpoints are gone or its settings change. Give it another se
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +25,9 @@ exits.guard(__name__)
 
 from configs.errors import UserError  # noqa: E402
 from configs.load import load_config  # noqa: E402
+from configs.schema import Config  # noqa: E402
+from model.weights.files import resolve_path  # noqa: E402
+from model.weights.inspection import required_weights  # noqa: E402
 from trainer.cli import parse  # noqa: E402
 from trainer.command import train  # noqa: E402
 from trainer.parallel.control_group import ControlGroup  # noqa: E402
@@ -40,15 +44,20 @@ PROMPTS = 16384
 LEAST_S = 60.0  # of the time left with which a further stage is begun: networks are loaded and compiled first
 
 
+def written(output: str, logdir: str) -> dict[str, str]:
+    """The folder that each stage writes its network to."""
+    to = {"text": f"{output}/text_encoder", "vae": f"{output}/vae", "teacher": f"{output}/teacher"}
+    to |= {"causal": f"{logdir}/causal_start", "four": f"{logdir}/four/export", "diagonal": f"{logdir}/diagonal/export"}
+    return to | {"long": f"{output}/student"}
+
+
 def settings_of(stage: str, output: str, logdir: str, warm: bool = False) -> list[str]:
     """Where a stage's networks come from and go to, and what the run of it changes in its file.
 
     warm: what it trains comes from where an earlier run of it has put that.
     """
-    teacher = f"{output}/teacher"
-    to = {"text": f"{output}/text_encoder", "vae": f"{output}/vae", "teacher": teacher, "long": f"{output}/student"}
-    to |= {"causal": f"{logdir}/causal_start", "four": f"{logdir}/four/export", "diagonal": f"{logdir}/diagonal/export"}
-    start = {"causal": teacher, "four": to["causal"], "diagonal": to["four"], "long": to["diagonal"]}
+    to = written(output, logdir)
+    start = {"causal": to["teacher"], "four": to["causal"], "diagonal": to["four"], "long": to["diagonal"]}
     settings = [f"model.{name}={output}/{name}" for name in ("student", "vae", "text_encoder")]
     settings.append(f"model.tokenizer={output}/text_encoder")
     if stage not in ("four", "diagonal"):  # whose own folder has their export
@@ -56,7 +65,7 @@ def settings_of(stage: str, output: str, logdir: str, warm: bool = False) -> lis
     if warm or stage in start:
         settings.append(f"training.init.{TRAINED.get(stage, 'student')}={to[stage] if warm else start[stage]}")
     if stage in ("four", "diagonal", "long"):
-        settings += [f"training.init.teacher={teacher}", f"training.distill.prompts={logdir}/prompts.txt"]
+        settings += [f"training.init.teacher={to['teacher']}", f"training.distill.prompts={logdir}/prompts.txt"]
     return settings + ["schedule.steps=4"] * (stage == "four")
 
 
@@ -72,6 +81,25 @@ def shared_out(file: str, settings: Sequence[str], world: int) -> list[str]:
     micro = min(t.micro_batch, max(1, t.global_batch // world))
     first = max(1, t.flow.first_chunk_batch * micro // t.micro_batch)
     return [f"training.micro_batch={micro}", f"training.flow.first_chunk_batch={first}"]
+
+
+def check_starts(stage: str, config: Config, to: Mapping[str, str], before: Collection[str]) -> None:
+    """UserError where a network that `stage` reads is missing, and no stage `before` it makes it. to: see `written`."""
+    reads = {path: field for _, path, field in required_weights(config, training=True)}
+    reads |= {path: f"training.init.{network}" for network, path in config.training.init.items()}
+    for maker, path in to.items():
+        if path in reads and maker not in before and not resolve_path(path).exists():
+            fix = "leave --warm out" if maker == stage else f"name that one, too: --stages {maker} {stage}"
+            raise UserError(f"{reads[path]}={path} does not exist, and stage {maker} makes it; {fix}")
+
+
+@contextmanager
+def named(stage: str) -> Iterator[None]:
+    """UserErrors inside the block begin with the stage."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"stage {stage}: {error}") from error
 
 
 def write_prompts(file: Path, count: int) -> None:
@@ -111,7 +139,9 @@ def main() -> int:
     for stage in args.stages:
         file = f"configs/world/{FILES.get(stage, stage)}.yaml"
         settings = [*settings_of(stage, str(output), str(logdir), args.warm), *given_to(stage, args.settings)]
-        runs[stage] = ["--config_path", file, *settings, *shared_out(file, settings, ranks.world)]
+        with named(stage):
+            check_starts(stage, load_config(file, settings), written(str(output), str(logdir)), runs)
+            runs[stage] = ["--config_path", file, *settings, *shared_out(file, settings, ranks.world)]
     with process_group(ranks, device):  # one for all stages
         if ranks.first:
             write_prompts(logdir / "prompts.txt", args.prompts)
@@ -123,7 +153,8 @@ def main() -> int:
             start = time.monotonic()
             if ranks.first:
                 print(f"stage {stage}: {logdir}/{stage}", flush=True)
-            ended = train(parse([*run, "--logdir", f"{logdir}/{stage}"]), until)
+            with named(stage):
+                ended = train(parse([*run, "--logdir", f"{logdir}/{stage}"]), until)
             rows.append(f"{stage:<10} {time.monotonic() - start:>8.1f}{'' if ended else '  stopped'}")
             if control.any(not ended):
                 break

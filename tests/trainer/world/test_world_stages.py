@@ -80,10 +80,14 @@ def begun(monkeypatch, folder, *flags):
 
     def train(args, until):
         config = load_config(args.config_path, args.overrides)
+        if config.training.steps == 13:
+            raise UserError("training.steps=13 is refused")
         stages[args.logdir.rpartition("/")[2]] = config.training.steps
         return True
 
     monkeypatch.setattr(train_world, "train", train)
+    for name in ("text_encoder", "vae"):
+        (folder / "out" / name).mkdir(parents=True, exist_ok=True)
     places = ["--logdir", f"{folder}/runs", "--output", f"{folder}/out", "--prompts", "2"]
     monkeypatch.setattr("sys.argv", ["train_world.py", *places, *flags])
     main()
@@ -93,10 +97,35 @@ def begun(monkeypatch, folder, *flags):
 def test_each_stage_gets_its_settings_and_all_are_read_before_the_first(monkeypatch, tmp_path):
     two = ["--stages", "teacher", "causal", "--minutes", "9", "training.steps=8"]
     assert begun(monkeypatch, tmp_path, *two, "teacher:training.steps=9") == {"teacher": 9, "causal": 8}
-    with pytest.raises(UserError, match="training.stepps"):
+    with pytest.raises(UserError, match="^stage causal: training.stepps"):
         begun(monkeypatch, tmp_path, *two, "causal:training.stepps=9")
+    with pytest.raises(UserError, match="^stage teacher: training.global_batch=0"):
+        begun(monkeypatch, tmp_path, *two, "teacher:training.global_batch=0")
     with pytest.raises(UserError, match="stage long, which --stages does not name"):
         begun(monkeypatch, tmp_path, *two, "long:training.steps=9")
+
+
+def test_what_a_stage_refuses_itself_names_it(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="^stage vae: training.steps=13 is refused"):
+        begun(monkeypatch, tmp_path, "--stages", "text", "vae", "--minutes", "9", "vae:training.steps=13")
+
+
+def test_a_folder_that_another_stage_makes_is_missed_with_its_name(monkeypatch, tmp_path):
+    """Before any stage is begun, and the earliest first."""
+    one = ["--output", f"{tmp_path}/one", "--stages"]
+    made = {"text": "one/text_encoder", "vae": "one/vae", "teacher": "one/teacher", "causal": "runs/causal_start"}
+    for maker, path in made.items():
+        told = f"{path} does not exist, and stage {maker} makes it; name that one, too: --stages {maker} four$"
+        with pytest.raises(UserError, match=f"^stage four: .*={tmp_path}/{told}"):
+            begun(monkeypatch, tmp_path, *one, "four")
+        (tmp_path / path).mkdir(parents=True)
+    assert list(begun(monkeypatch, tmp_path, *one, "four")) == ["four"]
+    with pytest.raises(UserError, match="^stage long: training.init.student=.*/diagonal/export .* stage diagonal "):
+        begun(monkeypatch, tmp_path, *one, "long")
+    own = ["--minutes", "9", "training.init.student=assets/tiny/student"]
+    assert list(begun(monkeypatch, tmp_path, *one, "long", *own)) == ["long"]
+    with pytest.raises(UserError, match="^stage vae: training.init.vae=.* does not exist, and .* leave --warm out"):
+        begun(monkeypatch, tmp_path, "--output", f"{tmp_path}/two", "--stages", "vae", "--warm")
 
 
 def test_each_stage_is_named_as_it_begins(monkeypatch, tmp_path, capsys):
