@@ -32,9 +32,10 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
+from model.weights.load import load_tokenizer  # noqa: E402
 from scripts.studies.world_diversity import spread  # noqa: E402
 from scripts.studies.world_endless import Watch  # noqa: E402
-from trainer.world.captions import COLOURS, MOTIONS  # noqa: E402
+from trainer.world.captions import COLOURS, DEFAULT_PROMPT, MOTIONS  # noqa: E402
 from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402
@@ -44,6 +45,7 @@ from utils.intervals import Interval, mean_interval, wilson  # noqa: E402
 from utils.logs import console  # noqa: E402
 from utils.progress import progress_bar  # noqa: E402
 from utils.seeds import sample_seed  # noqa: E402
+from utils.tables import number  # noqa: E402
 
 SEED = 4322222  # of captions that no training sees
 SWITCH_AT, WITHIN = 5, 2  # the first chunk under the new prompt; chunks within which it has to show
@@ -110,6 +112,13 @@ def rendered(config: Config) -> Player:
 def generated(config: Config, wording: Wording) -> tuple[Player, Through]:
     from pipeline import DiagonalPipeline  # here, so that rendered clips are measured without loading any network
 
+    known = load_tokenizer(config.model.tokenizer, sys.maxsize).get_vocab()
+    unknown = [word for word in dict.fromkeys(DEFAULT_PROMPT.split()) if word not in known]
+    if unknown:
+        raise UserError(
+            f"model.tokenizer={config.model.tokenizer} lacks {', '.join(unknown)}: this model is not of the moving "
+            f"world; give a configuration of one that is, such as configs/world/world.yaml"
+        )
     session = DiagonalPipeline.from_config(config).session
 
     def through(frames):
@@ -229,8 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, value in makers[part](play, config, args, through).items():
             figures[f"{part}.{name}"] = value
     for name, value in figures.items():
-        interval = f"{value.low:>9.3f} .. {value.high:<9.3f}"
-        print(f"{name:<28}{value.value:>9.3f} {interval}{value.n:>5}  {verdict(name, value)}".rstrip())
+        mean, low, high = (number(x, ".3f") for x in (value.value, value.low, value.high))
+        print(f"{name:<28}{mean:>9} {low:>9} .. {high:<9}{value.n:>5}  {verdict(name, value)}".rstrip())
     if args.json:
         rows = {name: value.to_dict() for name, value in figures.items()}
         write_json_atomic(args.json, {"seed": args.seed, "rendered": args.rendered, **rows})

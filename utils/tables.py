@@ -1,8 +1,14 @@
 """Tables as text: aligned columns, and Markdown. rows: of cells, all of one length; the first is the head."""
 
+import math
 from collections.abc import Sequence
 
 Rows = Sequence[Sequence[str]]
+
+
+def number(value: float, form: str) -> str:
+    """`value` in a format such as ".3f"; "-" for what is not finite, such as a mean of nothing."""
+    return format(value, form) if math.isfinite(value) else "-"
 
 
 def aligned(rows: Rows, left: int = 1) -> str:

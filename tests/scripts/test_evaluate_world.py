@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from configs.errors import UserError
+from pipeline import DiagonalPipeline
 from scripts import evaluate_world, world_sheets
 from trainer.world.captions import MOTIONS
 from trainer.world.scene import World
@@ -24,6 +25,27 @@ def test_rendered_videos_reach_what_is_aimed_at(tmp_path, capsys):
     assert sum(by_motion) == 2 and min(by_motion) > 0
     printed = capsys.readouterr().out
     assert "clips.colour" in printed and "reached  at least 0.97" in printed
+
+
+def test_what_few_clips_leave_without_data_is_a_dash(tmp_path, capsys):
+    """One clip has no spread, its means have no interval, and it moves in no direction or orbits nothing."""
+    out = tmp_path / "scores.json"
+    asked = ["--rendered", "--num_prompts", "1", "--json", str(out), "video.num_latent_frames=12"]
+    assert evaluate_world.main(asked) == 0
+    rows = {name: rest for name, *rest in map(str.split, capsys.readouterr().out.splitlines())}
+    assert rows["clips.spread_starts"] == ["-", "-", "..", "-", "1", "unknown", "at", "least", "0.9"]
+    assert rows["clips.partner"][:5] == ["-", "0.000", "..", "1.000", "0"]
+    assert rows["clips.number"] == ["1.000", "-", "..", "-", "1"]
+    assert not {"nan", "inf", "-inf"} & {word for row in rows.values() for word in row}
+    assert json.loads(out.read_text())["clips.spread_starts"] == {"value": None, "low": None, "high": None, "n": 1}
+
+
+def test_a_model_of_another_world_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(DiagonalPipeline, "from_config", lambda *_: pytest.fail("loaded"))
+    told = "^model.tokenizer=assets/tiny/text_encoder lacks star, .* not of the moving world; .*world.yaml$"
+    for part in (["--num_prompts", "2"], ["--num_prompts", "0", "--streams", "1"]):
+        with pytest.raises(UserError, match=told):
+            evaluate_world.main(["--config_path", "configs/tiny.yaml", *part])
 
 
 def test_the_shipped_student_shows_its_captions(tmp_path):

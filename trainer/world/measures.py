@@ -25,6 +25,7 @@ from trainer.world.captions import AMPLITUDES, ATTRIBUTES, MOTIONS, RATES, SHAPE
 from trainer.world.scene import AMPLITUDE, PERIOD, WAVE
 from trainer.world.track import Track, track
 from utils.intervals import Interval, mean_interval, wilson
+from utils.tables import number
 
 PERIODS = torch.exp(torch.linspace(math.log(14.0), math.log(140.0), 140)).double()  # frames, that are tried
 PHASES = 24  # of a bounce, that are tried
@@ -270,7 +271,8 @@ class Scores:
     def table(self) -> str:
         rows = [f"{'measure':<18} {'value':>8} {'95% interval':>20} {'clips':>6}"]
         for name, value in self.columns.items():
-            rows.append(f"{name:<18} {value.value:>8.3f} {value.low:>9.3f} .. {value.high:<7.3f} {value.n:>6}")
+            mean, low, high = (number(x, ".3f") for x in (value.value, value.low, value.high))
+            rows.append(f"{name:<18} {mean:>8} {low:>9} .. {high:<7} {value.n:>6}")
         return "\n".join(rows)
 
 
