@@ -38,10 +38,12 @@ function addPane() {
   return pane;
 }
 
-function welcome(pane, message) {
-  if (hello) { // the second pane
-    if (picture) pane.stream.upload(picture).catch((error) => say(error.message, true));
-    return refresh();
+async function welcome(pane, message) {
+  if (hello) { // the second pane, or a connection that is made again
+    refresh();
+    if (picture) await pane.stream.upload(picture).catch((error) => say(error.message, true));
+    if (pane.next) pane.play(pane.next);
+    return;
   }
   hello = message;
   $("model").textContent = `${hello.model} on ${hello.device}, ${hello.width}×${hello.height} at ${hello.fps} frames a second`;

@@ -1,4 +1,5 @@
-// One stream over the live protocol, version 1 (docs/live-protocol.md): controls out, messages and video in.
+// One stream over the live protocol, version 1 (docs/live-protocol.md): controls out, messages and video in. Takes are
+// numbered on from one connection to the next.
 export const folder = location.pathname.replace(/[^/]*$/, ""); // a proxy may show the page below a path
 const RETRY = 1013, RETRY_MS = 1000; // close code of a server that is not ready or full
 
@@ -9,14 +10,21 @@ export class LiveStream {
     this.on = on;
     this.number = 0;
     this.take = null; // the newest
+    this.before = 0; // number of the last take of earlier connections
     this.waiting = new Map(); // id -> control that has no receipt yet
     this.connect();
   }
 
+  // Again, where the connection is closed.
   connect() {
+    if (this.socket?.readyState <= WebSocket.OPEN) return;
+    clearTimeout(this.retry);
+    this.session = null;
+    this.before = this.take ?? 0;
+    this.waiting.clear();
     this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${folder}v1/live`);
     this.socket.binaryType = "arraybuffer";
-    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.heard(JSON.parse(data)) : this.got(data));
+    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.heard(this.numbered(JSON.parse(data))) : this.got(data));
     this.socket.onclose = ({ code, reason }) => {
       this.reason = reason;
       if (code !== RETRY || this.session) return this.on.closed?.(reason);
@@ -27,6 +35,8 @@ export class LiveStream {
 
   get open() { return this.socket.readyState === WebSocket.OPEN; }
 
+  get ready() { return this.open && Boolean(this.session); }
+
   // Sends a control and returns its id; null where the connection is closed, which is told again. `fields` without a
   // value are left out.
   send(type, fields = {}) {
@@ -36,12 +46,21 @@ export class LiveStream {
     }
     const id = ++this.number;
     this.waiting.set(id, { type, ...fields });
-    this.socket.send(JSON.stringify({ type, id, ...fields }));
+    const own = fields.take && { take: fields.take - this.before };
+    this.socket.send(JSON.stringify({ type, id, ...fields, ...own }));
     return id;
   }
 
   shown(frame) {
-    if (this.open && this.take !== null) this.socket.send(JSON.stringify({ type: "shown", take: this.take, frame }));
+    if (this.open && this.take > this.before)
+      this.socket.send(JSON.stringify({ type: "shown", take: this.take - this.before, frame }));
+  }
+
+  // Of a message or a header: the page's numbers of takes in place of the connection's.
+  numbered({ ...from }) {
+    for (const name of ["take", "parent"]) if (from[name]) from[name] += this.before;
+    if (from.takes) from.takes = from.takes.map((take) => take + this.before);
+    return from;
   }
 
   heard(message) {
@@ -54,7 +73,7 @@ export class LiveStream {
 
   got(data) {
     const size = new DataView(data).getUint32(0, true);
-    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, size)));
+    const header = this.numbered(JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, size))));
     if (header.take !== this.take) return; // of a take that was left
     let at = 4 + size;
     const parts = header.sizes.map((n) => new Uint8Array(data, (at += n) - n, n));

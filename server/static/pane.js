@@ -2,6 +2,7 @@
 import { LiveStream } from "./live.js";
 import { JPEGScreen, MP4Screen, canPlay } from "./screens.js";
 
+const FIXED = ["model", "mime", "fps", "height", "width"]; // of what `hello` says: a page is for these
 const MOST_TILES = 60, MOST_TAKES = 24; // on the page
 const seconds = (n) => `${n.toFixed(1)} s`;
 
@@ -15,10 +16,16 @@ export class Pane {
     this.openable = []; // numbers of the takes that the server keeps
     this.applied = null; // {prompt, seed, schedule} that the newest controls asked for
     this.asked = null; // when a take was asked for that has not begun, ms
+    this.next = null; // what to play when the connection is there again
     this.since = null; // when the one that plays was asked for, until its first frame is on the screen
     this.rates = [];
     this.stream = new LiveStream({
-      hello: (message) => { this.begin(message); hello(this, message); },
+      hello: (message) => {
+        this.other = this.hello && FIXED.some((name) => message[name] !== this.hello[name]);
+        if (this.other) return this.stream.socket.close(1000, "another model is played here now");
+        this.begin(message);
+        hello(this, message);
+      },
       take: (message, control) => this.gotTake(message, control),
       video: (header, parts) => this.gotVideo(header, parts),
       applied: (message, control) => this.gotApplied(message, control),
@@ -39,8 +46,9 @@ export class Pane {
       waiting: (reason) => this.say(reason),
       closed: (reason) => {
         this.setPlaying(false);
-        const why = reason && ` (${reason})`;
-        this.say(reason && !this.hello ? reason : `The connection is closed${why}; reload the page.`, true);
+        this.next = null;
+        const why = reason && ` (${reason})`, how = this.hello && !this.other ? "press Play to connect again" : "reload the page";
+        this.say(reason && !this.hello ? reason : `The connection is closed${why}; ${how}.`, true);
       },
     });
   }
@@ -55,6 +63,9 @@ export class Pane {
 
   begin(hello) {
     this.hello = hello;
+    this.openable = [];
+    this.refreshTiles();
+    if (this.screen) return;
     this.mp4 = canPlay(hello.mime);
     this.screen = this.mp4 ? new MP4Screen(hello) : new JPEGScreen(hello);
     this.screen.element.setAttribute("role", "img");
@@ -63,7 +74,13 @@ export class Pane {
     this.$("picture").prepend(this.screen.element);
   }
 
+  // Where the connection is closed, when it is there again.
   play(control) {
+    if (!this.stream.ready) {
+      this.next = control;
+      return this.stream.connect();
+    }
+    this.next = null;
     this.asked = performance.now();
     this.applied = { prompt: control.prompt, seed: control.seed, schedule: JSON.stringify(control.schedule) };
     this.$("latency").value = "–";

@@ -245,6 +245,50 @@ def test_a_picture_to_begin_with_and_words_that_the_model_does_not_know(visit):
     assert not page.problems, page.problems
 
 
+SOCKETS = (
+    "window.sockets = []; const Own = WebSocket;"
+    "window.WebSocket = class extends Own { constructor(...a) { super(...a); sockets.push(this); } };"
+)
+
+
+def test_a_connection_that_was_closed_is_made_again_by_play_and_takes_stay(visit):
+    page, red = visit(viewport=DESKTOP, script=SOCKETS), io.BytesIO()
+    Image.new("RGB", (300, 200), (200, 30, 30)).save(red, "png")
+    page.set_input_files("#image", {"name": "red.png", "mimeType": "image/png", "buffer": red.getvalue()})
+    wait_status(page, "begins with this picture")
+    for take in (1, 2):
+        page.click("#play")
+        wait_tiles(page, 3, f'section[data-take="{take}"]')
+        wait_status(page, "Playing:")
+        page.evaluate("sockets.at(-1).close(4000, 'gone')")
+        wait_status(page, "The connection is closed (gone); press Play to connect again.")
+    page.fill("#prompt", "  ")
+    page.evaluate("document.querySelector('#play').click(), document.querySelector('#play').click()")
+    wait_status(page, "prompt is empty")
+    assert page.evaluate("sockets.slice(-3).map((one) => one.readyState)") == [3, 3, 1], "two presses connect once"
+    assert page.is_disabled('section[data-take="2"] li:nth-child(2) button'), "the server has forgotten it"
+    page.fill("#prompt", "a red circle moves right")
+    page.click("#play")
+    wait_tiles(page, 3, 'section[data-take="3"]')
+    assert "Take 3: " in page.inner_text(".strip section:nth-child(3)")
+    page.fill("#prompt", "a green triangle moves left")
+    page.click('section[data-take="3"] li:nth-child(2) button')
+    wait_tiles(page, 1, 'section[data-take="4"]')
+    wait_status(page, "Playing: a green triangle")
+    assert "of take 3 on: " in page.inner_text(".strip section:nth-child(4)")
+    with page.expect_download() as download:
+        page.click('section[data-take="1"] .mp4')
+    with av.open(str(download.value.path())) as file:
+        assert sum(1 for _ in file.decode(video=0)) >= 33
+    other = "if (message.type === 'hello') message.model = 'another'; return message;"
+    page.evaluate(f"(own => {{ JSON.parse = text => {{ const message = own(text); {other} }}; }})(JSON.parse)")
+    page.evaluate("sockets.at(-1).close(4000, 'gone')")
+    wait_status(page, "press Play")
+    page.click("#play")
+    wait_status(page, "; reload the page.")
+    assert not page.problems, page.problems
+
+
 def test_a_server_with_keys_asks_for_one_and_a_page_waits_for_the_model(open_page, tmp_path):
     with Running(tmp_path, keys=KEYS) as running:
         page = open_page(running.url, viewport=DESKTOP)
@@ -341,5 +385,5 @@ def test_a_stream_that_is_refused_and_a_connection_that_is_closed_stay_told(open
         page.click("#compare")
     for press in (lambda: None, lambda: page.click("#play"), lambda: page.click(".strip button[title]")):
         press()
-        wait_status(page, "The connection is closed")
+        wait_status(page, "The connection is closed; press Play to connect again")
         page.evaluate("document.querySelector('#status').textContent = ''")
