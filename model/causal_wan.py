@@ -14,6 +14,7 @@ the time embedding from float32 timesteps. A wrapper that casts a module's input
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -30,7 +31,17 @@ from model.sequence import SequenceGroup
 
 TextKV = list[KV]  # cross-attention keys and values of each layer, [B, text tokens, heads, head_dim]
 RotaryEmb = tuple[Tensor, Tensor]  # cos and sin, [1, L, 1, head_dim / 2], float32
-Mask = Tensor | BlockMask  # over self-attention: bool [L, L], True = may attend; or flex attention's
+
+
+@dataclass(frozen=True)
+class VisibleChunks:
+    """A mask in chunks of `tokens` tokens each."""
+
+    rows: tuple[tuple[int, ...], ...]  # of each chunk, the chunks that it attends to
+    tokens: int
+
+
+Mask = Tensor | BlockMask | VisibleChunks  # over self-attention; a Tensor: bool [L, L], True = may attend
 
 
 class CausalWanModel(WanTransformer3DModel):
@@ -253,8 +264,8 @@ def chunk_causal_mask(
 
     Chunk b attends to `geometry.visible_chunks(b)`. With teacher forcing the sequence is [context ; noisy]: 2 x frames
     with the same frame_ids twice. Context chunk b attends to context chunks as above; noisy chunk b to the same context
-    chunks except b, and to itself. kind "dense": bool [L, L]; "flex": a BlockMask, for sequences for which L x L does
-    not fit into memory.
+    chunks except b, and to itself. kind "dense": bool [L, L]; "chunks": attention is computed chunk by chunk, from what
+    it sees only; "flex": a BlockMask, for sequences of which no copy of the keys is to be made.
     """
     n, tokens = geometry.num_chunks(frames), geometry.tokens_per_chunk
     visible = torch.zeros(n, n, dtype=torch.bool)
@@ -264,6 +275,8 @@ def chunk_causal_mask(
         own = torch.eye(n, dtype=torch.bool)
         context, noisy = torch.cat([visible, torch.zeros_like(visible)], 1), torch.cat([visible & ~own, own], 1)
         visible = torch.cat([context, noisy], 0)
+    if kind == "chunks":
+        return VisibleChunks(tuple(tuple(row.nonzero().flatten().tolist()) for row in visible), tokens)
     visible = visible.to(device)
     if kind == "dense":
         return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
@@ -309,6 +322,10 @@ def attend(attn: WanAttention, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Non
     if isinstance(mask, BlockMask):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
+    if isinstance(mask, VisibleChunks):
+        q, k, v = (x.split(mask.tokens, dim=1) for x in (q, k, v))
+        seen = [[torch.cat([x[i] for i in row], dim=1) for x in (k, v)] for row in mask.rows]
+        return torch.cat([attend(attn, one, *kv, None) for one, kv in zip(q, seen, strict=True)], dim=1)
     if mask is not None:
         return dispatch_attention_fn(q, k, v, attn_mask=mask[None, None], backend="native")  # others take no mask
     return dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)

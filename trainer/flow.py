@@ -121,7 +121,7 @@ class TeacherForcing(FlowStage):
         super().__init__(config, device, ranks, causal_student(config, "student"))
         frames = config.video.num_latent_frames
         self.chunks = self.geometry.num_chunks(frames)
-        self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True)
+        self.mask = chunk_causal_mask(self.geometry, frames, device, teacher_forcing=True, kind="chunks")
         self.frame_ids = torch.arange(frames, device=device).repeat(2)
         self.schedule = Schedule.from_config(config.schedule, config.stream)
         timesteps = [torch.tensor(self.schedule.timesteps(k)) for k in range(self.chunks)]

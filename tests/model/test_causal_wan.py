@@ -8,6 +8,22 @@ from model.cache import GraphCache
 from model.causal_wan import FrameRotary, chunk_causal_mask
 
 
+def masks(geo, frames, device, kinds, teacher_forcing=True):
+    return [chunk_causal_mask(geo, frames, device, teacher_forcing=teacher_forcing, kind=kind) for kind in kinds]
+
+
+def gradients(kinds, device):
+    """Of all parameters, by kind of mask, with teacher forcing."""
+    model, geo = build(attention_head_dim=32)[0].to(device), sizes(3, 1, height=48, width=80)
+    x, t, text = (y.to(device) for y in inputs(geo, 20))
+    ids, gathered = torch.arange(10, device=device).repeat(2), []
+    for mask in masks(geo, 10, device, kinds):
+        model.zero_grad()
+        model(x, t, text, frame_ids=ids, mask=mask).square().mean().backward()
+        gathered.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return gathered
+
+
 class TestAgainstDiffusers:
     @pytest.mark.parametrize(
         "changes, height, width, frames",
@@ -135,21 +151,19 @@ class TestMasks:
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     @pytest.mark.parametrize("teacher_forcing", [False, True])
     @torch.no_grad()
-    def test_flex_mask_is_the_dense_mask(self, teacher_forcing):
+    def test_all_kinds_are_one_mask(self, teacher_forcing):
         model, geo, frames = build()[0], sizes(3, 1, height=48, width=80), 10
         x, t, text = inputs(geo, frames * (1 + teacher_forcing), batch=1)
         ids = torch.arange(frames).repeat(1 + teacher_forcing)
-        dense, flex = (
-            model(
-                x,
-                t,
-                text,
-                frame_ids=ids,
-                mask=chunk_causal_mask(geo, frames, "cpu", teacher_forcing=teacher_forcing, kind=kind),
-            )
-            for kind in ("dense", "flex")
+        dense, flex, chunks = (
+            model(x, t, text, frame_ids=ids, mask=mask)
+            for mask in masks(geo, frames, "cpu", ("dense", "flex", "chunks"), teacher_forcing)
         )
-        assert torch.allclose(dense, flex, **CLOSE)
+        assert torch.allclose(dense, flex, **CLOSE) and torch.allclose(dense, chunks, **CLOSE)
+
+    def test_gradients_chunk_by_chunk_are_those_of_the_dense_mask(self):
+        dense, chunks = gradients(("dense", "chunks"), "cpu")
+        assert torch.allclose(dense, chunks, **CLOSE) and dense.abs().max() > 1e-2
 
 
 class TestRotary:
@@ -201,14 +215,6 @@ def test_cuda_cache_dense_and_compiled_flex_agree_without_a_sync():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_gradients_of_flex_are_those_of_the_dense_mask():
-    model, geo = build(attention_head_dim=32)[0].cuda(), sizes(3, 1, height=48, width=80)
-    x, t, text = (y.cuda() for y in inputs(geo, 20))
-    ids, gradients = torch.arange(10, device="cuda").repeat(2), []
-    for kind in ("dense", "flex"):
-        mask = chunk_causal_mask(geo, 10, "cuda", teacher_forcing=True, kind=kind)
-        model.zero_grad()
-        model(x, t, text, frame_ids=ids, mask=mask).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    dense, flex = gradients
-    assert torch.linalg.norm(flex - dense) < 2e-3 * torch.linalg.norm(dense)
+def test_cuda_gradients_of_all_kinds_are_those_of_the_dense_mask():
+    dense, flex, chunks = gradients(("dense", "flex", "chunks"), "cuda")
+    assert max(torch.linalg.norm(other - dense) for other in (flex, chunks)) < 2e-3 * torch.linalg.norm(dense)
