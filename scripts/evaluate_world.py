@@ -3,6 +3,7 @@
     python scripts/evaluate_world.py --json scores.json                                # 256 clips of 81 frames
     python scripts/evaluate_world.py --streams 32 --minutes 10 --switches 64           # and streams, and new prompts
     python scripts/evaluate_world.py --rendered --num_prompts 28                       # the same of rendered clips
+    python scripts/evaluate_world.py --teacher_path assets/world/teacher --num_prompts 28   # and of the teacher's
 
 clips      each attribute, rate and amplitude; how many have all of them right, by motion too; seams, the outline's
            tremble and the spread of what captions leave open, over those of rendered clips of the same captions that
@@ -32,7 +33,11 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from model.weights.load import load_tokenizer  # noqa: E402
+from model.denoiser import ScoreModel  # noqa: E402
+from model.weights.load import load_score, load_tokenizer  # noqa: E402
+from pipeline.async_decoder import to_frames  # noqa: E402
+from pipeline.bidirectional import sample  # noqa: E402
+from pipeline.noise import NoiseSource  # noqa: E402
 from scripts.studies.world_diversity import spread  # noqa: E402
 from scripts.studies.world_endless import Watch  # noqa: E402
 from trainer.world.captions import COLOURS, DEFAULT_PROMPT, MOTIONS  # noqa: E402
@@ -71,6 +76,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = exits.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/world/world.yaml", metavar="FILE", help="(%(default)s)")
     parser.add_argument("--checkpoint_path", metavar="PATH", help="student to evaluate in place of the configured one")
+    parser.add_argument("--teacher_path", metavar="PATH", help="clips of this teacher, in 50 steps, instead")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher (%(default)s)")
     parser.add_argument("--num_prompts", type=int, default=256, help="clips; 0 = none (%(default)s)")
     parser.add_argument("--streams", type=int, default=0, help="long streams; 0 = none (%(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of each (%(default)s)")
@@ -89,6 +96,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{name} {vars(args)[name]} is too little; give at least {least}")
     if not (args.num_prompts or args.streams or args.switches):
         raise UserError("--num_prompts 0 leaves nothing to measure; give clips, --streams or --switches")
+    others = [flag for flag in ("checkpoint_path", "rendered", "streams", "switches") if vars(args)[flag]]
+    if args.teacher_path and others:
+        raise UserError(f"--teacher_path makes clips without a student, and no streams; leave --{others[0]} out")
     if args.json:
         check_file(args.json, "--json")
     return args
@@ -109,7 +119,10 @@ def rendered(config: Config) -> Player:
     return play
 
 
-def generated(config: Config, wording: Wording) -> tuple[Player, Through]:
+def generated(
+    config: Config, wording: Wording, teacher: str | None = None, guidance: float = 0.0
+) -> tuple[Player, Through]:
+    """The student's videos, or those of the network in the folder `teacher`; and what the VAE gives back of clips."""
     from pipeline import DiagonalPipeline  # here, so that rendered clips are measured without loading any network
 
     known = load_tokenizer(config.model.tokenizer, sys.maxsize).get_vocab()
@@ -131,7 +144,17 @@ def generated(config: Config, wording: Wording) -> tuple[Player, Through]:
                 session.set_prompt([wording(scene) for scene in changes[result.chunk + 1]])
             yield result.wait().frames.movedim(-1, 2).to(session.device)
 
-    return play, through
+    def play_whole(scenes, seeds, chunks, _):
+        source = NoiseSource(seeds, session.geometry, session.device, torch.float32)
+        noise = torch.cat([source.initial(k) for k in range(chunks)], dim=1)
+        text, null = (session.text_encoder(said) for said in ([wording(scene) for scene in scenes], [""]))
+        latents = sample(score, noise, text, null.expand_as(text), shift=config.schedule.shift, guidance=guidance)
+        yield to_frames(session.codec.decode(latents)).movedim(-1, 2)
+
+    if teacher is None:
+        return play, through
+    score = ScoreModel(load_score(teacher, session.device, torch.float32))
+    return play_whole, through
 
 
 def batches(count: int, size: int, what: str) -> Iterator[slice]:
@@ -231,7 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
     own = [] if args.checkpoint_path is None else [f"model.student={args.checkpoint_path}"]
     config = load_config(args.config_path, [*args.overrides, *own])
     wording = training_caption if args.people else caption
-    play, through = (rendered(config), lambda clips: clips) if args.rendered else generated(config, wording)
+    play, through = rendered(config), lambda clips: clips
+    if not args.rendered:
+        play, through = generated(config, wording, args.teacher_path, args.guidance)
     parts = {"clips": args.num_prompts, "streams": args.streams, "switches": args.switches}
     makers, figures = {"clips": clips, "streams": streams, "switches": switches}, {}
     for part in [name for name, count in parts.items() if count]:

@@ -55,6 +55,18 @@ def test_the_shipped_student_shows_its_captions(tmp_path):
     assert all(scores[f"clips.{name}"]["value"] > 0.9 for name in ("colour", "ground", "number"))
 
 
+def test_the_teacher_is_measured_as_the_student_is(tmp_path, monkeypatch):
+    """Two steps in place of 50 show the ground; without the teacher's weights they do not."""
+    plain, out = evaluate_world.sample, tmp_path / "scores.json"
+    monkeypatch.setattr(evaluate_world, "sample", lambda *args, **options: plain(*args, steps=2, **options))
+    asked = ["--teacher_path", "assets/world/teacher", "--num_prompts", "4", "--json", str(out)]
+    assert evaluate_world.main([*asked, "video.num_latent_frames=3"]) == 0
+    assert json.loads(out.read_text())["clips.ground"]["value"] == 1
+    for flag in (["--streams", "1"], ["--rendered"], ["--checkpoint_path", "x"]):
+        with pytest.raises(UserError, match=f"^--teacher_path .* leave {flag[0]} out"):
+            evaluate_world.main(["--teacher_path", "assets/world/teacher", *flag])
+
+
 def test_a_seam_and_a_miss_are_told():
     assert evaluate_world.verdict("clips.seam", Interval(1.2, 1.1, 1.3, 9)).startswith("missed")
     assert evaluate_world.verdict("streams.sharpness_trend", Interval(0.1, -0.1, 0.3, 9)).startswith("reached")
