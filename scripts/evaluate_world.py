@@ -33,11 +33,8 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from model.denoiser import ScoreModel  # noqa: E402
-from model.weights.load import load_score, load_tokenizer  # noqa: E402
-from pipeline.async_decoder import to_frames  # noqa: E402
-from pipeline.bidirectional import sample  # noqa: E402
-from pipeline.noise import NoiseSource  # noqa: E402
+from model.weights.load import load_tokenizer  # noqa: E402
+from scripts.studies.clips import System  # noqa: E402
 from scripts.studies.world_diversity import spread  # noqa: E402
 from scripts.studies.world_endless import Watch  # noqa: E402
 from trainer.world.captions import COLOURS, DEFAULT_PROMPT, MOTIONS  # noqa: E402
@@ -77,7 +74,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", default="configs/world/world.yaml", metavar="FILE", help="(%(default)s)")
     parser.add_argument("--checkpoint_path", metavar="PATH", help="student to evaluate in place of the configured one")
     parser.add_argument("--teacher_path", metavar="PATH", help="clips of this teacher, in 50 steps, instead")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher (%(default)s)")
     parser.add_argument("--num_prompts", type=int, default=256, help="clips; 0 = none (%(default)s)")
     parser.add_argument("--streams", type=int, default=0, help="long streams; 0 = none (%(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of each (%(default)s)")
@@ -119,10 +115,8 @@ def rendered(config: Config) -> Player:
     return play
 
 
-def generated(
-    config: Config, wording: Wording, teacher: str | None = None, guidance: float = 0.0
-) -> tuple[Player, Through]:
-    """The student's videos, or those of the network in the folder `teacher`; and what the VAE gives back of clips."""
+def generated(config: Config, wording: Wording, teacher: str | None = None) -> tuple[Player, Through]:
+    """The student's videos, or whole clips of the network in the folder `teacher`; and what the VAE gives back."""
     from pipeline import DiagonalPipeline  # here, so that rendered clips are measured without loading any network
 
     known = load_tokenizer(config.model.tokenizer, sys.maxsize).get_vocab()
@@ -144,16 +138,13 @@ def generated(
                 session.set_prompt([wording(scene) for scene in changes[result.chunk + 1]])
             yield result.wait().frames.movedim(-1, 2).to(session.device)
 
-    def play_whole(scenes, seeds, chunks, _):
-        source = NoiseSource(seeds, session.geometry, session.device, torch.float32)
-        noise = torch.cat([source.initial(k) for k in range(chunks)], dim=1)
-        text, null = (session.text_encoder(said) for said in ([wording(scene) for scene in scenes], [""]))
-        latents = sample(score, noise, text, null.expand_as(text), shift=config.schedule.shift, guidance=guidance)
-        yield to_frames(session.codec.decode(latents)).movedim(-1, 2)
-
     if teacher is None:
         return play, through
-    score = ScoreModel(load_score(teacher, session.device, torch.float32))
+    make = System(config, session.codec, session.text_encoder, session.device, torch.float32).teacher(teacher)
+
+    def play_whole(scenes, seeds, chunks, _):
+        yield make([wording(scene) for scene in scenes], seeds, chunks * config.stream.chunk_frames)
+
     return play_whole, through
 
 
@@ -256,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     wording = training_caption if args.people else caption
     play, through = rendered(config), lambda clips: clips
     if not args.rendered:
-        play, through = generated(config, wording, args.teacher_path, args.guidance)
+        play, through = generated(config, wording, args.teacher_path)
     parts = {"clips": args.num_prompts, "streams": args.streams, "switches": args.switches}
     makers, figures = {"clips": clips, "streams": streams, "switches": switches}, {}
     for part in [name for name, count in parts.items() if count]:

@@ -10,6 +10,7 @@ from PIL import Image
 from configs.errors import UserError
 from pipeline import DiagonalPipeline
 from scripts import evaluate_world, world_sheets
+from scripts.studies import clips
 from trainer.world.captions import MOTIONS
 from trainer.world.scene import World
 from utils.intervals import Interval
@@ -56,9 +57,9 @@ def test_the_shipped_student_shows_its_captions(tmp_path):
 
 
 def test_the_teacher_is_measured_as_the_student_is(tmp_path, monkeypatch):
-    """Two steps in place of 50 show the ground; without the teacher's weights they do not."""
-    plain, out = evaluate_world.sample, tmp_path / "scores.json"
-    monkeypatch.setattr(evaluate_world, "sample", lambda *args, **options: plain(*args, steps=2, **options))
+    """Two steps in place of 50 show the ground; with other captions than the clips' own they do not."""
+    monkeypatch.setattr(clips, "TEACHER_STEPS", 2)
+    out = tmp_path / "scores.json"
     asked = ["--teacher_path", "assets/world/teacher", "--num_prompts", "4", "--json", str(out)]
     assert evaluate_world.main([*asked, "video.num_latent_frames=3"]) == 0
     assert json.loads(out.read_text())["clips.ground"]["value"] == 1
