@@ -324,6 +324,7 @@ def test_what_was_refused_can_be_asked_for_again_and_a_schedule_can_be_gone_back
     page.select_option(".context", "clean")
     page.click("#change")
     wait_status(page, "The new schedule shows from")
+    page.wait_for_selector('.strip li:last-child button[title$="4 steps"]', timeout=120_000)  # of self_forcing
     last = page.query_selector(".strip li:last-child button")
     wait_next(page, last)
     page.select_option(".preset", "own")
