@@ -34,14 +34,15 @@ class Job:
 
     @property
     def wants_chunk(self) -> bool:
-        return not self._frames.full()
+        return self.cancelled or not self._frames.full()
 
     def make(self) -> bool:
         """Make the next chunk; False when all are made or the job was cancelled."""
-        if self.cancelled:
+        with suppress(JobCancelled):  # of the writer, which may know first
+            if not self.cancelled:
+                return next(self._chunks, None) is not None
             self._chunks.close()
-            return False
-        return next(self._chunks, None) is not None
+        return False
 
     def abandon(self) -> None:
         """End it from outside its turns: its file does not appear."""
@@ -91,7 +92,7 @@ class Job:
         """On a thread of its own: frames into the file, which appears when it is whole. Their number, and a JPEG."""
         video, picture = self.worker.pipe.config.video, b""
         with VideoWriter(self.output, video.fps, (video.height, video.width)) as writer:
-            while (frames := self._frames.get()) is not None:
+            while (frames := self._frames.get()) is not None and not self.cancelled:
                 picture = picture or thumbnail(frames, THUMBNAIL)
                 writer.write(frames)
                 self.worker.wake()

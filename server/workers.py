@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -186,6 +187,7 @@ class Worker:
         self._since = 0.0
         self.loop: asyncio.AbstractEventLoop  # that it was launched on
         self._process: multiprocessing.process.BaseProcess | None = None
+        self._gone = asyncio.Event()  # it has ended; its reader alone waits for it, since two can miss the exit code
         self._outbox: SimpleQueue | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._patience = 0.0  # seconds for which it may still say nothing
@@ -225,6 +227,7 @@ class Worker:
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         self._process = self._spawn(theirs)
         theirs.close()
+        self._gone.clear()
         self._outbox = SimpleQueue()
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._write, args=(ours, self._outbox), daemon=True).start()
@@ -245,7 +248,7 @@ class Worker:
 
         Counted in ticks, which do not come while this process is itself held up.
         """
-        if self.state == "stopped" or not process.is_alive():
+        if self.state == "stopped" or self._gone.is_set() or process is not self._process:
             return
         tick = self.pool.limits.silent_seconds / 10
         self._patience -= tick
@@ -314,6 +317,7 @@ class Worker:
 
     def _ended(self) -> None:
         """The process is gone: tell those who were on it, and start it again."""
+        self._gone.set()
         stopping = self.state == "stopped"
         message = "the process that made this stream has ended and is started again; open a new one"
         for session in self.sessions.values():
@@ -374,10 +378,11 @@ class Worker:
         if self._process is None:
             return
         self.send("stop", 0)
-        await asyncio.to_thread(self._process.join, STOP_SECONDS)
-        if self._process.is_alive():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), STOP_SECONDS)
+        if not self._gone.is_set():
             self._process.kill()
-            await asyncio.to_thread(self._process.join)
+            await self._gone.wait()
 
 
 def begin(line: Connection, source: ModelSource, number: int, limits: Limits, parent: int) -> None:

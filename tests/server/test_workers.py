@@ -5,11 +5,15 @@ import io
 import os
 import resource
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from live_case import OTHER, PROMPT, spawn_thread
 from PIL import Image
 
@@ -19,6 +23,7 @@ from pipeline.stream import ChunkResult
 from server.controls import Control
 from server.costs import HEADROOM, Costs, later_nfe
 from server.limits import Limits
+from server.worker_job import Job
 from server.workers import (
     JobFailed,
     JobSpec,
@@ -133,9 +138,60 @@ def test_a_job_that_is_cancelled_or_cannot_be_leaves_no_file(pool, runner, tmp_p
         with pytest.raises(JobFailed, match="cannot"):
             await consume(pool, JobSpec(PROMPT, frames=9), "/proc/none/x.mp4")
         await consume(pool, JobSpec(PROMPT, frames=9), tmp_path / "y.mp4")
+        while len(os.listdir(tmp_path)) > 1:  # the writer of the cancelled one ends by itself
+            await asyncio.sleep(0.01)
 
     runner.run(asyncio.wait_for(script(), 300))
     assert os.listdir(tmp_path) == ["y.mp4"]
+
+
+def test_a_job_that_is_cancelled_while_its_frames_are_written_ends_without_a_fault(tmp_path, monkeypatch):
+    """The writer holds the last frames and the queue is full: the job gets its turn all the same, and waits for no
+    encoding of frames that nobody wants."""
+    begun, go_on, written = threading.Event(), threading.Event(), []
+
+    class SlowWriter:
+        frames_written = 0
+
+        def __init__(self, *arguments):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return False
+
+        def write(self, frames):
+            written.append(frames)
+            begun.set()
+            assert go_on.wait(60)
+
+    result = SimpleNamespace(wait=lambda: SimpleNamespace(frames=[torch.zeros(9, 32, 48, 3, dtype=torch.uint8)]))
+    session = SimpleNamespace(
+        play=lambda *arguments: (SimpleNamespace(chunk=c, wait=result.wait) for c in range(3)), cancel=lambda: None
+    )
+    video = SimpleNamespace(fps=16, height=32, width=48)
+    pipe = SimpleNamespace(
+        num_chunks=lambda frames: 3, warnings=lambda prompts: [], schedule=None, config=SimpleNamespace(video=video)
+    )
+    told, writers = [], ThreadPoolExecutor(1)
+    worker = SimpleNamespace(
+        spare_session=lambda: session,
+        pipe=pipe,
+        writers=writers,
+        wake=lambda: None,
+        send=lambda *said: told.append(said),
+    )
+    monkeypatch.setattr("server.worker_job.VideoWriter", SlowWriter)
+    job = Job(worker, 1, JobSpec(PROMPT), tmp_path / "x.mp4")
+    assert job.make() and begun.wait(60) and job.make() and job.make() and not job.wants_chunk
+    job.cancelled = True
+    assert job.wants_chunk
+    threading.Timer(0.3, go_on.set).start()
+    assert not job.make(), "no error of the writer's comes out"
+    writers.shutdown()
+    assert len(written) == 1 and [event["type"] for _, _, event in told] == 3 * ["progress"]
 
 
 def test_a_full_disk_ends_a_job_and_no_stream(pool, runner, tmp_path):
