@@ -14,7 +14,8 @@ from server.app import ServerOptions, create_app
 from server.job_store import JobLimits, JobStore
 from server.limits import Limits
 from server.protocols import SOCKET
-from server.workers import ModelSource, WorkerPool
+from server.worker_messages import ModelSource
+from server.workers import WorkerPool
 from utils import exits
 from utils.logs import console, get_logger
 from utils.machine import gpus

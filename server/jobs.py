@@ -32,7 +32,8 @@ from server.job_store import (
     JobStore,
 )  # fmt: skip
 from server.metrics import Metrics
-from server.workers import NO_ROOM, JobFailed, JobSpec, Refused, WorkerDied, WorkerPool
+from server.worker_messages import NO_ROOM, JobSpec
+from server.workers import JobFailed, Refused, WorkerDied, WorkerPool
 from utils.files import DiskFull, atomic_path
 from utils.logs import get_logger
 from utils.pictures import read_picture

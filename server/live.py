@@ -20,7 +20,8 @@ from server.access import NOBODY
 from server.controls import Control, MessageError, Reader
 from server.errors import ApiError
 from server.limits import MAX_MESSAGE, Limits
-from server.workers import Refused, Video, WorkerPool, WorkerSession
+from server.worker_messages import Video
+from server.workers import Refused, WorkerPool, WorkerSession
 from utils.logs import get_logger
 from utils.pictures import read_picture
 

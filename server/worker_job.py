@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from server.encoding import thumbnail
-from server.workers import JobSpec
+from server.worker_messages import JobSpec
 from utils.video import VideoWriter
 
 if TYPE_CHECKING:

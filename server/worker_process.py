@@ -36,8 +36,8 @@ from server.costs import HEADROOM, Costs, later_nfe
 from server.encoding import FragmentEncoder
 from server.limits import MAX_MESSAGE, MAX_PROMPT, MAX_SEED, MAX_TAKES, MAX_UPLOAD, Limits
 from server.worker_job import Job
+from server.worker_messages import NO_ROOM, STOP_SECONDS, ModelSource
 from server.worker_stream import BREAKING_OFF, Stream
-from server.workers import NO_ROOM, STOP_SECONDS, ModelSource
 from utils import exits
 from utils.device import pick_device
 from utils.files import DiskFull

@@ -17,7 +17,7 @@ from pipeline.stream import ChunkResult
 from server.controls import VIDEO, Control
 from server.encoding import jpeg, thumbnail
 from server.limits import MAX_KEPT, MAX_TAKES
-from server.workers import Video
+from server.worker_messages import Video
 from utils.logs import get_logger
 
 if TYPE_CHECKING:

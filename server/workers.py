@@ -17,33 +17,25 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.errors import UserError
-from configs.load import load_config
-from configs.schema import Config
 from model.schedule import Schedule
-from model.weights.inspection import inspect_weights, required_weights
 from server.controls import Control
 from server.costs import HEADROOM, Costs, later_nfe
 from server.limits import Limits
+from server.worker_messages import STOP_SECONDS, JobSpec, ModelSource, Video
 from utils.logs import get_logger
-
-if TYPE_CHECKING:
-    from pipeline.diagonal import DiagonalPipeline
 
 log = get_logger(__name__)
 STEADY_SECONDS = 60.0  # that a worker must have run for its deaths to be forgotten
 LONGEST_DELAY = 60.0  # before a worker is started again
-STOP_SECONDS = 10.0  # that a worker has to end by itself
 LOAD_SECONDS = 1800.0  # that it has to load its model and to warm up
-NO_ROOM = "the server's disk is full, and the video could not be written; create it again later"
 RETRY_SECONDS = 10  # that a client is asked to wait where it is refused
 
 
@@ -65,52 +57,6 @@ class JobFailed(Exception):
 
 class WorkerDied(Exception):
     """The worker's process ended while it made a video: the job may be run again."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What each worker loads; sent to its process. A subclass may override `load`."""
-
-    config_path: str
-    overrides: tuple[str, ...] = ()
-    loras: Mapping[str, str] = field(default_factory=dict)  # files of the adapters that jobs may name
-
-    def config(self) -> Config:
-        return load_config(self.config_path, self.overrides)
-
-    def check(self) -> None:
-        """Raise a UserError if weights or an adapter are missing or damaged, by their headers, before workers start."""
-        config = self.config()
-        for role, path, name in required_weights(config):
-            inspect_weights(role, path, use_ema=config.model.use_ema and role == "student", name=name)
-        for name, path in self.loras.items():
-            inspect_weights("lora", path, name=f"--lora {name}")
-
-    def load(self, rank: int) -> "DiagonalPipeline":
-        """The pipeline on GPU `rank` of those there are. Runs in the worker; the front must not import torch's half."""
-        from pipeline.diagonal import DiagonalPipeline
-
-        return DiagonalPipeline.from_config(self.config_path, *self.overrides, local_rank=rank)
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """A whole video."""
-
-    prompt: str
-    seed: int = 0
-    frames: int | None = None  # pixel frames, 1 + 4 n in whole chunks; None = as configured
-    schedule: Schedule | None = None  # None = as configured
-    image: Any = None  # uint8 [H, W, 3] that it begins with
-    lora: str | None = None  # name of an adapter of ModelSource
-
-
-@dataclass(frozen=True)
-class Video:
-    """A piece of video for one stream, as docs/live-protocol.md describes it."""
-
-    header: dict[str, Any]
-    payload: bytes = field(repr=False)
 
 
 class WorkerSession:

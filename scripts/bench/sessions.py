@@ -24,7 +24,8 @@ from server.costs import HEADROOM
 from server.limits import Limits
 from server.live import LiveServer
 from server.protocols import SOCKET
-from server.workers import ModelSource, Worker, WorkerPool
+from server.worker_messages import ModelSource
+from server.workers import Worker, WorkerPool
 
 PROMPT = "a red circle moves right"
 APART = 0.5  # seconds from one client's arrival to the next

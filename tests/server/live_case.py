@@ -6,6 +6,7 @@ Import `pipe` and `serve` as fixtures. Workers as processes of their own are tes
 import asyncio
 import json
 import os
+import socket
 import threading
 import time
 
@@ -20,8 +21,9 @@ from server.limits import MAX_MESSAGE, MAX_UPLOAD, Limits
 from server.live import IMAGE, LiveServer
 from server.middleware import BoundedBodies
 from server.protocols import HTTPProtocol, WebSocketProtocol
+from server.worker_messages import ModelSource
 from server.worker_process import run
-from server.workers import ModelSource, Worker, WorkerPool
+from server.workers import Worker, WorkerPool
 
 PROMPT, OTHER = "a red circle moves right", "a blue square moves up"
 STREAMS = 64  # on a machine whose speed is not the test's concern
@@ -109,6 +111,8 @@ def run_in_thread(*arguments) -> None:
     patch.setattr("server.worker_process.signal.signal", lambda *ignored: None)
     patch.setattr("server.worker_process.console", lambda **ignored: None)
     run(*arguments)
+    with socket.socket(fileno=os.dup(arguments[0].fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)  # as a process's end does
 
 
 class Visitor:

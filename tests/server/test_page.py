@@ -17,7 +17,8 @@ from PIL import Image
 
 from server.access import Keys
 from server.limits import Limits
-from server.workers import ModelSource, WorkerPool
+from server.worker_messages import ModelSource
+from server.workers import WorkerPool
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

@@ -24,17 +24,8 @@ from server.controls import Control
 from server.costs import HEADROOM, Costs, later_nfe
 from server.limits import Limits
 from server.worker_job import Job
-from server.workers import (
-    JobFailed,
-    JobSpec,
-    ModelSource,
-    Refused,
-    Video,
-    Worker,
-    WorkerDied,
-    WorkerPool,
-    WorkerSession,
-)  # fmt: skip
+from server.worker_messages import JobSpec, ModelSource, Video
+from server.workers import JobFailed, Refused, Worker, WorkerDied, WorkerPool, WorkerSession
 from utils.video import read_video
 
 pytestmark = pytest.mark.slow
