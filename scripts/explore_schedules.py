@@ -39,13 +39,13 @@ from trainer.tiny.measures import score
 from trainer.tiny.world import TinyWorld
 from utils.clip_measures import MEASURES, as_clip, series, summary
 from utils.device import set_threads
-from utils.files import atomic_path, check_writable, write_json_atomic
+from utils.files import atomic_path, check_writable, finite, write_json_atomic
 from utils.intervals import Interval, mean_interval
 from utils.logs import console
 from utils.progress import progress_bar
 from utils.prompts import read_prompts
 from utils.seeds import sample_seed
-from utils.tables import markdown
+from utils.tables import markdown, number
 
 GRID = ("1", "2", "21", "3", "32", "322", "432", "422", "43", "4", "5432", "5333", "4+clean", "432+clean")
 COLUMNS = {"tiny": "attributes right", "reference": "PSNR to the reference, dB"}
@@ -186,7 +186,7 @@ class Benchmark:
 
     def _interval(self, clips: list[np.ndarray]) -> Interval:
         interval = mean_interval(self._qualities(clips))
-        if self.quality == "tiny":  # a share: clip the normal interval
+        if self.quality == "tiny" and interval.n > 1:  # a share: clip the normal interval
             interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
         return interval
 
@@ -230,8 +230,9 @@ def table(runs: Sequence[Run], best: Sequence[Run], quality: str) -> str:
     for run in sorted(runs, key=lambda r: r.latency_ms):
         q = run.quality
         cells = [run.candidate.name, "*" if run in best else "", str(run.nfe)]
-        cells += [f"{run.latency_ms:.0f}", f"{run.first_ms:.0f}", f"{q.value:.4g}", f"{q.low:.4g} .. {q.high:.4g}"]
-        rows.append([*cells, *(f"{run.measures[name]:.3g}" for name in extra)])
+        cells += [f"{run.latency_ms:.0f}", f"{run.first_ms:.0f}", number(q.value, ".4g")]
+        cells.append(f"{number(q.low, '.4g')} .. {number(q.high, '.4g')}")
+        rows.append([*cells, *(number(run.measures[name], ".3g") for name in extra)])
     return markdown(rows)
 
 
@@ -245,16 +246,13 @@ def write(runs: Sequence[Run], bench: Benchmark, out: Path) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
     rows = [
         {"name": r.candidate.name, "nfe": r.nfe, "latency_ms": r.latency_ms, "first_ms": r.first_ms}
-        | {"quality": r.quality.to_dict(), "on_front": r in best, "measures": _plain(r.measures)}
+        | {"quality": r.quality.to_dict(), "on_front": r in best}
+        | {"measures": {name: finite(value) for name, value in r.measures.items()}}
         for r in runs
     ]
     kept = {"quality": bench.quality, "prompts": list(bench.prompts), "seeds": bench.seeds}
     write_json_atomic(out / "points.json", {**kept, "device": str(bench.pipe.session.device), "runs": rows})
     print(f"\n{text}\n\nin {out}: front.md, points.json, front/*.yaml")
-
-
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

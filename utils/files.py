@@ -321,13 +321,18 @@ def write_json_atomic(path: str | os.PathLike, data: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def finite(value: float) -> float | None:
+    """`value`, or None where it is NaN or infinite, which JSON lacks."""
+    return value if math.isfinite(value) else None
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON. Raises ValueError if it is invalid, too deep, or has NaN, infinite or extremely long numbers."""
 
     def refused(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number")
 
-    def finite(digits: str) -> float:
+    def real(digits: str) -> float:
         number = float(digits)
         return number if math.isfinite(number) else refused(digits[:20])
 
@@ -335,7 +340,7 @@ def parse_json(text: str | bytes) -> Any:
         return int(digits) if len(digits) <= 100 else refused(digits[:20])
 
     try:
-        return json.loads(text, parse_constant=refused, parse_float=finite, parse_int=whole)
+        return json.loads(text, parse_constant=refused, parse_float=real, parse_int=whole)
     except RecursionError as error:
         raise ValueError("too deep") from error
 

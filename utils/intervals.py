@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.files import finite
+
 Z95 = 1.959964
 # Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; for more, see `t95`.
 T95 = (
@@ -24,7 +26,7 @@ class Interval:
     n: int
 
     def to_dict(self) -> dict[str, float | int | None]:
-        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
+        return {name: finite(value) for name, value in vars(self).items()}
 
 
 def wilson(hits: int, n: int) -> Interval:

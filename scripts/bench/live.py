@@ -29,6 +29,7 @@ from trainer.tiny.measures import measure
 from trainer.tiny.world import TinyScene, TinyWorld, caption
 from utils.clip_measures import as_clip, frame_distances, quarters, seam_ratio, unit_frames
 from utils.device import pick_device, pick_dtype, set_threads
+from utils.files import finite
 from utils.video_live import LiveWriter
 
 BITS = 16
@@ -101,12 +102,13 @@ class StreamMeasures:
         self.seconds.append(seconds)
         self.bytes.append(memory)
 
-    def seams(self, chunk_frames: int) -> dict[str, float]:
+    def seams(self, chunk_frames: int) -> dict[str, float | None]:
         """Frame differences at chunk borders over those at all other frames, and over those at the other borders of
-        latent frames, where a VAE may take a step of its own. chunk_frames: latent ones."""
+        latent frames, where a VAE may take a step of its own; None of one chunk. chunk_frames: latent ones."""
         latents = [b + TEMPORAL_STRIDE * i for b in self.borders for i in range(1, chunk_frames)]
         among = {"seam_ratio": None, "seam_against_latents": latents}
-        return {name: float(seam_ratio(torch.tensor([self.steps]), self.borders, a)[0]) for name, a in among.items()}
+        steps = torch.tensor([self.steps])
+        return {name: finite(float(seam_ratio(steps, self.borders, a)[0])) for name, a in among.items()}
 
     def drift(self, frames: int) -> float | None:
         """Change of mean chroma, first to last quarter of the first `frames`, as a share with its sign."""
@@ -115,10 +117,10 @@ class StreamMeasures:
         return float((last - first) / first) if first > 0 else None
 
 
-def change(values: Sequence[float], middle=mean) -> float:
-    """Relative change from the second to the last quarter; the first one is warm-up."""
+def change(values: Sequence[float], middle=mean) -> float | None:
+    """Relative change from the second to the last quarter; the first one is warm-up. None of fewer than four."""
     n = len(values) // 4
-    return middle(values[-n:]) / middle(values[n : 2 * n]) - 1 if n else 0.0
+    return middle(values[-n:]) / middle(values[n : 2 * n]) - 1 if n else None
 
 
 def memory_held(device: torch.device) -> int:
@@ -207,7 +209,7 @@ def switches(session: StreamSession, world: TinyWorld, count: int, at: int, batc
         "seen_within_chunks": {str(i + 1): share for i, share in enumerate(agree)},
         "seen_in_last": float((colours[-1] == wanted).float().mean()),
         "old_colour_in_last": float((colours[-1] == old).float().mean()),
-        "step_at_switch": float(torch.cat(steps).median()),
+        "step_at_switch": finite(float(torch.cat(steps).median())),
     }
 
 
@@ -231,7 +233,7 @@ def lines(figures: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             out += lines(value, f"{path}.")
             continue
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
         out.append(f"{path:<34}{text:>12}{_verdict(path, value)}")
     return out
 

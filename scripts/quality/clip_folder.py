@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from configs.geometry import pixel_frames
 from configs.reading import ordinary_file
 from scripts.quality.clip_defects import Defect, find_defects
 from utils.clip_measures import MEASURES, as_clip, series, summary
-from utils.files import parse_json
+from utils.files import finite, parse_json
 from utils.intervals import Interval, mean_interval, paired_interval
 from utils.video import contact_sheet, read_video, shrink
 
@@ -54,12 +53,8 @@ class ClipReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: no NaN, no picture, no place on this machine."""
         plain = {name: value for name, value in asdict(self).items() if name not in ("strip", "path")}
-        plain["measures"] = {name: _finite(value) for name, value in self.measures.items()}
+        plain["measures"] = {name: finite(value) for name, value in self.measures.items()}
         return plain
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def find_videos(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import torch
 
 from scripts.studies.ablation import Row
 from utils.intervals import Interval, paired_interval
+from utils.tables import number
 
 SEEDS = (0, 1, 2)  # of training
 # A row's training: 200 updates of the student, on half the recipe's batch
@@ -145,6 +146,7 @@ def table(figures: Figures, hard: Sequence[bool]) -> str:
     lines = ["| | claim | better - worse | effect that matters | decision |", "| --- | --- | --- | --- | --- |"]
     for claim in CLAIMS:
         interval = difference(claim, figures, hard)
-        value = "" if not interval.n else f"{interval.value:+.3f} ({interval.low:+.3f} .. {interval.high:+.3f})"
-        lines.append(f"| {claim.number} | {claim.title} | {value} | {claim.effect} | {decision(claim, interval)} |")
+        value, low, high = (number(x, "+.3f") for x in (interval.value, interval.low, interval.high))
+        cells = [str(claim.number), claim.title, f"{value} ({low} .. {high})" if interval.n else "-"]
+        lines.append(f"| {' | '.join(cells)} | {claim.effect} | {decision(claim, interval)} |")
     return "\n".join(lines) + "\n"

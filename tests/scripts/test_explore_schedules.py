@@ -69,6 +69,17 @@ def test_the_script_on_random_weights(tiny_assets, tmp_path, capsys):
         load_config(path)
 
 
+@pytest.mark.parametrize("quality", ["tiny", "reference"])
+def test_one_clip_of_one_chunk_has_no_interval_and_no_seam(quality, tmp_path, capsys):
+    asked = ["--num_prompts", "1", "--rounds", "1", "--schedules", "1", "--reference", "2", "--quality", quality]
+    assert explore.main([*asked, "--out", str(tmp_path), "video.num_latent_frames=3"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert float(cells[5]) > 0 and cells[6:8] == ["- .. -", "-"]
+    (run,) = json.loads((tmp_path / "points.json").read_text())["runs"]
+    assert (run["quality"]["low"], run["quality"]["n"], run["measures"]["seam"]) == (None, 1, None)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

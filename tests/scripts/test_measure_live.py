@@ -1,5 +1,6 @@
 """The measures of live streams: what they say of streams whose faults are known."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,17 @@ def test_drift_and_seams_of_a_made_up_stream():
     seams = watch.seams(3)
     assert seams["seam_ratio"] == pytest.approx(6 * len(inside) / sum(inside), rel=1e-3)
     assert seams["seam_against_latents"] == pytest.approx(3)
+
+
+def test_one_chunk_has_no_seam_and_no_change(tmp_path, capsys):
+    out = tmp_path / "live.json"
+    asked = ["--random_weights", "tiny", "--minutes", "0.001", "--switches", "0", "--plays", "0", "device=cpu"]
+    assert script.main([*asked, "--json", str(out)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    undefined = ["memory_change", "chunk_time_change", "seam_ratio", "seam_against_latents"]
+    assert [row for row in rows if row[1] == "-"] == [[f"long.{name}", "-"] for name in undefined]
+    figures = json.loads(out.read_text())["long"]
+    assert [figures[name] for name in undefined] == [None] * 4
 
 
 def test_a_recoloured_scene_has_another_colour_and_nothing_else():

@@ -54,6 +54,9 @@ def test_too_few_seeds_decide_nothing():
     rows = figures("diagonal", [1.0] * 4) | figures("even", [0.0] * 4)
     assert decision(claim(), difference(claim(), rows, HARD)) == "not measured (1 of 3 seeds)"
     assert math.isnan(difference(claim(), {}, HARD).value)
+    line = next(line for line in table(rows, HARD).splitlines() if "steps early |" in line)
+    assert line.endswith("| +1.000 (- .. -) | 0.05 | not measured (1 of 3 seeds) |")
+    assert "| steps early | - | 0.05 | not measured (0 of 3 seeds) |" in table({}, HARD)
 
 
 def test_hard_clips_alone_count_and_a_motion_that_is_not_there_is_none():
