@@ -30,6 +30,7 @@ from pipeline.preflight import check_training  # noqa: E402
 from scripts.studies import ablation  # noqa: E402
 from scripts.studies.ablation_table import markdown  # noqa: E402
 from scripts.studies.clips import TEACHER_STEPS, Bench, System, cpu_seconds  # noqa: E402
+from scripts.studies.vocabulary import check_world  # noqa: E402
 from utils.device import gpu_memory, pick_device, set_threads  # noqa: E402
 from utils.files import check_writable, short_hash, write_json_atomic  # noqa: E402
 from utils.logs import console  # noqa: E402
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, out = ablation.chosen(args.rows), check_writable(args.output, "--output")
     configs = {row.name: ablation.row_config(args.config_path, row, args.settings) for row in rows}
     first = next(iter(configs.values()))
+    check_world(first, "tiny")
     device = pick_device(first.device)
     for config in configs.values():
         check_training(config, 1, gpu_memory(device))

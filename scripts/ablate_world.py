@@ -33,6 +33,7 @@ from configs.schema import Config  # noqa: E402
 from pipeline.preflight import check_training  # noqa: E402
 from scripts.evaluate_world import SEED, Player, Wording, batches, generated  # noqa: E402
 from scripts.studies.ablation import Row, trained  # noqa: E402
+from scripts.studies.vocabulary import check_world  # noqa: E402
 from scripts.studies.world_claims import (  # noqa: E402
     BUDGET,
     CLIPS,
@@ -159,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     scenes = World().scenes(SEED, args.num_prompts, balanced=True)
     hard = [scene.motion in HARD and scene.rate in QUICK for scene in scenes]
     wanted = [(row, seed) for seed in args.seeds for row in ROWS if row.name in args.rows]
+    check_world(load_config(args.config_path, args.settings), "moving")
     first, parts = args.part
     torch.set_float32_matmul_precision("high")
     write_prompts(out / "prompts.txt", PROMPTS)

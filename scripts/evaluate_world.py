@@ -33,11 +33,11 @@ from configs.errors import UserError  # noqa: E402
 from configs.geometry import pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from model.weights.load import load_tokenizer  # noqa: E402
 from scripts.studies.clips import System  # noqa: E402
+from scripts.studies.vocabulary import check_world  # noqa: E402
 from scripts.studies.world_diversity import spread  # noqa: E402
 from scripts.studies.world_endless import Watch  # noqa: E402
-from trainer.world.captions import COLOURS, DEFAULT_PROMPT, MOTIONS  # noqa: E402
+from trainer.world.captions import COLOURS, MOTIONS  # noqa: E402
 from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402
@@ -119,13 +119,7 @@ def generated(config: Config, wording: Wording, teacher: str | None = None) -> t
     """The student's videos, or whole clips of the network in the folder `teacher`; and what the VAE gives back."""
     from pipeline import DiagonalPipeline  # here, so that rendered clips are measured without loading any network
 
-    known = load_tokenizer(config.model.tokenizer, sys.maxsize).get_vocab()
-    unknown = [word for word in dict.fromkeys(DEFAULT_PROMPT.split()) if word not in known]
-    if unknown:
-        raise UserError(
-            f"model.tokenizer={config.model.tokenizer} lacks {', '.join(unknown)}: this model is not of the moving "
-            f"world; give a configuration of one that is, such as configs/world/world.yaml"
-        )
+    check_world(config, "moving")
     session = DiagonalPipeline.from_config(config).session
 
     def through(frames):

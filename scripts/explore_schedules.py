@@ -34,6 +34,7 @@ from model.schedule import Schedule, with_steps
 from model.weights.files import resolve_path
 from pipeline.diagonal import DiagonalPipeline
 from scripts.quality.clip_folder import chunk_borders
+from scripts.studies.vocabulary import check_world
 from trainer.tiny.captions import ATTRIBUTES, parse_caption
 from trainer.tiny.measures import score
 from trainer.tiny.world import TinyWorld
@@ -263,8 +264,10 @@ def main(arguments: list[str] | None = None) -> int:
     quality = args.quality or ("tiny" if tiny else "reference")
     out = check_writable(Path(args.out), "out")
     prompts = prompts_of(args, config, quality)
-    if quality == "tiny" and not all(any(parse_caption(prompt).values()) for prompt in prompts):
-        raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
+    if quality == "tiny":
+        check_world(config, "tiny")
+        if not all(any(parse_caption(prompt).values()) for prompt in prompts):
+            raise UserError("quality=tiny needs prompts of the tiny world; take --quality reference for others")
     set_threads(config.cpu_threads)
     bench = Benchmark(config, prompts, args.seed, quality, args.reference)
     write(bench.in_turns(explore(bench, args.schedules), args.rounds), bench, out)

@@ -35,6 +35,7 @@ from configs.schema import Config  # noqa: E402
 from model.sizes import TRANSFORMER_SIZES  # noqa: E402
 from pipeline.diagonal import DiagonalPipeline  # noqa: E402
 from scripts.bench.live import lines, random_pipeline, switches, watch_stream  # noqa: E402
+from scripts.studies.vocabulary import check_world  # noqa: E402
 from trainer.tiny.world import TinyWorld  # noqa: E402
 from utils.files import check_file, write_json_atomic  # noqa: E402
 from utils.logs import console, get_logger  # noqa: E402
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console()
     config = load_config(args.config_path, args.settings)
+    if args.switches and not args.random_weights:
+        check_world(config, "tiny")
     figures: dict[str, Any] = {"weights": f"random, {args.random_weights}" if args.random_weights else "as configured"}
     if args.minutes or args.switches:
         figures |= played(args, config)

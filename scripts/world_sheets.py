@@ -28,8 +28,10 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from configs.errors import UserError  # noqa: E402
 from configs.geometry import TEMPORAL_STRIDE, pixel_frames  # noqa: E402
 from configs.load import load_config  # noqa: E402
+from configs.schema import Config  # noqa: E402
 from model.codec import WanCodec  # noqa: E402
 from model.weights.load import load_vae  # noqa: E402
+from scripts.studies.vocabulary import check_world  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import CLIP_FRAMES, Scene, World, caption  # noqa: E402
 from utils.files import atomic_path, check_writable  # noqa: E402
@@ -82,10 +84,9 @@ def reconstructed(world: World, folder: str) -> Shown:
     return show
 
 
-def generated(config_path: str, overrides: list[str], seed: int) -> Shown:
+def generated(config: Config, seed: int) -> Shown:
     from pipeline import DiagonalPipeline  # here, so that rendered clips are shown without loading any network
 
-    config = load_config(config_path, overrides)
     pipe, chunk = DiagonalPipeline.from_config(config), config.stream.chunk_frames
 
     def show(clip: int, scene: Scene, frames: Sequence[int]) -> np.ndarray:
@@ -116,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = check_writable(args.output, "--output")
     world = World()
     if args.config_path is not None:
-        show = generated(args.config_path, args.overrides, args.seed)
+        config = load_config(args.config_path, args.overrides)
+        check_world(config, "moving")
+        show = generated(config, args.seed)
     else:
         show = rendered(world) if args.vae is None else reconstructed(world, args.vae)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from configs.errors import UserError
+from configs.load import load_config
 from pipeline import DiagonalPipeline
 from scripts import evaluate_world, world_sheets
 from scripts.studies import clips
@@ -89,9 +90,10 @@ def test_sheets_show_clips_and_long_streams(tmp_path):
 @pytest.mark.parametrize("frames", [[0], [8], [2, 9], [0, 20, 21], [5, 33]])
 def test_a_students_frames_are_shown_wherever_chunks_end(tiny_assets, frames):
     """Chunks end with frames 8, 20 and 32."""
-    shown = world_sheets.generated(str(tiny_assets / "tiny.yaml"), [], 0)(0, World().scene(3), frames)
+    config = load_config(tiny_assets / "tiny.yaml")
+    shown = world_sheets.generated(config, 0)(0, World().scene(3), frames)
     assert shown.shape == (len(frames), 32, 48, 3)
-    whole = world_sheets.generated(str(tiny_assets / "tiny.yaml"), [], 0)(0, World().scene(3), list(range(34)))
+    whole = world_sheets.generated(config, 0)(0, World().scene(3), list(range(34)))
     assert (shown == whole[frames]).all()
 
 
