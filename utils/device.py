@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -67,17 +68,34 @@ def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+_side_threads: dict[int, ThreadPoolExecutor] = {}  # by their identifiers
+
+
 @functools.cache
 def side_thread(use: str) -> ThreadPoolExecutor:
-    """The one thread of this process for `use`, begun when it first has work: what it is given it does in order.
+    """The one thread of this process for `use`: what it is given it does in order.
 
-    Ask for it each time: a fork does not copy threads, so a forked child has one of its own. What the parent's has not
-    done by then is lost there.
+    Ask for it each time: a fork does not copy threads, so a forked child has one of its own. A fork waits until what
+    the thread was given is done, so that the child has it, too.
     """
-    return ThreadPoolExecutor(1, thread_name_prefix=use)
+    thread = ThreadPoolExecutor(1, thread_name_prefix=use)
+    _side_threads[thread.submit(threading.get_ident).result()] = thread
+    return thread
 
 
-os.register_at_fork(after_in_child=side_thread.cache_clear)
+def _finish_side_work() -> None:
+    for number, thread in list(_side_threads.items()):
+        if number != threading.get_ident():  # which may fork, too
+            with suppress(RuntimeError):  # as the program ends it takes no more work, and has none
+                thread.submit(int).result()
+
+
+def _forget_side_threads() -> None:
+    side_thread.cache_clear()
+    _side_threads.clear()
+
+
+os.register_at_fork(before=_finish_side_work, after_in_child=_forget_side_threads)
 
 
 def release_memory() -> None:

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
@@ -13,6 +15,7 @@ from model.codec import WanCodec
 from pipeline import DiagonalPipeline, async_decoder
 from pipeline.async_decoder import AsyncDecoder, prefetch, to_frames
 from pipeline.stream import StreamSession
+from utils.device import side_thread
 
 CPU = torch.device("cpu")
 START = torch.randn(1, 1, 16, 4, 6, generator=torch.Generator().manual_seed(5))  # latents that a video begins with
@@ -140,22 +143,43 @@ def test_all_sessions_share_one_thread(make):  # noqa: F811
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_plays_with_a_session_of_its_parent(make):  # noqa: F811
-    session, before = make(), torch.get_num_threads()
+    session = make()
+    wanted = [result.wait() for result in session.play(PROMPT, 1, 2)]
+    assert alike_in_a_fork(lambda: same(session.play(PROMPT, 1, 2), wanted))
+    assert same(session.play(PROMPT, 1, 2), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_amid_decoding_loses_no_chunk_of_parent_or_child(make):  # noqa: F811
+    session = make()
+    wanted = [result.wait() for result in session.play(PROMPT, 1, 4)]
+    session.async_decoder.to_frames = lambda pixels: time.sleep(0.2) or to_frames(pixels)
+    playing = session.play(PROMPT, 1, 4)
+    begun = list(islice(playing, 2))  # chunk 0 is in the making, and chunk 1 waits for it
+    assert alike_in_a_fork(lambda: same([*begun, *playing], wanted))
+    assert same([*begun, *playing], wanted)
+
+
+def test_the_decoding_thread_itself_can_fork():
+    assert side_thread("decoding").submit(alike_in_a_fork, lambda: True).result(20)
+
+
+def alike_in_a_fork(check: Callable[[], bool]) -> bool:
+    """What `check` gives in a forked process."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's own threads are lost in a fork, too
     try:
-        wanted = [result.wait() for result in session.play(PROMPT, 1, 2)]
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # ends a child that waits for a thread that it does not have
+            signal.alarm(20)  # ends a child that waits for a thread that it does not have
             alike = False
             try:
-                alike = same(session.play(PROMPT, 1, 2), wanted)
+                alike = check()
             finally:
                 os._exit(not alike)
     finally:
         torch.set_num_threads(before)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert same(session.play(PROMPT, 1, 2), wanted)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_one_core_decodes_before_it_goes_on(monkeypatch):
