@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from configs.errors import UserError
 from configs.geometry import Geometry, pixel_frames
 from configs.load import to_dict
-from configs.schema import Config
+from configs.schema import Config, InferenceConfig
 from model.fast.student import FastPlan
 from model.weights.load import WeightCheck, check_weights
 from pipeline.conditioning import read_conditioning
@@ -125,13 +125,16 @@ class Plan:
         return any(job.video is None for job in self.jobs)
 
     def summary(self) -> str:
-        """One line: how many videos, where, on what."""
+        """One line: how many videos, where, on what; and that a configured folder is not the place."""
         places = {str(job.video or "a pipe") for job in self.jobs + self.finished if job.named}
         folder = " ".join(places) or self.config.inference.output_folder
         precision = str(self.dtype).removeprefix("torch.")
         line = f"{_count(len(self.jobs))} to make in {folder} on {self.device} ({precision})"
         if self.finished:
             line += f"; {_count(len(self.finished))} already there (--overwrite makes them again)"
+        configured = self.config.inference.output_folder
+        if places and configured != InferenceConfig().output_folder:
+            line += f"; inference.output_folder={configured} has no effect"
         if self.ranks.world > 1:
             line += f"; this is process {self.ranks.rank} of {self.ranks.world}, the others make theirs"
         return line

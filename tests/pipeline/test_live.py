@@ -432,6 +432,16 @@ def test_a_disk_that_cannot_hold_it_is_found_before_anything_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [["--num_output_frames", "0", "--output", "-"], ["--output", "one.mp4"]])
+def test_a_configured_folder_that_is_not_the_place_is_said(cli, tiny_assets, tmp_path, capsys, arguments):  # noqa: F811
+    assert cli("--prompt", A, "--dry_run", *arguments) == 0
+    assert "no effect" not in capsys.readouterr().out
+    (tmp_path / "own.yaml").write_text(f"base: {tiny_assets / 'tiny.yaml'}\ninference: {{output_folder: mine}}\n")
+    for more, said in ((arguments, True), ([], False)):
+        assert cli("--config_path", "own.yaml", "--prompt", A, "--dry_run", *more) == 0
+        assert ("; inference.output_folder=mine has no effect" in capsys.readouterr().out) == said
+
+
 def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys):  # noqa: F811
     (tmp_path / "config.json").write_text('{"precious": 1}')
     (tmp_path / "old.mp4").write_text("precious")
