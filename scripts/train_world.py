@@ -83,13 +83,15 @@ def shared_out(file: str, settings: Sequence[str], world: int) -> list[str]:
     return [f"training.micro_batch={micro}", f"training.flow.first_chunk_batch={first}"]
 
 
-def check_starts(stage: str, config: Config, to: Mapping[str, str], before: Collection[str]) -> None:
+def check_starts(stage: str, config: Config, to: Mapping[str, str], before: Collection[str], warm: bool) -> None:
     """UserError where a network that `stage` reads is missing, and no stage `before` it makes it. to: see `written`."""
     reads = {path: field for _, path, field in required_weights(config, training=True)}
     reads |= {path: f"training.init.{network}" for network, path in config.training.init.items()}
     for maker, path in to.items():
         if path in reads and maker not in before and not resolve_path(path).exists():
-            fix = "leave --warm out" if maker == stage else f"name that one, too: --stages {maker} {stage}"
+            fix = f"name that one, too: --stages {maker} {stage}"
+            if warm:  # which starts no stage from nothing
+                fix = "leave --warm out" if maker == stage else f"make it first, without --warm: --stages {maker}"
             raise UserError(f"{reads[path]}={path} does not exist, and stage {maker} makes it; {fix}")
 
 
@@ -140,7 +142,7 @@ def main() -> int:
         file = f"configs/world/{FILES.get(stage, stage)}.yaml"
         settings = [*settings_of(stage, str(output), str(logdir), args.warm), *given_to(stage, args.settings)]
         with named(stage):
-            check_starts(stage, load_config(file, settings), written(str(output), str(logdir)), runs)
+            check_starts(stage, load_config(file, settings), written(str(output), str(logdir)), runs, args.warm)
             runs[stage] = ["--config_path", file, *settings, *shared_out(file, settings, ranks.world)]
     with process_group(ranks, device):  # one for all stages
         if ranks.first:

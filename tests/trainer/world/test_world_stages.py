@@ -128,6 +128,20 @@ def test_a_folder_that_another_stage_makes_is_missed_with_its_name(monkeypatch, 
         begun(monkeypatch, tmp_path, "--output", f"{tmp_path}/two", "--stages", "vae", "--warm")
 
 
+def test_what_a_warm_start_lacks_is_made_without_it(monkeypatch, tmp_path):
+    """The suggestions, one after the other, lead to a run."""
+    where = ["--output", f"{tmp_path}/one"]
+    for maker, folder in (("text", "text_encoder"), ("vae", "vae")):
+        told = f"stage {maker} makes it; make it first, without --warm: --stages {maker}$"
+        with pytest.raises(UserError, match=f"^stage teacher: .*/one/{folder} does not exist, and {told}"):
+            begun(monkeypatch, tmp_path, *where, "--warm", "--stages", "teacher")
+        assert list(begun(monkeypatch, tmp_path, *where, "--stages", maker)) == [maker]
+        (tmp_path / "one" / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match="^stage teacher: .*/one/teacher does not exist, .* leave --warm out$"):
+        begun(monkeypatch, tmp_path, *where, "--warm", "--stages", "teacher")
+    assert list(begun(monkeypatch, tmp_path, *where, "--stages", "teacher")) == ["teacher"]
+
+
 def test_each_stage_is_named_as_it_begins(monkeypatch, tmp_path, capsys):
     begun(monkeypatch, tmp_path, "--stages", "teacher", "causal")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ") and ":" in line]
