@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -72,10 +72,10 @@ class _StopRequest:
             signal.signal(s, handler)
 
 
-_Step = tuple[dict[str, Tensor], int, dict[str, Any]]  # logged values of a step, its number, its inputs
+_Step = tuple[dict[str, Tensor], int]  # logged values of a step, its number (from 1)
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """A logged value is NaN or infinite."""
 
 
@@ -90,14 +90,14 @@ class _FiniteCheck:
         self.pending: deque[tuple[Tensor, torch.cuda.Event | None, _Step]] = deque()
         self.checked: _Step | None = None  # the newest step whose result was read, the same on all ranks
 
-    def put(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
+    def put(self, values: dict[str, Tensor], step: int) -> None:
         fine = torch.stack([value.detach().float() for value in values.values()]).isfinite().all()
         late = fine.device.type == "cuda"
         answer = torch.empty((), dtype=torch.bool, pin_memory=late).copy_(fine, non_blocking=late)
         event = torch.cuda.Event() if late else None
         if event is not None:
             event.record()
-        self.pending.append((answer, event, (values, step, batch)))
+        self.pending.append((answer, event, (values, step)))
 
     def bad(self, *, drain: bool = False) -> bool:
         """Whether the step in `checked` has a non-finite value. drain: check all pending steps, and wait for them."""
@@ -183,7 +183,7 @@ class _RunReporter:
         """Time only the steps after `step`: what was compiled, saved or validated before them is not theirs."""
         self.clock, self.since = time.perf_counter(), step
 
-    def log(self, values: dict[str, Tensor], step: int, batch: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Tensor], step: int) -> None:
         """Read the values of a step (the only host sync), write them and warn. NaN and infinity raise."""
         averaged = mean_over_ranks(values)
         row = dict(zip(averaged, torch.stack([v.float() for v in averaged.values()]).tolist(), strict=True))
@@ -197,18 +197,18 @@ class _RunReporter:
             for warning in self.stage.diagnose(self.rows) if not bad else []:
                 log.warning("step %d: %s", step, warning)
         if bad:
-            self.stop_at(bad, step, batch)
+            self.stop_at(bad, step)
 
     def write(self, step: int, **values: float) -> None:
         for sink in self.sinks:
             sink.write(step, **values)
 
-    def stop_at(self, bad: list[str], step: int, batch: dict[str, Any]) -> NoReturn:
+    def stop_at(self, bad: list[str], step: int) -> NoReturn:
         path = self.logdir / f"not_finite_rank{self.stage.ranks.rank}.pt"
         inputs = f"the inputs of this step are in {path}"
         try:
             with atomic_path(path) as aside:
-                torch.save({"step": step, **batch}, aside)
+                torch.save({"step": step, **self.stage.inputs(step - 1)}, aside)
         except (OSError, RuntimeError, DiskFull) as error:
             if not is_disk_full(error):
                 raise
@@ -348,13 +348,13 @@ def _steps(
             _stop_within_step(stage, logdir, step, reporter, finite, control, save)
             return False
         done = step + 1
-        finite.put(values, done, stage.last_batch())
+        finite.put(values, done)
         stopping, failing = control.each(stop.asked, finite.bad())
         if failing:
             reporter.log(*finite.checked)
         saving = stopping or done == t.steps or (t.checkpoint_every and done % t.checkpoint_every == 0)
         if saving or done % t.log_every == 0:  # nothing is saved unchecked
-            reporter.log(values, done, stage.last_batch())
+            reporter.log(values, done)
         if first:
             freeze_garbage()
         if saving and save:
@@ -379,7 +379,7 @@ def _stop_within_step(
     if control.any(finite.bad(drain=True)):
         reporter.log(*finite.checked)
     if not all(bool(value.isfinite().all()) for value in sharded_checkpoint.flat(stage.state_dict()).values()):
-        reporter.stop_at(["values of the first half of the step are"], step + 1, stage.last_batch())
+        reporter.stop_at(["values of the first half of the step are"], step + 1)
     if save:
         save_checkpoint(stage, logdir, step, control)
     log.info("stopped in step %d, which will be repeated; the same command resumes", step + 1)

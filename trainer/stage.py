@@ -47,9 +47,9 @@ class Stage(ABC):
         """Warnings, each a sentence with a remedy, about the newest of the logged `rows`."""
         return []
 
-    def last_batch(self) -> dict[str, Any]:
-        """Inputs of the newest update, which are saved if it ended in NaN."""
-        return {}
+    @abstractmethod
+    def inputs(self, step: int) -> dict[str, Any]:
+        """Inputs of the update of step `step`, drawn again: they are saved if it ended in NaN."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds besides the train states."""
@@ -107,6 +107,12 @@ class Supervised(Stage):
     def averaged(self) -> nn.Module:
         return self.train_state.average.module
 
+    def _batches(self, step: int) -> list[dict[str, Tensor]]:
+        return [self.batch(step, micro) for micro in range(self.micro_batches)]
+
     def update(self, step: int) -> dict[str, Tensor]:
-        logs = self.backward.run(self.plan(step), [self.batch(step, micro) for micro in range(self.micro_batches)])
+        logs = self.backward.run(self.plan(step), self._batches(step))
         return logs | {"gradient_norm": self.train_state.step(step)}
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        return {"plan": str(self.plan(step)), "batches": self._batches(step)}

@@ -15,11 +15,12 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.train_schema import OptimizerConfig
 from trainer.checkpoint import save as checkpoint
-from trainer.loop import run
+from trainer.loop import NonFiniteLoss, run
 from trainer.optim.train_state import EMA, learning_rate
 from trainer.registry import build_stage
 from trainer.trajectories import trajectory_grid
 from utils.distributed import Ranks
+from utils.exits import explain
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,19 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         torch.testing.assert_close(one["loss"], two["loss"])
     for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_nan_ends_a_run_with_one_sentence_and_the_inputs_of_its_step(tmp_path):
+    stage = text_stage(tmp_path)
+    update = stage.update
+    stage.update = lambda step: {name: value / (step != 2) for name, value in update(step).items()}
+    with pytest.raises(NonFiniteLoss, match="not finite at step 3; the last checkpoint is intact") as raised:
+        run(stage, tmp_path)
+    line, code = explain(raised.value)
+    assert code == 2 and line.startswith("error: loss, ") and "not_finite_rank0.pt" in line
+    kept = torch.load(tmp_path / "not_finite_rank0.pt", weights_only=True)
+    assert kept["step"] == 3 and torch.equal(kept["batches"][0]["ids"], stage.batch(2, 0)["ids"])
+    assert not torch.equal(kept["batches"][0]["ids"], stage.batch(3, 0)["ids"])
 
 
 def test_global_batch_must_divide(tmp_path):

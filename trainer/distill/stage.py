@@ -120,7 +120,6 @@ class Distill(Stage):
         self.rollout_sharing = RolloutSharing(self.sequence, self.micro_batches, shape, device) if shared else None
         self.generator_logs: dict[str, Tensor] = {}
         self.generator_done = -1  # the newest step whose generator update is done
-        self.last_inputs: dict[str, Any] = {}
         generator_parameters = [p for name, x in self.train_states.items() if name != "critic" for p in x.parameters]
         self.generator_backward = self._backward(self._generator_loss, generator_parameters)
         self.critic_backward = self._backward(self._critic_loss, self.train_states["critic"].parameters)
@@ -211,9 +210,17 @@ class Distill(Stage):
     def _batches(self, role: str, step: int) -> tuple[Plan, list[dict[str, Tensor]]]:
         plan = self.planner.draw(role, step)
         image = role == "generator" or self.rollout_sharing is None  # else made by the rank that makes the rollout
-        batches = [self._draw(role, step, micro, plan, image=image) for micro in range(self.micro_batches)]
-        self.last_inputs[role] = {"plan": str(plan), "batches": batches}
-        return plan, batches
+        return plan, [self._draw(role, step, micro, plan, image=image) for micro in range(self.micro_batches)]
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """Those of the generator's update, if the step has one, and of the critic's; without first frames, which the
+        student generates."""
+        drawn = {}
+        for role in ("generator", "critic") if self.settings.updates_generator(step) else ("critic",):
+            plan = self.planner.draw(role, step)
+            batches = [self._draw(role, step, micro, plan, image=False) for micro in range(self.micro_batches)]
+            drawn[role] = {"plan": str(plan), "batches": batches}
+        return drawn
 
     # --- the losses ---------------------------------------------------------------------------------------------------
 
@@ -402,9 +409,6 @@ class Distill(Stage):
 
     def diagnose(self, rows: list[dict[str, Any]]) -> list[str]:
         return warnings(rows)
-
-    def last_batch(self) -> dict[str, Any]:
-        return self.last_inputs
 
     def state_dict(self) -> dict[str, Any]:
         logs = mean_over_ranks(self.generator_logs)  # equal for any number of ranks on resume
