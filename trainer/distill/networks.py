@@ -108,7 +108,8 @@ def motion_head_state(config: Config, channels: int, device: torch.device) -> Tr
         torch.manual_seed(stable_hash(config.seed, "motion head"))
         head = MotionHead(channels).to(device)
     optimizer_config = replace(t.distill.critic_optimizer, lr=r.lr, betas=[0.9, 0.999], muon_lr=0.0)
-    train_state = TrainState(head, t, optimizer=optimizer_config, averaged=False)
+    steps = t.distill.generator_updates(t.steps)
+    train_state = TrainState(head, t, optimizer=optimizer_config, steps=steps, averaged=False)
     train_state.average = EMA(head, r.decay, start_step=0)
     return train_state
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from model.weights.load import load_student
 from trainer.distill.diagnostics import warnings
 from trainer.distill.gradient_check import gradient_check
 from trainer.distill.long_tuning import loss_window
-from trainer.loop import NonFiniteLoss, run
+from trainer.loop import NonFiniteLoss, _FiniteCheck, run
 from trainer.prompt_bank import training_prompts
 from trainer.registry import build_stage
 from trainer.tiny.captions import parse_caption
@@ -71,6 +72,21 @@ class TestMotionRegression:
         assert all(torch.equal(a, b) for a, b in zip(start, stage.initial_student.model.parameters(), strict=True))
         average, module = "/motion_head/average/net.0.weight", "/motion_head/module/net.0.weight"
         torch.testing.assert_close(after[average], torch.lerp(before[average], after[module], 0.05))
+
+    def test_the_heads_learning_rate_falls_over_its_own_updates(self, tiny_assets):
+        """It makes as many steps as the student, so both end at the same share of their rates."""
+        falling = "{lr: 1.0e-3, warmup_steps: 0, final_lr_share: 0.1}"
+        settings = [f"training.optimizer={falling}", f"training.distill.critic_optimizer={falling}"]
+        stage = distill_stage(tiny_assets, MOTION, *settings, "training.steps=6")
+
+        def shares(name: str) -> list[float]:
+            train_state = stage.train_states[name]
+            peak = train_state.optimizer_config.lr
+            return [group["lr"] / peak for group in train_state.optimizer.param_groups]
+
+        for step in range(6):  # updates of the generator at 0 and 3
+            stage.update(step)
+        assert shares("motion_head") == pytest.approx([0.55] * 2) == shares("generator")
 
     def test_the_target_is_the_frozen_start_on_the_same_noise(self, tiny_assets):
         """With the student still at its start, and its schedule the target's, they make the same clip."""
@@ -314,6 +330,38 @@ def test_nan_stops_the_run_with_its_batch_and_without_a_checkpoint(tiny_assets, 
     assert sorted(p.name for p in tmp_path.glob("checkpoint_*")) == ["checkpoint_000001", "checkpoint_000002"]
     kept = torch.load(tmp_path / "not_finite_rank0.pt", weights_only=True)
     assert kept["step"] == 3 and kept["critic"]["batches"][0]["noise"].shape[0] == 2
+
+
+def test_the_inputs_of_a_step_that_is_checked_late_are_its_own(tiny_assets, tmp_path, monkeypatch):
+    """On a GPU the values of a step are read after the next step, whose inputs are others by then."""
+
+    class Late(_FiniteCheck):
+        def put(self, *values):
+            super().put(*values)
+            answer, _, step = self.pending.pop()
+            self.pending.append((answer, SimpleNamespace(synchronize=lambda: None), step))
+
+    monkeypatch.setattr("trainer.loop._FiniteCheck", Late)
+    stage = distill_stage(tiny_assets, "training.log_every=100")
+    update, given, steps = stage.update, {}, []
+    run_loss = stage.critic_backward.run
+
+    def keep(plan, batches, *rest):
+        given[steps[-1]] = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+        return run_loss(plan, batches, *rest)
+
+    def poison(step):
+        steps.append(step)
+        values = update(step)
+        return values | {"critic_loss": values["critic_loss"] * float("nan")} if step == 2 else values
+
+    stage.critic_backward.run, stage.update = keep, poison
+    with pytest.raises(NonFiniteLoss, match="critic_loss.*not finite at step 3"):
+        run(stage, tmp_path)
+    assert steps == [0, 1, 2, 3]
+    (kept,) = torch.load(tmp_path / "not_finite_rank0.pt", weights_only=True)["critic"]["batches"]
+    for name, value in given[2][0].items():
+        assert torch.equal(kept[name], value), name
 
 
 def test_validation_writes_a_video_with_the_teachers_clips(tiny_assets, tmp_path):
