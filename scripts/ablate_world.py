@@ -3,8 +3,9 @@
     python scripts/ablate_world.py --output logs/world_claims                      # all rows, three seeds each
     CUDA_VISIBLE_DEVICES=1 python scripts/ablate_world.py --part 2/2 --minutes 9   # on one of two GPUs, for so long
 
-A row that is finished is not made again; one that is stopped continues. rows/<row>-<seed>.json holds a value a clip;
-claims.md, the table, is written after each row. Rows and claims: scripts/studies/world_claims.py, fixed before any run.
+A row that is finished with the same settings and start is not made again; one that is stopped continues.
+rows/<row>-<seed>.json holds a value a clip; claims.md, the table, is written after each row. Rows and claims:
+scripts/studies/world_claims.py, fixed before any run.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
 from pipeline.preflight import check_training  # noqa: E402
 from scripts.evaluate_world import SEED, Player, Wording, batches, generated  # noqa: E402
-from scripts.studies.ablation import Row, trained  # noqa: E402
+from scripts.studies.ablation import Row, fingerprint, trained  # noqa: E402
 from scripts.studies.vocabulary import check_world  # noqa: E402
 from scripts.studies.world_claims import (  # noqa: E402
     BUDGET,
@@ -91,15 +93,21 @@ def config_of(args: argparse.Namespace, row: Row, seed: int, start: Path | str) 
     """The base with a row's budget, the user's settings and what the row changes. start: the student."""
     own = (f"training.init.student={start}", f"seed={seed}", *row.overrides)
     settings = [*BUDGET, f"training.distill.prompts={args.output}/prompts.txt", *args.settings, *own]
-    t = load_config(args.config_path, settings).training
-    if row.name in HALVES:
-        warmup = t.distill.critic_warmup // 2
-        settings += [f"training.steps={t.steps // 2}", f"training.distill.critic_warmup={warmup}"]
-    return load_config(args.config_path, settings)
+    config = load_config(args.config_path, settings)
+    if row.name not in HALVES:
+        return config
+    t = config.training
+    half = [f"training.steps={t.steps // 2}", f"training.distill.critic_warmup={t.distill.critic_warmup // 2}"]
+    return load_config(args.config_path, [*settings, *half])
+
+
+def settings_of(args: argparse.Namespace, row: Row, seed: int) -> str:
+    """Eight digits that change with a row's settings and with the weights that all rows start from."""
+    return fingerprint(config_of(args, row, seed, args.start))
 
 
 def student_of(args: argparse.Namespace, row: Row, seed: int, until: float) -> tuple[Config, Path | None]:
-    """A row's settings and its student, trained unless it is there; None if there is no time left."""
+    """A row's configuration and its student, trained unless it is there; None if there is no time left."""
     start, runs = args.start, Path(args.output) / "runs"
     if row.name in PARENTS:
         start = student_of(args, PARENTS[row.name], seed, until)[1]
@@ -109,7 +117,7 @@ def student_of(args: argparse.Namespace, row: Row, seed: int, until: float) -> t
     device = pick_device(config.device)
     set_threads(config.cpu_threads, training=True)
     check_training(config, 1, gpu_memory(device))
-    return config, trained(row, config, runs / f"{row.name}-{seed}", device, until)
+    return config, trained(row, config, runs / f"{row.name}-{seed}-{settings_of(args, row, seed)}", device, until)
 
 
 def _playing(config: Config, student: Path, wording: Wording) -> Player:
@@ -164,29 +172,34 @@ def main(arguments: list[str] | None = None) -> int:
     first, parts = args.part
     torch.set_float32_matmul_precision("high")
     write_prompts(out / "prompts.txt", PROMPTS)
+    asked = {(row.name, seed): [settings_of(args, row, seed), len(scenes)] for row in ROWS for seed in SEEDS}
     for row, seed in wanted[first - 1 :: parts]:
-        file = out / "rows" / f"{row.name}-{seed}.json"
-        if file.is_file() and len(json.loads(file.read_text())["all"]) == len(scenes):
+        if (row.name, seed) in read(out, asked):
             continue
         config, student = student_of(args, row, seed, until)
         if student is None:
             return 0  # the same command continues
-        file.parent.mkdir(parents=True, exist_ok=True)
+        (out / "rows").mkdir(parents=True, exist_ok=True)
         figures = measured(config, student, scenes, args.batch)
         if row.name == "diagonal":
             figures |= memory(config, student, min(MEMORY_CLIPS, args.num_prompts), args.batch)
-        write_json_atomic(file, figures)
+        write_json_atomic(_file(out, row.name, seed), {"asked": asked[row.name, seed], "figures": figures})
         with atomic_path(out / "claims.md") as aside:
-            aside.write_text(table(read(out), hard), encoding="utf-8")
+            aside.write_text(table(read(out, asked), hard), encoding="utf-8")
         print(f"{row.title}, seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
-    print(table(read(out), hard))
+    print(table(read(out, asked), hard))
     return 0
 
 
-def read(folder: Path) -> dict[tuple[str, int], dict[str, list[float | None]]]:
-    """Finished rows."""
-    places = {(row.name, seed): folder / "rows" / f"{row.name}-{seed}.json" for row in ROWS for seed in SEEDS}
-    return {key: json.loads(file.read_text()) for key, file in places.items() if file.is_file()}
+def _file(folder: Path, row: str, seed: int) -> Path:
+    return folder / "rows" / f"{row}-{seed}.json"
+
+
+def read(folder: Path, asked: Mapping[tuple[str, int], list]) -> dict[tuple[str, int], dict[str, list[float | None]]]:
+    """Finished rows that were made as `asked` says: settings, and number of clips."""
+    files = {key: _file(folder, *key) for key in asked}
+    stored = {key: json.loads(file.read_text()) for key, file in files.items() if file.is_file()}
+    return {key: row["figures"] for key, row in stored.items() if row.get("asked") == asked[key]}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How claims about the method are decided on the moving world; rows differ in what their titles say alone."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_one_that_is_as_good_may_be_a_little_worse():
         rows = figures("diagonal", *[[0.9 - loss] * 4] * 3) | figures("even", *[[0.9] * 4] * 3)
         assert decision(alike, difference(alike, rows, HARD)) == said
     assert {c.number for c in CLAIMS if c.as_good} == {3, 7}
+
+
+def test_the_flow_loss_has_to_regain_half_of_what_fewer_steps_lost():
+    """Of 0.5 that are lost, 0.1 is above the effect of 0.05 and less than half; 0.3 is more."""
+    lost = figures("four_no_flow", *[[1.0] * 4] * 3, figure="rate_ratio")
+    lost |= figures("two_no_flow", *[[0.5] * 4] * 3, figure="rate_ratio")
+    for regained, said in ((0.1, "refuted"), (0.3, "holds")):
+        flow = figures("two_flow", *[[0.5 + regained] * 4] * 3, figure="rate_ratio")
+        lines = [line for line in table(lost | flow, HARD).splitlines() if "restores it: rate" in line]
+        assert len(lines) == 1 and lines[0].endswith(f"| 0.25 | {said} |")
+    without = {key: row for key, row in (lost | flow).items() if key != ("four_no_flow", 2)}
+    (line,) = [line for line in table(without, HARD).splitlines() if "restores it: rate" in line]
+    assert "not measured" in line, "what was lost is not known"
 
 
 def test_too_few_seeds_decide_nothing():
@@ -136,11 +150,27 @@ def test_two_processes_make_each_row_once_and_one_of_two_stages_after_its_first(
         assert ablate_world.main([*asked, "--part", part]) == 0
     assert sorted(made) == sorted(set(made)) and len(made) == len(SEEDS) * (len(ROWS) + len(PARENTS))
     starts = {(name, seed): start for name, seed, start in made}
-    assert starts["two_stages", 1] == str(tmp_path / "runs" / "four-1" / "export")
+    assert re.fullmatch(rf"{tmp_path}/runs/four-1-[0-9a-f]{{8}}/export", starts["two_stages", 1])
     assert starts["diagonal", 1] == "logs/world/causal_start"
     assert len(list((tmp_path / "rows").iterdir())) == len(SEEDS) * len(ROWS)
     two_stages = next(line for line in (tmp_path / "claims.md").read_text().splitlines() if line.startswith("| 6 |"))
     assert "+0.000 (+0.000 .. +0.000)" in two_stages
+
+
+def test_rows_of_other_settings_or_another_start_are_made_again(monkeypatch, tmp_path):
+    made, asked = in_place(monkeypatch), ["--output", str(tmp_path), "--num_prompts", "2", "--rows", "diagonal", "even"]
+    assert ablate_world.main([*asked, "--seeds", "0", "1", "2"]) == 0 and len(made) == 6
+    assert "+0.000" in (tmp_path / "claims.md").read_text()
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "a.safetensors").write_bytes(b"weights")
+    other, new = ["training.optimizer.lr=2.0e-4"], ["--start", str(start)]
+    for change, count in ((other, 2), (new, 2), (new, 0)):
+        made.clear()
+        assert ablate_world.main([*change, *asked, "--seeds", "0"]) == 0 and len(made) == count, change
+        assert "1 of 3 seeds" in (tmp_path / "claims.md").read_text(), "rows of other settings are not compared"
+    (start / "a.safetensors").write_bytes(b"others")
+    assert ablate_world.main([*new, *asked, "--seeds", "0"]) == 0 and len(made) == 2
 
 
 def test_no_row_is_begun_when_the_time_is_up(monkeypatch, tmp_path):
