@@ -6,8 +6,8 @@
     python scripts/evaluate_world.py --teacher_path assets/world/teacher --num_prompts 28   # and of the teacher's
 
 clips      each attribute, rate and amplitude; how many have all of them right, by motion too; seams, the outline's
-           tremble and the spread of what captions leave open, over those of rendered clips of the same captions that
-           went through the VAE, whose own seams are `seam_vae`
+           tremble and the spread of what captions leave open (of headings only with --people), over those of rendered
+           clips of the same captions that went through the VAE, whose own seams are `seam_vae`
 streams    whether number, colour, shape, size and rate stay what they are for --minutes
 switches   streams whose prompt changes its colour: in how many the new one is seen within two chunks, and stays for
            --stay seconds
@@ -37,7 +37,7 @@ from scripts.studies.clips import System  # noqa: E402
 from scripts.studies.vocabulary import check_world  # noqa: E402
 from scripts.studies.world_diversity import spread  # noqa: E402
 from scripts.studies.world_endless import Watch  # noqa: E402
-from trainer.world.captions import COLOURS, MOTIONS  # noqa: E402
+from trainer.world.captions import COLOURS, MOTIONS, parse_caption  # noqa: E402
 from trainer.world.measures import measure, score_measured  # noqa: E402
 from trainer.world.render import render  # noqa: E402
 from trainer.world.scene import Scene, World, caption, training_caption  # noqa: E402
@@ -164,7 +164,9 @@ def clips(play: Player, config: Config, args: argparse.Namespace, through: Throu
         for frames, rows in ((videos, shown), (known, data)):
             rows.append({k: v.cpu() for k, v in (measure(frames) | {"seam": seam_score(frames, borders)}).items()})
     made, true = ({k: torch.cat([row[k] for row in rows]) for k in rows[0]} for rows in (shown, data))
-    scores = score_measured([wording(scene) for scene in scenes], made)
+    said = [wording(scene) for scene in scenes]
+    scores = score_measured(said, made)
+    left_open = torch.tensor([parse_caption(text)["direction"] is None for text in said])
     columns, whole = dict(scores.columns), scores.right["all"]
     for motion in MOTIONS:
         right = whole[torch.tensor([scene.motion == motion for scene in scenes])]
@@ -174,7 +176,7 @@ def clips(play: Player, config: Config, args: argparse.Namespace, through: Throu
     columns["seam_vae"] = mean_interval(true["seam"])
     columns["jitter"] = mean_interval(made["jitter"] / true["jitter"].nanmean())
     n = len(scenes)
-    return columns | {f"spread_{name}": Interval(v, v, v, n) for name, v in spread(made, true).items()}
+    return columns | {f"spread_{name}": Interval(v, v, v, n) for name, v in spread(made, true, left_open).items()}
 
 
 def streams(play: Player, config: Config, args: argparse.Namespace, _: Through) -> dict[str, Interval]:

@@ -8,16 +8,21 @@ from torch import Tensor
 from trainer.world.captions import MOTIONS, VALUES
 
 
-def spread(measured: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, float]:
+def spread(measured: dict[str, Tensor], data: dict[str, Tensor], left_open: Tensor) -> dict[str, float]:
     """Spread of starts, phases and headings of clips, over that of rendered clips of the same captions.
 
     measured, data: what `measure` gives. Starts: root of the summed variances of the subject's mean place, about the
-    mean of its motion. Phases: circular variance. Headings: entropy of left and right, and of the two senses of
-    turning, so give clips whose captions leave the direction open. NaN where the data itself has none.
+    mean of its motion. Phases: circular variance. Headings: entropy of left and right, and of clockwise and
+    counterclockwise, in clips whose captions leave the direction open: `left_open`, bool [B]. NaN where the data itself
+    has none.
     """
-    pairs = [(figure(measured), figure(data)) for figure in (_starts, _phases, _headings)]
-    names = ("starts", "phases", "headings")
-    return {name: a / b if b > 1e-3 else math.nan for name, (a, b) in zip(names, pairs, strict=True)}
+    free, known = ({name: rows[name][left_open] for name in ("motion", "direction")} for rows in (measured, data))
+    pairs = {
+        "starts": (_starts(measured), _starts(data)),
+        "phases": (_phases(measured), _phases(data)),
+        "headings": (_headings(free), _headings(known)),
+    }
+    return {name: a / b if b > 1e-3 else math.nan for name, (a, b) in pairs.items()}
 
 
 def _starts(measured: dict[str, Tensor]) -> float:

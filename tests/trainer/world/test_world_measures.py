@@ -103,9 +103,22 @@ def test_fits_find_period_amplitude_and_phase_where_frames_are_missing():
 
 def test_the_spread_of_what_captions_leave_open(found):
     """All of one place and phase: none; the data's own: one, relative to itself."""
-    same = {name: value[:1].repeat(6, *[1] * (value.dim() - 1)) for name, value in found.items()}
-    assert spread(same, same)["starts"] != spread(same, same)["starts"]  # NaN: nothing to compare with
-    whole = spread(found, found)
+    left_open = torch.ones(len(found["motion"]), dtype=torch.bool)
+    same = {name: value[:1].expand_as(value) for name, value in found.items()}
+    assert math.isnan(spread(same, same, left_open)["starts"]), "nothing to compare with"
+    whole = spread(found, found, left_open)
     assert whole == pytest.approx({"starts": 1.0, "phases": 1.0, "headings": 1.0})
-    assert spread(same, found)["starts"] == pytest.approx(0, abs=1e-3)
-    assert spread(same, found)["phases"] == pytest.approx(0, abs=1e-3)
+    assert spread(same, found, left_open)["starts"] == pytest.approx(0, abs=1e-3)
+    assert spread(same, found, left_open)["phases"] == pytest.approx(0, abs=1e-3)
+
+
+def test_headings_count_where_the_caption_leaves_them_open():
+    """A model that does what captions say, and always goes to the right where they do not: it has no spread."""
+    travel, (left, right) = MOTIONS.index("travel"), (VALUES["direction"].index(way) for way in ("left", "right"))
+    data = {"motion": torch.full((8,), travel), "direction": torch.tensor([left, right] * 4)}
+    data |= {name: torch.rand(8, generator=torch.Generator().manual_seed(1)) for name in ("x", "y", "phase")}
+    left_open = torch.arange(8) >= 4
+    made = data | {"direction": torch.where(left_open, right, data["direction"])}
+    assert spread(made, data, left_open)["headings"] == pytest.approx(0, abs=1e-6)
+    assert spread(data, data, left_open)["headings"] == pytest.approx(1)
+    assert math.isnan(spread(made, data, torch.zeros(8, dtype=torch.bool))["headings"]), "all captions state it"
