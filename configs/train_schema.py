@@ -11,7 +11,7 @@ STAGES = ("text", "codec", "pretrain", "teacher_forcing", "few_steps", "ode_regr
 WORLD_STAGES = ("world_text", "world_vae", "world_teacher", "world_causal")  # of the moving world
 ATTENTION = ("auto", "sdpa", "cudnn")  # those of inference.attention that torch differentiates under autocast
 INIT = ("student", "teacher", "critic", "transformer", "vae", "text_encoder")  # networks that a stage starts from
-TRAINED_PRECISION = ("auto", "float32", "bfloat16", "float16")
+TRAINED_PRECISION = ("auto", "float32", "bfloat16")  # float16 rounds gradients of a clip to 0
 SHARDINGS = ("none", "full", "hybrid")
 SEQUENCE_STUDENTS = ("whole", "shared")
 LOGGERS = ("wandb", "tensorboard")
@@ -138,8 +138,8 @@ class TrainingConfig:
             raise UserError(f"training.checkpointing=true is for stage distill; use false for stage {self.stage}")
         if self.attention == "cudnn" and self.precision == "float32":
             raise UserError(
-                "training.attention=cudnn computes in bfloat16 or float16 and training.precision=float32 is neither; "
-                "use training.attention=sdpa, or precision=bfloat16"
+                "training.attention=cudnn does not compute in float32, which training.precision=float32 asks for; use "
+                "training.attention=sdpa, or precision=bfloat16"
             )
         one_of(SEQUENCE_STUDENTS, "training", self, "sequence_student")
         if self.stage == "distill" and not self.distill.generator_updates(self.steps):

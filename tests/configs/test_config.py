@@ -110,7 +110,7 @@ def test_a_wrong_type_names_field_value_and_expected_type(field, value, expected
         ("training.optimizer.betas=[0.9, nan]", "training.optimizer.betas=[0.9, nan] holds nan, which is out of"),
         ("training.optimizer.betas=[0.9]", "training.optimizer.betas=[0.9] is no pair of numbers; give two"),
         ("training.distill.critic_optimizer.lr=-1", "training.distill.critic_optimizer.lr=-1.0 is out of range"),
-        ("training.precision=fp8", "training.precision=fp8 is unknown; use one of auto, float32, bfloat16, float16"),
+        ("training.precision=fp8", "training.precision=fp8 is unknown; use one of auto, float32, bfloat16"),
         ("training.init={studnt: a}", "training.init.studnt is none of the networks there are; use student, teacher"),
         ("training.init.teachr=a", "training.init.teachr is none of the networks there are; use student, teacher"),
         ("inference.overlap=2", "inference.overlap=2 has the wrong type; it must be true or false"),

@@ -80,7 +80,7 @@ def test_what_cannot_run_is_refused(tiny_assets):
         pick_training_kernel("cudnn", (7, 5), torch.float16)
     with pytest.raises(UserError, match=r"training\.attention=cudnn needs a GPU .* and this device is none; use auto"):
         distill_stage(tiny_assets, "training.attention=cudnn", "training.init.teacher=nowhere")
-    with pytest.raises(UserError, match=r"training\.attention=cudnn .* training\.precision=float32 is neither; use"):
+    with pytest.raises(UserError, match=r"training\.attention=cudnn .* training\.precision=float32 asks for; use"):
         distill_config(tiny_assets, "training.attention=cudnn", "training.precision=float32")
     with pytest.raises(UserError, match=r"training\.attention=sdpa is for stage distill; use auto for stage few_steps"):
         distill_config(tiny_assets, "training.attention=sdpa", "training.stage=few_steps")

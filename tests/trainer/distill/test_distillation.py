@@ -292,6 +292,25 @@ class TestLong:
         logs = stage.generator_backward.run(plan, [batch])
         assert logs["loss"].isfinite()
 
+def test_float16_has_no_room_for_the_gradients_of_a_clip_and_is_refused(tiny_assets):
+    """Of the mean over a clip of full size, 2 million latent values, float16 rounds most gradients to 0."""
+    with pytest.raises(UserError, match="training.precision=float16 is unknown; use one of auto, float32, bfloat16"):
+        distill_config(tiny_assets, "training.precision=float16")
+    values = 12 * 16 * 4 * 6 / (21 * 16 * 60 * 104)  # of the clip here, over those of a full one
+    gradients = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        stage = distill_stage(tiny_assets)
+        stage.generator_backward.dtype = dtype
+        plan, (batch,) = stage._batches("generator", 0)
+        stage.generator_backward.once(plan, values, batch)
+        parameters = stage.train_states["generator"].parameters
+        gradients[dtype] = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    exact = gradients[torch.float32].norm()
+    assert (gradients[torch.bfloat16] - gradients[torch.float32]).norm() < 0.03 * exact
+    assert (gradients[torch.float16] - gradients[torch.float32]).norm() > 0.1 * exact
+    assert (gradients[torch.float16] == 0).float().mean() > 0.5
+
+
 def test_rollout_shorter_than_the_window_is_refused(tiny_assets):
     with pytest.raises(UserError, match="long.max_frames=9 is shorter"):
         distill_stage(tiny_assets, "training.distill.long.max_frames=9")
