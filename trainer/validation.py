@@ -25,6 +25,7 @@ from utils.files import atomic_path
 from utils.seeds import sample_seed
 from utils.video import VideoWriter, contact_sheet
 
+TOGETHER = 64  # clips that are generated at once
 LABEL = 16  # pixels: height of the line of text above clips that are shown side by side
 
 
@@ -55,9 +56,11 @@ def causal_clips(
     """Pixels [B, T, 3, H, W] that a causal student generates from `prompts` as in inference."""
     session = StreamSession.from_config(config, Student(model), codec, text, schedule)
     chunks = session.geometry.num_chunks(config.video.num_latent_frames)
-    played = session.play(prompts, validation_seeds(config, len(prompts)), chunks)
-    frames = torch.cat([result.wait().frames for result in played], dim=1)
-    return frames.movedim(-1, 2).float() / 127.5 - 1
+    seeds, parts = validation_seeds(config, len(prompts)), []
+    for some in (slice(i, i + TOGETHER) for i in range(0, len(prompts), TOGETHER)):
+        played = session.play(prompts[some], seeds[some], chunks)
+        parts.append(torch.cat([result.wait().frames for result in played], dim=1))
+    return torch.cat(parts).movedim(-1, 2).float() / 127.5 - 1
 
 
 def write_sheet(prompts: list[str], frames: Tensor, sheet: Path) -> None:
@@ -99,9 +102,7 @@ class Validator:
         self, model: CausalWanModel, teacher: ScoreModel, folder: Path, name: str, *, write: bool
     ) -> dict[str, float]:
         """Figures by name. `write`: whether this rank writes the files."""
-        parts = [self.prompts[i : i + 64] for i in range(0, len(self.prompts), 64)]
-        clips = [causal_clips(model, self.codec, self.text, part, self.schedule, self.config) for part in parts]
-        frames = torch.cat(clips)
+        frames = causal_clips(model, self.codec, self.text, self.prompts, self.schedule, self.config)
         if self.shown:
             theirs = self._teacher_frames(teacher)
             if write:

@@ -10,7 +10,9 @@ import torch
 from distill_case import distill_config, distill_stage, without_warnings
 
 from configs.errors import UserError
+from configs.geometry import Geometry
 from model.weights.load import load_student
+from pipeline.stream import StreamSession
 from trainer.distill.diagnostics import warnings
 from trainer.distill.gradient_check import gradient_check
 from trainer.distill.long_tuning import loss_window
@@ -19,10 +21,10 @@ from trainer.prompt_bank import training_prompts
 from trainer.registry import build_stage
 from trainer.tiny.captions import parse_caption
 from trainer.tiny.world import TinyWorld, training_caption
-from trainer.validation import LABEL
+from trainer.validation import LABEL, causal_clips
 from utils.distributed import Ranks
 from utils.logs import read_jsonl
-from utils.seeds import stable_hash
+from utils.seeds import sample_seed, stable_hash
 from utils.video import read_video
 
 pytestmark = pytest.mark.slow
@@ -388,6 +390,26 @@ def test_validation_writes_a_video_with_the_teachers_clips(tiny_assets, tmp_path
     figures = stage.validate(5, tmp_path)
     assert "shape" in figures
     assert read_video(tmp_path / "distill_000005.mp4").shape == (45, LABEL + 2 * 32, 2 * 48, 3)
+
+
+def test_each_validation_clip_has_noise_of_its_own(tiny_assets, monkeypatch):
+    """Also where there are more than are made together."""
+    asked = []
+
+    class Session:
+        geometry = Geometry.from_config(distill_config(tiny_assets))
+
+        def play(self, prompts, seeds, chunks):
+            asked.append((list(prompts), list(seeds)))
+            return [SimpleNamespace(wait=lambda: SimpleNamespace(frames=torch.zeros(len(prompts), 1, 2, 2, 3)))]
+
+    monkeypatch.setattr(StreamSession, "from_config", lambda *_: Session())
+    config, prompts = distill_config(tiny_assets), [str(i) for i in range(130)]
+    frames = causal_clips(None, None, None, prompts, None, config)
+    assert frames.shape[0] == 130 and max(len(said) for said, _ in asked) <= 64
+    assert [text for said, _ in asked for text in said] == prompts
+    seeds = [seed for _, some in asked for seed in some]
+    assert seeds == [sample_seed(config.seed, i + 1) for i in range(130)] and len(set(seeds)) == 130
 
 
 def test_validation_holds_no_tensors_but_the_teachers_clips(tiny_assets, tmp_path):
