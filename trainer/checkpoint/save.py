@@ -224,6 +224,8 @@ def restore(folder: Path, train_states: dict[str, TrainState], control: ControlG
     if (folder / SHARDS).exists():
         return sharded_checkpoint.read(folder / SHARDS, train_states, control or ControlGroup())
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    if lost := sorted(train_states.keys() - state.keys()):
+        raise sharded_checkpoint.lacking(folder / STATE, lost[0])
     for name, train_state in train_states.items():
         train_state.load_state_dict(state[name])
     return state["stage"] if "stage" in state else {}

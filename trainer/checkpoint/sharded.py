@@ -106,16 +106,21 @@ def read(folder: Path, train_states: dict[str, TrainState], control: ControlGrou
             tensors |= {f"{name}.optimizer.{parameter}.{key}": value for key, value in entries.items()}
     lost = sorted(tensors.keys() - shapes.keys())
     if lost:
-        raise UserError(
-            f"{folder} has no {lost[0]}, which this run needs; it is of another version or of other networks, so "
-            f"choose another --logdir"
-        )
+        raise lacking(folder, lost[0])
     with _plain_errors():
         reader = ShardedReader(folder)
         dcp.load(tensors, storage_reader=reader, process_group=control.group, no_dist=not control.group)
     for name, train_state in train_states.items():
         load_optimizer_state(train_state.module, train_state.optimizer, optimizers[name])
     return _nested({name.removeprefix(f"{STAGE}."): tensors[name] for name in _of(shapes, STAGE)})
+
+
+def lacking(folder: Path, name: str) -> UserError:
+    """That a checkpoint has no `name`."""
+    return UserError(
+        f"{folder} has no {name}, which this run needs; it is of another version or of other networks or losses: set "
+        f"back what was changed, or choose another --logdir"
+    )
 
 
 def _entries(name: str, train_state: TrainState, shapes: Shapes) -> dict[str, dict[str, Tensor]]:

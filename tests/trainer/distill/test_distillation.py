@@ -90,6 +90,12 @@ class TestMotionRegression:
             stage.update(step)
         assert shares("motion_head") == pytest.approx([0.55] * 2) == shares("generator")
 
+    def test_a_run_that_had_no_head_is_not_resumed_with_one(self, tiny_assets, tmp_path):
+        """`gamma` may change, and with it whether there is one."""
+        run(distill_stage(tiny_assets, MOTION, "training.distill.gamma=0", "training.steps=1"), tmp_path)
+        with pytest.raises(UserError, match="state.pt has no motion_head, which this run needs; .* or choose another"):
+            run(distill_stage(tiny_assets, MOTION, "training.steps=2"), tmp_path)
+
     def test_the_target_is_the_frozen_start_on_the_same_noise(self, tiny_assets):
         """With the student still at its start, and its schedule the target's, they make the same clip."""
         steps = ["schedule.first=1000", "schedule.last=250", "schedule.steps=4", "training.distill.exit=last"]
