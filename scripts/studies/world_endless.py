@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from trainer.world.captions import COLOURS, MOTIONS, SHAPES, parse_caption
-from trainer.world.measures import UNHIDDEN, measure_track
+from trainer.world.measures import UNHIDDEN, mean_over, measure_track
 from trainer.world.scene import PERIOD
 from trainer.world.track import track
 from utils.intervals import Interval, mean_interval
@@ -55,6 +55,8 @@ class Watch:
         self.said, self.fps = [parse_caption(text) for text in captions], fps
         if any(stated["motion"] is None for stated in self.said):
             raise UserError("a caption states no motion, without which a stream cannot be judged; state it")
+        periods = [PERIOD[stated["rate"]] if stated["rate"] else WINDOW for stated in self.said]
+        self._whole_periods = torch.tensor([WINDOW // period * period for period in periods])  # frames of a window
         self._rest: Tensor | None = None
         self._frames: list[dict[str, Tensor]] = []
         self._windows: list[dict[str, Tensor]] = []
@@ -77,8 +79,11 @@ class Watch:
         clear = tracks.whole & (~hides | (tracks.size > UNHIDDEN * largest))
         kept = {name: vars(tracks)[name] for name in ("number", "seen", "colour", "shape")} | {"clear": clear}
         self._frames.append({name: value.cpu() for name, value in kept.items()})
-        names = ("motion", "period", "size", "saturation", "sharpness")
-        self._windows.append({name: values[name].cpu() for name in names})
+        # over whole periods: in half a period more a pulse is larger, or smaller, than it is on average
+        use = tracks.whole & (torch.arange(WINDOW) < self._whole_periods[:, None]).to(window.device)
+        means = {name: mean_over(vars(tracks)[name], use) for name in ("size", "saturation", "sharpness")}
+        row = {name: values[name] for name in ("motion", "period")} | means
+        self._windows.append({name: value.cpu() for name, value in row.items()})
 
     def _hides(self, device: torch.device | str = "cpu") -> Tensor:
         return torch.tensor([stated["motion"] == "hide" for stated in self.said], device=device)

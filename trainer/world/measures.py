@@ -122,7 +122,8 @@ def _std(signal: Tensor, use: Tensor) -> Tensor:
     return (value.square().sum(1) / weight.sum(1).clamp_min(1)).sqrt()
 
 
-def _mean(signal: Tensor, use: Tensor) -> Tensor:
+def mean_over(signal: Tensor, use: Tensor) -> Tensor:
+    """[B] mean of a signal [B, T] over the frames in use; 0 where there is none."""
     use = use & ~signal.isnan()
     return (torch.nan_to_num(signal) * use).sum(1) / use.sum(1).clamp_min(1)
 
@@ -160,7 +161,7 @@ def motion_of(tracks: Track) -> dict[str, Tensor]:
     frames = seen.shape[1]
     around, _, around_phase = _turning(torch.atan2(tracks.y - tracks.sun_y, tracks.x - tracks.sun_x), seen)
     turns, steady, spot_phase = _turning(tracks.spot, whole)
-    beat = _std(tracks.size, whole) / _mean(tracks.size, whole).clamp_min(1)
+    beat = _std(tracks.size, whole) / mean_over(tracks.size, whole).clamp_min(1)
     wide, high = _std(tracks.x, whole), _std(tracks.y, whole)
     rules = {
         "travel": shift.abs() > LEAST_SHIFT,
@@ -180,14 +181,14 @@ def motion_of(tracks: Track) -> dict[str, Tensor]:
     distance = torch.hypot(tracks.x - tracks.sun_x, tracks.y - tracks.sun_y)
     spin_period = (1 / turns.abs().clamp_min(1e-4)).double()
     travel_period = (WAVE / shift.abs().clamp_min(1e-3)).double()
-    size = _mean(tracks.size, whole).clamp_min(1)
+    size = mean_over(tracks.size, whole).clamp_min(1)
     fits = {
         "travel": _at_period(tracks.y, None, travel_period, whole),
         "spin": _at_period(tracks.x, tracks.y, spin_period, whole, spot_phase),
         "swing": fit_sine(tracks.x, whole),
         "pulse": fit_sine(tracks.size / size[:, None], whole),
         "bounce": fit_bounce(tracks.y, whole),
-        "orbit": Fit((1 / around.abs().clamp_min(1e-4)).double(), _mean(distance, seen).double(), around_phase),
+        "orbit": Fit((1 / around.abs().clamp_min(1e-4)).double(), mean_over(distance, seen).double(), around_phase),
         "hide": fit_sine(far_side, seen),
     }
     way = {"travel": shift, "spin": turns, "orbit": around}
@@ -246,11 +247,11 @@ def measure_track(tracks: Track) -> dict[str, Tensor]:
         "ground": majority(tracks.ground, torch.ones_like(seen), len(VALUES["ground"])),
         "number": right.float().mean(1),
         "jitter": jitter(tracks, in_the_open),
-        "saturation": _mean(tracks.saturation, tracks.whole),
-        "sharpness": _mean(tracks.sharpness, tracks.whole),
-        "size": _mean(tracks.size, tracks.whole),
-        "x": _mean(tracks.x, seen),
-        "y": _mean(tracks.y, seen),
+        "saturation": mean_over(tracks.saturation, tracks.whole),
+        "sharpness": mean_over(tracks.sharpness, tracks.whole),
+        "size": mean_over(tracks.size, tracks.whole),
+        "x": mean_over(tracks.x, seen),
+        "y": mean_over(tracks.y, seen),
     }
 
 

@@ -84,6 +84,16 @@ def test_a_rendered_stream_stays_what_it_is(stay, name):
     assert found["size"] < 0.05 and found["rate"] < 0.05 and found["rate_share"] == 1
 
 
+def test_windows_that_hold_half_a_period_more_read_the_same():
+    """A window of 96 frames holds one and a half slow periods, and so sees a pulse that is large twice, or small twice."""
+    scenes = [one(motion="pulse", rate=rate, amplitude="large") for rate in ("slow", "medium")]
+    watch = Watch([caption(scene) for scene in scenes])
+    watch.add(torch.stack([frames(scene, 3 * WINDOW) for scene in scenes]))
+    report = watch.report()
+    assert float(report.size.max()) < 0.01
+    assert float(report.sharpness_trend.abs().max()) < 0.1
+
+
 @pytest.mark.parametrize("name, wrong", [("vanishing", 30), ("doubled", 40), ("lost", LENGTH - 120 - 22)], ids=str)
 def test_a_wrong_number_is_found(stay, name, wrong):
     """A hiding subject may be gone for 22 frames at medium rate."""
