@@ -85,7 +85,7 @@ def test_a_rendered_stream_stays_what_it_is(stay, name):
 
 
 def test_windows_that_hold_half_a_period_more_read_the_same():
-    """A window of 96 frames holds one and a half slow periods, and so sees a pulse that is large twice, or small twice."""
+    """A window of 96 frames is one and a half slow periods: it sees a pulse that is large twice, or small twice."""
     scenes = [one(motion="pulse", rate=rate, amplitude="large") for rate in ("slow", "medium")]
     watch = Watch([caption(scene) for scene in scenes])
     watch.add(torch.stack([frames(scene, 3 * WINDOW) for scene in scenes]))
