@@ -3,6 +3,7 @@ import { LiveStream } from "./live.js";
 import { JPEGScreen, MP4Screen, canPlay } from "./screens.js";
 
 const FIXED = ["model", "mime", "fps", "height", "width"]; // of what `hello` says: a page is for these
+const CHANGES = { set_prompt: "prompt", set_seed: "seed", set_schedule: "schedule" }; // what controls of what plays change
 const MOST_TILES = 60, MOST_TAKES = 24; // on the page
 const seconds = (n) => `${n.toFixed(1)} s`;
 
@@ -39,8 +40,10 @@ export class Pane {
         this.setPlaying(false);
         this.say(`${reason} (try again in ${retry_after} s)`, true);
       },
-      error: ({ message }) => {
-        this.applied = {}; // what plays is not what was asked for: the next change sends all of the form
+      error: ({ message }, control) => {
+        const what = CHANGES[control?.type];
+        if (what) delete this.applied[what]; // what plays is not what was asked for: the next change sends it again
+        else this.applied = {};
         this.say(message, true);
       },
       waiting: (reason) => this.say(reason),
@@ -163,7 +166,7 @@ export class Pane {
   }
 
   gotApplied({ take, chunk, frame, warnings }, control) {
-    const what = { set_prompt: "prompt", set_seed: "seed", set_schedule: "schedule" }[control?.type];
+    const what = CHANGES[control?.type];
     if (!what) return; // of a take, which has said its own
     if (what === "prompt") this.$("warnings").textContent = warnings.join(" ");
     if (what === "schedule") {

@@ -42,6 +42,14 @@ def server(tmp_path_factory):
         yield running
 
 
+# What the status line has said, since one text may take the place of another before a test looks at it.
+TOLD = (
+    "window.told = []; new MutationObserver((changes) => {"
+    " for (const { target, addedNodes } of changes) if (target.id === 'status')"
+    " told.push(...[...addedNodes].map((text) => text.data)); }).observe(document, { childList: true, subtree: true });"
+)
+
+
 @pytest.fixture
 def open_page(browser, request):
     """`open_page(url, **of new_page) -> page` with what went wrong in it in `page.problems`."""
@@ -53,8 +61,7 @@ def open_page(browser, request):
         page.problems = []
         page.on("console", lambda m: page.problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: page.problems.append(str(error)))
-        if script:
-            page.add_init_script(script)
+        page.add_init_script(TOLD + script)
         page.goto(url)
         pages.append(page)
         return page
@@ -83,12 +90,13 @@ def wait(page, condition: str, seconds: float = 120) -> None:
     """Until `condition` is true in the page. Playwright's own wait would need `eval`, which the page forbids."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(condition):
-        assert time.monotonic() < deadline, f"{condition}: {page.inner_text('#status')}"
+        assert time.monotonic() < deadline, f"{condition}: {page.evaluate('told')}"
         page.wait_for_timeout(30)
 
 
 def wait_status(page, text: str) -> None:
-    wait(page, f"document.querySelector('#status').textContent.includes({text!r})")
+    """Until the status line has said it, after what the call before this one waited for."""
+    wait(page, f"(at => at >= 0 && told.splice(0, at + 1))(told.findIndex((one) => one.includes({text!r})))")
 
 
 def wait_tiles(page, count: int, where: str = ".strip") -> None:
@@ -242,7 +250,8 @@ def test_a_picture_to_begin_with_and_words_that_the_model_does_not_know(visit):
     wait_tiles(page, 1)
     assert "panda" in page.inner_text(".warnings")
     page.click("#no-image")
-    assert page.is_hidden("#preview") and "without" in page.inner_text("#status")
+    wait_status(page, "without a picture")
+    assert page.is_hidden("#preview")
     assert not page.problems, page.problems
 
 
@@ -315,18 +324,20 @@ def test_what_was_refused_can_be_asked_for_again_and_a_schedule_can_be_gone_back
     for _ in range(2):
         page.click("#change")
         wait_status(page, "prompt is empty")
-        page.evaluate("document.querySelector('#status').textContent = ''")
     page.fill("#prompt", "a red circle moves right")
     page.fill("#seed", "-1")
     page.click("#change")
-    assert page.inner_text("#status") == "", "the browser says what is wrong in the form"
+    assert page.evaluate("told") == [], "the browser says what is wrong in the form"
     page.fill("#seed", "0")
     page.select_option(".preset", "self_forcing")
     page.select_option(".context", "clean")
     page.click("#change")
-    wait_status(page, "The new schedule shows from")
-    page.wait_for_selector('.strip li:last-child button[title$="4 steps"]', timeout=120_000)  # of self_forcing
+    told = "told.filter((one) => one.startsWith('The new '))"
+    wait(page, f"{told}.length === 2")
+    prompt, schedule = page.evaluate(told)
+    assert "prompt shows" in prompt and "schedule shows" in schedule, "the seed was not refused, nor changed"
     last = page.query_selector(".strip li:last-child button")
+    assert last.get_attribute("title").endswith("4 steps"), "of self_forcing"
     wait_next(page, last)
     page.select_option(".preset", "own")
     page.select_option(".context", "last_step")
@@ -369,9 +380,8 @@ def test_nothing_that_has_the_focus_is_behind_the_picture_on_a_phone(visit):
     page.focus(".context")
     for _ in range(8):
         page.keyboard.press("Shift+Tab")
-        page.wait_for_timeout(50)
-        at, picture = (page.locator(where).bounding_box() for where in ("*:focus", ".picture"))
-        assert at["y"] >= picture["y"] + picture["height"] - 1, page.evaluate("document.activeElement.outerHTML")
+        at, picture = (f"document.querySelector('{where}').getBoundingClientRect()" for where in (":focus", ".picture"))
+        wait(page, f"{at}.top >= {picture}.bottom - 1")
 
 
 def test_a_stream_that_is_refused_and_a_connection_that_is_closed_stay_told(open_page, tmp_path):
@@ -388,4 +398,3 @@ def test_a_stream_that_is_refused_and_a_connection_that_is_closed_stay_told(open
     for press in (lambda: None, lambda: page.click("#play"), lambda: page.click(".strip button[title]")):
         press()
         wait_status(page, "The connection is closed; press Play to connect again")
-        page.evaluate("document.querySelector('#status').textContent = ''")
