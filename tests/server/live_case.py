@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import uvicorn
@@ -82,19 +83,28 @@ def serve(pipe, tiny_assets):
             await server.serve()
             await pool.stop()
 
-        thread = threading.Thread(target=lambda: asyncio.run(serving()), daemon=True)
-        thread.start()
-        running.append((server, thread))
+        ended = Future()
+
+        def run_server() -> None:
+            try:
+                ended.set_result(asyncio.run(serving()))
+            except BaseException as error:
+                ended.set_exception(error)
+
+        threading.Thread(target=run_server, daemon=True).start()
+        running.append((server, ended))
         while not server.started:
+            assert not ended.done(), ended.exception()
             time.sleep(0.01)
         patch.undo()
         start.server = server
         return server.servers[0].sockets[0].getsockname()[1]
 
     yield start
-    for server, thread in running:
+    for server, _ in running:
         server.should_exit = True
-        thread.join(120)
+    for _, ended in running:
+        ended.result(120)
 
 
 def spawn_thread(worker: Worker, line) -> ThreadedWorker:
