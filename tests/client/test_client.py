@@ -160,14 +160,31 @@ def against(says, script):
     """What the coroutine function `script(live)` returns beside a server that answers by `says[type of control]`:
     messages, numbers of chunks, and PAUSE."""
 
+    clients, sent = [], 0
+
+    class Counting(LiveClient):
+        heard = 0
+
+        def _heard(self, message):
+            super()._heard(message)
+            self.heard += 1
+
+        def _seen(self, data):
+            super()._seen(data)
+            self.heard += 1
+
     async def serve_one(socket):
+        nonlocal sent
         await socket.send(json.dumps({"type": "hello", "protocol": 1}))
         async for text in socket:
             control = json.loads(text)
             for message in says[control["type"]]:
                 if message is PAUSE:
-                    await asyncio.sleep(0.2)
-                elif isinstance(message, int):
+                    while clients[0].heard < sent or not clients[0]._items.empty():
+                        await asyncio.sleep(0.01)
+                    continue
+                sent += 1
+                if isinstance(message, int):
                     head = {"kind": "jpeg", "take": 0, "chunk": message, "frame": 0, "frames": 0, "sizes": [0]}
                     head = json.dumps(head).encode()
                     await socket.send(len(head).to_bytes(4, "little") + head)
@@ -177,13 +194,14 @@ def against(says, script):
     async def one():
         async with server.serve(serve_one, "127.0.0.1", 0) as serving:
             port = serving.sockets[0].getsockname()[1]
-            async with LiveClient(f"http://127.0.0.1:{port}", paced=True) as live:
+            async with Counting(f"http://127.0.0.1:{port}", paced=True) as live:
+                clients.append(live)
                 return await asyncio.wait_for(script(live), 120)
 
     return asyncio.run(one())
 
 
-PAUSE = object()  # in which the client reads what there is
+PAUSE = object()  # until the client has read what there is
 ACK, ENDED = {"type": "ack"}, {"type": "ended", "reason": "length", "message": "the end"}
 TAKE = {"type": "take", "take": 1, "takes": []}
 NO = {"type": "error", "message": "is not kept"}
@@ -314,10 +332,13 @@ def test_a_program_without_asyncio_plays_steers_and_records(url, tmp_path):
 
 
 def test_a_program_without_asyncio_hears_of_errors_and_leaves_nothing(url):
-    threads = threading.active_count()
+    def clients() -> int:  # the server has threads of its own
+        return sum(thread.name == "live client" for thread in threading.enumerate())
+
     with pytest.raises(LiveError, match="cannot be reached"), BlockingLiveClient("http://127.0.0.1:9"):
         pass
     with BlockingLiveClient(url) as live:
+        assert clients() == 1
         with pytest.raises(LiveError, match="nothing has been opened"):
             live.pause()
         live.open(PROMPT, seconds=60)
@@ -329,7 +350,7 @@ def test_a_program_without_asyncio_hears_of_errors_and_leaves_nothing(url):
     with pytest.raises(KeyError), BlockingLiveClient(url) as live:
         live.open(PROMPT)
         raise KeyError
-    assert threading.active_count() <= threads
+    assert clients() == 0
 
 
 def test_both_clients_have_the_same_calls():

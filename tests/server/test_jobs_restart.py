@@ -256,6 +256,7 @@ def test_jobs_are_not_begun_where_hardly_any_room_is_left(tmp_path, monkeypatch)
     with Running(tmp_path) as server:
         server.pool.gate.clear()
         one, two = (videos(server).create(prompt=PROMPT) for _ in range(2))
+        assert until(lambda: server.pool.running)
         free[0] = 1_000_000
         assert until(lambda: health(server)[1]["status"] == "unwritable")
         assert "the disk is full: 1 MB are free" in health(server)[1]["detail"]

@@ -18,10 +18,20 @@ from utils import exits
 
 
 def waiting(out: str) -> bool:
-    """A rank that never ends by itself; the one in the middle is killed."""
+    """A rank that never ends by itself; the one in the middle is killed. The first one serves the store, and ends after
+    the last one, which hears of it however late."""
     rank_watch.BEAT_S, rank_watch.GRACE_S = 0.1, 0.2
     with group() as ranks:
         control = ControlGroup(600)
+        last = control.gather(rank_watch._own_process())[2]
+
+        def end_after_the_last(error: LostRank) -> None:
+            while not rank_watch._has_ended(last):
+                time.sleep(0.01)
+            exits.end_now(error)
+
+        if ranks.first:
+            rank_watch.end_now = end_after_the_last
         with explain_lost_rank(control, "start it again", 600):
             sys.stderr = (Path(out) / f"{ranks.rank}").open("w")
             control.wait()
