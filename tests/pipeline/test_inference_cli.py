@@ -197,7 +197,7 @@ def test_two_processes_share_the_prompts_and_make_the_same_videos(cli, tiny_asse
 
 def test_interrupted_runs_leave_no_half_file(tiny_assets, tmp_path):
     cases = [(tmp_path / "int", signal.SIGINT, 130, 1), (tmp_path / "term", signal.SIGTERM, 143, 0)]
-    long = ["--prompt", PROMPT, "--num_output_frames", "900", "--output_folder"]
+    long = ["--prompt", PROMPT, "--num_output_frames", "90000", "--output_folder"]
     processes = [start(tiny_assets, *long, str(out)) for out, *_ in cases]
     for process, (out, number, code, lines) in zip(processes, cases, strict=True):
         deadline = time.monotonic() + 600

@@ -247,23 +247,22 @@ def planned(tiny_assets, story: Path, *arguments: str) -> str:
 
 
 def test_a_killed_rerun_leaves_the_earlier_story(tiny_assets, cli, tmp_path, story):  # noqa: F811
-    told = ["--data_path", str(story), "--output_folder", "out", "--num_output_frames", "300"]
+    told = ["--data_path", str(story), "--output_folder", "out", "--num_output_frames", "90000"]
     (tmp_path / "out").mkdir()
-    name = planned(tiny_assets, story, "--num_output_frames", "300")
+    name = planned(tiny_assets, story, "--num_output_frames", "90000")
     for suffix in (".mp4", ".png", ".json"):
         (tmp_path / "out" / name).with_suffix(suffix).write_text("whole")
     process = run(tiny_assets, tmp_path, *told, "--overwrite")
     wait_for(process, lambda: [p for p in (tmp_path / "out").glob(".partial-*.mp4") if p.stat().st_size])
     process.kill()
-    process.wait()
+    assert process.wait() == -9
     assert (tmp_path / "out" / name).read_text() == "whole"
     assert cli("--prompt", A, "--num_output_frames", "3", "--output_folder", "out") == 0
-    if process.returncode == -9:
-        assert not list((tmp_path / "out").glob(".partial-*")), "a later run clears what it left"
+    assert not list((tmp_path / "out").glob(".partial-*")), "a later run clears what it left"
 
 
 def wait_for(process, seen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not seen():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.02)

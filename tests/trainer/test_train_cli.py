@@ -362,6 +362,20 @@ def test_a_closed_terminal_saves_and_ends_well(config_file, tmp_path):
     assert len(list(tmp_path.glob("checkpoint_*"))) == 1 and not list(tmp_path.glob(".partial-*"))
 
 
+STOPPED = """
+import os, signal
+import train
+from utils.logs import JsonlSink
+write = JsonlSink.write
+def stopped(sink, step, **values):
+    write(sink, step, **values)
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+JsonlSink.write = stopped
+raise SystemExit(train.main())
+"""
+
+
 def test_sigterm_and_the_same_command_again(config_file, tmp_path, monkeypatch):
     """A run stopped in the middle says so, exits 0, and ends with the bytes of one that was not stopped."""
     more = ["training.steps=16", "training.log_every=1", "training.validation_clips=0", "cpu_threads=1"]
@@ -369,15 +383,10 @@ def test_sigterm_and_the_same_command_again(config_file, tmp_path, monkeypatch):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train(monkeypatch, *arguments, str(straight)) == 0
 
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, str(stopped)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    metrics = stopped / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(read_jsonl(metrics)) >= 4):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and "the same command resumes" in said
-    assert 4 <= len(read_jsonl(metrics)) < 16 and (stopped / "export" / "config.json").exists()
+    command = [sys.executable, "-c", STOPPED, *arguments, str(stopped)]
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=600)
+    assert process.returncode == 0 and "the same command resumes" in process.stdout
+    assert 4 <= len(read_jsonl(stopped / "metrics.jsonl")) < 16 and (stopped / "export" / "config.json").exists()
     assert train(monkeypatch, *arguments, str(stopped)) == 0
     weights = "export/diffusion_pytorch_model.safetensors"
     assert (straight / weights).read_bytes() == (stopped / weights).read_bytes()
