@@ -37,6 +37,7 @@ from utils.sinks import TensorboardSink, WandbSink
 
 log = get_logger(__name__)
 
+WIDTH = 79  # columns of a line of progress
 METRICS, CURVES, END = "metrics.jsonl", "curves.png", "end.json"  # in the run's folder
 
 
@@ -219,8 +220,8 @@ class _RunReporter:
         )
 
 
-def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: float, width: int = 79) -> str:
-    """One line of at most `width` columns on a step: losses first, as many values as fit, and the remaining time."""
+def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: float) -> str:
+    """One line of at most WIDTH columns on a step: losses first, as many values as fit, and the remaining time."""
     left = timedelta(seconds=round(seconds * max(0, steps - step)))
     shown = f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:.0f}"
     start, end = f"step {step}/{steps}", f"  {shown} s a step, {left} left"
@@ -228,7 +229,7 @@ def progress_line(step: int, steps: int, row: Mapping[str, float], seconds: floa
     names = sorted(row, key=lambda name: (rank.get(name.rpartition("_")[2], 2), list(row).index(name)))
     for name in names:
         cell = f"  {name.removeprefix('generator_')} {row[name]:.3g}"
-        if len(start) + len(cell) + len(end) <= width:
+        if len(start) + len(cell) + len(end) <= WIDTH:
             start += cell
     return start + end
 

@@ -106,10 +106,9 @@ def replaceable(
     folder: str | os.PathLike,
     field: str = "folder",
     *,
-    kind: OwnedFolder = EXPORT,
     keep: Iterable[str | os.PathLike] = (),
 ) -> Path:
-    """`folder`, resolved, if it may be replaced: it does not exist, is empty, or is of `kind` without other entries.
+    """`folder`, resolved, if it may be replaced: it does not exist, is empty, or is an EXPORT without other entries.
 
     keep: paths that must not lie in it, besides the working directory, the home and the checkout.
     Raises a UserError about `field` otherwise. Everything that replaces a folder uses this check.
@@ -131,7 +130,7 @@ def replaceable(
         raise UserError(f"{field}={folder} is not a folder, and would be replaced by one; {other}")
     if os.path.ismount(real):
         raise UserError(f"{field}={folder} is where a disk is mounted and cannot be replaced; choose a folder in it")
-    foreign = kind.foreign_entries(real)
+    foreign = EXPORT.foreign_entries(real)
     if foreign:
         more = f" and {len(foreign) - 1} more" * (len(foreign) > 1)
         raise UserError(f"{field}={folder} holds {foreign[0]}{more}, which is not ours to replace; {other}")

@@ -34,12 +34,12 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"{ROOT}.{name}")
 
 
-def console(level: int = logging.INFO, *, quiet: bool = False) -> None:
+def console(*, quiet: bool = False) -> None:
     """Print log messages to the terminal; call once, in entry points. quiet: only warnings (ranks other than 0)."""
     logger = logging.getLogger(ROOT)
     logger.handlers = [_ConsoleHandler()]
     logger.propagate = False
-    logger.setLevel(logging.WARNING if quiet else level)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 class Sink(Protocol):

@@ -55,8 +55,9 @@ def read_prompts(path: str | os.PathLike, field: str = "inference.prompts") -> l
     return prompts
 
 
-def read_records(path: str | os.PathLike, field: str = "inference.prompts") -> list[Any] | None:
+def read_records(path: str | os.PathLike) -> list[Any] | None:
     """Entries of a file of JSON, JSON lines, CSV or TSV (a dict for each row); None where it is plain text."""
+    field = "inference.prompts"
     return _records(_read_text(path, field), f"{field}={path}", Path(path).suffix.lower())
 
 

@@ -90,11 +90,9 @@ def sizes_of(names: Mapping[str, str], tiny: TransformerSize) -> dict[str, Trans
     return out
 
 
-def planned(
-    config: Config, networks: Mapping[str, TransformerSize], *, shards: int, encoded: bool = True
-) -> MemoryPlan:
-    """Memory plan of one GPU with weights sharded over `shards`. encoded: with precomputed prompt embeddings."""
-    distill = replace(config.training.distill, encoded_prompts="ahead") if encoded else config.training.distill
+def planned(config: Config, networks: Mapping[str, TransformerSize], *, shards: int) -> MemoryPlan:
+    """Memory plan of one GPU with weights sharded over `shards` and precomputed prompt embeddings."""
+    distill = replace(config.training.distill, encoded_prompts="ahead")
     training = replace(config.training, sharding="full" if shards > 1 else "none", distill=distill)
     return distill_plan(replace(config, training=training), **networks, gpus=shards)
 

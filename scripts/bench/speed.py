@@ -120,7 +120,7 @@ def _memory(session: StreamSession) -> dict[str, int]:
 
 
 @torch.no_grad()
-def parts(session: StreamSession, batch: int = 1, repeats: int = 10) -> dict[str, float]:
+def parts(session: StreamSession, batch: int) -> dict[str, float]:
     """Seconds of decoding and of transferring one chunk (not the first), each measured alone."""
     geometry, device = session.geometry, session.device
     decoder = session.codec.stream()
@@ -128,19 +128,15 @@ def parts(session: StreamSession, batch: int = 1, repeats: int = 10) -> dict[str
     decoder.decode(latents)
     frames = to_frames(decoder.decode(latents))
     return {
-        "decode_s": timed(lambda: to_frames(decoder.decode(latents)), device, repeats),
-        "transfer_s": timed(lambda: to_host(frames), device, repeats),
+        "decode_s": timed(lambda: to_frames(decoder.decode(latents)), device, repeats=10),
+        "transfer_s": timed(lambda: to_host(frames), device, repeats=10),
     }
 
 
 @torch.no_grad()
-def text_seconds(encode: Callable[[list[str]], Tensor], device: torch.device, repeats: int = 5) -> float:
+def text_seconds(encode: Callable[[list[str]], Tensor], device: torch.device) -> float:
     """Seconds of encoding one prompt, tokens to embedding."""
-
-    def work() -> None:
-        encode([PROMPT])
-
-    return timed(work, device, repeats, warm_up=2)
+    return timed(lambda: encode([PROMPT]), device, repeats=5, warm_up=2)
 
 
 def efficiency(

@@ -203,13 +203,13 @@ def describe(clips: Tensor, borders: Sequence[int]) -> Measured:
     return {name: value.cpu() for name, value in measured.items()}
 
 
-def bootstrap(figure: Callable[[Measured], float], measured: Measured, seed: int = 0) -> Interval:
+def bootstrap(figure: Callable[[Measured], float], measured: Measured) -> Interval:
     """`figure` of a set of clips, give or take 1.96 standard deviations of it over sets drawn from these with repeats.
 
     Not the percentiles: repeats make a distance larger and a spread smaller, which would shift them.
     """
     count = len(next(iter(measured.values())))
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     draws = [torch.randint(count, (count,), generator=rng) for _ in range(DRAWS)]
     values = np.array([figure({name: x[index] for name, x in measured.items()}) for index in draws])
     half = Z95 * float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else float("nan")

@@ -1,6 +1,7 @@
 """Whether a subject that was not seen for a while comes back in the colour that it had.
 
-Legend: B clips, T frames. Each frame is read by itself, so that another colour after a gap is not taken for nothing.
+Legend: B clips, T frames. Each frame is read by itself, so that a subject that comes back in another colour counts as
+seen.
 """
 
 import torch

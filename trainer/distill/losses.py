@@ -6,8 +6,9 @@
 
 Everything is computed in float32, or in float64 if an input is. NaN and infinity are kept, so that a broken run shows;
 only 0 / 0, where student, teacher and critic agree exactly, is 0.
-Each function returns (loss, log): a scalar and detached scalars for plotting. `generator_terms` is their weighted
-sum, term by term: a new loss is a function and two lines there, and its weight in configs/distill_schema.py.
+A loss is a scalar; functions with something to plot return (loss, log), the log of detached scalars. `generator_terms`
+is their weighted sum, term by term: a new loss is a function and two lines there, and its weight in
+configs/distill_schema.py.
 """
 
 from collections.abc import Callable
@@ -159,7 +160,7 @@ def motion_regression_loss(
     return (student - initial).square().mean()
 
 
-def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tuple[Tensor, Log]:
+def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> Tensor:
     """Flow matching of the critic on the student's samples: L = mean (v_f(x_t) - (eps - x))^2.
 
     v: [B, F, C, H, W], with the critic's graph. target: eps - x, constant; no gradient reaches the student.
@@ -167,7 +168,7 @@ def critic_loss(v: Tensor, target: Tensor, *, frames: slice | None = None) -> tu
     v, target = _precise(v, target)
     if frames is not None:
         v, target = v[:, frames], target[:, frames]
-    return (v - target.detach()).square().mean(), {}
+    return (v - target.detach()).square().mean()
 
 
 def regression_losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -338,8 +338,7 @@ class Distill(Stage):
                 x = self.rollout_sharing.take(self._critic_sample)
             x_t = add_noise(x, eps, t)
         v = self.critic.v(x_t, t, text if text_after is None else text_after)
-        loss, _ = critic_loss(v, v_target(x, eps), frames=plan.frames)
-        return {"loss": loss}
+        return {"loss": critic_loss(v, v_target(x, eps), frames=plan.frames)}
 
     def _gather_student(self) -> None:
         """On all ranks, since some of those that share rollouts make none."""

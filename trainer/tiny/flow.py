@@ -88,15 +88,13 @@ class TeacherForcing(_OnTheTinyWorld, flow.TeacherForcing):
 
 
 @torch.no_grad()
-def caption_gaps(
-    score: ScoreModel, bank: LatentBank, text: TextEncoder, seed: int, clips: int = 128
-) -> dict[str, float]:
+def caption_gaps(score: ScoreModel, bank: LatentBank, text: TextEncoder, seed: int) -> dict[str, float]:
     """Loss with one attribute of the caption changed minus loss with the right caption, by attribute.
 
     Mean over timesteps 600, 800, 900, 950. `axis` turns the direction by 90 degrees, `sign` reverses it. An attribute
     without a gap is not being learnt from the caption.
     """
-    clips = min(clips, len(bank.latents))
+    clips = min(128, len(bank.latents))
     index = torch.arange(clips, device=bank.latents.device)
     x0, _ = bank.batch(index)
     rng = generator(seed, "caption gaps", device=x0.device)

@@ -1,4 +1,4 @@
-"""What the stages of the moving world are fed: clips, rendered ahead on the training device and drawn at random."""
+"""Training data of the moving world: clips, rendered ahead on the training device and drawn at random."""
 
 import time
 from functools import partial

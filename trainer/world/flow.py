@@ -1,6 +1,6 @@
 """Stages `world_teacher` (bidirectional) and `world_causal` (a causal student): flow matching on the moving world.
 
-The losses are in trainer/flow.py; here are the clips and what is looked at.
+The losses are in trainer/flow.py; here are the clips and the validation.
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ class WorldTeacher(_OnTheMovingWorld, Teacher):
 
 
 class WorldCausal(_OnTheMovingWorld, TeacherForcing):
-    """A causal student that learns from real pasts, as noisy as diagonal forcing leaves them."""
+    """A causal student conditioned on real context, at the noise level that diagonal forcing leaves in the cache."""
 
     name = "world_causal"
 

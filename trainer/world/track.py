@@ -7,7 +7,7 @@ outline do not become a colour of their own. Of two colours the one that moves m
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +63,15 @@ def _blur(pictures: Tensor) -> Tensor:
     return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
 
-def _hue_axes(rgb: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The two coordinates of the colour wheel."""
-    red, green, blue = rgb.unbind(dim)
+def _hue_axes(rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """The two coordinates [N, ...] on the colour wheel of colours [N, 3, ...]."""
+    red, green, blue = rgb.unbind(1)
     return 2 * red - green - blue, math.sqrt(3) * (green - blue)
 
 
 def _palette(device: torch.device) -> Tensor:
     """[K, 2] unit vectors on the colour wheel."""
-    axes = torch.stack(_hue_axes(torch.tensor([RGB[name] for name in COLOURS]), 1), dim=1)
+    axes = torch.stack(_hue_axes(torch.tensor([RGB[name] for name in COLOURS])), dim=1)
     return F.normalize(axes, dim=1).to(device)
 
 
@@ -83,7 +83,7 @@ def _by_colour(pictures: Tensor, colours: Tensor | None) -> tuple[Tensor, Tensor
     top = pictures.amax(1)
     saturation = (top - pictures.amin(1)) / top.clamp_min(0.05)
     mask = ((saturation - MASK[0]) / (MASK[1] - MASK[0])).clamp(0, 1)
-    a, b = _hue_axes(pictures, 1)
+    a, b = _hue_axes(pictures)
     near = torch.einsum("ki,inhw->nkhw", _palette(pictures.device), torch.stack([a, b]))
     if colours is not None:
         near = near.masked_fill(~colours[:, :, None, None], -math.inf)
@@ -281,7 +281,7 @@ def _look(frames: Tensor, subject: Tensor, sun: Tensor, colours: Tensor) -> dict
     harmonics = _harmonics(polar[:, 0])
     weight = mask / area.clamp_min(1e-6)[:, None, None]
     rgb = (pictures * weight[:, None]).sum((2, 3))
-    axes = torch.stack(_hue_axes(rgb, 1), dim=1)
+    axes = torch.stack(_hue_axes(rgb), dim=1)
     inside = (saturation * weight).sum((1, 2))
     fall = -(polar[:, 1].diff(dim=1).amin(1).mean(1)) / ((RADII[1] - RADII[0]) * size.clamp_min(1))
     near = _dilate((saturation > MASK[0]).float(), 5)  # with the outline's surroundings
@@ -303,8 +303,3 @@ def _look(frames: Tensor, subject: Tensor, sun: Tensor, colours: Tensor) -> dict
         "ground": _ground(exact[..., ::2, ::2], plain[..., ::2, ::2]),
         "phases": _row_phases(pictures, plain),
     }
-
-
-def select(tracks: Track, clips: Tensor | slice, frames: slice = slice(None)) -> Track:
-    """Some clips and frames of a track."""
-    return Track(**{f.name: vars(tracks)[f.name][clips, frames] for f in fields(tracks)})
