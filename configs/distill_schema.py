@@ -164,7 +164,10 @@ class DistillConfig:
                 f"training.distill.fast_rollout=true copies a student that is fully fine-tuned, and training.distill."
                 f"lora.student_rank={self.lora.student_rank} trains adapters; set fast_rollout=false or student_rank=0"
             )
-        if not self.spatial_weight and not (self.gamma and self.flow.weight):
+        flow = self.gamma * self.flow.weight > 0 and not self.flow.gradient_cut
+        regression = self.pairs is not None and self.regression_weight > 0
+        if not (self.spatial_weight or flow or regression or self.regresses_motion):
             raise UserError(
-                "training.distill.spatial_weight=0 and no motion loss leave nothing to train on; set one above 0"
+                "training.distill.spatial_weight=0 and no other loss with a gradient leave nothing to train on; set a "
+                "weight above 0"
             )

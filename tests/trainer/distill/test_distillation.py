@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -299,6 +300,23 @@ class TestLong:
         assert not torch.equal(same_text, x)
         logs = stage.generator_backward.run(plan, [batch])
         assert logs["loss"].isfinite()
+
+@pytest.mark.parametrize(
+    "settings, trains",
+    [
+        (["training.distill.flow.weight=0"], False),
+        (["training.distill.gamma=0"], False),
+        (["training.distill.flow.gradient_cut=true"], False),
+        (["training.distill.flow.weight=0", "training.distill.pairs=x", "training.distill.regression_weight=0"], False),
+        (["training.distill.flow.weight=0", "training.distill.pairs=x"], True),
+        (["training.distill.flow.weight=0", "training.distill.motion_regression.weight=1"], True),
+    ],
+)
+def test_without_the_spatial_loss_another_has_to_have_a_gradient(tiny_assets, settings, trains):
+    refused = pytest.raises(UserError, match="no other loss with a gradient leave nothing to train on")
+    with nullcontext() if trains else refused:
+        distill_config(tiny_assets, "training.distill.spatial_weight=0", *settings)
+
 
 def test_float16_has_no_room_for_the_gradients_of_a_clip_and_is_refused(tiny_assets):
     """Of the mean over a clip of full size, 2 million latent values, float16 rounds most gradients to 0."""
