@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first: of several processes each runs whole files, and none should begin a long one last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def reserved_port() -> socket.socket:
+    """A socket that keeps a free port, so that the system gives it to no other program until one that a test starts
+    binds it with SO_REUSEADDR."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def alike(a: np.ndarray, b: np.ndarray) -> bool:

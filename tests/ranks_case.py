@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import reserved_port
 from distill_case import BASE, distill_config, distill_settings
 
 from scripts.bench.random_prompts import random_prompts
@@ -186,10 +186,8 @@ def _fork_server() -> multiprocessing.context.BaseContext:
 def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
     """Call `job`, a function of a module of the tests, on so many processes and wait for them."""
     context = _fork_server()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    held = reserved_port()
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "WORLD_SIZE": str(world)}
     started = []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
@@ -209,6 +207,7 @@ def on_ranks(world: int, job: Callable[..., bool], *arguments) -> list[Outcome]:
         except EOFError:
             told = ("killed", "", 0.0)
         outcomes.append(Outcome(*told, process.exitcode))
+    held.close()
     aborted = any(outcome.exit_code == -signal.SIGABRT for outcome in outcomes)
     assert GPUS or not aborted, f"a rank was ended by SIGABRT: {outcomes}"
     return outcomes

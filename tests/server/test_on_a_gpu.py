@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from itertools import combinations
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from api_case import PROMPT, until
-from conftest import ROOT
+from conftest import ROOT, reserved_port
 from lora_case import visible_lora
 
 from client import LiveClient
@@ -36,9 +35,8 @@ def loras(tiny_assets, tiny_student) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def url(tiny_assets, tmp_path_factory, loras):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = reserved_port()
+    port = held.getsockname()[1]
     command = [sys.executable, "serve.py", "--config_path", str(tiny_assets / "tiny.yaml"), "--port", str(port)]
     folder = tmp_path_factory.mktemp("jobs")
     given = [f"--lora={name}={path}" for name, path in loras.items()]
@@ -64,6 +62,7 @@ def url(tiny_assets, tmp_path_factory, loras):
         assert process.wait(60) == 0 and "Traceback" not in log.read_text(), log.read_text()
     finally:
         process.kill()
+        held.close()
 
 
 def gpu_bytes(url: str) -> int:

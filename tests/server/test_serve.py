@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +16,7 @@ import numpy as np
 import openai
 import pytest
 from api_case import ALICE, PROMPT, FakePool, until
-from conftest import ROOT
+from conftest import ROOT, reserved_port
 from lora_case import visible_lora
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
@@ -35,9 +34,8 @@ class Served:
     """serve.py in a process of its own."""
 
     def __init__(self, assets: Path, folder: Path, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.held = reserved_port()
+        self.port = self.held.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "serve.py", "--config_path", str(assets / "tiny.yaml"), "--port", str(self.port)]
         environ = os.environ | {"DIAGONAL_API_KEYS": f"alice {ALICE}", "OMP_NUM_THREADS": "1"}
@@ -62,6 +60,7 @@ class Served:
         """What it has said until this signal ended it."""
         self.process.send_signal(number)
         said = self.process.communicate(timeout=200)[0]
+        self.held.close()
         assert self.process.returncode == 0, said
         return said
 
