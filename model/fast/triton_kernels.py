@@ -1,7 +1,8 @@
 """Triton kernels for the operators of model/fast/ops.py, where their results are documented. Importing needs triton.
 
 A program loads whole rows (tokens) into registers, so that each tensor is read and written once. Sums are float32.
-Results are rounded to the dtype of the output, and before float8 to the dtype of the input.
+Results are rounded to the dtype of the output, and before float8 to the dtype of the input. Masks compare a token's
+index once for each element (`token + 0 * col`): the interpreter of triton 3.9 refuses one spread from a scalar.
 """
 
 import torch
@@ -46,7 +47,7 @@ def _residual_norm(
         factor = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
     for i in range(ROWS):
         token = tl.program_id(0) * ROWS + i
-        here = inside & (token < tokens)
+        here = inside & (token + 0 * col < tokens)
         row = group * tokens + token
         at = row * D + col
         value = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
@@ -131,13 +132,13 @@ def _qk_norm_rope(
     k_factor = tl.load(k_weight + at, mask=inside, other=0.0).to(tl.float32)
     for i in range(ROWS):
         token = (tl.program_id(0) * ROWS + i).to(tl.int64)
-        here = inside & (token < tokens)
+        here = inside & (token + 0 * col < tokens)
         row = batch * tokens + token
         q = tl.load(qkv + row * 3 * D + at, mask=here, other=0.0)
         k = tl.load(qkv + row * 3 * D + D + at, mask=here, other=0.0)
         v = tl.load(qkv + row * 3 * D + 2 * D + at, mask=here, other=0.0)
         angle = token * (HEAD_DIM // 2) + pair
-        known = (pair < HEAD_DIM // 2) & (token < tokens)
+        known = (pair < HEAD_DIM // 2) & (token + 0 * pair < tokens)
         c = tl.load(cos + angle, mask=known, other=0.0)
         s = tl.load(sin + angle, mask=known, other=0.0)
         rotated = _rotate(_rms_norm(q, q_factor, q_eps, D), c, s, ALL_HEADS, HALF).to(q.dtype).to(tl.float32)
