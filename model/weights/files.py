@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -338,7 +339,9 @@ def _load_pickle(field: str, path: Path, dry: bool = False) -> Any:
         import torch
 
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=walked.zipped)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it asks for a report to torch
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=walked.zipped)
         except pickle.UnpicklingError as error:
             raise NeedsCode(str(error).splitlines()[0]) from error
     except NeedsCode as error:

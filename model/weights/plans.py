@@ -3,6 +3,7 @@
 Making a plan reads only headers. It raises a UserError if the tensors are not exactly those of the network.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ def _fitting(name: str, part: Part, build: Callable[[], nn.Module]) -> WeightPla
     """The plan, if the tensors are exactly those of the network; else raises a UserError with the differences."""
     plan = WeightPlan(**{one.name: vars(part)[one.name] for one in fields(part)}, build=build)
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # they do not fit then
             wanted = {key: tuple(value.shape) for key, value in unique_state_dict(plan.build()).items()}
     except UserError:
         raise

@@ -67,7 +67,7 @@ LOOKED_AT = ("config ", "shape (", "missing ", "torch.", "cut ", "pipe ", "call 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_by_loading_and_by_looking(tmp_path, watched, case):
+def test_refused_by_loading_and_by_looking(tmp_path, watched, case, recwarn):
     folder = tmp_path / "case"
     folder.mkdir()
     role, path = CASES[case](folder)
@@ -78,6 +78,7 @@ def test_refused_by_loading_and_by_looking(tmp_path, watched, case):
         LOADERS[role](path)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700 + 2 * len(str(path))
+    assert not [str(warning.message) for warning in recwarn], "said beside that sentence"
     assert str(tmp_path) in message or "model." in message
 
 
