@@ -7,6 +7,7 @@ name==version, for pip to reinstall.
 
 from __future__ import annotations  # an older Python, too, must get as far as the line about its age
 
+import argparse
 import re
 import sys
 from importlib import metadata
@@ -88,18 +89,27 @@ def is_damaged(package: metadata.Distribution) -> bool:
 
 
 def main(arguments: list[str]) -> list[str]:
-    files = [argument for argument in arguments if not argument.startswith("--")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="such as requirements.txt")
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--damaged", action="store_true")
+    args = parser.parse_args(arguments)
+    files = args.files
     problems = python_lacks() + [line for path in files for line in lacks(path)]
-    if "--whole" in arguments or "--damaged" in arguments:
+    if args.whole or args.damaged:
         packages, missing = installed([each for path in files for each in asked_for(path)])
         damaged = [f"{each.metadata['Name']}=={each.version}" for each in packages if is_damaged(each)]
-        if "--damaged" in arguments:
+        if args.damaged:
             return damaged
         problems += missing + [f"files of {name} are gone" for name in damaged]
     return problems
 
 
 if __name__ == "__main__":
-    problems = main(sys.argv[1:])
+    try:
+        problems = main(sys.argv[1:])
+    except OSError as error:
+        print(f"error: {error.filename} cannot be read ({error.strerror}); give a requirements file", file=sys.stderr)
+        sys.exit(2)
     print("\n".join(problems))
     sys.exit(bool(problems))

@@ -309,6 +309,9 @@ def test_requirements_are_checked_with_torch_in_its_supported_range(tmp_path):
     found = done.stdout.splitlines()
     assert done.returncode == 1 and len(found) == 2 and found[0].endswith("(pytest>=999 is needed)")
     assert found[1] == "no-such-package is not installed (no-such-package is needed)"
+    for path in (tmp_path, tmp_path / "none.txt"):
+        done = subprocess.run([*check[:2], str(path)], capture_output=True, text=True)
+        assert done.returncode == 2 and re.fullmatch(r"error: .* cannot be read \(.*\); give .*\n", done.stderr)
     lines = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     (pin,) = [line for line in lines if line.startswith("torch==")]
     (version,) = [spec.version for spec in Requirement(pin).specifier]
