@@ -82,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_prompts", "batch"):
         if vars(args)[name] < 1:
             raise UserError(f"--{name} {vars(args)[name]} is too few; give at least 1")
+    if args.minutes is not None and args.minutes < 0:
+        raise UserError(f"--minutes {args.minutes} is no time; give 0 or more")
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
     if part is None or int(part[1]) > int(part[2]):
         raise UserError(f"--part {args.part} is not one of so many; use 1/2 and 2/2 for two processes")

@@ -71,6 +71,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=520, help="seconds for a suite (default: %(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="any value of configs/schema.py")
     args = parser.parse_intermixed_args(argv)
+    if args.budget <= 0:
+        raise UserError(f"--budget {args.budget:g} is no time; give seconds, more than 0")
+    known = [variant.name for variant in SUITES[args.suite]] if args.suite else []
+    for name in filter(None, args.only.split(",")):
+        if name not in known:
+            raise UserError(f"--only {name} is no variant of --suite {args.suite}; use some of {', '.join(known)}")
     if args.json:
         check_file(args.json, "--json")
     return args

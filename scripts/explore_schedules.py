@@ -126,7 +126,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference", default="8+clean", help="schedule for --quality reference")
     parser.add_argument("--out", default="videos/schedules", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    return parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is too little; give 0 or more")
+    return args
 
 
 def prompts_of(args: argparse.Namespace, config: Config, quality: str) -> list[str]:

@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--switch_chunk", type=int, default=4, metavar="K", help="the first under the new prompt")
     parser.add_argument("--batch", type=int, default=8, help="streams at once, of --switches (default: %(default)s)")
     parser.add_argument("--plays", type=int, default=5, help="streams opened at a server; 0 = none")
-    parser.add_argument("--sessions", type=int, nargs="+", default=[], metavar="N", help="clients at once")
+    parser.add_argument("--sessions", type="positive", nargs="+", default=[], metavar="N", help="clients at once")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of them (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
     parser.add_argument("--random_weights", choices=("tiny", *TRANSFORMER_SIZES), help="sizes of them")
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.json:
         check_file(args.json, "--json")
-    zero, one = ("minutes", "switches"), ("drift_frames", "switch_chunk", "batch", "seconds", "workers")
+    zero, one = ("minutes", "switches", "plays"), ("drift_frames", "switch_chunk", "batch", "seconds", "workers")
     for name, least in (*((name, 0) for name in zero), *((name, 1) for name in one)):
         if vars(args)[name] < least:
             raise UserError(f"--{name}={vars(args)[name]} is less than {least}; give {least} or more")

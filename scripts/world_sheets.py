@@ -57,6 +57,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if args.vae and args.config_path:
         raise UserError("--vae shows rendered clips and --config_path a student's; give one of them")
+    if args.overrides and not args.config_path:
+        raise UserError(f"{args.overrides[0]} has no effect on rendered clips; give --config_path too, or leave it out")
     if args.vae and args.minutes:
         raise UserError("--vae shows clips, not streams; leave out --minutes")
     for name, least in (("clips", 1), ("columns", 2), ("minutes", 0), ("streams", 1), ("seed", 0)):

@@ -113,6 +113,11 @@ def test_a_vae_and_a_student_or_streams_are_refused():
             world_sheets.parse(["--vae", "assets/world/vae", *other])
 
 
+def test_a_setting_of_rendered_sheets_is_refused():
+    with pytest.raises(UserError, match="^seed=1 has no effect on rendered clips; give --config_path"):
+        world_sheets.parse(["seed=1"])
+
+
 @pytest.mark.parametrize("flag, value", [("--num_prompts", "-1"), ("--minutes", "0"), ("--batch", "0")])
 def test_too_little_is_refused(flag, value):
     with pytest.raises(UserError, match=f"{flag} .* is too little"):

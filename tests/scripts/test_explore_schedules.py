@@ -84,6 +84,7 @@ def test_one_clip_of_one_chunk_has_no_interval_and_no_seam(quality, tmp_path, ca
     "arguments, said",
     [
         (["--schedules", "40"], "schedules=40 is no schedule"),
+        (["--seed", "-4"], "--seed -4 is too little"),
         (["--num_prompts", "0"], "--num_prompts: 0 is less than 1"),
         (["--config_path", "none.yaml"], "none.yaml does not exist"),
     ],

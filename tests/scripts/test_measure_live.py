@@ -94,5 +94,9 @@ def test_the_script_in_seconds(tmp_path, capsys):
     for name in ("long.every_frame_once", "switches.seen_within_chunks.2", *demo):
         assert name in printed
     assert Path(tmp_path / "live.json").exists()
-    with pytest.raises(script.UserError, match="--batch=0"):
-        script.parse(["--batch", "0"])
+
+
+@pytest.mark.parametrize("flag, value", [("--batch", "0"), ("--plays", "-1"), ("--sessions", "-1")])
+def test_too_little_is_refused(flag, value):
+    with pytest.raises(script.UserError, match=f"{flag}.*{value} is less than"):
+        script.parse([flag, value])

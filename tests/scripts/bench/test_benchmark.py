@@ -95,6 +95,10 @@ def test_every_variant_is_a_configuration():
 def test_wrong_numbers_are_refused():
     with pytest.raises(UserError, match="--repeats: 0 is less than 1"):
         benchmark.main(["--repeats", "0"])
+    with pytest.raises(UserError, match="--only fp9 is no variant of --suite cpu; use some of plain"):
+        benchmark.parse(["--suite", "cpu", "--only", "plain,fp9"])
+    with pytest.raises(UserError, match="--budget -1 is no time"):
+        benchmark.parse(["--budget", "-1"])
     with pytest.raises(UserError, match="needs a GPU"):
         benchmark.main([*SMALL, "device=cpu", "inference.cuda_graphs=on"])
 

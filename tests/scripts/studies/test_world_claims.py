@@ -178,6 +178,11 @@ def test_no_row_is_begun_when_the_time_is_up(monkeypatch, tmp_path):
     assert ablate_world.main(["--output", str(tmp_path), "--num_prompts", "2", "--minutes", "0"]) == 0 and not made
 
 
+def test_a_negative_time_is_refused():
+    with pytest.raises(UserError, match="--minutes -1.0 is no time"):
+        ablate_world.parse(["--minutes", "-1"])
+
+
 @pytest.mark.parametrize("part", ["0/2", "3/2", "half"])
 def test_a_part_that_is_none_is_refused(part):
     with pytest.raises(UserError, match="is not one of so many"):
