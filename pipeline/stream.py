@@ -137,7 +137,6 @@ class StreamSession:
         self.device, self.dtype = weight.device, weight.dtype
         self.async_decoder = AsyncDecoder(self.device, overlap)
         self.chunk = 0  # the next chunk
-        self._blended = -1  # chunk that the newest step of a blend was for
         self._cache: StreamCache | None = None
         self._cache_batch = 0
         self._conditioning: Tensor | None = None  # latents of conditioning frames that are still to come
@@ -268,7 +267,7 @@ class StreamSession:
         self._noise = NoiseSource(snapshot.seeds, self.geometry, self.device, torch.float32)
         self._prompt_track.clear_pending()
         self._prompt_track.state = snapshot.text
-        self.chunk, self._blended = snapshot.chunk, -1
+        self.chunk = snapshot.chunk
         self._conditioning = snapshot.conditioning
 
     def _lengths(self, num_chunks: Length, streams: int) -> list[int | None]:
@@ -292,7 +291,7 @@ class StreamSession:
 
     @torch.no_grad()
     def _start(self, prompts: list[str], seeds: list[int], num_chunks: int | None, conditioning: Tensor | None) -> None:
-        self.chunk, self._blended = 0, -1
+        self.chunk = 0
         self._conditioning = None if conditioning is None else self._checked(conditioning, len(prompts))
         self._prompt_track.start(prompts)
         # latents stay float32 between steps, whatever the network computes in
@@ -367,8 +366,7 @@ class StreamSession:
     def _text_of_next(self, student: _CancellableStudent, timer: SpanTimer):
         """Keys and values of the next chunk's text; recaches the window if the prompt has changed."""
         before = self._prompt_track.state
-        state = self._prompt_track.advance(blend=self.chunk != self._blended)
-        self._blended = self.chunk
+        state = self._prompt_track.advance(self.chunk)
         if state.needs_recache:
             self._recache_state.recache(student, self._cache, state.kv, keep_sink=state.keep_sink)
             self._prompt_track.mark_recached()

@@ -121,6 +121,7 @@ class TextState:
     kv: TextKV
     target: Tensor  # embedding at the end of a blend
     chunks_left: int = 0  # chunks until then
+    blended: int = -1  # chunk that the blend's newest step was for
     needs_recache: bool = False  # the window is not recached yet
     keep_sink: bool = False  # recache without the sink
 
@@ -159,20 +160,16 @@ class PromptTrack:
         """Drop pending changes."""
         self._pending.clear()
 
-    def advance(self, blend: bool = True) -> TextState:
-        """Apply pending changes and one step of a blend; call it before each chunk.
-
-        blend: False for a chunk that is repeated.
-        """
+    def advance(self, chunk: int) -> TextState:
+        """Apply pending changes, and one step of a blend unless `chunk` has had it; call it before each chunk."""
         while self._pending:
             new, switch, chunks = self._pending.popleft()
             self._apply(new, switch, chunks)
         state = self.state
-        if state.chunks_left and blend:
+        if state.chunks_left and state.blended != chunk:
             embedding = blend_embeddings(state.embedding, state.target, state.chunks_left)
-            self.state = replace(
-                state, embedding=embedding, kv=self._text_kv(embedding), chunks_left=state.chunks_left - 1
-            )
+            kv, left = self._text_kv(embedding), state.chunks_left - 1
+            self.state = replace(state, embedding=embedding, kv=kv, chunks_left=left, blended=chunk)
         return self.state
 
     def mark_recached(self) -> None:
@@ -184,7 +181,7 @@ class PromptTrack:
         prompts = tuple(before if now is None else now for before, now in zip(old.prompts, new, strict=True))
         target = self._encode(list(prompts))
         if switch == "blend":
-            self.state = replace(old, prompts=prompts, target=target, chunks_left=chunks)
+            self.state = replace(old, prompts=prompts, target=target, chunks_left=chunks, blended=-1)
         else:
             needs_recache, keep_sink = switch in RECACHES or old.needs_recache, switch == "recache_window"
             if old.needs_recache:  # an earlier change is still pending: the more thorough mode wins

@@ -135,7 +135,7 @@ def test_of_two_changes_before_a_chunk_the_more_thorough_recache_counts(make):
         next(session.play(PROMPT, 0, 3))
         for prompt, switch in zip((OTHER, THIRD), said, strict=False):
             session.set_prompt(prompt, switch=switch)
-        state = session._prompt_track.advance()
+        state = session._prompt_track.advance(1)
         return state.needs_recache, state.keep_sink
 
     assert state("recache") == (True, False) and state("recache_window") == (True, True)
@@ -251,6 +251,30 @@ def test_cancel_during_recaching_leaves_nothing_half_done(make, tiny_student):
     made = play(session)
     assert len(made) == 6
     assert same(made + list(session.resume(2)), plain)
+
+
+def shares(session: StreamSession, chunks: int) -> list[float]:
+    """How far from PROMPT to OTHER the text of each of the next chunks is."""
+    a, b = session.text_encoder([PROMPT]), session.text_encoder([OTHER])
+    texts = (session._prompt_track.state.embedding for _ in session.resume(chunks))
+    return [round(float(((text - a) * (b - a)).sum() / (b - a).square().sum()), 3) for text in texts]
+
+
+@pytest.mark.parametrize("said", ["before", "after"])
+def test_a_blend_is_one_step_a_chunk_also_where_a_chunk_is_cancelled(make, tiny_student, said):
+    student = Counting(tiny_student, 3 + 2 + 1)  # two chunks, then the first pass of the third
+    session = student.session = make(student=student, switch="blend")
+    playing = session.play(PROMPT, 0)
+    list(islice(playing, 2))
+    if said == "before":
+        session.set_prompt(OTHER)
+    assert not list(playing)
+    here = session.snapshot()
+    if said == "after":
+        session.set_prompt(OTHER)
+    assert shares(session, 4) == [0.333, 0.667, 1.0, 1.0]
+    session.restore(here)
+    assert shares(session, 4) == ([0.333, 0.667, 1.0, 1.0] if said == "before" else [0.0] * 4)
 
 
 @contextmanager
