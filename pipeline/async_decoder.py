@@ -88,11 +88,9 @@ class NoDecoder:
         """No frames: [B, 0, 3, h, w]."""
         return latents.new_empty(len(latents), 0, 3, *latents.shape[3:])
 
-    def snapshot(self) -> None:
-        """There is nothing to go back to."""
-
-    def restore(self, snapshot: None) -> None:
-        """There is nothing to go back to."""
+    def snapshot(self) -> "NoDecoder":
+        """It has no state."""
+        return self
 
 
 def to_frames(pixels: Tensor) -> Tensor:

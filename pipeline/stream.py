@@ -231,7 +231,10 @@ class StreamSession:
         self._cancelled.set()
 
     def snapshot(self, device: torch.device | str | None = None) -> Snapshot:
-        """The state of the stream between chunks; the KV cache, most of it, is copied to `device` (None = the same)."""
+        """The state of the stream between chunks; the KV cache, most of it, is copied to `device` (None = the same).
+
+        A prompt that was set since the last chunk is not part of it.
+        """
         self._check_played("snapshot")
         return Snapshot(
             identity=identity(self.student.model, self.geometry),
@@ -262,8 +265,12 @@ class StreamSession:
         self._cache.restore(snapshot.cache)
         self._recache_state = RecacheState(self.geometry)
         self._recache_state.slots = dict(snapshot.passes)
-        self._decoder = self.codec.stream()
-        self._decoder.restore(snapshot.decoder())
+        decoder = snapshot.decoder()
+        if isinstance(decoder, NoDecoder):
+            self._decoder = decoder
+        else:
+            self._decoder = self.codec.stream()
+            self._decoder.restore(decoder)
         self._noise = NoiseSource(snapshot.seeds, self.geometry, self.device, torch.float32)
         self._prompt_track.clear_pending()
         self._prompt_track.state = snapshot.text

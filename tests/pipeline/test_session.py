@@ -277,6 +277,15 @@ def test_a_blend_is_one_step_a_chunk_also_where_a_chunk_is_cancelled(make, tiny_
     assert shares(session, 4) == ([0.333, 0.667, 1.0, 1.0] if said == "before" else [0.0] * 4)
 
 
+def test_a_stream_of_latents_alone_goes_on_from_a_snapshot(make):
+    session = make()
+    playing = session.play(PROMPT, 1, decode=False)
+    list(islice(playing, 2))
+    here = session.snapshot()
+    first = list(islice(playing, 2))
+    assert same(first, resumed(session, here, 2)) and not first[0].frames.numel()
+
+
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     gc.collect()
