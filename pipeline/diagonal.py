@@ -292,6 +292,7 @@ class DiagonalPipeline:
             codec = TinyDecoderCodec(cast_to_best_dtype(decoder, dtype))
         text = TextEncoder(encoder, words.tokenizer, words.text_tokens)
         self.config, self.session = config, self.from_parts(config, student, codec, text, device).session
+        self.session.schedule = self.schedule
         self._resized, self._loras = None, LoraAdapters(self.session.student.model)
 
     # --- videos -------------------------------------------------------------------------------------------------------
@@ -437,7 +438,12 @@ class DiagonalPipeline:
         conditioning = None if asked.conditioning is None else self.encode(asked.conditioning)
         self._warn(asked.prompts, size_warnings(asked.config, self.card) if asked.config != self.config else [])
         session.schedule = asked.schedule
-        yield from self._arrived(session.play(asked.prompts, asked.seeds, asked.lengths, conditioning, decode=decode))
+        chunks = session.play(asked.prompts, asked.seeds, asked.lengths, conditioning, decode=decode)
+        try:
+            yield from self._arrived(chunks)
+        finally:
+            if session.schedule is asked.schedule:  # no later call has set its own
+                session.schedule = self.schedule
 
     @property
     def num_pixel_frames(self) -> int:

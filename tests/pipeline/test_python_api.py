@@ -176,6 +176,7 @@ def test_a_schedule_holds_for_its_call_or_until_another_is_set(pipe, tiny_assets
     wanted, before = frames(configured, PROMPT), str(pipe.schedule)
     assert np.array_equal(frames(pipe, PROMPT, schedule=schedule), wanted)
     assert np.array_equal(np.concatenate(list(pipe.stream(PROMPT, schedule=schedule))), wanted)
+    assert pipe.session.schedule is pipe.schedule
     assert str(pipe.schedule) == before and not np.array_equal(frames(pipe, PROMPT), wanted), "of this call alone"
     try:
         pipe.schedule = schedule
@@ -454,6 +455,7 @@ def test_to_gives_what_loading_gives(tiny_assets, pipe, monkeypatch):
     assert moved.to("cpu") is moved and moved.session is session, "nothing to do"
     moved.schedule = "32"
     assert moved.to(torch.bfloat16) is moved and moved.dtype == torch.bfloat16
+    assert moved.session.schedule is moved.schedule
     loaded = DiagonalPipeline.from_config(tiny_assets / "tiny.yaml", *HALVES)
     assert np.array_equal(frames(moved, PROMPT), frames(loaded, PROMPT, schedule="32"))
     kept = [key for key, value in moved.components["transformer"].state_dict().items() if value.dtype == torch.float32]
