@@ -40,7 +40,7 @@ from model.weights.files import (
     read_json,
     resolve_path,
 )
-from model.weights.lora import plan_lora
+from model.weights.lora import plan_lora, settings_file
 from model.weights.plans import (
     WeightPlan,
     diffusers_network,
@@ -83,7 +83,9 @@ def check_weights(config: ModelConfig) -> list[WeightCheck]:
     ]
     for i, path in enumerate(config.lora):
         lora = plan_lora(path, plans["student"].tensors.shapes)
-        checks.append(WeightCheck(f"lora {i}", lora.path, lora.tensors.size, lora.kind, lora.tensors.files))
+        settings = settings_file(lora.path)
+        files = (*lora.tensors.files, *([settings] if settings else ()))
+        checks.append(WeightCheck(f"lora {i}", lora.path, lora.tensors.size, lora.kind, tuple(sorted(files))))
     folder = find_tokenizer(config.tokenizer)
     files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"))
     size = sum((folder / file).stat().st_size for file in TOKENIZER_FILES if (folder / file).exists())

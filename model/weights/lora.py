@@ -159,11 +159,17 @@ def _patterns(name: str, path: Path, stated: Mapping[str, Any], key: str) -> lis
         raise UserError(f"{name}={path} has {key} with a pattern that is none ({error}); correct it there") from error
 
 
+def settings_file(path: Path) -> Path | None:
+    """The file beside an adapter that holds peft's settings; None if there is none."""
+    file = path.parent / PEFT_CONFIG
+    return file if path.name.startswith("adapter_model") and file.is_file() else None
+
+
 def _settings(name: str, path: Path) -> tuple[dict[str, Any], str]:
     """peft's settings of the adapter, from the file beside it or (diffusers) JSON in its header; and the prefix of
     layer names in the file."""
-    if path.name.startswith("adapter_model") and (path.parent / PEFT_CONFIG).is_file():
-        return read_json(name, path.parent / PEFT_CONFIG), ""
+    if file := settings_file(path):
+        return read_json(name, file), ""
     if path.suffix != ".safetensors":
         return {}, ""
     with safe_open(path, framework="pt") as file:

@@ -14,6 +14,7 @@ from configs.load import load_config
 from model.weights import load as weights
 from model.weights.lora import LoraAdapters, plan_lora
 from pipeline.diagonal import DiagonalPipeline
+from pipeline.provenance import fingerprint
 
 
 def expected(wan, *adapters) -> WanTransformer3DModel:
@@ -220,3 +221,12 @@ def test_check_lists_adapters(tiny_assets, adapter):
     checks = {check.role: check for check in weights.check_weights(config.model)}
     assert checks["lora 1"].kind == "LoRA of rank 4 on 2 layers"
     assert checks["lora 0"].files == (adapter / "adapter_model.safetensors",)
+
+
+def test_a_video_is_of_its_adapters_settings_too(tiny_assets, adapter):
+    config = load_config(tiny_assets / "tiny.yaml", [f"model.lora=[{adapter}]"])
+    digests = set()
+    for alpha in (4, 64):
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": alpha}))
+        digests.add(fingerprint(config, weights.check_weights(config.model)))
+    assert len(digests) == 2
