@@ -281,6 +281,8 @@ def plan_output(
     if video is not None and os.path.isdir(video):
         raise UserError(f"--output={output} is a folder; give a file, or --output_folder")
     ending = "" if video is None else video.suffix.lower()
+    if ending == ".json":
+        raise UserError(f"--output={output} is where the video's own JSON goes; end it in another way")
     own = FORMAT_OF_SUFFIX.get(ending) or ("fmp4" if ending == ".mp4" else ending if ending in FILE_KINDS else None)
     if kind and own not in (None, kind):
         raise UserError(

@@ -25,7 +25,11 @@ from configs.geometry import TEMPORAL_STRIDE, pixel_frames
 from configs.schema import Config
 from model.weights.files import resolve_path
 from pipeline.stream import ChunkResult, StreamSession
+from utils.logs import get_logger
 from utils.prompts import check_prompt, is_story, read_prompts, read_records
+
+log = get_logger(__name__)
+MAX_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,24 @@ def planned_stories(config: Config, prompts: Sequence[str] | None = None, *, end
             return [Story.of(check_prompt(prompt, "--prompt")) for prompt in prompts]
         return [Story.of(prompt) for prompt in read_prompts(path)]
     length = None if endless else config.video.num_latent_frames
-    return read_stories(path, config.video.fps, length, names.switch_frame_indices)
+    stories = read_stories(path, config.video.fps, length, names.switch_frame_indices)
+    for i, story in enumerate(stories, start=1):
+        _check_chunks(story, f"{path} entry {i}", config.stream.chunk_frames, length)
+    return stories
+
+
+def _check_chunks(story: Story, where: str, chunk_frames: int, length: int | None) -> None:
+    """Raise a UserError if a prompt would start after the last chunk, and warn of those that another one replaces."""
+    frame, shown = story.frames[-1], story.chunk_prompts(chunk_frames)
+    if length is not None and frame > length - chunk_frames:
+        raise UserError(
+            f"{where}: the switch at latent frame {frame} lies in the last chunk, and a prompt starts with a chunk; "
+            f"give --num_output_frames={math.ceil(frame / chunk_frames + 1) * chunk_frames} or more"
+        )
+    for prompt, start in zip(story.prompts, story.frames, strict=True):
+        chunk = math.ceil(start / chunk_frames)
+        if shown[chunk] != prompt:
+            log.warning(f"{where}: of the prompts that start with chunk {chunk}, only the last is used, not: {prompt}")
 
 
 def play_story(
@@ -145,7 +166,7 @@ def _timed(lines: list[tuple[dict[str, Any], str]], fps: int, length: int | None
     prompts, frames, texts = [], [], []
     for line, where in lines:
         at, prompt = line["at"], line.get("prompt")
-        if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
+        if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) < MAX_SECONDS:
             raise UserError(f"{where} at={str(at)[:40]} is no number of seconds; try 2.5")
         if not isinstance(prompt, str):
             raise UserError(f"{where} prompt={str(prompt)[:40]} is no text; give a prompt")

@@ -27,7 +27,7 @@ from configs.load import load_config
 from pipeline import DiagonalPipeline, outputs
 from pipeline.cli import parse
 from pipeline.plan import make_plan
-from pipeline.story import Story, holds_stories, latent_frame_at, read_stories
+from pipeline.story import Story, holds_stories, latent_frame_at, planned_stories, read_stories
 from utils.video import read_video
 from utils.video_live import LiveWriter
 
@@ -131,6 +131,19 @@ def test_switch_frames_without_prompts_to_switch_to_are_refused(tiny_assets, tmp
         make_plan(config, None if text else [A, B])
 
 
+def test_a_prompt_that_no_chunk_would_show_is_not_lost_in_silence(tiny_assets, tmp_path, caplog):
+    def plan(*frames: int):
+        line = {"prompts": [A, B, C][: len(frames) + 1], "switch_frame_indices": [*frames]}
+        path = write(tmp_path / "s.jsonl", line)
+        config = load_config(tiny_assets / "tiny.yaml", [f"inference.prompts={path}", "video.num_latent_frames=9"])
+        return planned_stories(config)
+
+    assert plan(3, 6) and not caplog.text
+    with pytest.raises(UserError, match="entry 1: the switch at latent frame 7 lies in the last chunk"):
+        plan(3, 7)
+    assert plan(4, 6) and f"entry 1: of the prompts that start with chunk 2, only the last is used, not: {B}" in caplog.text
+
+
 def test_what_holds_stories_says_the_content(tmp_path):
     story = {"prompts": [A, B], "switch_frame_indices": "12"}
     for name in ("s.jsonl", "S.JSONL", "s.txt", "s.json"):
@@ -165,6 +178,7 @@ def test_seconds_are_latent_frames_by_where_their_pixels_begin():
         ([{"at": 0, "prompt": A}, {"at": 99, "prompt": B}], "beyond the end"),
         ([{"at": 1, "prompt": A}], "from 0 on"),
         ([{"at": "soon", "prompt": A}], "no number of seconds"),
+        ([{"at": 0, "prompt": A}, {"at": 1e308, "prompt": B}], "no number of seconds"),
         (['{"at": NaN, "prompt": "a"}'], "NaN is no number"),
         ([{"at": True, "prompt": A}], "no number of seconds"),
         ([{"prompt": A}], "is no story"),
@@ -451,6 +465,7 @@ def test_an_output_never_takes_the_place_of_something_else(cli, tmp_path, capsys
         ("config.mp4", ["--overwrite"], "config.json, which is not of such a video"),
         ("old.mp4", [], "is there and is another video"),
         ("folder.mp4", [], "is a folder"),
+        ("one.json", ["--format", "raw"], "is where the video's own JSON goes"),
         (".", [], "is a folder"),
         ("x" * 252 + ".mp4", [], "too long"),
     ):
