@@ -57,7 +57,7 @@ def score_network(config: Config, name: str, dtype: torch.dtype = torch.float32)
     path = _source(config, name)
     if path.suffix == ".json":
         return _fresh(config, name, path)
-    return load_score(path, CPU, dtype)
+    return load_score(path, CPU, dtype, name=f"training.init.{name}")
 
 
 def causal_student(config: Config, name: str, dtype: torch.dtype = torch.float32) -> CausalWanModel:
@@ -65,7 +65,7 @@ def causal_student(config: Config, name: str, dtype: torch.dtype = torch.float32
     path = _source(config, name)
     if path.suffix == ".json":
         return _fresh(config, name, path, causal=True)
-    return load_student(path, CPU, dtype)
+    return load_student(path, CPU, dtype, name=f"training.init.{name}")
 
 
 @torch.no_grad()

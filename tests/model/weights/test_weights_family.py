@@ -12,6 +12,7 @@ from configs.errors import UserError
 from configs.load import load_config, to_dict
 from model.weights import load as weights
 from trainer.checkpoint import save as checkpoint
+from trainer.distill.networks import initial_network
 
 FSDP = "model._fsdp_wrapped_module."
 
@@ -105,6 +106,10 @@ def test_folder_of_our_own_run(run, student):
     assert loaded.card == {"stage": "distill", "step": 20} and torch.equal(loaded.proj_out.bias, bias + 20)
     assert torch.equal(weights.load_student(run, use_ema=True).proj_out.bias, bias - 20)
     assert torch.equal(weights.load_score(run, name="model.critic").proj_out.bias, bias * 20)
+    start = load_config("configs/tiny.yaml", [f"training.init={{student: {run}, teacher: {run}, critic: {run}}}"])
+    for role, expected in (("student", bias + 20), ("teacher", bias + 20), ("critic", bias * 20)):
+        network = initial_network(start, role, torch.device("cpu"), causal=role == "student")
+        assert torch.equal(network.proj_out.bias, expected), role
     older = weights.load_student(run / "checkpoint_000010")
     assert torch.equal(older.proj_out.bias, bias + 10)
     assert torch.equal(weights.load_student(run / "checkpoint_000010" / "state.pt").proj_out.bias, bias + 10)
