@@ -216,7 +216,7 @@ def start_of(training: TrainingConfig, role: str) -> str:
     if role != "critic" or "critic" not in init:
         return "teacher" if role == "critic" else role
     path = resolve_path(init["critic"])
-    parts = path.suffix in (".pt", ".pth") or find_weights(path, averaged=False) != path
+    parts = path.suffix in (".pt", ".pth") or find_weights(path) != path
     return "critic" if parts or init["critic"] != init.get("teacher") else "teacher"
 
 

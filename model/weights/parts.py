@@ -66,7 +66,7 @@ def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, 
             f"give a folder of Wan 2.1"
         )
     path = subfolder(
-        run_folders.find_weights(path, use_ema) if transformer else path, "transformer" if transformer else role
+        run_folders.find_weights(path, use_ema or role == "critic") if transformer else path, "transformer" if transformer else role
     )
     if path.is_dir() and role in FILE_IN and (path / FILE_IN[role]).exists():
         path = path / FILE_IN[role]

@@ -64,7 +64,7 @@ def plan_transformer(
 
 def has_ema(name: str, path: str | Path) -> bool:
     """Whether `path` also holds averaged weights of a student."""
-    path = run_folders.find_weights(resolve_path(path), averaged=False)
+    path = run_folders.find_weights(resolve_path(path))
     if path.is_dir() and path.name != run_folders.SHARDS:
         return (subfolder(path, "transformer") / f"{EMA_STEM}.safetensors").is_file()
     parts = run_folders.open_parts(name, path)

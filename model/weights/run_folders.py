@@ -20,10 +20,10 @@ STUDENTS = ("generator", "student", "module")  # train states that can be the st
 CRITICS = ("critic", "fake_score", "module")
 
 
-def find_weights(path: Path, averaged: bool) -> Path:
+def find_weights(path: Path, skip_export: bool = False) -> Path:
     """`path` itself, or if it is the folder of a run, what to read instead: the export, model.pt, state.pt, or shards.
 
-    averaged: ignore the export, which does not have averages and weights separately.
+    skip_export: for a critic, which an export does not have, and for averages, which it has in place of the weights.
     """
     if not path.is_dir() or (path / "config.json").is_file():
         return path
@@ -31,7 +31,7 @@ def find_weights(path: Path, averaged: bool) -> Path:
         if (path / file).exists():
             return path / file
     export = path / EXPORT
-    if not averaged and (export / "config.json").is_file():
+    if not skip_export and (export / "config.json").is_file():
         return export
     there = [folder for folder in checkpoints(path) if any((folder / file).exists() for file in (STATE, MODEL, SHARDS))]
     newest = ([folder for folder in there if is_complete(folder)] or there)[-1:]

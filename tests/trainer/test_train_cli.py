@@ -301,12 +301,12 @@ def test_a_newest_checkpoint_is_whole_and_newest_by_number(tmp_path):
     for step in (999_999, 1_000_000, 1_000_001):
         checkpoint.save(tmp_path, step, {"x": torch.zeros(99)}, {"stage": "text"}, keep=9)
     newest = checkpoint.folders(tmp_path)[-1]
-    assert find_weights(tmp_path, averaged=False).parent == newest
+    assert find_weights(tmp_path).parent == newest
     whole = (newest / "state.pt").read_bytes()
     (newest / "state.pt").write_bytes(whole[:-9])
     (tmp_path / "checkpoint_2000000").mkdir()
     (tmp_path / "checkpoint_2000000" / "state.pt").write_bytes(whole)
-    assert find_weights(tmp_path, averaged=False).parent.name == "checkpoint_1000000"
+    assert find_weights(tmp_path).parent.name == "checkpoint_1000000"
 
 
 HOLD = """

@@ -71,7 +71,7 @@ def check_init_finished(config: Config) -> None:
 
 def _progress(path: Path) -> tuple[int, int]:
     """Step and last step of the run that `path` belongs to; (0, 0) for anything else."""
-    source = find_weights(path, averaged=False)
+    source = find_weights(path)
     try:
         if source.name in (STATE, SHARDS):
             manifest = json.loads((source.parent / MANIFEST).read_text(encoding="utf-8"))

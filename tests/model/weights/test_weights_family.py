@@ -119,6 +119,8 @@ def test_export_of_a_run_comes_first(run, student):
     weights.save_network(student, run / "export", card={"stage": "distill", "step": 20}, dtype=None)
     assert torch.equal(weights.load_student(run).proj_out.bias, student.proj_out.bias)
     assert torch.equal(weights.load_student(run, use_ema=True).proj_out.bias, student.proj_out.bias - 20)
+    critic = weights.load_score(run, name="training.init.critic")
+    assert torch.equal(critic.proj_out.bias, student.proj_out.bias * 20), "an export has none"
 
 
 def test_run_whose_beginning_is_gone(run, tmp_path):
