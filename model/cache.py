@@ -298,16 +298,6 @@ class GraphCache(_Cursor):
         """Cut the graph of what is stored: later chunks send no gradient into earlier ones (context_grad: false)."""
         self._slots = [{i: (k.detach(), v.detach()) for i, (k, v) in slots.items()} for slots in self._slots]
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.last, self.filled = -1, set()
-        self._slots = [{} for _ in range(self.layers)]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the tensors stored."""
-        return sum(k.nbytes + v.nbytes for slots in self._slots for k, v in slots.values())
-
 
 class GraphView:
     """Other chunks' tensors by layer, as they were when the view was made."""

@@ -228,15 +228,16 @@ class CausalWanBlock(WanTransformerBlock):
 class FrameRotary(nn.Module):
     """Rotary embedding for any latent frame index, beyond the 1,024 positions of the base class's table too.
 
-    A head's channel pairs are split between frame, row and column (44/42/42 of 128); theta 10000, angles in float64.
+    A head's channels are split between frame, row and column (44/42/42 of 128), in pairs; angles are in float64.
     It has no buffers, since `model.to(torch.bfloat16)` would round them.
     """
 
-    def __init__(self, head_dim: int, theta: float = 10000.0):
+    THETA = 10000.0
+
+    def __init__(self, head_dim: int):
         super().__init__()
         space = 2 * (head_dim // 6)
         self.axes = (head_dim - 2 * space, space, space)
-        self.theta = theta
 
     def forward(self, frame_ids: Tensor, height: int, width: int) -> RotaryEmb:
         """cos and sin, float32 [1, F x height x width, 1, head_dim / 2], for integers frame_ids [F]."""
@@ -245,7 +246,7 @@ class FrameRotary(nn.Module):
         parts = []
         for axis, (dim, position) in enumerate(zip(self.axes, positions, strict=True)):
             exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim
-            angle = torch.outer(position.double(), self.theta**-exponent)
+            angle = torch.outer(position.double(), self.THETA**-exponent)
             shape = [n if i == axis else 1 for i, n in enumerate(sizes)]
             parts.append([part.float().view(*shape, -1).expand(*sizes, -1) for part in (angle.cos(), angle.sin())])
         cos, sin = (torch.cat(part, dim=-1).flatten(0, 2)[None, :, None] for part in zip(*parts, strict=True))

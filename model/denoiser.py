@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.geometry import Geometry
 from model.cache import StreamCache, View
-from model.causal_wan import CausalWanModel, Mask, TextKV
+from model.causal_wan import CausalWanModel, TextKV
 from model.flow import x0_from_v
 
 
@@ -41,36 +41,17 @@ class Student:
         )  # fmt: skip
 
     def v(
-        self,
-        x_t: Tensor,
-        t: float | Tensor,
-        text: TextKV | Tensor,
-        view: View | None = None,
-        start_frame: int = 0,
-        *,
-        mask: Mask | None = None,
-        frame_ids: Tensor | None = None,
+        self, x_t: Tensor, t: float | Tensor, text: TextKV | Tensor, view: View | None = None, start_frame: int = 0
     ) -> Tensor:
-        """v = eps - x0 of a chunk (view) or of a whole sequence (mask), in the dtype of x_t."""
-        t = as_timestep(t, x_t)
-        v = self.model(x_t, t, text, view=view, start_frame=start_frame, mask=mask, frame_ids=frame_ids)
-        return v.to(x_t.dtype)
+        """v = eps - x0 of a chunk (view) or of a whole sequence, in the dtype of x_t."""
+        return self.model(x_t, as_timestep(t, x_t), text, view=view, start_frame=start_frame).to(x_t.dtype)
 
     def x0(
-        self,
-        x_t: Tensor,
-        t: float | Tensor,
-        text: TextKV | Tensor,
-        view: View | None = None,
-        start_frame: int = 0,
-        *,
-        mask: Mask | None = None,
-        frame_ids: Tensor | None = None,
+        self, x_t: Tensor, t: float | Tensor, text: TextKV | Tensor, view: View | None = None, start_frame: int = 0
     ) -> Tensor:
         """x0 = x_t - sigma v."""
         t = as_timestep(t, x_t)
-        v = self.model(x_t, t, text, view=view, start_frame=start_frame, mask=mask, frame_ids=frame_ids)
-        return x0_from_v(x_t, v, t)
+        return x0_from_v(x_t, self.model(x_t, t, text, view=view, start_frame=start_frame), t)
 
 
 class ScoreModel:

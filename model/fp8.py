@@ -91,11 +91,9 @@ def quantize_block(block: nn.Module, kind: type[Fp8Linear] = Fp8Linear) -> list[
     return done
 
 
-def quantize_blocks(
-    blocks: Sequence[nn.Module], keep: Sequence[int] = UNQUANTIZED_BLOCKS, kind: type[Fp8Linear] = Fp8Linear
-) -> str:
-    """Apply `quantize_block` to all blocks except those at indices `keep`; returns a summary for the log."""
-    kept = {i % len(blocks) for i in keep}
+def quantize_blocks(blocks: Sequence[nn.Module], kind: type[Fp8Linear] = Fp8Linear) -> str:
+    """Apply `quantize_block` to all but the UNQUANTIZED_BLOCKS; returns a summary for the log."""
+    kept = {i % len(blocks) for i in UNQUANTIZED_BLOCKS}
     names = [quantize_block(block, kind) for i, block in enumerate(blocks) if i not in kept]
     return f"float8: {sum(map(len, names))} linears in {len(names)} of {len(blocks)} blocks"
 

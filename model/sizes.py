@@ -81,6 +81,6 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "n
 UMT5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False}
 
 
-def size_in_name(path: str, otherwise: TransformerSize = WAN_1_3B) -> TransformerSize:
-    """The published size that a file's name tells, as in `Wan2.1-T2V-14B` or `krea-realtime-video-14b.safetensors`."""
-    return next((size for name, size in TRANSFORMER_SIZES.items() if name.lower() in path.lower()), otherwise)
+def size_in_name(path: str) -> TransformerSize:
+    """The published size that a file's name tells, as in `krea-realtime-video-14b.safetensors`; else that of 1.3B."""
+    return next((size for name, size in TRANSFORMER_SIZES.items() if name.lower() in path.lower()), WAN_1_3B)

@@ -7,9 +7,9 @@ from model.denoiser import ScoreModel
 from model.flow import euler_x0, integrate, shift_time
 
 
-def euler_grid(steps: int, shift: float, device: torch.device | str = "cpu") -> Tensor:
+def euler_grid(steps: int, shift: float) -> Tensor:
     """Timesteps [steps + 1] from 1000 to 0, even in un-warped time, then shifted."""
-    return shift_time(torch.linspace(1000.0, 0.0, steps + 1, device=device), shift)
+    return shift_time(torch.linspace(1000.0, 0.0, steps + 1), shift)
 
 
 @torch.no_grad()

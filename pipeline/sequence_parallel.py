@@ -35,7 +35,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.geometry import Geometry
 from configs.validate import check_shares
-from model.cache import CacheState, StreamCache, StreamView
+from model.cache import CacheState, StreamCache, StreamView, View
 from model.causal_wan import CausalWanModel, TextKV
 from model.denoiser import Student, as_timestep
 from model.fast.student import FastPlan, FastStudent
@@ -307,12 +307,7 @@ class ParallelStudent(Student):
         return cache
 
     def x0(
-        self,
-        x_t: Tensor,
-        t: float | Tensor,
-        text: TextKV | Tensor,
-        view: StreamView | None = None,
-        start_frame: int = 0,
+        self, x_t: Tensor, t: float | Tensor, text: TextKV | Tensor, view: View | None = None, start_frame: int = 0
     ) -> Tensor:
         """x0 = x_t - sigma v of a chunk of a stream. text: of this student's `text_kv`; view: the newest."""
         assert isinstance(text, SharedText) and view is self.ranks.newest

@@ -89,8 +89,8 @@ class RecacheState:
         """Shift the sink's slots that would be too far from `chunk`, before it is generated (pipeline/positions.py)."""
         for i in range(self.geometry.sink_chunks):
             done = self.slots.get(i)
-            due = 0 if done is None else sink_offset(self.geometry, chunk - (done.chunk - i))
-            if due and due > done.offset:
+            due = sink_offset(self.geometry, chunk)
+            if done is not None and due > done.offset:
                 cache.shift_keys(i, due - done.offset, model.shift_keys)
                 self.slots[i] = replace(done, offset=due)
 

@@ -33,7 +33,7 @@ from configs.schema import InferenceConfig
 from model import fp8
 from model.attention import Kernels, attend, attention_support, pick_kernels
 from model.cache import E4M3, StreamLayer, StreamView, View, cast_for_cache, slot, visible_slots
-from model.causal_wan import CausalWanBlock, CausalWanModel, Mask, RotaryEmb, TextKV, _modulate, _rotate
+from model.causal_wan import CausalWanBlock, CausalWanModel, RotaryEmb, TextKV, _modulate, _rotate
 from model.denoiser import Student, as_timestep
 from model.fast import blocks as fused_wan
 from model.fast.ops import linear_gelu
@@ -43,9 +43,8 @@ from utils.logs import get_logger
 log = get_logger(__name__)
 
 MAX_GRAPHS = 32  # an unbounded window has a state for each chunk; further ones run without a graph
-Recorder = Callable[
-    [Callable[[], None]], Callable[[], None]
-]  # work on static buffers, which has run once -> its replay
+# work on static buffers, which has run once -> its replay
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,25 +258,16 @@ class FastStudent(Student):
         self._graph_caches.clear()
 
     def x0(
-        self,
-        x_t: Tensor,
-        t: float | Tensor,
-        text: TextKV | Tensor,
-        view: View | None = None,
-        start_frame: int = 0,
-        *,
-        mask: Mask | None = None,
-        frame_ids: Tensor | None = None,
+        self, x_t: Tensor, t: float | Tensor, text: TextKV | Tensor, view: View | None = None, start_frame: int = 0
     ) -> Tensor:
         """x0 = x_t - sigma v."""
-        if torch.is_grad_enabled() or not isinstance(view, StreamView) or isinstance(text, Tensor):
-            return super().x0(x_t, t, text, view, start_frame, mask=mask, frame_ids=frame_ids)
         t = as_timestep(t, x_t)
-        if t.ndim == 2:  # a chunk with conditioning frames: only a few passes per stream
-            return super().x0(x_t, t, text, view, start_frame, frame_ids=frame_ids)
+        streams = not torch.is_grad_enabled() and isinstance(view, StreamView) and not isinstance(text, Tensor)
+        if not streams or t.ndim == 2:  # a chunk with conditioning frames: only a few passes per stream
+            return super().x0(x_t, t, text, view, start_frame)
         x_t = x_t.contiguous()  # other strides would be compiled again
         layers = [view.layer(i) for i in range(len(self.model.blocks))]
-        rotary_emb = self._rotary(x_t, start_frame, frame_ids)
+        rotary_emb = self._rotary(x_t, start_frame)
         if self.recorder is None:
             return self.step(x_t, t, rotary_emb, text, layers)
         graph_cache = self._graph_caches.get(layers[0].keys)
@@ -286,22 +276,17 @@ class FastStudent(Student):
             self._graph_caches[layers[0].keys] = graph_cache
         return graph_cache.run(x_t, t, rotary_emb, text, layers)
 
-    def _rotary(self, x_t: Tensor, start_frame: int, frame_ids: Tensor | None) -> RotaryEmb:
-        """cos and sin of the chunk; the same tensors in all steps of a chunk."""
+    def _rotary(self, x_t: Tensor, start_frame: int) -> RotaryEmb:
+        """cos and sin of this rank's tokens of the chunk; the same tensors in all steps of a chunk."""
         _, p, q = self.model.config.patch_size
         height, width = x_t.shape[3] // p, x_t.shape[4] // q
-        if frame_ids is not None:
-            return self._own(self.model.rope(frame_ids, height, width))
         key = (start_frame, x_t.shape[1], height, width, x_t.device)
         if self._rotation is None or self._rotation[0] != key:
             ids = torch.arange(start_frame, start_frame + x_t.shape[1], device=x_t.device)
-            self._rotation = (key, self._own(self.model.rope(ids, height, width)))
+            rotary_emb, group = self.model.rope(ids, height, width), self.model.sequence
+            own = rotary_emb if group is None else tuple(group.split(part) for part in rotary_emb)
+            self._rotation = (key, own)
         return self._rotation[1]
-
-    def _own(self, rotary_emb: RotaryEmb) -> RotaryEmb:
-        """That of this rank's tokens."""
-        group = self.model.sequence
-        return rotary_emb if group is None else tuple(group.split(part) for part in rotary_emb)
 
 
 class CUDAGraphCache:

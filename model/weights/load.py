@@ -167,11 +167,9 @@ def load_vae(
     return materialize(plan_vae(path), device, dtype)
 
 
-def load_tiny_decoder(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> TinyDecoder:
-    """The tiny decoder; TinyDecoderCodec(load_tiny_decoder(...)) is the codec."""
-    return materialize(plan_tiny_decoder(path), device, dtype)
+def load_tiny_decoder(path: str | Path, device: str | torch.device = "cpu") -> TinyDecoder:
+    """The tiny decoder in float32; TinyDecoderCodec(load_tiny_decoder(...)) is the codec."""
+    return materialize(plan_tiny_decoder(path), device, torch.float32)
 
 
 def load_tokenizer(path: str | Path, known: int) -> PreTrainedTokenizerBase:

@@ -125,8 +125,7 @@ def wan_config(shapes: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
 def stated_sizes(stated: Mapping[str, Any]) -> dict[str, int]:
     """Sizes that an original config.json states, by our names, to be held against the shapes."""
     table = {"ffn_dim": "ffn_dim", "num_layers": "num_layers", "freq_dim": "freq_dim", "in_dim": "in_channels"}
-    sizes = {ours: stated[theirs] for theirs, ours in table.items() if theirs in stated}
-    return sizes
+    return {ours: stated[theirs] for theirs, ours in table.items() if theirs in stated}
 
 
 def wan_shapes(config: Mapping[str, Any]) -> Shapes:

@@ -65,9 +65,9 @@ def find_part(role: str, path: str | Path, name: str, *, use_ema: bool = False, 
             f"{name}={path} has two networks, for high and for low noise (Wan 2.2), which are not combined here; "
             f"give a folder of Wan 2.1"
         )
-    path = subfolder(
-        run_folders.find_weights(path, use_ema or role == "critic") if transformer else path, "transformer" if transformer else role
-    )
+    if transformer:
+        path = run_folders.find_weights(path, skip_export=use_ema or role == "critic")
+    path = subfolder(path, "transformer" if transformer else role)
     if path.is_dir() and role in FILE_IN and (path / FILE_IN[role]).exists():
         path = path / FILE_IN[role]
     config, card, kind = {}, {}, "original Wan"
