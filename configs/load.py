@@ -1,8 +1,8 @@
 """YAML files and `key.sub=value` overrides to the checked, frozen tree of configs/schema.py.
 
-A YAML file may start from another one: `base: tiny.yaml` (relative to the file that says so). What is merged, later
-over earlier: defaults of the schema, the base, the file, the overrides. Lists are replaced, sections are merged. A
-folder that `DiagonalPipeline.save_pretrained` has written stands for its pipeline.json and its weights.
+A YAML file may start from another one: `base: tiny.yaml` (relative to that file). The schema's defaults, the base, the
+file and the overrides are merged in this order, later ones on top. Lists are replaced, sections are merged. A folder
+that `DiagonalPipeline.save_pretrained` has written stands for its pipeline.json and its weights.
 
 Scalars are interpreted by the type of their setting: `010` is ten for a number and the text 010 elsewhere, `on` is true
 for a boolean. Tags, aliases and `${...}` are refused, so untrusted files can only state values.

@@ -91,7 +91,7 @@ def as_seeds(seed: Any, generator: Any, prompts: int, samples: int, default: int
     """A seed for each video: `samples` of the first prompt, then those of the next.
 
     seed: of the first sample of all prompts, or a list of one a prompt; later samples have `sample_seed`. -1 draws one
-    for each video. generator: draws them, and goes on by that; or a list of one a video. Neither: `default`.
+    for each video. generator: draws the seeds, and advances; or a list of one a video. Without either: `default`.
     """
     if generator is not None:
         if seed is not None:

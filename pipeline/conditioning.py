@@ -104,7 +104,7 @@ def conditioning_warnings(
         error = float(np.sqrt(np.mean((shown.cpu().numpy() - picture) ** 2)))
         if error > MOST_ERROR:
             warnings.append(
-                f"what is given to begin with is unlike what this model was trained on: its codec shows it "
-                f"{error:.0f} of 255 off, where {MOST_ERROR} are much; what follows may not fit it"
+                f"the given picture is unlike what this model was trained on: its codec reconstructs it with an error "
+                f"of {error:.0f} of 255, where {MOST_ERROR} is much; what follows may not fit it"
             )
     return warnings

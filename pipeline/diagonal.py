@@ -126,7 +126,7 @@ class DiagonalPipeline:
     def from_config(
         cls, config: str | os.PathLike | Config, *overrides: str, local_rank: int = 0
     ) -> "DiagonalPipeline":
-        """A pipeline of what the configuration names; `overrides` as on the command line: "schedule.steps=5432222".
+        """The pipeline that `config` describes. overrides: as on the command line, "schedule.steps=5432222".
 
         local_rank: the GPU to use where there are several, or the group of as many as share a stream.
         Sets torch's number of CPU threads (`cpu_threads`). Raises UserError where a file is missing or does not fit,
@@ -158,7 +158,7 @@ class DiagonalPipeline:
     def from_parts(
         cls, config: Config, student: CausalWanModel, codec: Codec, text: TextEncoder, device: torch.device
     ) -> "DiagonalPipeline":
-        """A pipeline of loaded networks, each put where `inference` wants it and made as fast as it says."""
+        """A pipeline of loaded networks, placed and optimized as `inference` says."""
         places, plan = config.inference, FastPlan.from_config(config.inference, device)
         if places.attention != "auto":  # which leaves to torch what `plan` does not make fast
             set_attention(student, places.attention)
@@ -205,7 +205,7 @@ class DiagonalPipeline:
 
     @property
     def schedule(self) -> Schedule:
-        """The timesteps of each chunk; may be set, to whatever `schedule=` takes."""
+        """The timesteps of each chunk. It can be set to anything that `schedule=` takes."""
         return self._schedule
 
     @schedule.setter

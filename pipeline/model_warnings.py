@@ -41,7 +41,7 @@ def _with_nearest(word: str, known: Sequence[str]) -> str:
 
 
 def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:
-    """Whether a video is far from the size that its student was trained for, as its card says."""
+    """A warning if the video's size is far from the one that the student was trained for, as its card says."""
     if card.get("size") is None:
         return []
     size, trained = (config.video.height, config.video.width), card["size"]
@@ -55,7 +55,7 @@ def size_warnings(config: Config, card: Mapping[str, Any]) -> list[str]:
 
 
 def warn_of_schedule(schedule: Schedule, card: Mapping[str, Any]) -> None:
-    """Say so where a checkpoint was trained with another schedule than the one it is to run by, or does not tell."""
+    """Warn if a checkpoint was trained with another schedule than the one in use, or does not say with which."""
     if not card and schedule.timesteps_by_chunk != SELF_FORCING.timesteps_by_chunk:  # a file of somebody else's
         log.warning(
             "this student's file does not say which schedule it was trained with; those that Self-Forcing and LongLive "

@@ -25,7 +25,7 @@ def precision_of(dtype: torch.dtype) -> str:
     """What `inference.precision` calls `dtype`."""
     names = [name for name, known in DTYPES.items() if known == dtype]
     if not names:
-        raise UserError(f"dtype={shown(dtype)} is none that networks compute in; use torch's {', '.join(DTYPES)}")
+        raise UserError(f"dtype={shown(dtype)} is not a dtype of networks; use torch's {', '.join(DTYPES)}")
     return names[0]
 
 
@@ -43,17 +43,17 @@ def load_loras(student: WanTransformer3DModel, config: ModelConfig) -> LoraAdapt
 
 
 def load_device(place: str, device: torch.device) -> torch.device:
-    """Where a network is loaded to that has this place."""
+    """The device that a network is loaded to, by its place in `inference`."""
     return device if place == "keep" else torch.device("cpu")
 
 
 def text_load_device(config: InferenceConfig, device: torch.device) -> torch.device:
-    """Where the text encoder is loaded to; one that is to be in 8 bits is made so a layer at a time."""
+    """The device that the text encoder is loaded to: the host if it is to be quantized, a layer at a time."""
     return load_device("stream" if config.text_int8 else config.text_encoder, device)
 
 
 def place_text(text: TextEncoder, config: InferenceConfig, device: torch.device) -> TextEncoder:
-    """The text encoder as `config` wants it, where it wants it."""
+    """The text encoder, quantized and placed as `config` says."""
     place = config.text_encoder
     if config.text_int8:
         quantize_linears(text.encoder.encoder, device, load_device(place, device))

@@ -33,7 +33,7 @@ def save_folder(
     settings: Mapping[str, Any],
     card: Mapping[str, Any],
 ) -> None:
-    """Write it; it is there whole or not at all.
+    """Write the folder; it appears complete or not at all.
 
     networks: plain ones, by the names above. UserError where `folder` holds anything, or cannot be written.
     """

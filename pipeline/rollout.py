@@ -72,9 +72,9 @@ class PrecomputedNoise:
 def exit_steps(schedule: Schedule, chunks: int, fraction: float) -> tuple[int, ...]:
     """Index of the exit step of each chunk, at the same `fraction` in [0, 1) of the steps of every chunk.
 
-    For rows of 4, 3 and 2 steps, share 0.7 is steps 2, 2 and 1.
+    For rows of 4, 3 and 2 steps, fraction 0.7 gives steps 2, 2 and 1.
     """
-    assert 0 <= fraction < 1, f"share {fraction}"
+    assert 0 <= fraction < 1, f"fraction {fraction}"
     return tuple(int(fraction * len(schedule.timesteps(k))) for k in range(chunks))
 
 

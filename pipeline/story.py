@@ -185,7 +185,7 @@ def latent_frame_at(seconds: float, fps: int) -> int:
 
 
 def _checked(prompts: Sequence[str], frames: Sequence[int], texts: Sequence[str], where: str, length: int | None):
-    """The Story, after checks that raise UserErrors. said: each time as the user wrote it."""
+    """The Story, after checks that raise UserErrors. texts: each time as the user wrote it."""
     for prompt in prompts:
         check_prompt(prompt, f"{where}: a prompt")
     for i, frame in enumerate(frames):

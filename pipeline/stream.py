@@ -181,8 +181,8 @@ class StreamSession:
         repeated.
         decode: False = latents alone are made; a chunk then has no frames (T = 0).
 
-        One session plays one batch at a time: a new `play` ends the one before. It begins when it is called: what is
-        said before the first chunk is made goes for that.
+        One session plays one batch at a time: a new `play` ends the one before. It takes effect when it is called, so
+        that a prompt or seed set before the first chunk is made applies to that chunk.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = _one_each(seeds, len(prompts))
@@ -279,7 +279,7 @@ class StreamSession:
 
     def _lengths(self, num_chunks: Length, streams: int) -> list[int | None]:
         """Number of chunks to come of each stream."""
-        lengths = [num_chunks] * streams if num_chunks is None or isinstance(num_chunks, int) else list(num_chunks)
+        lengths = list(num_chunks) if isinstance(num_chunks, list | tuple) else [num_chunks] * streams
         assert len(lengths) == streams, f"{len(lengths)} lengths for {streams} streams"
         return lengths
 

@@ -1,4 +1,4 @@
-"""What `DiagonalPipeline` returns: videos that can be saved, shown in a notebook, and had in diffusers' forms."""
+"""What `DiagonalPipeline` returns: videos that can be saved, shown in a notebook, and converted to diffusers' types."""
 
 import base64
 import html

@@ -103,7 +103,7 @@ def as_vae(
         numbers = [n for n in stated if isinstance(n, int | float)] if isinstance(stated, list) else []
         if len(numbers) != config.get("z_dim", 16) or (key == "latents_std" and min(numbers) <= 0):
             text = str(stated)[:40]
-            raise UserError(f"{name}={path} says {key}={text}, with which no latents can be; fetch it again")
+            raise UserError(f"{name}={path} says {key}={text}, which cannot be statistics of latents; fetch it again")
     return tensors, dict(config)
 
 

@@ -29,7 +29,7 @@ def inspect_weights(role: str, path: str | Path, *, use_ema: bool = False, name:
     """Look at the weights of `role`.
 
     Raises:
-        UserError: they are missing, cut short, or of another kind; `name` is the config field to speak of.
+        UserError: they are missing, cut short, or of another kind. The message mentions the config field `name`.
     """
     name, path, label = name or f"model.{role}", resolve_path(path), role
     role = role.split(" ")[0]  # lora 0, lora 1, ...

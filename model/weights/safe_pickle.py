@@ -148,7 +148,7 @@ class _Counted(dict):
 
 
 class Walk(pickle._Unpickler):  # the one in Python: that in C believes stated sizes, too
-    """An unpickler that ends, and allocates no more than the file has bytes. Classes are its heirs' affair."""
+    """An unpickler that always ends and allocates no more bytes than the file has. Subclasses decide about classes."""
 
     dispatch = {
         code: act

@@ -399,7 +399,7 @@ def test_a_full_disk_leaves_nothing(pipe, tmp_path, monkeypatch):
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", {}, "is no folder here, and nothing is fetched; give one that save_pretr"),
         (".", {}, "has no pipeline.json; give one"),
         ("my_model", {"torch_dtype": torch.float16}, "it is called dtype"),
-        ("my_model", {"dtype": torch.int8}, "dtype=torch.int8 is none that networks compute in"),
+        ("my_model", {"dtype": torch.int8}, "dtype=torch.int8 is not a dtype of networks"),
         ("my_model", {"devise": "cpu"}, "devise is not an argument"),
     ],
 )

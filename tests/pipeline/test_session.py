@@ -225,7 +225,7 @@ def test_wrong_calls_of_a_session_are_a_sentence_and_change_nothing(make):
     ):
         with pytest.raises(UserError, match=words):
             wrong()
-    assert torch.equal(list(session.play("a", np.int64(3), 2))[-1].latents, first)
+    assert torch.equal(list(session.play("a", np.int64(3), np.int64(2)))[-1].latents, first)
 
 
 @pytest.mark.parametrize("at", [1, 5, 14, 16])
