@@ -59,14 +59,13 @@ DOWNLOADS = (
     ("lightx2v", "lightx2v-14b"),
     ("14b-diffusers", "wan-14b-hf"),
     ("14b", "wan-14b"),
+    ("wan2.1", "wan-1.3b"),
 )
 DOWNLOAD_OF_FIELD = {
     "model.vae": "vae",
     "model.tiny_decoder": "taew2.1",
     "model.text_encoder": "umt5",
     "model.tokenizer": "umt5",
-    "model.lora": None,  # of which there are any number
-    "IN": None,  # of scripts/convert_checkpoint.py
 }
 
 
@@ -148,9 +147,9 @@ def missing_weights(field: str, path: Path, what: str) -> UserError:
         fix = f"train it first{with_file}, or set {field}"
     else:
         words = "/".join(path.parts[-3:]).lower()
-        default = DOWNLOAD_OF_FIELD.get(field, "wan-1.3b")
-        name = next((download for word, download in DOWNLOADS if word in words), default)
-        fix = f"fetch it with `python scripts/download.py {name}` or set {field}" if name else f"set {field}"
+        name = next((download for word, download in DOWNLOADS if word in words), DOWNLOAD_OF_FIELD.get(field))
+        fetch = f"fetch it with `python scripts/download.py {name}` or " if name else ""
+        fix = f"{fetch}set {field} to another path"
     return UserError(f"{field}={path} {what}; {fix}")
 
 

@@ -174,7 +174,7 @@ def test_what_does_not_fit(tmp_path, wan, wan_state, student):
         torch.save(state, tmp_path / "a.pt")
         with pytest.raises(UserError, match=message):
             plan_lora(tmp_path / "a.pt", shapes)
-    with pytest.raises(UserError, match=r"model\.lora=.*nowhere\.pt does not exist; set model\.lora$"):
+    with pytest.raises(UserError, match=r"model\.lora=.*nowhere\.pt does not exist; set model\.lora to another path$"):
         plan_lora(tmp_path / "nowhere.pt")
     with pytest.raises(UserError, match=r"download\.py longlive"):
         plan_lora(tmp_path / "longlive_models" / "lora.pt")

@@ -31,6 +31,11 @@ def test_missing_student_names_the_download(tmp_path, path, download):
         weights.load_student(tmp_path / path)
 
 
+def test_no_download_is_named_for_a_path_that_is_like_none(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist; set --checkpoint_path to another path$"):
+        weights.load_student(tmp_path / "nowhere", name="--checkpoint_path")
+
+
 def test_tiny_weights_that_are_missing(tmp_path, monkeypatch):
     """In a checkout git has them; the installed package has none, and says where they are."""
     monkeypatch.setattr(files, "ROOT", tmp_path)
