@@ -96,9 +96,10 @@ class WandbSink:
             self._run = wandb.init(**about, id=identity, resume="allow", dir=str(where))
         except (wandb.Error, ValueError) as error:
             raise _no_wandb(str(error).splitlines()[0][:200]) from error
+        self._run.define_metric("*", step_metric="step")  # wandb's own step drops rows of a run that has gone back
 
     def write(self, step: int, **values: Any) -> None:
-        self._run.log(values, step=step)
+        self._run.log({"step": step, **values})
 
     def __enter__(self):
         return self

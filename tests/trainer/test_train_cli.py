@@ -152,8 +152,11 @@ def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
 
     class Run:
-        def log(self, values, step):
-            calls.append(("log", step, values))
+        def define_metric(self, name, step_metric):
+            calls.append(("define_metric", name, step_metric))
+
+        def log(self, values):  # without wandb's own step, which must not fall
+            calls.append(("log", values))
 
         def finish(self, exit_code):
             calls.append(("finish", exit_code))
@@ -166,7 +169,8 @@ def test_wandb_is_used_if_asked_for_and_not_disabled(tmp_path, monkeypatch):
         _, sink = make_sinks(config, tmp_path)(0)
         with sink:
             sink.write(3, loss=1.0)
-    assert [call[0] for call in calls] == ["init", "log", "finish"] * 2 and calls[0] == calls[3]
+    assert [call[0] for call in calls] == ["init", "define_metric", "log", "finish"] * 2 and calls[0] == calls[4]
+    assert calls[1:3] == [("define_metric", "*", "step"), ("log", {"step": 3, "loss": 1.0})]
     assert len(make_sinks(config, tmp_path, wandb=False)(0)) == 1
 
 
