@@ -253,8 +253,13 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict by parameter index or name, or {name: {entry: tensor}}; full tensors or shards.
 
-    Hyper-parameters such as learning rates stay as configured.
+    Hyper-parameters such as learning rates stay as configured. UserError if it is of other parameter groups.
     """
+    if "param_groups" in state and _group_sizes(state) != (sizes := _group_sizes(optimizer.state_dict())):
+        raise UserError(
+            f"the checkpoint's optimizer has groups of {_group_sizes(state)} parameters and this run's has {sizes}: "
+            f"other parameters are trained, or muon_lr was switched on or off; set it back, or choose another --logdir"
+        )
     saved, entries = state["state"] if "param_groups" in state else state, {}
     for i, (name, p) in enumerate(optimized(module, optimizer)):
         state_of_p = saved.get(i) or saved.get(name)
@@ -264,6 +269,10 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
             if "exp_avg_sq" in kept and not dropped_state(optimizer):
                 entries[i].setdefault("exp_avg", torch.zeros_like(p))  # saved with a beta_1 of 0
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _group_sizes(state: dict[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in state["param_groups"]]
 
 
 def optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

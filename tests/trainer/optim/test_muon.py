@@ -12,6 +12,7 @@ from configs.errors import UserError
 from configs.optimizer_schema import OptimizerConfig
 from configs.train_schema import TrainingConfig
 from trainer.optim.muon import MuonAdamW, hidden_matrices, parameter_groups
+from trainer.optim.train_state import TrainState
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, muon_lr=3e-2, weight_decay=0.1)
 
@@ -92,3 +93,19 @@ def test_first_and_last_layers_stay_with_adamw():
 def test_sharded_matrices_are_refused():
     with pytest.raises(UserError, match="training.sharding=full.*muon_lr"):
         TrainingConfig(stage="distill", sharding="full", optimizer=OPTIMIZER)
+
+
+@pytest.mark.parametrize("before, after", [(0.0, 0.02), (0.02, 0.0)])
+def test_states_with_and_without_muon_are_not_taken_for_each_other(before, after):
+    """Moments are stored by the index of their parameter, and Muon puts parameters in another order."""
+    torch.manual_seed(0)
+    states = [
+        TrainState(build()[0], TrainingConfig(optimizer=OptimizerConfig(lr=1e-3, muon_lr=muon_lr)), averaged=False)
+        for muon_lr in (before, after, before and 0.5 * before)
+    ]
+    for parameter in states[0].parameters:
+        parameter.grad = torch.ones_like(parameter)
+    states[0].step(0)
+    with pytest.raises(UserError, match="muon_lr was switched on or off"):
+        states[1].load_state_dict(states[0].state_dict())
+    states[2].load_state_dict(states[0].state_dict())  # another rate is no other order
