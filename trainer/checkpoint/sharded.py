@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from configs.errors import UserError
 from model.weights.sharded_files import Shapes, ShardedReader, sharded_shapes
 from trainer.optim.train_state import TrainState
-from trainer.parallel.apply import load_optimizer_state, optimized
+from trainer.parallel.apply import load_optimizer_state, optimized, other_networks
 from trainer.parallel.control_group import ControlGroup
 from utils.files import HashedFile
 
@@ -107,6 +107,11 @@ def read(folder: Path, train_states: dict[str, TrainState], control: ControlGrou
     lost = sorted(tensors.keys() - shapes.keys())
     if lost:
         raise lacking(folder, lost[0])
+    networks = [f"{name}.{part}" for name, train_state in train_states.items() for part in train_state.modules]
+    theirs = {key: tuple(shapes[key][0]) for network in networks for key in _of(shapes, network)}
+    other = sorted(key for key, shape in theirs.items() if key not in tensors or shape != tuple(tensors[key].shape))
+    if other:
+        raise other_networks(other)
     with _plain_errors():
         reader = ShardedReader(folder)
         dcp.load(tensors, storage_reader=reader, process_group=control.group, no_dist=not control.group)

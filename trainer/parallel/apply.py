@@ -9,7 +9,7 @@ In each case a step of N ranks equals the step of one rank on all their samples.
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,17 +229,26 @@ def module_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_module_state(module: nn.Module, state: dict[str, Tensor], frozen: Collection[str] = ()) -> None:
-    """Load full tensors, or shards like the module's own. frozen: names that are left as they are."""
-    own = module.state_dict()
+    """Load full tensors, or shards like the module's own. UserError if names or shapes differ.
+
+    frozen: names that are left as they are.
+    """
+    own = {name: value for name, value in module.state_dict().items() if name not in frozen}
     state = {name: value for name, value in state.items() if name not in frozen}
-    if not is_sharded(module):
-        module.load_state_dict({name: own[name] for name in frozen} | state)
-        return
-    wrong = sorted((own.keys() - set(frozen)) ^ state.keys())
-    if wrong:
-        raise ValueError(f"{wrong[:3]} are not in both the module and its state")
+    shared = own.keys() & state.keys()
+    other = sorted({*(own.keys() ^ state.keys()), *(name for name in shared if own[name].shape != state[name].shape)})
+    if other:
+        raise other_networks(other)
     for name, value in state.items():
         local(own[name]).copy_(local(shard_of(value, own[name])))
+
+
+def other_networks(names: Sequence[str]) -> UserError:
+    """That a checkpoint has tensors of other names or shapes than the networks that are to be resumed."""
+    return UserError(
+        f"the checkpoint's networks are not those of this run: {len(names)} tensors differ, such as {names[0]}; set "
+        f"back what was changed, or choose another --logdir"
+    )
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -46,6 +46,21 @@ def equal(one: TrainState, other: TrainState) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("layers", [[nn.Linear(3, 5), nn.Linear(5, 2)], [nn.Linear(3, 4)]], ids=["shapes", "names"])
+def test_networks_of_other_shapes_or_names_are_a_sentence(layers, in_parts, tmp_path):
+    """Such as adapters of another rank, where training.accept_changes lets their setting through."""
+    before, after = train_state(0, 1), TrainState(nn.Sequential(*layers), CONFIG.training)
+    if in_parts:
+        sharded_checkpoint.write(tmp_path / "shards", {"generator": before}, {}, ControlGroup())
+    else:
+        torch.save({"generator": before.state_dict()}, tmp_path / "state.pt")
+    kept = [p.clone() for p in after.module.parameters()]
+    with pytest.raises(UserError, match=r"0\.bias|1\.bias.*choose another --logdir"):
+        checkpoint.restore(tmp_path, {"generator": after})
+    assert all(map(torch.equal, kept, after.module.parameters()))
+
+
 def test_parts_written_and_read_by_one_process(tmp_path):
     """Weights, average, moments and counters; the next step is the same, too."""
     before, after = train_state(0, 3), train_state(1, 0)
